@@ -1,0 +1,32 @@
+"""lowbit: quantize, run, check and publish LLMs with low-bit weights.
+
+Public names: `quantize`, `load`, `LowbitConfig`, `Scheme`, `Recipe`. Each is imported on first use, so that `import lowbit`
+stays cheap; the import also registers the quantization method with transformers once transformers is loaded.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Scheme": "lowbit.scheme:Scheme",
+    "Recipe": "lowbit.scheme:Recipe",
+    "LowbitError": "lowbit.errors:LowbitError",
+    "LowbitConfig": "lowbit.hf:LowbitConfig",
+    "load": "lowbit.hf:load",
+    "quantize": "lowbit.pipeline:quantize",
+}
+__all__ = list(_PUBLIC)  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name].split(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,87 @@
+"""Lazy tensors by name over the shards of a checkpoint folder."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from lowbit.checkpoint.layout import StoredTensor, read_header
+from lowbit.errors import InputError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class CheckpointReader:
+    """The tensors of a model folder. Opening it reads headers only; every shard is checked to be whole.
+
+    tensors: name -> StoredTensor, in the order of the shards. files: the weight files.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = _read_json(self.folder / "config.json", f"{self.folder} is not a model folder: it has no config.json")
+        self.files = [self.folder / name for name in self._shard_names()]
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            if not file.is_file():
+                raise InputError(f"{file.name} is named by {INDEX_NAME} but missing in {self.folder}: download it again")
+            for tensor in read_header(file):
+                if tensor.name in self.tensors:
+                    raise InputError(f"{tensor.name} is in both {self.tensors[tensor.name].file.name} and {file.name}")
+                self.tensors[tensor.name] = tensor
+        self._check_index()
+
+    def _shard_names(self) -> list[str]:
+        if (self.folder / INDEX_NAME).is_file():
+            index = _read_json(self.folder / INDEX_NAME)
+            self._weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(self._weight_map, dict) or not self._weight_map:
+                raise InputError(f"{INDEX_NAME} in {self.folder} has no weight_map: download it again")
+            names = sorted(set(map(str, self._weight_map.values())))
+            for name in names:
+                # an index comes from strangers: it may only name files beside it
+                if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+                    raise InputError(f"{INDEX_NAME} names {name!r}, which is outside {self.folder}: refusing to open it")
+                if not name.endswith(".safetensors"):
+                    raise InputError(f"{INDEX_NAME} names {name!r}; expected *.safetensors files only")
+            return names
+        self._weight_map = None
+        if (self.folder / SINGLE_NAME).is_file():
+            return [SINGLE_NAME]
+        pickles = [p.name for p in sorted(self.folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
+        if pickles:
+            raise InputError(
+                f"{self.folder} has pickle weights only ({pickles[0]}), which can run code when loaded: "
+                "convert them to safetensors first (model.save_pretrained of transformers writes it)"
+            )
+        raise InputError(f"{self.folder} has no {SINGLE_NAME} and no {INDEX_NAME}: expected safetensors weights there")
+
+    def _check_index(self) -> None:
+        for name, file in (self._weight_map or {}).items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise InputError(f"{INDEX_NAME} says {name} is in {file}, but it is not: download the checkpoint again")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory of its own."""
+        info = self.tensors[name]
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view, done = memoryview(data.numpy()), 0
+            while done < info.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{info.file.name} ended while reading {name}: the file changed, try again")
+                done += count
+        return data.view(info.dtype).view(info.shape)
+
+
+def _read_json(path: Path, missing: str | None = None):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(missing or f"{path} is missing") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None

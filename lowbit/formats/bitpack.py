@@ -1,0 +1,66 @@
+"""Dense little-endian bit streams: the one layout underneath compressed-tensors, GPTQ and AWQ.
+
+Code i of a row occupies bits [i*b, (i+1)*b) of the row's stream, least significant bit first; a code may straddle two
+words; the row is padded with zero bits to whole int32 words.
+"""
+
+import math
+
+import torch
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """The shortest run of codes that fills whole bytes: (codes, bytes)."""
+    whole = math.lcm(bits, 8)
+    return whole // bits, whole // 8
+
+
+def packed_width(length: int, bits: int) -> int:
+    """int32 words of a packed row of `length` codes."""
+    return math.ceil(length * bits / 32)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [R, C] with values below 2^bits -> int32 [R, ceil(C*bits/32)]. Works on meta tensors; the input is left alone."""
+    rows, columns = codes.shape
+    width = packed_width(columns, bits)
+    if codes.device.type == "meta":
+        return torch.empty(rows, width, dtype=torch.int32, device="meta")
+    run, run_bytes = _period(bits)
+    runs = math.ceil(columns / run)
+    if columns != runs * run:
+        codes = torch.nn.functional.pad(codes, (0, runs * run - columns))
+    codes = codes.view(rows, runs, run)
+    stream = torch.zeros(rows, width * 4, dtype=torch.uint8, device=codes.device)
+    # the last run may reach past the row's last word; what lies there is padding, which is zero
+    whole = stream if runs * run_bytes <= width * 4 else stream.new_zeros(rows, runs * run_bytes)
+    for byte in range(run_bytes):
+        target = whole[:, byte : runs * run_bytes : run_bytes]
+        for position in range(run):
+            shift = position * bits - byte * 8
+            if -bits < shift < 8:
+                part = codes[:, :, position]
+                target |= part << shift if shift >= 0 else part >> -shift
+    if whole is not stream:
+        stream.copy_(whole[:, : width * 4])
+    return stream.view(torch.int32)
+
+
+def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """int32 [R, W] -> uint8 [R, columns], the inverse of `pack`."""
+    rows = packed.shape[0]
+    if packed.device.type == "meta":
+        return torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+    run, run_bytes = _period(bits)
+    runs = math.ceil(columns / run)
+    stream = packed.contiguous().view(torch.uint8)
+    if stream.shape[1] < runs * run_bytes:
+        stream = torch.nn.functional.pad(stream, (0, runs * run_bytes - stream.shape[1]))
+    codes = torch.zeros(rows, runs, run, dtype=torch.uint8, device=packed.device)
+    for byte in range(run_bytes):
+        source = stream[:, byte : runs * run_bytes : run_bytes]
+        for position in range(run):
+            shift = position * bits - byte * 8
+            if -bits < shift < 8:
+                codes[:, :, position] |= source >> shift if shift >= 0 else source << -shift
+    return codes.bitwise_and_(2**bits - 1).view(rows, runs * run)[:, :columns].contiguous()

@@ -1,0 +1,182 @@
+"""compressed-tensors `pack-quantized`: weight-only integers as llm-compressor writes them and vLLM reads them.
+
+Tensors of a module X with weight [N, K]: `weight_packed` int32 [N, ceil(K*bits/32)], `weight_scale` [N, G],
+`weight_zero_point` int32 [ceil(N*bits/32), G] (asymmetric only, packed along N), `weight_shape` int64 [2] = [N, K].
+The spec is the compressed-tensors package; facts that are easy to get wrong are marked below.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from lowbit.errors import InputError
+from lowbit.formats.bitpack import pack as pack_bits
+from lowbit.formats.bitpack import packed_width, unpack
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import PER_CHANNEL, Scheme
+
+METHOD = "compressed-tensors"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+# The version of the layout we follow (dense 3-bit); readers show it and dispatch on nothing
+_LAYOUT_VERSION = "0.20.0"
+
+
+def refuse(scheme: Scheme) -> str | None:
+    return None
+
+
+def suffixes(scheme: Scheme) -> tuple[str, ...]:
+    return tuple(s for s in SUFFIXES if s != "weight_zero_point" or not scheme.sym)
+
+
+def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
+    """Meta tensors give meta tensors: the exact shapes and dtypes that a file will hold."""
+    bits = qweight.scheme.bits
+    tensors = {"weight_packed": pack_bits(qweight.codes, bits), "weight_scale": qweight.scales}
+    if qweight.zeros is not None:
+        tensors["weight_zero_point"] = pack_bits(qweight.zeros.T.contiguous(), bits).T.contiguous()
+    tensors["weight_shape"] = torch.tensor(qweight.codes.shape, dtype=torch.int64)
+    return tensors
+
+
+def shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """(shape, dtype) of each tensor of one linear; dtype None stands for the model's floating dtype."""
+    groups = scheme.groups(in_features)
+    table = {
+        "weight_packed": ((out_features, packed_width(in_features, scheme.bits)), torch.int32),
+        "weight_scale": ((out_features, groups), None),
+        "weight_zero_point": ((packed_width(out_features, scheme.bits), groups), torch.int32),
+        "weight_shape": ((2,), torch.int64),
+    }
+    return {suffix: table[suffix] for suffix in suffixes(scheme)}
+
+
+def unpack_weight(tensors: Mapping[str, torch.Tensor], scheme: Scheme, out_features: int, in_features: int) -> QuantWeight:
+    """The inverse of `pack`. The legacy 3-bit layout (10 codes to a word) is told apart by its width."""
+    packed = tensors["weight_packed"]
+    if packed.shape[1] == packed_width(in_features, scheme.bits):
+        codes = unpack(packed, scheme.bits, in_features)
+    elif packed.shape[1] == -(-in_features // (32 // scheme.bits)):
+        codes = _unpack_legacy(packed, scheme.bits, in_features)
+    else:
+        raise InputError(
+            f"weight_packed has {packed.shape[1]} words a row, expected {packed_width(in_features, scheme.bits)} "
+            f"for {in_features} inputs of {scheme.bits} bits"
+        )
+    zeros = None
+    if not scheme.sym:
+        zeros = unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, out_features).T.contiguous()
+    return QuantWeight(codes, tensors["weight_scale"], scheme, zeros)
+
+
+def _unpack_legacy(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    shifts = torch.arange(32 // bits, dtype=torch.int32, device=packed.device) * bits
+    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(1)[:, :columns].to(torch.uint8).contiguous()
+
+
+def _weight_args(scheme: Scheme) -> dict:
+    per_channel = scheme.group_size == PER_CHANNEL
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.sym,
+        "strategy": "channel" if per_channel else "group",
+        "group_size": None if per_channel else scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str], targets=("Linear",)) -> dict:
+    """The `quantization_config` of a checkpoint.
+
+    exceptions: module name -> Scheme where it differs from `default`. They become config groups that list exact names:
+    compressed-tensors sorts overlapping regexes alphabetically while vLLM keeps their order, but exact names win in both.
+    """
+
+    def group(group_targets, scheme):
+        # no other key may stand here: readers validate these dicts strictly
+        return {
+            "targets": list(group_targets),
+            "weights": _weight_args(scheme),
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+
+    groups = {"group_0": group(targets, default)}
+    for scheme in sorted(set(exceptions.values()), key=lambda s: s.name):
+        names = [name for name, other in exceptions.items() if other == scheme]
+        groups[f"group_{len(groups)}"] = group(names, scheme)
+    return {
+        "quant_method": METHOD,
+        "format": "pack-quantized",
+        # without this status transformers would run on random weights
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignored),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": _LAYOUT_VERSION,
+    }
+
+
+def detect(quantization_config: Mapping) -> bool:
+    return quantization_config.get("quant_method") == METHOD
+
+
+def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
+    stored = group.get("format") or fallback_format
+    if stored != "pack-quantized":
+        raise InputError(f"compressed-tensors format {stored!r} is not weight-only integers; expected 'pack-quantized'")
+    weights = group.get("weights") or {}
+    if weights.get("type", "int") != "int":
+        raise InputError(f"weights of type {weights['type']!r} cannot be read; expected 'int'")
+    if group.get("input_activations"):
+        raise InputError("input_activations are quantized in this checkpoint; expected weight-only quantization")
+    if weights.get("actorder") in ("group", "dynamic"):
+        raise InputError("actorder 'group' needs g_idx, which pack-quantized no longer carries; expected null or 'static'")
+    strategy = weights.get("strategy")
+    if strategy not in ("group", "channel"):
+        raise InputError(f"strategy {strategy!r} cannot be read; expected 'group' or 'channel'")
+    group_size = PER_CHANNEL if strategy == "channel" else weights["group_size"]
+    return Scheme(weights["num_bits"], group_size, weights.get("symmetric", True))
+
+
+class SchemeMap:
+    """Which scheme each module of a checkpoint has, by the rules of compressed-tensors: ignore wins over targets;
+    an exact name beats a regex (anchored at its start, tried in alphabetical order), which beats a class name."""
+
+    def __init__(self, quantization_config: Mapping):
+        status = quantization_config.get("quantization_status")
+        if status != "compressed":
+            raise InputError(f"quantization_status is {status!r}, expected 'compressed': the weights are not packed")
+        self.ignore = list(quantization_config.get("ignore") or ())
+        self.targets: dict[str, Scheme] = {}
+        for group in quantization_config["config_groups"].values():
+            scheme = _scheme_of(group, quantization_config.get("format"))
+            self.targets.update(dict.fromkeys(group["targets"], scheme))
+
+    def lookup(self, names: Iterable[str], class_name: str) -> Scheme | None:
+        """The scheme of a module known under any of `names`, None if it is not quantized."""
+        names = list(names)
+        if _first_match(self.ignore, names, class_name) is not None:
+            return None
+        target = _first_match(self.targets, names, class_name)
+        return None if target is None else self.targets[target]
+
+
+def schemes(quantization_config: Mapping) -> SchemeMap:
+    return SchemeMap(quantization_config)
+
+
+def _first_match(targets: Iterable[str], names: list[str], class_name: str) -> str | None:
+    targets = list(targets)
+    for target in targets:
+        if target in names:
+            return target
+    for target in sorted(t for t in targets if t.startswith("re:")):
+        if any(re.match(target[3:], name) for name in names):
+            return target
+    return class_name if class_name in targets else None

@@ -1,0 +1,5 @@
+"""Quantizing a whole checkpoint: plan it from headers, then run the plan."""
+
+from lowbit.pipeline.run import quantize
+
+__all__ = ["quantize"]

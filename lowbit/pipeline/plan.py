@@ -1,0 +1,174 @@
+"""What a run will write, to the byte, from config and safetensors headers alone."""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+
+import torch
+
+from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.discovery import CheckpointNames, Site, choose
+from lowbit.errors import InputError
+from lowbit.formats import get_format
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Recipe, Scheme
+
+_SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the source and what becomes of it: quantized by `scheme`, or copied (`scheme` None)."""
+
+    source: TensorInfo
+    outputs: tuple[TensorInfo, ...]
+    site: Site | None = None
+    scheme: Scheme | None = None
+    reason: str = ""  # why a weight matrix is copied
+
+    @property
+    def base(self) -> str:
+        """The name that the output tensors share: the source's, without `.weight`."""
+        return self.source.name.removesuffix(".weight")
+
+    def output_name(self, suffix: str) -> str:
+        return output_name(self.source.name, suffix)
+
+
+def output_name(source: str, suffix: str) -> str:
+    """`x.weight` -> `x.weight_packed`; a fused parameter `x.gate_up_proj` -> `x.gate_up_proj_packed`."""
+    base = source.removesuffix(".weight")
+    return f"{base}.{suffix}" if base != source else source + suffix.removeprefix("weight")
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    format_name: str
+    steps: tuple[Step, ...]
+    quantization_config: dict
+    left: dict[str, tuple[Site, str]] = field(default_factory=dict)
+
+    @cached_property
+    def quantized(self) -> list[Step]:
+        return [step for step in self.steps if step.scheme is not None]
+
+    @cached_property
+    def outputs(self) -> list[TensorInfo]:
+        return [info for step in self.steps for info in step.outputs]
+
+    @property
+    def fallbacks(self) -> list[Step]:
+        """Quantized with another group size than asked, because theirs does not divide in_features."""
+        return [s for s in self.quantized if s.scheme.group_size != self._asked(s).group_size]
+
+    def _asked(self, step: Step) -> Scheme:
+        for pattern, scheme in self.recipe.overrides:
+            if re.match(pattern, step.site.module):
+                return scheme
+        return self.recipe.scheme
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(step.source.numel for step in self.steps)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(step.source.nbytes for step in self.steps)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(info.nbytes for info in self.outputs)
+
+    @property
+    def quantized_share(self) -> float:
+        """Part of the source's bytes that is quantized."""
+        return sum(s.source.nbytes for s in self.quantized) / max(self.source_bytes, 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each weight that is quantized: codes, scales and zeros."""
+        stored = sum(info.nbytes for step in self.quantized for info in step.outputs)
+        return 8 * stored / max(sum(step.source.numel for step in self.quantized), 1)
+
+
+def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str) -> Plan:
+    """Plan the quantization of the checkpoint behind `reader`; `model` is its skeleton on the meta device.
+
+    Raises InputError when the checkpoint is quantized already or nothing in it would be quantized.
+    """
+    if "quantization_config" in reader.config:
+        method = reader.config["quantization_config"].get("quant_method")
+        raise InputError(f"{reader.folder} is quantized already ({method}): quantize the original model instead")
+    fmt = get_format(format_name)
+    chosen, left = choose(model, recipe)
+    names = CheckpointNames(model)
+    steps, fulfilled = [], {}
+    for info in reader.tensors.values():
+        parameter, direct = names.locate(info.name)
+        step = _copy(info)
+        if parameter in chosen:
+            site, scheme = chosen[parameter]
+            step = _quantize(info, site, scheme, direct, fmt)
+        elif parameter in left:
+            step = _copy(info, *left[parameter])
+        if step.site is not None:
+            fulfilled[parameter] = step
+        steps.append(step)
+    _check_complete(reader, chosen, fulfilled)
+    exceptions, ignored = {}, []
+    for parameter, step in fulfilled.items():
+        # a module may have another name in the checkpoint than in memory, and readers look for either
+        both = dict.fromkeys((step.site.module, step.base)) if step.site.kind != "experts" else {step.site.module: None}
+        if step.scheme is None:
+            ignored += both
+        elif step.scheme != recipe.scheme:
+            exceptions.update(dict.fromkeys(both, step.scheme))
+        del parameter
+    config = fmt.config(recipe.scheme, exceptions, ignored)
+    return Plan(recipe, format_name, tuple(steps), config, left)
+
+
+def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:
+    return Step(info, (TensorInfo(info.name, info.dtype, info.shape),), site, None, reason)
+
+
+def _quantize(info: TensorInfo, site: Site, scheme: Scheme, direct: bool, fmt: ModuleType) -> Step:
+    reason = _cannot(info, site, direct) or fmt.refuse(scheme)
+    if reason:
+        return _copy(info, site, reason)
+    rows, columns = info.shape[-2:]
+    out_features, in_features = (columns, rows) if site.transposed else (rows, columns)
+    packed = fmt.pack(QuantWeight.meta(out_features, in_features, scheme, info.dtype))
+    lead = info.shape[:-2]
+    outputs = tuple(
+        TensorInfo(output_name(info.name, suffix), tensor.dtype, (*lead, *tensor.shape)) for suffix, tensor in packed.items()
+    )
+    return Step(info, outputs, site, scheme)
+
+
+def _cannot(info: TensorInfo, site: Site, direct: bool) -> str | None:
+    if info.dtype not in _SOURCE_DTYPES:
+        return f"stored as {info.dtype}, expected bfloat16, float16 or float32"
+    if not direct:
+        return "computed from while loading"
+    stored = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
+    if info.shape[-2:] == stored and len(info.shape) == (3 if site.kind == "experts" else 2):
+        return None
+    # one expert of a fused parameter; gate and up are halves of it
+    if site.kind == "experts" and len(info.shape) == 2 and not site.transposed and info.shape[1] == site.in_features:
+        return None
+    raise InputError(f"{info.name} has shape {list(info.shape)}, the model's config says {list(stored)}: they do not belong together")
+
+
+def _check_complete(reader: CheckpointReader, chosen: dict, fulfilled: dict) -> None:
+    missing = [name for name in chosen if name not in fulfilled]
+    if missing:
+        raise InputError(
+            f"{missing[0]} is not in {reader.folder}"
+            + (f" (nor are {len(missing) - 1} more)" if len(missing) > 1 else "")
+            + ": the checkpoint does not belong to its config, or a shard is missing from the index"
+        )
+    if not any(step.scheme for step in fulfilled.values()):
+        raise InputError(f"nothing to quantize in {reader.folder}: no linear layer is left (check --ignore)")

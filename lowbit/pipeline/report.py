@@ -1,0 +1,69 @@
+"""What a run did, for people and for scripts."""
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from lowbit.grid import dequantize
+from lowbit.pipeline.plan import Plan, Step
+from lowbit.qweight import QuantWeight
+
+# Rows looked at for the error of a layer: enough for three digits, and far cheaper than the quantization itself
+_SAMPLED_ROWS = 64
+
+
+def weight_error(weight: torch.Tensor, qweight: QuantWeight) -> float:
+    """Relative error ||W - Q|| / ||W|| over evenly spaced rows."""
+    step = max(1, weight.shape[0] // _SAMPLED_ROWS)
+    rows = weight[::step].float()
+    sampled = QuantWeight(
+        qweight.codes[::step], qweight.scales[::step], qweight.scheme, None if qweight.zeros is None else qweight.zeros[::step]
+    )
+    difference = dequantize(sampled, torch.float32).sub_(rows)
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(rows).clamp_min(1e-30))
+
+
+@dataclass
+class Report:
+    """source, output, recipe; sizes in bytes; share of the source bytes that was quantized; one entry per layer."""
+
+    source: str
+    output: str
+    recipe: dict
+    source_bytes: int
+    output_bytes: int
+    total_parameters: int
+    quantized_share: float
+    bits_per_weight: float
+    quantized_tensors: int
+    fallbacks: dict[str, str]
+    left_alone: dict[str, str]
+    layers: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, plan: Plan, source: str, output: str) -> "Report":
+        left = {step.source.name: step.reason for step in plan.steps if step.site is not None and step.scheme is None}
+        return cls(
+            source=source,
+            output=output,
+            recipe=plan.recipe.to_dict(),
+            source_bytes=plan.source_bytes,
+            output_bytes=plan.output_bytes,
+            total_parameters=plan.total_parameters,
+            quantized_share=plan.quantized_share,
+            bits_per_weight=plan.bits_per_weight,
+            quantized_tensors=len(plan.quantized),
+            fallbacks={step.source.name: step.scheme.name for step in plan.fallbacks},
+            left_alone=left,
+        )
+
+    def add(self, step: Step, error: float) -> None:
+        self.layers.append({"name": step.source.name, "scheme": step.scheme.name, "relative_error": error})
+
+    @property
+    def mean_error(self) -> float:
+        return sum(layer["relative_error"] for layer in self.layers) / max(len(self.layers), 1)
+
+    def to_dict(self) -> dict:
+        return asdict(self)

@@ -1,0 +1,12 @@
+"""Round to nearest: each weight goes to the closest point of its group's grid. No data, no solver, seconds."""
+
+from lowbit.grid import quantize_nearest
+from lowbit.scheme import SCALE_SEARCHES
+
+needs = ()
+OPTIONS = {"scale_search": SCALE_SEARCHES}
+
+
+def quantize(weight, stats, scheme, options):
+    """weight: floating [N, K] -> QuantWeight with scales in weight.dtype. `stats` is unused: the method is data-free."""
+    return quantize_nearest(weight, scheme, options["scale_search"])

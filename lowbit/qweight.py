@@ -1,0 +1,59 @@
+"""QuantWeight: the one currency in which quantizers, formats and backends meet."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lowbit.scheme import PER_CHANNEL, Scheme
+
+
+@dataclass(frozen=True)
+class QuantWeight:
+    """A quantized weight [N, K] = [out_features, in_features];  w[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g].
+
+    codes: uint8 [N, K], in [0, 2^bits).  scales: floating [N, G].  zeros: uint8 [N, G], None when symmetric, which
+    means 2^(bits-1) everywhere.  g_idx: int32 [K], the group of each input, None when it is k // (K / G).
+    The checks look at shapes and dtypes only, so that meta tensors work.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    scheme: Scheme
+    zeros: torch.Tensor | None = None
+    g_idx: torch.Tensor | None = None
+
+    def __post_init__(self):
+        out_features, in_features = self.codes.shape
+        expected = (out_features, self.scheme.groups(in_features))
+        if self.codes.dtype != torch.uint8:
+            raise ValueError(f"codes are {self.codes.dtype}, expected torch.uint8")
+        if tuple(self.scales.shape) != expected:
+            raise ValueError(f"scales have shape {tuple(self.scales.shape)}, expected {expected} for {self.scheme.name}")
+        if (self.zeros is None) != self.scheme.sym:
+            raise ValueError(f"{self.scheme.name} {'takes no' if self.scheme.sym else 'needs'} zeros")
+        if self.zeros is not None and (self.zeros.dtype != torch.uint8 or tuple(self.zeros.shape) != expected):
+            raise ValueError(f"zeros are {self.zeros.dtype} {tuple(self.zeros.shape)}, expected torch.uint8 {expected}")
+
+    @property
+    def out_features(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.codes.shape[1]
+
+    @classmethod
+    def meta(cls, out_features: int, in_features: int, scheme: Scheme, dtype: torch.dtype) -> "QuantWeight":
+        """The shapes and dtypes of a quantized weight without its data, for planning files."""
+        groups = scheme.groups(in_features)
+        return cls(
+            codes=torch.empty(out_features, in_features, dtype=torch.uint8, device="meta"),
+            scales=torch.empty(out_features, groups, dtype=dtype, device="meta"),
+            scheme=scheme,
+            zeros=None if scheme.sym else torch.empty(out_features, groups, dtype=torch.uint8, device="meta"),
+        )
+
+
+def group_size_of(in_features: int, groups: int) -> int:
+    """The group_size that a Scheme would name for `groups` groups over `in_features`."""
+    return PER_CHANNEL if groups == 1 else in_features // groups

@@ -1,0 +1,134 @@
+"""What to do with a weight (`Scheme`) and with a model (`Recipe`)."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
+
+from lowbit.errors import UsageError
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
+PER_CHANNEL = -1
+SCALE_SEARCHES = ("minmax", "mse")
+
+_NAME = re.compile(r"W(?P<bits>\d+)A16(?P<asym>_ASYM)?(-G(?P<group>\d+)|-(?P<channel>CHANNEL))?", re.IGNORECASE)
+
+
+def _one_of(name: str, value, allowed) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Uniform integer grid of a weight [out_features, in_features].
+
+    bits: 2, 3, 4 or 8. group_size: how many consecutive in_features share a scale, -1 for one scale per output channel.
+    sym: the zero point is fixed at the middle code, 2^(bits-1); otherwise each group stores one.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+
+    def __post_init__(self):
+        _one_of("bits", self.bits, BITS)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("sym", self.sym, (True, False))
+
+    @classmethod
+    def parse(cls, name: str) -> "Scheme":
+        """Read a scheme name such as W4A16, W8A16-G64, W4A16_ASYM or W4A16-CHANNEL (group size 128 unless named)."""
+        match = _NAME.fullmatch(name.strip())
+        if not match:
+            raise UsageError(f"scheme {name!r} is not known; expected W<bits>A16[_ASYM][-G<group>|-CHANNEL], e.g. W4A16-G128")
+        group = PER_CHANNEL if match["channel"] else int(match["group"] or 128)
+        return cls(bits=int(match["bits"]), group_size=group, sym=not match["asym"])
+
+    @property
+    def name(self) -> str:
+        group = "CHANNEL" if self.group_size == PER_CHANNEL else f"G{self.group_size}"
+        return f"W{self.bits}A16{'' if self.sym else '_ASYM'}-{group}"
+
+    @property
+    def levels(self) -> int:
+        return 2**self.bits
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero in a symmetric scheme."""
+        return 2 ** (self.bits - 1)
+
+    def group_of(self, in_features: int) -> int:
+        """Length of one group along in_features."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def groups(self, in_features: int) -> int:
+        return in_features // self.group_of(in_features)
+
+    def fits(self, in_features: int) -> bool:
+        return in_features % self.group_of(in_features) == 0
+
+    def fitted(self, in_features: int) -> "Scheme":
+        """This scheme, or where the group does not divide in_features: the next smaller group that does, else per channel.
+
+        compressed-tensors cannot express a short last group, so the fallback is a config group of its own.
+        """
+        if self.fits(in_features):
+            return self
+        smaller = [g for g in GROUP_SIZES if 0 < g < self.group_size and in_features % g == 0]
+        return replace(self, group_size=max(smaller, default=PER_CHANNEL))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantize a model: the scheme of its linears, the method, and what is left alone.
+
+    overrides: (regex, Scheme) pairs, the first one that matches a module name (from its start) wins over `scheme`.
+    ignore: regexes of module names that stay in the source dtype, matched from the start of the name.
+    options: of the method, by name.
+    """
+
+    scheme: Scheme = field(default_factory=Scheme)
+    method: str = "rtn"
+    options: Mapping = field(default_factory=dict)
+    overrides: tuple[tuple[str, Scheme], ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "overrides", tuple((pattern, scheme) for pattern, scheme in self.overrides))
+        if isinstance(self.ignore, str):
+            object.__setattr__(self, "ignore", (self.ignore,))
+        # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
+        object.__setattr__(self, "ignore", tuple(pattern.removeprefix("re:") for pattern in self.ignore))
+        for pattern in (*self.ignore, *(p for p, _ in self.overrides)):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
+
+    def ignored_by(self, *names: str) -> str | None:
+        """The ignore pattern that matches one of `names`, else None."""
+        return next((p for p in self.ignore for name in names if re.match(p, name)), None)
+
+    def scheme_for(self, name: str, in_features: int) -> Scheme:
+        for pattern, scheme in self.overrides:
+            if re.match(pattern, name):
+                return scheme.fitted(in_features)
+        return self.scheme.fitted(in_features)
+
+    def to_dict(self) -> dict:
+        return {
+            "scheme": asdict(self.scheme),
+            "method": self.method,
+            "options": dict(self.options),
+            "overrides": [[pattern, asdict(scheme)] for pattern, scheme in self.overrides],
+            "ignore": list(self.ignore),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "Recipe":
+        overrides = [(pattern, Scheme(**scheme)) for pattern, scheme in data.get("overrides", ())]
+        return cls(Scheme(**data["scheme"]), data["method"], data.get("options", {}), overrides, data.get("ignore", ()))

@@ -1,0 +1,52 @@
+"""Which folder does MODEL mean: the embedded reference model, a local folder, or a repository on the Hub."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from lowbit.errors import InputError
+
+REFERENCE = "reference"
+# What quantizing or running a model needs; pickle weights and other frameworks' copies stay on the Hub
+_UNWANTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*")
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model, downloaded if MODEL is a Hub id. `reference` is the model that lowbit embeds; a folder of
+    that name is reached as ./reference. Raises InputError when there is no such folder or repository."""
+    if str(model) == REFERENCE:
+        return Path(str(files("lowbit") / "assets" / "reference"))
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+        raise InputError(f"no such model folder: {name} (expected a folder, a Hub id such as org/name, or '{REFERENCE}')")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_UNWANTED)))
+    except RepositoryNotFoundError:
+        raise InputError(f"{name} is neither a folder nor a model on the Hub (private models need `hf auth login`)") from None
+    except LocalEntryNotFoundError:
+        raise InputError(f"{name} is not a folder, not in the local cache, and the Hub cannot be reached") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"cannot download {name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_config(folder: Path, trust_remote_code: bool = False):
+    """The transformers config of a model folder. Raises InputError, never runs remote code unless asked."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = " (pass --trust-remote-code if you trust its author)" if "trust_remote_code" in str(error) else ""
+        raise InputError(f"cannot read {folder / 'config.json'}: {reason}{hint}") from None

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Lint, format and tests: the one command of developers and of CI. Arguments go to pytest: scripts/test.sh tests/test_grid.py -x
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_env.sh
+setup_env dev
+
+export HF_HUB_OFFLINE=1 # a test that needs the network is a broken test
+unset OMP_NUM_THREADS   # tests/conftest.py sets the threads
+[ $# -gt 0 ] || set -- -q
+
+python -m ruff check .
+python -m ruff format --check .
+python -m pytest "$@"

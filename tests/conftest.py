@@ -1,0 +1,37 @@
+"""Fixtures every test may use."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
+
+import random
+
+import pytest
+import torch
+import torch.utils.deterministic
+
+torch.set_num_threads(2)  # what CI has; sums in another order would make tolerances a matter of the machine
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def nan_poison():
+    """Uninitialised memory holds NaN (integers: their largest value), so an unwritten output cannot pass."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills only in this mode
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

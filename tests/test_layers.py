@@ -1,0 +1,160 @@
+"""Rules of the source tree: who may import whom, and patterns that are never written."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A file imports its own folder and lower lines only; neighbours on a line do not import each other.
+LINES = (
+    {"errors", "lowbit_kernels"},
+    {"scheme", "qweight"},
+    {"grid", "reference"},
+    {"backends", "quantizers", "formats", "checkpoint", "discovery"},
+    {"linear", "experts", "calibration"},
+    {"pipeline", "hf"},
+    {"eval", "generation", "publish"},
+    {"cli"},
+)
+LINE_OF = {unit: number for number, units in enumerate(LINES) for unit in units}
+TOP = {"lowbit/__init__.py", "lowbit/__main__.py"}  # above every line: they only name what others made
+KERNEL_USER = "lowbit/backends/triton.py"
+KERNEL_IMPORTS = {"lowbit_kernels", "torch", "triton", *sys.stdlib_module_names}
+MAX_LINES = 450
+
+
+def source_files():
+    """Path in the wheel -> file, of both packages."""
+    for folder in (ROOT / "lowbit", ROOT / "triton_kernels" / "lowbit_kernels"):
+        for file in sorted(folder.rglob("*.py")):
+            if "assets" not in file.parts:
+                yield file.relative_to(folder.parent).as_posix(), file
+
+
+FILES = dict(source_files())
+
+
+def imports(path, tree):
+    """Yield (line number, dotted name) of each import, inside functions too; `from a import b` gives `a.b`."""
+    package = path.split("/")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def refusal(path, name):
+    """Why the file at `path` may not import `name`, or None."""
+    top, _, rest = name.partition(".")
+    if path.startswith("lowbit_kernels/"):
+        return None if top in KERNEL_IMPORTS else "lowbit_kernels imports torch, triton and the standard library only"
+    if path in TOP or top not in ("lowbit", "lowbit_kernels"):
+        return None
+    if top == "lowbit_kernels":
+        return None if path == KERNEL_USER else f"only {KERNEL_USER} imports lowbit_kernels"
+    own, target = Path(path).with_suffix("").parts[1], rest.partition(".")[0]
+    if target in (own, "__version__"):
+        return None
+    if target not in LINE_OF:
+        return "import public names from the file that defines them, and list new folders in LINES"
+    if LINE_OF[target] >= LINE_OF[own]:
+        return f"{own} (line {LINE_OF[own]}) may import lower lines only, and {target} is on line {LINE_OF[target]}"
+    return None
+
+
+def layer_errors(path, source):
+    own = Path(path).with_suffix("").parts[1]
+    if path.startswith("lowbit/") and path not in TOP and own not in LINE_OF:
+        return [f"{path}: {own} has no place in LINES of {Path(__file__).name}"]
+    found = ((line, name, refusal(path, name)) for line, name in imports(path, ast.parse(source)))
+    return [f"{path}:{line}: imports {name}: {reason}" for line, name, reason in found if reason]
+
+
+def pattern_errors(path, source):
+    errors = []
+    if (count := len(source.splitlines())) > MAX_LINES:
+        errors.append(f"{path}: {count} lines, at most {MAX_LINES}: split it")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            if node.type is None:
+                errors.append(f"{path}:{node.lineno}: bare except: name the error")
+            elif ast.unparse(node.type) in ("Exception", "BaseException") and isinstance(node.body[0], ast.Pass):
+                errors.append(f"{path}:{node.lineno}: an error is swallowed: name it, or log it")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            errors.append(f"{path}:{node.lineno}: torch.load: pickled weights are never loaded")
+    return errors
+
+
+@pytest.mark.parametrize("check", [layer_errors, pattern_errors])
+def test_source_tree(check):
+    assert FILES
+    errors = [error for path, file in FILES.items() for error in check(path, file.read_text(encoding="utf-8"))]
+    assert not errors, "\n" + "\n".join(errors)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("lowbit/grid.py", "import math, torch\nfrom lowbit.qweight import QuantWeight"),
+        ("lowbit/grid.py", "from lowbit import __version__, qweight"),
+        ("lowbit/formats/awq.py", "from lowbit.formats import bitpack\nfrom .bitpack import pack\nfrom . import gptq"),
+        ("lowbit/formats/awq.py", "from ..qweight import QuantWeight\nfrom .. import errors"),
+        ("lowbit/formats/__init__.py", "FORMATS = {'gptq': 'lowbit.cli:main'}\nfrom .bitpack import pack"),
+        ("lowbit/backends/triton.py", "def linear():\n    import lowbit_kernels.gemv"),
+        ("lowbit/cli/quantize.py", "from lowbit.pipeline import run\nfrom lowbit.eval import kl"),
+        ("lowbit/__init__.py", "from lowbit.cli import main"),
+        ("lowbit_kernels/gemv.py", "import json\nimport triton.language as tl\nfrom .dequant import f"),
+    ],
+)
+def test_imports_that_are_allowed(path, source):
+    assert layer_errors(path, source) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("lowbit/grid.py", "import lowbit.cli"),
+        ("lowbit/grid.py", "from lowbit import pipeline"),
+        ("lowbit/grid.py", "from lowbit import quantize"),
+        ("lowbit/grid.py", "import lowbit"),
+        ("lowbit/grid.py", "from lowbit.reference import linear"),
+        ("lowbit/grid.py", "def f():\n    from lowbit.hf.load import load"),
+        ("lowbit/quantizers/rtn.py", "from ..formats import gptq"),
+        ("lowbit/quantizers/rtn.py", "from .. import linear"),
+        ("lowbit/backends/__init__.py", "from ..linear import LowbitLinear"),
+        ("lowbit/backends/reference.py", "import lowbit_kernels"),
+        ("lowbit/linear.py", "from lowbit_kernels.gemv import gemv"),
+        ("lowbit/stray.py", "import torch"),
+        ("lowbit_kernels/gemv.py", "from lowbit.errors import LowbitError"),
+        ("lowbit_kernels/gemv.py", "import numpy"),
+    ],
+)
+def test_imports_that_are_refused(path, source):
+    assert len(layer_errors(path, source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "try:\n    f()\nexcept:\n    raise",
+        "try:\n    f()\nexcept Exception:\n    pass",
+        "try:\n    f()\nexcept BaseException as error:\n    pass",
+        "state = torch.load(path, weights_only=True)",
+        "\n" * (MAX_LINES + 1),
+    ],
+)
+def test_patterns_that_are_refused(source):
+    assert len(pattern_errors("lowbit/x.py", source)) == 1
+
+
+def test_patterns_that_are_allowed():
+    source = "try:\n    f()\nexcept OSError:\n    pass\nexcept Exception as error:\n    log(error)\njson.load(file)"
+    assert pattern_errors("lowbit/x.py", source) == []
