@@ -155,3 +155,11 @@ class CheckpointNames:
             return renamed, True
         operations = {type(operation).__name__ for operation in self._by_source[source].operations}
         return renamed, "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
+
+    def merged(self, parameter: str) -> int:
+        """How many checkpoint tensors of one expert are concatenated in a fused parameter; 1 if it is stored as it is."""
+        for converter in self._converters:
+            targets = converter.target_patterns
+            if len(targets) == 1 and parameter.endswith(targets[0]) and len(converter.source_patterns) > 1:
+                return len(converter.source_patterns)
+        return 1

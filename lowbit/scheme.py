@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from types import MappingProxyType
 
 from lowbit.errors import UsageError
 
@@ -97,7 +96,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "options", dict(self.options))
         object.__setattr__(self, "overrides", tuple((pattern, scheme) for pattern, scheme in self.overrides))
         if isinstance(self.ignore, str):
             object.__setattr__(self, "ignore", (self.ignore,))

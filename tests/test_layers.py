@@ -11,10 +11,12 @@ ROOT = Path(__file__).parents[1]
 # A file imports its own folder and lower lines only; neighbours on a line do not import each other.
 LINES = (
     {"errors", "lowbit_kernels"},
-    {"scheme", "qweight"},
-    {"grid", "reference"},
+    {"scheme"},
+    {"qweight"},
+    {"grid"},
+    {"reference"},
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
-    {"linear", "experts", "calibration"},
+    {"linear", "experts", "calibration", "sources"},
     {"pipeline", "hf"},
     {"eval", "generation", "publish"},
     {"cli"},

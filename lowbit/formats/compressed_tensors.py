@@ -53,27 +53,18 @@ def shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tup
 
 
 def unpack_weight(tensors: Mapping[str, torch.Tensor], scheme: Scheme, out_features: int, in_features: int) -> QuantWeight:
-    """The inverse of `pack`. The legacy 3-bit layout (10 codes to a word) is told apart by its width."""
+    """The inverse of `pack`; raises InputError for a packed width that does not belong to the scheme."""
     packed = tensors["weight_packed"]
-    if packed.shape[1] == packed_width(in_features, scheme.bits):
-        codes = unpack(packed, scheme.bits, in_features)
-    elif packed.shape[1] == -(-in_features // (32 // scheme.bits)):
-        codes = _unpack_legacy(packed, scheme.bits, in_features)
-    else:
+    if packed.shape[1] != packed_width(in_features, scheme.bits):
         raise InputError(
             f"weight_packed has {packed.shape[1]} words a row, expected {packed_width(in_features, scheme.bits)} "
             f"for {in_features} inputs of {scheme.bits} bits"
         )
+    codes = unpack(packed, scheme.bits, in_features)
     zeros = None
     if not scheme.sym:
         zeros = unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, out_features).T.contiguous()
     return QuantWeight(codes, tensors["weight_scale"], scheme, zeros)
-
-
-def _unpack_legacy(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    shifts = torch.arange(32 // bits, dtype=torch.int32, device=packed.device) * bits
-    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return codes.flatten(1)[:, :columns].to(torch.uint8).contiguous()
 
 
 def _weight_args(scheme: Scheme) -> dict:

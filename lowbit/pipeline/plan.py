@@ -103,10 +103,10 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
         raise InputError(f"{reader.folder} is quantized already ({method}): quantize the original model instead")
     fmt = get_format(format_name)
     chosen, left = choose(model, recipe)
-    names = CheckpointNames(model)
+    checkpoint_names = CheckpointNames(model)
     steps, fulfilled = [], {}
     for info in reader.tensors.values():
-        parameter, direct = names.locate(info.name)
+        parameter, direct = checkpoint_names.locate(info.name)
         step = _copy(info)
         if parameter in chosen:
             site, scheme = chosen[parameter]
@@ -117,15 +117,16 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
             fulfilled[parameter] = step
         steps.append(step)
     _check_complete(reader, chosen, fulfilled)
-    exceptions, ignored = {}, []
-    for parameter, step in fulfilled.items():
+    # a tied head is left alone and not stored, and still has to be named
+    ignored = dict.fromkeys(site.module for site, _ in left.values())
+    exceptions = {}
+    for step in fulfilled.values():
         # a module may have another name in the checkpoint than in memory, and readers look for either
-        both = dict.fromkeys((step.site.module, step.base)) if step.site.kind != "experts" else {step.site.module: None}
+        names = [step.site.module] if step.site.kind == "experts" else [step.site.module, step.base]
         if step.scheme is None:
-            ignored += both
+            ignored.update(dict.fromkeys(names))
         elif step.scheme != recipe.scheme:
-            exceptions.update(dict.fromkeys(both, step.scheme))
-        del parameter
+            exceptions.update(dict.fromkeys(names, step.scheme))
     config = fmt.config(recipe.scheme, exceptions, ignored)
     return Plan(recipe, format_name, tuple(steps), config, left)
 

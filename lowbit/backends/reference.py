@@ -1,0 +1,28 @@
+"""Dequantize, then multiply: correct for every scheme, dtype and device, fast for none."""
+
+from lowbit.qweight import QuantWeight
+from lowbit.reference import linear as reference_linear
+
+
+def available():
+    return None
+
+
+def refuse(scheme, device, dtype, shape):
+    return None
+
+
+def prepare(qweight: QuantWeight):
+    """Codes stay one byte each: unpacking them in every call would cost more than the multiplication of a token."""
+    buffers = {"codes": qweight.codes, "scales": qweight.scales}
+    if qweight.zeros is not None:
+        buffers["zeros"] = qweight.zeros
+    return buffers
+
+
+def restore(buffers, scheme, shape):
+    return QuantWeight(buffers["codes"], buffers["scales"], scheme, buffers.get("zeros"))
+
+
+def linear(x, buffers, scheme, shape):
+    return reference_linear(x, restore(buffers, scheme, shape))

@@ -1,0 +1,78 @@
+"""Loading models: quantized or not, ours or other people's, strictly."""
+
+from pathlib import Path
+
+from lowbit.errors import InputError, LowbitError
+from lowbit.formats import detect_format
+from lowbit.sources import load_config, resolve
+
+# Tensors that some writers add and that carry nothing: zero points of symmetric weights, identity g_idx, k/v scales of 1
+_HARMLESS = ("weight_zero_point", "weight_g_idx")
+
+
+def loading_config(path: str | Path, backend: str | None = None, revision: str | None = None, trust_remote_code: bool = False):
+    """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
+
+    AutoModelForCausalLM.from_pretrained(path, config=loading_config(path))
+    """
+    config = load_config(resolve(path, revision), trust_remote_code)
+    source = getattr(config, "quantization_config", None)
+    if source is not None:
+        source = source if isinstance(source, dict) else source.to_dict()
+        detect_format(source)
+        config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend}
+    return config
+
+
+def load(
+    path: str | Path,
+    *,
+    device_map=None,
+    dtype="auto",
+    backend: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs,
+):
+    """A transformers model from a folder, a Hub id or "reference", on lowbit's kernels where it is quantized.
+
+    device_map, dtype and further keywords are those of `from_pretrained`. backend: run on this one or fail.
+    Raises InputError if a tensor is missing, unexpected or of another shape: nothing is ever filled in.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(path, revision)
+    config = loading_config(folder, backend, trust_remote_code=trust_remote_code)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            device_map=device_map,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except LowbitError:
+        raise
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise InputError(f"cannot load {folder}: {_first_line(error)}") from error
+    _check(folder, info)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _check(folder: Path, info: dict) -> None:
+    unexpected = sorted(k for k in info.get("unexpected_keys", ()) if not k.endswith(_HARMLESS))
+    mismatched = sorted(info.get("mismatched_keys", ()))
+    missing = sorted(info.get("missing_keys", ()))
+    for what, names in (("missing from", missing), ("of another shape in", mismatched), ("unknown to the model but in", unexpected)):
+        if names:
+            first = names[0] if isinstance(names[0], str) else f"{names[0][0]} {list(names[0][1])} (expected {list(names[0][2])})"
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{first}{more}: {what} {folder}; the checkpoint does not belong to its config")

@@ -1,0 +1,199 @@
+"""The HfQuantizer: linears become LowbitLinear and fused experts stay quantized, on the fly or from a checkpoint.
+
+On the fly, a dense tensor arrives under its own name, is quantized by `QuantizeOnLoad` and never stored. From a
+checkpoint, the packed tensors of compressed-tensors load into the modules by name.
+"""
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from lowbit.discovery import CheckpointNames, Site, choose, find_sites
+from lowbit.errors import InputError
+from lowbit.experts import expert_weights, finish_experts, pack_experts, packed_name, quantize_experts, restore_experts
+from lowbit.formats import detect_format, get_format
+from lowbit.formats import compressed_tensors as packed_format
+from lowbit.hf.config import LowbitConfig
+from lowbit.linear import LowbitLinear
+from lowbit.quantizers import get_quantizer
+from lowbit.scheme import Scheme
+
+
+class QuantizeOnLoad(ConversionOps):
+    """Takes the dense tensor of one site, gives its packed tensors under their full names."""
+
+    def __init__(self, quantizer: "LowbitQuantizer"):
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
+        tensor = next(iter(input_dict.values()))
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        quantizer = self.hf_quantizer
+        site, scheme = quantizer.chosen[full_layer_name]
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+            raise InputError(f"{full_layer_name} holds NaN or infinite values: the checkpoint is damaged")
+        tensor = tensor.to(quantizer.dtype)
+        packed = quantizer.quantize(tensor, site, scheme)
+        module, leaf = get_module_from_name(model, full_layer_name)
+        missing_keys.discard(full_layer_name)
+        if site.kind == "experts":
+            finish_experts(module, leaf)
+            return {f"{site.parameter}{packed_name('', suffix)}": part for suffix, part in packed.items()}
+        delattr(module, "weight")  # the placeholder; deleted rather than None, because PEFT probes hasattr
+        return {f"{site.module}.{suffix}": part for suffix, part in packed.items()}
+
+
+@register_quantizer("lowbit")
+class LowbitQuantizer(HfQuantizer):
+    requires_calibration = False
+    quantization_config: LowbitConfig
+    # lets the merges that transformers does for fused experts apply to each packed tensor
+    serialized_names = {"weight": list(packed_format.SUFFIXES)}  # noqa: RUF012
+
+    def validate_environment(self, *args, **kwargs):
+        if self.pre_quantized and self.quantization_config.source is None:
+            raise InputError("this checkpoint says it is quantized but not how: load it with lowbit.load(folder)")
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        config = self.quantization_config
+        self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self.names = CheckpointNames(model)
+        if self.pre_quantized:
+            self.chosen = self._from_checkpoint(model)
+        else:
+            self.chosen, self.left = choose(model, config.recipe)
+        if not self.chosen:
+            raise InputError("nothing is quantized: no linear layer of the model matches the config")
+        for site, scheme in self.chosen.values():
+            owner, leaf = get_module_from_name(model, site.parameter)
+            if site.kind == "experts":
+                quantize_experts(owner, leaf, scheme, self.dtype, self.names.merged(site.parameter))
+                if self.pre_quantized:
+                    finish_experts(owner, leaf)
+            else:
+                self._replace_linear(model, site, scheme, owner)
+
+    def _from_checkpoint(self, model) -> dict[str, tuple[Site, Scheme]]:
+        source = self.quantization_config.source
+        schemes = get_format(detect_format(source)).schemes(source)
+        chosen = {}
+        for name, site in find_sites(model).items():
+            # a Conv1D of lowbit's checkpoints is a Linear to every reader: it is stored as one
+            scheme = schemes.lookup(site.names, "Linear")
+            if scheme is not None:
+                chosen[name] = (site, scheme)
+        return chosen
+
+    def _replace_linear(self, model, site: Site, scheme: Scheme, old: nn.Module) -> None:
+        with torch.device("meta"):
+            layer = LowbitLinear(
+                site.in_features, site.out_features, scheme, old.bias is not None, self.dtype, self.quantization_config.backend
+            )
+            layer.transposed = site.transposed
+            if not self.pre_quantized:
+                layer.weight = nn.Parameter(torch.empty_like(old.weight), requires_grad=False)
+        model.set_submodule(site.module, layer)
+
+    def quantize(self, tensor: torch.Tensor, site: Site, scheme: Scheme) -> dict[str, torch.Tensor]:
+        recipe = self.quantization_config.recipe
+
+        def one(matrix):
+            return get_quantizer(recipe.method).quantize(matrix, {}, scheme, recipe.options)
+
+        if site.kind == "experts":
+            return pack_experts(tensor, scheme, site.transposed, self.names.merged(site.parameter), one)
+        return packed_format.pack(one(tensor.T.contiguous() if site.transposed else tensor))
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        return not self.pre_quantized and param_name in self.chosen
+
+    def get_quantize_ops(self):
+        return QuantizeOnLoad(self)
+
+    def update_weight_conversions(self, weight_conversions, *model):
+        # transformers 5.17 to 5.20 do not pass the model
+        self._conversions = super().update_weight_conversions(weight_conversions, *model)
+        return self._conversions
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name, module in model.named_modules():
+            if isinstance(module, LowbitLinear):
+                self._check_loaded(name, module, packed_format.suffixes(module.scheme))
+                if not _is_moved_by_accelerate(module):
+                    module.prepare()
+            for parameter, weights in expert_weights(module).items():
+                names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
+                self._check_loaded(name, module, names)
+        if not self.pre_quantized:
+            self._keep_expert_conversions(model)
+            self.quantization_config.source = self._saved_config()
+        return model
+
+    def _check_loaded(self, name: str, module: nn.Module, parameters) -> None:
+        """transformers fills a parameter that the checkpoint lacks with whatever is in memory; here that is an error."""
+        missing = [p for p in parameters if not getattr(module._parameters[p], "_is_hf_initialized", False)]
+        if "weight" in module._parameters:
+            missing = ["weight"]
+        if missing:
+            raise InputError(f"{name}.{missing[0]} is not in the checkpoint: it is incomplete or does not belong to its config")
+
+    def _keep_expert_conversions(self, model) -> None:
+        """A dense checkpoint used none of the per-tensor merges of packed experts, but saving reverses them."""
+        suffixes = packed_format.SUFFIXES
+        kept = [
+            conversion
+            for conversion in self._conversions
+            if conversion.was_used()
+            or (isinstance(conversion, WeightConverter) and conversion._original_source_patterns[0].endswith(suffixes))
+        ]
+        model._weight_conversions = kept or None
+
+    def _saved_config(self) -> dict:
+        recipe = self.quantization_config.recipe
+        exceptions = {site.module: scheme for site, scheme in self.chosen.values() if scheme != recipe.scheme}
+        return packed_format.config(recipe.scheme, exceptions, [site.module for site, _ in self.left.values()])
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+    @property
+    def is_compileable(self):
+        return True
+
+    def param_element_size(self, model, param_name, param):
+        """Bytes per element of a placeholder, for `device_map="auto"`."""
+        if self.param_needs_quantization(model, param_name):
+            return self.chosen[param_name][1].bits / 8
+        return param.element_size()
+
+    def _dequantize(self, model, dtype=None):
+        from transformers.pytorch_utils import Conv1D
+
+        dtype = dtype or self.dtype
+        for name, module in list(model.named_modules()):
+            restore_experts(module, dtype)
+            if not isinstance(module, LowbitLinear):
+                continue
+            weight = module.dequantize(dtype)
+            with torch.device("meta"):
+                if module.transposed:
+                    dense = Conv1D(module.out_features, module.in_features)
+                    weight = weight.T.contiguous()
+                else:
+                    dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+            model.set_submodule(name, dense)
+        return model
+
+
+def _is_moved_by_accelerate(module: nn.Module) -> bool:
+    """Weights that live elsewhere and come to the device for each call keep their packed names."""
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))

@@ -1,0 +1,141 @@
+"""LowbitLinear: a linear layer whose weight stays quantized."""
+
+import torch
+from torch import nn
+
+from lowbit.backends import choose, get_backend
+from lowbit.formats import compressed_tensors as packed_format
+from lowbit.grid import dequantize
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
+
+
+class LowbitLinear(nn.Module):
+    """y = x W^T + bias with W [out_features, in_features] quantized by `scheme`.
+
+    It has two states. *Packed*: the tensors of a compressed-tensors checkpoint are its parameters (`weight_packed`,
+    `weight_scale`, `weight_zero_point`, `weight_shape`), so that checkpoints load into it by name. *Prepared*: `prepare`
+    has turned them into the buffers of a backend; `packed_tensors` gives the packed ones back, bit for bit.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype, backend: str | None = None
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
+        self.wanted_backend = backend
+        self.transposed = False  # stands in for a Conv1D
+        self.backend: str | None = None
+        for name, (shape, stored) in packed_format.shapes(scheme, out_features, in_features).items():
+            self._set_packed(name, torch.empty(shape, dtype=stored or dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+
+    @classmethod
+    def from_quantized(cls, qweight: QuantWeight, bias: torch.Tensor | None = None, backend: str | None = None) -> "LowbitLinear":
+        with torch.device("meta"):
+            layer = cls(
+                qweight.in_features, qweight.out_features, qweight.scheme, bias is not None, qweight.scales.dtype, backend
+            )
+        for name, tensor in packed_format.pack(qweight).items():
+            layer._set_packed(name, tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer.prepare()
+
+    def __getattr__(self, name):
+        # Some models look at `linear.weight` (its dtype, or to fold it into another product): it is made when asked for
+        if name == "weight" and "weight" not in self._parameters:
+            weight = self.dequantize()
+            weight._is_hf_initialized = True  # or transformers would "initialise" this copy when it loads a model
+            return weight
+        return super().__getattr__(name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _set_packed(self, name: str, tensor: torch.Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors a compressed-tensors checkpoint holds for this layer."""
+        if self.backend is None:
+            return {name: getattr(self, name).detach() for name in packed_format.suffixes(self.scheme)}
+        return packed_format.pack(self.quantized_weight())
+
+    def quantized_weight(self) -> QuantWeight:
+        if self.backend is None:
+            return packed_format.unpack_weight(self.packed_tensors(), self.scheme, self.out_features, self.in_features)
+        return get_backend(self.backend).restore(self._prepared(), self.scheme, self.shape)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[out_features, in_features] in `dtype` (default: the layer's)."""
+        return dequantize(self.quantized_weight(), dtype or self.dtype)
+
+    def _prepared(self) -> dict[str, torch.Tensor]:
+        return {name: self._buffers[name] for name in self._prepared_names}
+
+    def prepare(self) -> "LowbitLinear":
+        """Choose the backend for the device the layer is on and lay the weight out for it. Does nothing if done."""
+        if self.backend is not None or self.weight_packed.device.type == "meta":
+            return self
+        qweight = self.quantized_weight()
+        device = qweight.codes.device
+        self.dtype = qweight.scales.dtype
+        backend = choose(self.scheme, device, self.dtype, self.shape, self.wanted_backend)
+        buffers = get_backend(backend).prepare(qweight)
+        for name in packed_format.suffixes(self.scheme):
+            delattr(self, name)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self._prepared_names, self.backend = tuple(buffers), backend
+        return self
+
+    def unprepare(self) -> "LowbitLinear":
+        """Back to the packed state."""
+        if self.backend is not None:
+            packed = self.packed_tensors()
+            for name in self._prepared_names:
+                delattr(self, name)
+            self.backend = None
+            for name, tensor in packed.items():
+                self._set_packed(name, tensor)
+        return self
+
+    def _apply(self, fn, recurse=True):
+        # A backend's layout belongs to one device and dtype: .to() and .half() move the packed tensors instead
+        was_prepared = self.backend is not None
+        self.unprepare()
+        super()._apply(fn, recurse)
+        return self.prepare() if was_prepared else self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.backend is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for name, tensor in self.packed_tensors().items():
+            destination[prefix + name] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        was_prepared = self.backend is not None
+        self.unprepare()
+        super()._load_from_state_dict(*args, **kwargs)
+        if was_prepared:
+            self.prepare()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
+            return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
+        rows = x.reshape(-1, self.in_features).to(self.dtype)
+        y = get_backend(self.backend).linear(rows, self._prepared(), self.scheme, self.shape)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme.name}, backend={self.backend}"
+        )
