@@ -26,7 +26,9 @@ class ExpertWeights:
     # transformers leaves what it takes for loaded out of its weight initialisation
     _is_hf_initialized = True
 
-    def __init__(self, module: nn.Module, parameter: str, scheme: Scheme, shape: tuple[int, int, int], transposed: bool, dtype):
+    def __init__(
+        self, module: nn.Module, parameter: str, scheme: Scheme, shape: tuple[int, int, int], transposed: bool, dtype
+    ):
         # the module is not held as an attribute of a Module, so no reference cycle reaches state_dict or deepcopy's walk
         self._tensors = module._parameters
         self.parameter, self.scheme, self.transposed, self.dtype = parameter, scheme, transposed, dtype
@@ -65,13 +67,17 @@ def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: t
             shape = (2 * merged,)
         tensor = torch.empty((experts, *shape), dtype=stored or dtype, device=dense.device)
         module.register_parameter(packed_name(parameter, suffix), nn.Parameter(tensor, requires_grad=False))
-    weights = ExpertWeights(module, parameter, scheme, (experts, out_features, in_features), module.is_transposed, dtype)
+    weights = ExpertWeights(
+        module, parameter, scheme, (experts, out_features, in_features), module.is_transposed, dtype
+    )
     module.__dict__.setdefault("_expert_weights", {})[parameter] = weights
     # the other implementations multiply with the whole parameter at once; the eager one takes expert after expert
     module.config._experts_implementation = "eager"
 
 
-def pack_experts(weights: torch.Tensor, scheme: Scheme, transposed: bool, merged: int, quantize) -> dict[str, torch.Tensor]:
+def pack_experts(
+    weights: torch.Tensor, scheme: Scheme, transposed: bool, merged: int, quantize
+) -> dict[str, torch.Tensor]:
     """Quantize a dense 3-D parameter with `quantize(matrix [N, K]) -> QuantWeight`; packed tensors by suffix."""
     packed = [packed_format.pack(quantize(w.T.contiguous() if transposed else w)) for w in weights]
     stacked = {suffix: torch.stack([part[suffix] for part in packed]) for suffix in packed[0]}

@@ -19,7 +19,13 @@ class LowbitLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype, backend: str | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        bias: bool,
+        dtype: torch.dtype,
+        backend: str | None = None,
     ):
         super().__init__()
         self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
@@ -31,10 +37,17 @@ class LowbitLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
     @classmethod
-    def from_quantized(cls, qweight: QuantWeight, bias: torch.Tensor | None = None, backend: str | None = None) -> "LowbitLinear":
+    def from_quantized(
+        cls, qweight: QuantWeight, bias: torch.Tensor | None = None, backend: str | None = None
+    ) -> "LowbitLinear":
         with torch.device("meta"):
             layer = cls(
-                qweight.in_features, qweight.out_features, qweight.scheme, bias is not None, qweight.scales.dtype, backend
+                qweight.in_features,
+                qweight.out_features,
+                qweight.scheme,
+                bias is not None,
+                qweight.scales.dtype,
+                backend,
             )
         for name, tensor in packed_format.pack(qweight).items():
             layer._set_packed(name, tensor)
@@ -56,6 +69,12 @@ class LowbitLinear(nn.Module):
 
     def _set_packed(self, name: str, tensor: torch.Tensor) -> None:
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def add_placeholder(self, weight: torch.Tensor) -> None:
+        """A dense `weight` parameter, as the slot that a loader fills with what it then quantizes."""
+        self._parameters["weight"] = nn.Parameter(
+            weight, requires_grad=False
+        )  # register_parameter asks __getattr__ first
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors a compressed-tensors checkpoint holds for this layer."""

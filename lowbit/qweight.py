@@ -28,7 +28,9 @@ class QuantWeight:
         if self.codes.dtype != torch.uint8:
             raise ValueError(f"codes are {self.codes.dtype}, expected torch.uint8")
         if tuple(self.scales.shape) != expected:
-            raise ValueError(f"scales have shape {tuple(self.scales.shape)}, expected {expected} for {self.scheme.name}")
+            raise ValueError(
+                f"scales have shape {tuple(self.scales.shape)}, expected {expected} for {self.scheme.name}"
+            )
         if (self.zeros is None) != self.scheme.sym:
             raise ValueError(f"{self.scheme.name} {'takes no' if self.scheme.sym else 'needs'} zeros")
         if self.zeros is not None and (self.zeros.dtype != torch.uint8 or tuple(self.zeros.shape) != expected):

@@ -41,7 +41,9 @@ class Scheme:
         """Read a scheme name such as W4A16, W8A16-G64, W4A16_ASYM or W4A16-CHANNEL (group size 128 unless named)."""
         match = _NAME.fullmatch(name.strip())
         if not match:
-            raise UsageError(f"scheme {name!r} is not known; expected W<bits>A16[_ASYM][-G<group>|-CHANNEL], e.g. W4A16-G128")
+            raise UsageError(
+                f"scheme {name!r} is not known; expected W<bits>A16[_ASYM][-G<group>|-CHANNEL], e.g. W4A16-G128"
+            )
         group = PER_CHANNEL if match["channel"] else int(match["group"] or 128)
         return cls(bits=int(match["bits"]), group_size=group, sym=not match["asym"])
 

@@ -20,18 +20,27 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         return folder
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
-        raise InputError(f"no such model folder: {name} (expected a folder, a Hub id such as org/name, or '{REFERENCE}')")
+        raise InputError(
+            f"no such model folder: {name} (expected a folder, a Hub id such as org/name, or '{REFERENCE}')"
+        )
     return _download(name, revision)
 
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_UNWANTED)))
     except RepositoryNotFoundError:
-        raise InputError(f"{name} is neither a folder nor a model on the Hub (private models need `hf auth login`)") from None
+        raise InputError(
+            f"{name} is neither a folder nor a model on the Hub (private models need `hf auth login`)"
+        ) from None
     except LocalEntryNotFoundError:
         raise InputError(f"{name} is not a folder, not in the local cache, and the Hub cannot be reached") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:

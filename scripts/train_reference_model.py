@@ -159,7 +159,9 @@ def train(args, stream, heldout, device):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             torch.save(state, state_file.with_suffix(".part"))
             state_file.with_suffix(".part").replace(state_file)
-            print(f"step {step}  held-out perplexity {perplexity(model, heldout[: 8 * CONTEXT], device):.2f}", flush=True)
+            print(
+                f"step {step}  held-out perplexity {perplexity(model, heldout[: 8 * CONTEXT], device):.2f}", flush=True
+            )
     return model
 
 

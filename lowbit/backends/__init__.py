@@ -31,7 +31,9 @@ def get_backend(name: str):
     return import_module(BACKENDS[name])
 
 
-def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], wanted: str | None = None) -> str:
+def choose(
+    scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], wanted: str | None = None
+) -> str:
     """The name of the backend for a layer: `wanted` or an error, else the first that does not refuse.
 
     Each distinct reason for passing over a backend is logged once.
@@ -39,7 +41,9 @@ def choose(scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: tupl
     if wanted is not None:
         reason = get_backend(wanted).refuse(scheme, device, dtype, shape)
         if reason:
-            raise BackendError(f"backend {wanted} cannot run {scheme.name} {list(shape)} in {dtype} on {device}: {reason}")
+            raise BackendError(
+                f"backend {wanted} cannot run {scheme.name} {list(shape)} in {dtype} on {device}: {reason}"
+            )
         return wanted
     for name in BACKENDS:
         reason = get_backend(name).refuse(scheme, device, dtype, shape)

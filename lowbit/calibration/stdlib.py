@@ -53,7 +53,9 @@ def sources(split: str) -> Iterator[tuple[str, str]]:
         found = True
         yield relative.as_posix(), text
     if not found:
-        raise InputError(f"no standard library sources under {root}: expected *.py files there; pass a text file instead")
+        raise InputError(
+            f"no standard library sources under {root}: expected *.py files there; pass a text file instead"
+        )
 
 
 def described_functions(split: str) -> Iterator[tuple[str, str]]:

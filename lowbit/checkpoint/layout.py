@@ -64,7 +64,9 @@ def read_header(path: Path) -> list[StoredTensor]:
         try:
             header = json.loads(file.read(length))
             tensors = [
-                StoredTensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0])
+                StoredTensor(
+                    name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0]
+                )
                 for name, entry in header.items()
                 if name != "__metadata__"
             ]
@@ -73,7 +75,9 @@ def read_header(path: Path) -> list[StoredTensor]:
             raise InputError(f"{path.name} has a damaged safetensors header ({error!r}): download it again") from None
     expected = 8 + length + max(ends.values(), default=0)
     if size != expected:
-        raise InputError(f"{path.name} has {size} bytes, its header says {expected}: the file is truncated, download it again")
+        raise InputError(
+            f"{path.name} has {size} bytes, its header says {expected}: the file is truncated, download it again"
+        )
     for tensor in tensors:
         if tensor.offset + tensor.nbytes != 8 + length + ends[tensor.name] or tensor.offset < 8 + length:
             raise InputError(f"{path.name}: the offsets of {tensor.name} do not fit its shape: download it again")

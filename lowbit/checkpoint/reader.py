@@ -21,12 +21,16 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.config = _read_json(self.folder / "config.json", f"{self.folder} is not a model folder: it has no config.json")
+        self.config = _read_json(
+            self.folder / "config.json", f"{self.folder} is not a model folder: it has no config.json"
+        )
         self.files = [self.folder / name for name in self._shard_names()]
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             if not file.is_file():
-                raise InputError(f"{file.name} is named by {INDEX_NAME} but missing in {self.folder}: download it again")
+                raise InputError(
+                    f"{file.name} is named by {INDEX_NAME} but missing in {self.folder}: download it again"
+                )
             for tensor in read_header(file):
                 if tensor.name in self.tensors:
                     raise InputError(f"{tensor.name} is in both {self.tensors[tensor.name].file.name} and {file.name}")
@@ -43,7 +47,9 @@ class CheckpointReader:
             for name in names:
                 # an index comes from strangers: it may only name files beside it
                 if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
-                    raise InputError(f"{INDEX_NAME} names {name!r}, which is outside {self.folder}: refusing to open it")
+                    raise InputError(
+                        f"{INDEX_NAME} names {name!r}, which is outside {self.folder}: refusing to open it"
+                    )
                 if not name.endswith(".safetensors"):
                     raise InputError(f"{INDEX_NAME} names {name!r}; expected *.safetensors files only")
             return names

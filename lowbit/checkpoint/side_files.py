@@ -6,7 +6,17 @@ from pathlib import Path
 from lowbit.checkpoint.reader import PICKLE_SUFFIXES
 
 # Weights in other formats are not side files: the quantized folder would be larger than the source
-_WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot")
+_WEIGHT_SUFFIXES = (
+    *PICKLE_SUFFIXES,
+    ".safetensors",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".h5",
+    ".msgpack",
+    ".tflite",
+    ".ot",
+)
 _WRITTEN_ANEW = ("config.json",)
 
 

@@ -21,7 +21,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 
 
 def parse_size(text: str | int) -> int:
-    """"5GB" -> 5_000_000_000, as transformers and huggingface_hub read sizes."""
+    """ "5GB" -> 5_000_000_000, as transformers and huggingface_hub read sizes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(text), re.IGNORECASE)
     size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
     if size <= 0:
@@ -179,7 +179,9 @@ class CheckpointWriter:
     def finish(self, total_parameters: int) -> None:
         """Flush the shards to the disk and write the index where there are several."""
         if self._pending:
-            raise InputError(f"{len(self._pending)} planned tensors were not written, first: {next(iter(self._pending))}")
+            raise InputError(
+                f"{len(self._pending)} planned tensors were not written, first: {next(iter(self._pending))}"
+            )
         for descriptor in self._files:
             os.fsync(descriptor)
         self.close()

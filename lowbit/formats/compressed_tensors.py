@@ -40,7 +40,9 @@ def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+def shapes(
+    scheme: Scheme, out_features: int, in_features: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """(shape, dtype) of each tensor of one linear; dtype None stands for the model's floating dtype."""
     groups = scheme.groups(in_features)
     table = {
@@ -52,7 +54,9 @@ def shapes(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tup
     return {suffix: table[suffix] for suffix in suffixes(scheme)}
 
 
-def unpack_weight(tensors: Mapping[str, torch.Tensor], scheme: Scheme, out_features: int, in_features: int) -> QuantWeight:
+def unpack_weight(
+    tensors: Mapping[str, torch.Tensor], scheme: Scheme, out_features: int, in_features: int
+) -> QuantWeight:
     """The inverse of `pack`; raises InputError for a packed width that does not belong to the scheme."""
     packed = tensors["weight_packed"]
     if packed.shape[1] != packed_width(in_features, scheme.bits):
@@ -127,7 +131,9 @@ def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
     if group.get("input_activations"):
         raise InputError("input_activations are quantized in this checkpoint; expected weight-only quantization")
     if weights.get("actorder") in ("group", "dynamic"):
-        raise InputError("actorder 'group' needs g_idx, which pack-quantized no longer carries; expected null or 'static'")
+        raise InputError(
+            "actorder 'group' needs g_idx, which pack-quantized no longer carries; expected null or 'static'"
+        )
     strategy = weights.get("strategy")
     if strategy not in ("group", "channel"):
         raise InputError(f"strategy {strategy!r} cannot be read; expected 'group' or 'channel'")

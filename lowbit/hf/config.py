@@ -38,7 +38,12 @@ class LowbitConfig(QuantizationConfigMixin):
             raise UsageError(f"LowbitConfig has no option {next(iter(unknown))!r}")
         self.quant_method = "lowbit"
         options = checked_options("rtn", {"scale_search": scale_search})
-        self.recipe = Recipe(Scheme(bits, group_size, sym), "rtn", options, ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore))
+        self.recipe = Recipe(
+            Scheme(bits, group_size, sym),
+            "rtn",
+            options,
+            ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        )
         self.backend = backend
         self.source = source
 

@@ -10,7 +10,9 @@ from lowbit.sources import load_config, resolve
 _HARMLESS = ("weight_zero_point", "weight_g_idx")
 
 
-def loading_config(path: str | Path, backend: str | None = None, revision: str | None = None, trust_remote_code: bool = False):
+def loading_config(
+    path: str | Path, backend: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+):
     """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
 
     AutoModelForCausalLM.from_pretrained(path, config=loading_config(path))
@@ -71,8 +73,16 @@ def _check(folder: Path, info: dict) -> None:
     unexpected = sorted(k for k in info.get("unexpected_keys", ()) if not k.endswith(_HARMLESS))
     mismatched = sorted(info.get("mismatched_keys", ()))
     missing = sorted(info.get("missing_keys", ()))
-    for what, names in (("missing from", missing), ("of another shape in", mismatched), ("unknown to the model but in", unexpected)):
+    for what, names in (
+        ("missing from", missing),
+        ("of another shape in", mismatched),
+        ("unknown to the model but in", unexpected),
+    ):
         if names:
-            first = names[0] if isinstance(names[0], str) else f"{names[0][0]} {list(names[0][1])} (expected {list(names[0][2])})"
+            first = (
+                names[0]
+                if isinstance(names[0], str)
+                else f"{names[0][0]} {list(names[0][1])} (expected {list(names[0][2])})"
+            )
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{first}{more}: {what} {folder}; the checkpoint does not belong to its config")

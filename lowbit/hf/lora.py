@@ -14,8 +14,8 @@ def enable_lora(config):
 
 
 def _lora_layer():
-    from torch import nn
     from peft.tuners.lora.layer import LoraLayer
+    from torch import nn
 
     class LoraLowbitLinear(nn.Module, LoraLayer):
         """y = base(x) + B(A(dropout(x))) * scaling, for each active adapter."""

@@ -13,8 +13,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites
 from lowbit.errors import InputError
 from lowbit.experts import expert_weights, finish_experts, pack_experts, packed_name, quantize_experts, restore_experts
-from lowbit.formats import detect_format, get_format
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.formats import detect_format, get_format
 from lowbit.hf.config import LowbitConfig
 from lowbit.linear import LowbitLinear
 from lowbit.quantizers import get_quantizer
@@ -41,7 +41,7 @@ class QuantizeOnLoad(ConversionOps):
         if site.kind == "experts":
             finish_experts(module, leaf)
             return {f"{site.parameter}{packed_name('', suffix)}": part for suffix, part in packed.items()}
-        delattr(module, "weight")  # the placeholder; deleted rather than None, because PEFT probes hasattr
+        delattr(module, "weight")  # the placeholder
         return {f"{site.module}.{suffix}": part for suffix, part in packed.items()}
 
 
@@ -89,11 +89,16 @@ class LowbitQuantizer(HfQuantizer):
     def _replace_linear(self, model, site: Site, scheme: Scheme, old: nn.Module) -> None:
         with torch.device("meta"):
             layer = LowbitLinear(
-                site.in_features, site.out_features, scheme, old.bias is not None, self.dtype, self.quantization_config.backend
+                site.in_features,
+                site.out_features,
+                scheme,
+                old.bias is not None,
+                self.dtype,
+                self.quantization_config.backend,
             )
             layer.transposed = site.transposed
             if not self.pre_quantized:
-                layer.weight = nn.Parameter(torch.empty_like(old.weight), requires_grad=False)
+                layer.add_placeholder(torch.empty_like(old.weight))
         model.set_submodule(site.module, layer)
 
     def quantize(self, tensor: torch.Tensor, site: Site, scheme: Scheme) -> dict[str, torch.Tensor]:
@@ -137,7 +142,9 @@ class LowbitQuantizer(HfQuantizer):
         if "weight" in module._parameters:
             missing = ["weight"]
         if missing:
-            raise InputError(f"{name}.{missing[0]} is not in the checkpoint: it is incomplete or does not belong to its config")
+            raise InputError(
+                f"{name}.{missing[0]} is not in the checkpoint: it is incomplete or does not belong to its config"
+            )
 
     def _keep_expert_conversions(self, model) -> None:
         """A dense checkpoint used none of the per-tensor merges of packed experts, but saving reverses them."""

@@ -144,7 +144,8 @@ def _quantize(info: TensorInfo, site: Site, scheme: Scheme, direct: bool, fmt: M
     packed = fmt.pack(QuantWeight.meta(out_features, in_features, scheme, info.dtype))
     lead = info.shape[:-2]
     outputs = tuple(
-        TensorInfo(output_name(info.name, suffix), tensor.dtype, (*lead, *tensor.shape)) for suffix, tensor in packed.items()
+        TensorInfo(output_name(info.name, suffix), tensor.dtype, (*lead, *tensor.shape))
+        for suffix, tensor in packed.items()
     )
     return Step(info, outputs, site, scheme)
 
@@ -160,7 +161,9 @@ def _cannot(info: TensorInfo, site: Site, direct: bool) -> str | None:
     # one expert of a fused parameter; gate and up are halves of it
     if site.kind == "experts" and len(info.shape) == 2 and not site.transposed and info.shape[1] == site.in_features:
         return None
-    raise InputError(f"{info.name} has shape {list(info.shape)}, the model's config says {list(stored)}: they do not belong together")
+    raise InputError(
+        f"{info.name} has shape {list(info.shape)}, the model's config says {list(stored)}: they do not belong together"
+    )
 
 
 def _check_complete(reader: CheckpointReader, chosen: dict, fulfilled: dict) -> None:

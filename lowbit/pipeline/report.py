@@ -17,7 +17,10 @@ def weight_error(weight: torch.Tensor, qweight: QuantWeight) -> float:
     step = max(1, weight.shape[0] // _SAMPLED_ROWS)
     rows = weight[::step].float()
     sampled = QuantWeight(
-        qweight.codes[::step], qweight.scales[::step], qweight.scheme, None if qweight.zeros is None else qweight.zeros[::step]
+        qweight.codes[::step],
+        qweight.scales[::step],
+        qweight.scheme,
+        None if qweight.zeros is None else qweight.zeros[::step],
     )
     difference = dequantize(sampled, torch.float32).sub_(rows)
     return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(rows).clamp_min(1e-30))

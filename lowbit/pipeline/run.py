@@ -79,9 +79,7 @@ def quantize(
 def make_recipe(scheme, group_size, sym, method, options, overrides=(), ignore=()) -> Recipe:
     """A Recipe from what a user types; raises UsageError for anything that is not allowed."""
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    base = Scheme(
-        base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym
-    )
+    base = Scheme(base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym)
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     return Recipe(base, method, checked_options(method, options or {}), parsed, ignore)

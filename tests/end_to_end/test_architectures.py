@@ -22,7 +22,9 @@ def test_quantize_load_generate(name, tmp_path):
     report = lowbit.quantize(source, tmp_path / "quantized", scheme=SCHEME)
     # embeddings, the head and norms are all that is left alone in these models
     dense = AutoModelForCausalLM.from_pretrained(source)
-    left = [m.weight for m in dense.modules() if isinstance(m, torch.nn.Embedding)] + [dense.get_output_embeddings().weight]
+    left = [m.weight for m in dense.modules() if isinstance(m, torch.nn.Embedding)] + [
+        dense.get_output_embeddings().weight
+    ]
     left = {id(p) for p in left}
     quantizable = sum(p.numel() for p in dense.parameters() if p.ndim >= 2 and id(p) not in left)
     assert report.quantized_share * report.source_bytes >= 0.95 * quantizable * 4

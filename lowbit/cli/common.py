@@ -1,0 +1,95 @@
+"""What the commands share: options, tables, progress, JSON."""
+
+import json
+import sys
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lowbit.errors import UsageError
+
+console = Console(highlight=False, soft_wrap=True)
+# progress and notes go to stderr: stdout carries the result
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a Hub id, or 'reference' for the embedded model.", show_default=False
+    ),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="MODEL as an option.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DtypeOption = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")]
+DeviceMapOption = Annotated[
+    str | None, typer.Option(help="As in transformers: auto, cpu, cuda, ... (default: cuda if there is one, else cpu).")
+]
+BackendOption = Annotated[
+    str | None, typer.Option(help="Run on this backend or fail (default: the first that can).", show_default=False)
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def one_model(argument: str | None, option: str | None) -> str:
+    if (argument is None) == (option is None):
+        raise UsageError("expected one MODEL: a folder, a Hub id, or 'reference'")
+    return argument if argument is not None else option
+
+
+def checked_dtype(name: str) -> str:
+    if name not in _DTYPES:
+        raise UsageError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
+    return name
+
+
+def default_device_map(device_map: str | None) -> str | None:
+    import torch
+
+    if device_map is None and torch.cuda.is_available():
+        return "cuda"
+    return device_map
+
+
+def quiet_transformers() -> None:
+    """Its warnings and bars would run into ours; what matters is raised as an error."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def print_json(data) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """Left-aligned first column, the others right-aligned."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return made
+
+
+@contextmanager
+def progress(label: str, total: int, quiet: bool = False):
+    """A bar with ETA on stderr; yields `advance(steps, note)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=notes, transient=True, disable=quiet) as bar:
+        task = bar.add_task(label, total=total, note="")
+        yield lambda steps=1, note="": bar.update(task, advance=steps, note=note)
