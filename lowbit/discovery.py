@@ -1,8 +1,8 @@
 """Which weights of a model can be quantized, found from its modules: no table of architectures.
 
-A `Site` is one weight matrix: that of an `nn.Linear`, of GPT-2's `Conv1D` (stored transposed), or a fused 3-D parameter of
-an experts module (one matrix per expert). Sites are found on a model without data and then matched to checkpoint names
-through the same renaming rules that transformers applies when it loads.
+A `Site` is one weight matrix: that of an `nn.Linear`, of GPT-2's `Conv1D` (stored transposed), or a fused 3-D
+parameter of an experts module (one matrix per expert). Sites are found on a model without data and then matched to
+checkpoint names through the same renaming rules that transformers applies when it loads.
 """
 
 import logging
@@ -144,8 +144,8 @@ class CheckpointNames:
         self._prefix = model.base_model_prefix
 
     def locate(self, name: str) -> tuple[str, bool]:
-        """(parameter name, direct): direct means that the tensor reaches the parameter as it is or is merged, unchanged, as
-        the matrix of one expert. Anything else is computed from, and cannot be quantized before it is loaded."""
+        """(parameter name, direct). Direct: the tensor is the parameter, or is merged into it as the matrix of one
+        expert. Other tensors are computed from while loading, and cannot be quantized before that."""
         from transformers.core_model_loading import rename_source_key
 
         renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
@@ -157,7 +157,7 @@ class CheckpointNames:
         return renamed, "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
 
     def merged(self, parameter: str) -> int:
-        """How many checkpoint tensors of one expert are concatenated in a fused parameter; 1 if it is stored as it is."""
+        """How many checkpoint tensors of one expert are concatenated in a fused parameter (1: stored alone)."""
         for converter in self._converters:
             targets = converter.target_patterns
             if len(targets) == 1 and parameter.endswith(targets[0]) and len(converter.source_patterns) > 1:

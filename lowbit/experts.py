@@ -3,7 +3,7 @@
 transformers keeps the experts of a layer as 3-D parameters `gate_up_proj` and `down_proj` and indexes them by expert in
 its eager forward. So the forward stays as its authors wrote it: only the parameter is replaced, by `ExpertWeights`, an
 object that dequantizes the matrix of an expert when it is indexed. The packed tensors are parameters of the same module
-under the names that transformers merges per-expert checkpoint tensors into: `gate_up_proj_packed`, `gate_up_proj_scale`, ...
+under the names that transformers merges per-expert checkpoint tensors into: `gate_up_proj_packed`, ...
 """
 
 import torch
@@ -21,7 +21,7 @@ def packed_name(parameter: str, suffix: str) -> str:
 
 
 class ExpertWeights:
-    """Stands in for a 3-D expert parameter: `weights[e]` is the dense matrix of expert e, in the layout of the original."""
+    """Stands in for a 3-D expert parameter: `weights[e]` is the dense matrix of expert e, laid out as before."""
 
     # transformers leaves what it takes for loaded out of its weight initialisation
     _is_hf_initialized = True
@@ -29,7 +29,7 @@ class ExpertWeights:
     def __init__(
         self, module: nn.Module, parameter: str, scheme: Scheme, shape: tuple[int, int, int], transposed: bool, dtype
     ):
-        # the module is not held as an attribute of a Module, so no reference cycle reaches state_dict or deepcopy's walk
+        # the dict rather than the module: it follows .to() and deepcopy, and makes no module its own child
         self._tensors = module._parameters
         self.parameter, self.scheme, self.transposed, self.dtype = parameter, scheme, transposed, dtype
         self.experts, self.out_features, self.in_features = shape
@@ -57,7 +57,7 @@ def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: t
     """Give an experts module the packed parameters (uninitialised) and the `ExpertWeights` of a 3-D parameter.
 
     merged: how many checkpoint tensors of an expert are laid side by side in the parameter (2 for gate and up); their
-    `weight_shape`s are merged the same way. The dense parameter stays until `finish_experts`, as the slot a loader fills.
+    `weight_shape`s are merged the same way. The dense parameter stays until `finish_experts`, for a loader to fill.
     """
     dense = module._parameters[parameter]
     experts, rows, columns = dense.shape

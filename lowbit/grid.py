@@ -75,8 +75,8 @@ def _nearest_slice(weight: torch.Tensor, scheme: Scheme, scale_search: str):
 
 
 def quantize_nearest(weight: torch.Tensor, scheme: Scheme, scale_search: str = "minmax") -> QuantWeight:
-    """Round a floating weight [N, K] to the nearest codes; scales keep the weight's dtype. K must be a multiple of the group."""
-    out_features, in_features = weight.shape
+    """Round a floating weight [N, K] to the nearest codes; scales keep its dtype. Raises ValueError if K % group."""
+    in_features = weight.shape[1]
     if not scheme.fits(in_features):
         raise ValueError(f"in_features {in_features} is not a multiple of group_size {scheme.group_size}")
     rows = max(1, _SLICE_ELEMENTS // in_features)

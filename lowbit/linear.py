@@ -14,8 +14,8 @@ class LowbitLinear(nn.Module):
     """y = x W^T + bias with W [out_features, in_features] quantized by `scheme`.
 
     It has two states. *Packed*: the tensors of a compressed-tensors checkpoint are its parameters (`weight_packed`,
-    `weight_scale`, `weight_zero_point`, `weight_shape`), so that checkpoints load into it by name. *Prepared*: `prepare`
-    has turned them into the buffers of a backend; `packed_tensors` gives the packed ones back, bit for bit.
+    `weight_scale`, `weight_zero_point`, `weight_shape`), so that checkpoints load into it by name. *Prepared*:
+    `prepare` has turned them into the buffers of a backend; `packed_tensors` gives the packed ones back, bit for bit.
     """
 
     def __init__(

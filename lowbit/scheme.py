@@ -72,7 +72,7 @@ class Scheme:
         return in_features % self.group_of(in_features) == 0
 
     def fitted(self, in_features: int) -> "Scheme":
-        """This scheme, or where the group does not divide in_features: the next smaller group that does, else per channel.
+        """This scheme, or where the group does not divide in_features: a smaller group, else per channel.
 
         compressed-tensors cannot express a short last group, so the fallback is a config group of its own.
         """

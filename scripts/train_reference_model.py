@@ -2,8 +2,8 @@
 
     python scripts/train_reference_model.py --output lowbit/assets/reference --work build/reference
 
-Seeded and resumable: every step draws its batch from (seed, step) alone, and the state is saved in --work, so a rerun of
-the same command continues where it stopped. About an hour on 2 CPU cores, a few minutes on a GPU.
+Seeded and resumable: every step draws its batch from (seed, step) alone, and the state is saved in --work, so a rerun
+of the same command continues where it stopped. About an hour on 2 CPU cores, a few minutes on a GPU.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import platform
 import random
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,7 +53,8 @@ def build_tokenizer(texts):
 
 
 def encode(tokenizer, split):
-    """One stream of token ids: modules, and one described function in every few, each ended by END; shuffled by name."""
+    """One stream of token ids: modules, and one described function in every few, each ended by END; shuffled by
+    name."""
     documents = [text for _, text in sources(split)]
     documents += [f"{USER}{question}{END}{ASSISTANT}{answer}" for question, answer in described_functions(split)]
     random.Random(0).shuffle(documents)
@@ -106,10 +108,10 @@ def perplexity(model, ids, device):
 def bigram_perplexity(stream, ids):
     """Interpolated bigram model (weights 0.9 / 0.1 with an add-one unigram), the bar the card compares with."""
     stream = stream.tolist()
-    unigram, bigram = Counter(stream), Counter(zip(stream, stream[1:], strict=False))
+    unigram, bigram = Counter(stream), Counter(pairwise(stream))
     total = len(stream) + VOCABULARY
     loss = 0.0
-    pairs = list(zip(ids.tolist(), ids.tolist()[1:], strict=False))
+    pairs = list(pairwise(ids.tolist()))
     for first, second in pairs:
         back_off = (unigram[second] + 1) / total
         loss -= math.log(0.9 * bigram[first, second] / max(unigram[first], 1) + 0.1 * back_off)

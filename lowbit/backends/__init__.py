@@ -1,7 +1,7 @@
 """Backends run a quantized linear. The first in the table that gives no reason against a layer runs it.
 
 A backend module has
-`refuse(scheme, device, dtype, shape) -> reason or None`  (shape: (out_features, in_features); dtype: of the activations);
+`refuse(scheme, device, dtype, shape) -> reason or None`  with shape (out_features, in_features), dtype of x;
 `prepare(QuantWeight) -> dict[str, Tensor]`, the buffers in the layout its kernels want;
 `restore(buffers, scheme, shape) -> QuantWeight`, the exact inverse;
 `linear(x, buffers, scheme, shape) -> y`, x [M, in_features] in the dtype of the scales, differentiable in x;

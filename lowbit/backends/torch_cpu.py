@@ -24,7 +24,7 @@ _IN_MULTIPLE, _OUT_MULTIPLE = 32, 16
 # Elements of a dequantized block: small enough to stay in cache between its passes
 _BLOCK_ELEMENTS = 2**20
 # From how many rows on dequantize + GEMM wins, measured on 4096 x 4096: with bf16 instructions (Zen 5) the GEMM is fast
-# early; without them (AVX2) the float32 GEMM must carry the conversion too. scripts/benchmarks/cpu_linear.py measures it.
+# early; without them (AVX2) the float32 GEMM must carry the conversion too. See scripts/benchmarks/cpu_linear.py.
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 96
 
 
@@ -176,7 +176,7 @@ def _blocks(buffers, scheme, shape, dtype):
 
 @cache
 def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU multiplies dense matrices fastest: its own only where there are instructions for it."""
+    """The dtype in which this CPU multiplies dense matrices fastest: its own where it has instructions for it."""
     native = {torch.bfloat16: torch.cpu._is_avx512_bf16_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype if native[dtype]() else torch.float32
 

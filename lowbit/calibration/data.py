@@ -61,7 +61,7 @@ def _from_hub(repository: str, config: str | None, split: str, column: str) -> I
 
 
 def token_stream(tokenizer, name: str, limit: int | None = None) -> torch.Tensor:
-    """int64 [T]: the documents one after another, each ended by the end-of-text token, without special tokens inside."""
+    """int64 [T]: the documents one after another, each ended by the end-of-text token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for text in documents(name):

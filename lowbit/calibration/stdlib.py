@@ -59,7 +59,7 @@ def sources(split: str) -> Iterator[tuple[str, str]]:
 
 
 def described_functions(split: str) -> Iterator[tuple[str, str]]:
-    """Yield (first docstring paragraph, dedented source) of each short documented function: question and answer pairs."""
+    """Yield (first docstring paragraph, dedented source) of each short documented function."""
     for _, text in sources(split):
         try:
             tree = ast.parse(text)

@@ -87,7 +87,7 @@ def read_header(path: Path) -> list[StoredTensor]:
 def build_header(tensors: list[TensorInfo], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:
     """Header bytes (with their length in front) and the file offset of each tensor.
 
-    Widest dtypes first, as the safetensors package orders them, so that every tensor starts aligned to its element size.
+    Widest dtypes first, as the safetensors package orders them, so that every tensor starts aligned.
     """
     entries, position = {}, 0
     for tensor in sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name)):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lowbit.errors import UsageError
@@ -88,8 +88,10 @@ def table(*columns: str, title: str | None = None) -> Table:
 @contextmanager
 def progress(label: str, total: int, quiet: bool = False):
     """A bar with ETA on stderr; yields `advance(steps, note)`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))  # fmt: skip
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
     with Progress(*columns, console=notes, transient=True, disable=quiet) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda steps=1, note="": bar.update(task, advance=steps, note=note)

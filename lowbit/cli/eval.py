@@ -32,7 +32,7 @@ def evaluate(
     dataset: Annotated[
         str,
         typer.Option(
-            help="A text file, 'stdlib' (held-out Python modules, works offline), 'wikitext2', or org/name[:config[:split[:column]]]."
+            help="A text file, 'stdlib' (held-out Python modules), 'wikitext2', or org/name[:config[:split[:column]]]."
         ),
     ] = "stdlib",
     seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window, at most the model's context.")] = 2048,

@@ -16,7 +16,7 @@ from lowbit.errors import InputError
 
 @dataclass(frozen=True)
 class Quality:
-    """perplexity; with a reference also its perplexity, mean and 99th percentile KL in nats, and top-1 agreement in [0, 1]."""
+    """Perplexity; with a reference its perplexity, mean and 99th percentile KL in nats, top-1 agreement in [0, 1]."""
 
     perplexity: float
     tokens: int

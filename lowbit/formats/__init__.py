@@ -1,4 +1,4 @@
-"""Checkpoint formats: QuantWeight to named tensors and back, and the `quantization_config` that describes them. No files.
+"""Checkpoint formats: QuantWeight to named tensors and back, and the config that describes them. No files.
 
 A format module has
 `SUFFIXES`: the tensor names that replace `weight`, in the order they are written;

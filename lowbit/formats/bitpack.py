@@ -21,7 +21,7 @@ def packed_width(length: int, bits: int) -> int:
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [R, C] with values below 2^bits -> int32 [R, ceil(C*bits/32)]. Works on meta tensors; the input is left alone."""
+    """uint8 [R, C] with values below 2^bits -> int32 [R, ceil(C*bits/32)]. Works on meta tensors."""
     rows, columns = codes.shape
     width = packed_width(columns, bits)
     if codes.device.type == "meta":

@@ -87,7 +87,7 @@ def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[
     """The `quantization_config` of a checkpoint.
 
     exceptions: module name -> Scheme where it differs from `default`. They become config groups that list exact names:
-    compressed-tensors sorts overlapping regexes alphabetically while vLLM keeps their order, but exact names win in both.
+    compressed-tensors sorts overlapping regexes alphabetically while vLLM keeps their order; exact names win in both.
     """
 
     def group(group_targets, scheme):

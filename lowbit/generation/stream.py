@@ -62,7 +62,7 @@ class Session:
         return ids
 
     def encode_chat(self, messages: list[dict]) -> torch.Tensor:
-        """messages: [{"role": ..., "content": ...}] through the model's chat template; plain lines where it has none."""
+        """messages: [{"role": ..., "content": ...}] through the chat template; plain lines without one."""
         if self.tokenizer.chat_template is None:
             return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:")
         encoded = self.tokenizer.apply_chat_template(

@@ -6,7 +6,7 @@ from lowbit.errors import InputError, LowbitError
 from lowbit.formats import detect_format
 from lowbit.sources import load_config, resolve
 
-# Tensors that some writers add and that carry nothing: zero points of symmetric weights, identity g_idx, k/v scales of 1
+# Tensors that some writers add and that carry nothing: zero points of symmetric weights, identity g_idx
 _HARMLESS = ("weight_zero_point", "weight_g_idx")
 
 

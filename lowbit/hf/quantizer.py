@@ -137,7 +137,7 @@ class LowbitQuantizer(HfQuantizer):
         return model
 
     def _check_loaded(self, name: str, module: nn.Module, parameters) -> None:
-        """transformers fills a parameter that the checkpoint lacks with whatever is in memory; here that is an error."""
+        """transformers fills a parameter that the checkpoint lacks with whatever is there; here it is an error."""
         missing = [p for p in parameters if not getattr(module._parameters[p], "_is_hf_initialized", False)]
         if "weight" in module._parameters:
             missing = ["weight"]

@@ -133,7 +133,7 @@ def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> t
 
 def _check_finite(tensor: torch.Tensor, info) -> None:
     """Raise InputError if a floating tensor holds NaN or infinity."""
-    # a sum is the cheapest pass that no NaN or infinity survives; it may overflow by itself, so count before complaining
+    # a sum is the cheapest pass that no NaN or infinity survives; it may overflow itself, so count first
     if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or tensor.sum(dtype=torch.float32).isfinite():
         return
     bad = int(tensor.isfinite().logical_not_().sum())

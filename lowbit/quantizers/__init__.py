@@ -1,7 +1,7 @@
 """Quantizers: weight (and statistics) in, QuantWeight out. They know neither files nor formats nor models.
 
-A quantizer module has `needs`, a tuple of the statistics it wants ("hessian", ...; empty for data-free ones), `OPTIONS`,
-its options with their allowed values (the first is the default), and
+A quantizer module has `needs`, a tuple of the statistics it wants ("hessian", ...; empty: data-free), `OPTIONS`, its
+options with their allowed values (the first is the default), and
 `quantize(weight [N, K], stats: dict, scheme: Scheme, options: Mapping) -> QuantWeight`.
 """
 

@@ -1,4 +1,5 @@
-"""What every kernel must compute, in plain torch on plain tensors. No layout, no speed: the oracle of the kernel tests."""
+"""What every kernel must compute, in plain torch on plain tensors. No layout, no speed: the oracle of the kernel
+tests."""
 
 import torch
 
@@ -10,7 +11,7 @@ def dequantize(
 
     Returns float32 [N, K] = (codes - zeros) * scales.
     """
-    out_features, in_features = codes.shape
+    in_features = codes.shape[1]
     groups = scales.shape[1]
     if in_features % groups:
         raise ValueError(f"in_features {in_features} is not a multiple of the {groups} groups of scales")
