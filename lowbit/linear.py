@@ -108,6 +108,7 @@ class LowbitLinear(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
         self._prepared_names, self.backend = tuple(buffers), backend
+        self._run = get_backend(backend).linear  # looked up once: torch.compile does not trace imports
         return self
 
     def unprepare(self) -> "LowbitLinear":
@@ -148,7 +149,7 @@ class LowbitLinear(nn.Module):
         if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
             return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
         rows = x.reshape(-1, self.in_features).to(self.dtype)
-        y = get_backend(self.backend).linear(rows, self._prepared(), self.scheme, self.shape)
+        y = self._run(rows, self._prepared(), self.scheme, self.shape)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)

@@ -223,7 +223,7 @@ def _backward(ctx, grad):
     total = grad.new_zeros(grad.shape[0], ctx.shape[1], dtype=dtype)
     for start, stop, weight in _blocks(buffers, ctx.scheme, ctx.shape, dtype):
         total.addmm_(grad[:, start:stop].to(dtype), weight)
-    return total.to(grad.dtype), None, None, None, None, None
+    return total.to(grad.dtype), [None] * len(ctx.saved_tensors), None, None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -54,6 +54,7 @@ def load(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported by name below; transformers only says that there are some
             **kwargs,
         )
     except LowbitError:

@@ -33,7 +33,8 @@ class QuantizeOnLoad(ConversionOps):
         quantizer = self.hf_quantizer
         site, scheme = quantizer.chosen[full_layer_name]
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise InputError(f"{full_layer_name} holds NaN or infinite values: the checkpoint is damaged")
+            # transformers swallows what is raised here
+            quantizer.damaged.append(full_layer_name)
         tensor = tensor.to(quantizer.dtype)
         packed = quantizer.quantize(tensor, site, scheme)
         module, leaf = get_module_from_name(model, full_layer_name)
@@ -60,6 +61,7 @@ class LowbitQuantizer(HfQuantizer):
         config = self.quantization_config
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.names = CheckpointNames(model)
+        self.damaged = []
         if self.pre_quantized:
             self.chosen = self._from_checkpoint(model)
         else:
@@ -123,11 +125,14 @@ class LowbitQuantizer(HfQuantizer):
         return self._conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.damaged:
+            raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         for name, module in model.named_modules():
+            if _is_moved_by_accelerate(module):
+                continue
             if isinstance(module, LowbitLinear):
                 self._check_loaded(name, module, packed_format.suffixes(module.scheme))
-                if not _is_moved_by_accelerate(module):
-                    module.prepare()
+                module.prepare()
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
