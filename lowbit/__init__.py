@@ -15,6 +15,7 @@ _PUBLIC = {
     "LowbitConfig": "lowbit.hf:LowbitConfig",
     "load": "lowbit.hf:load",
     "quantize": "lowbit.pipeline:quantize",
+    "resolve": "lowbit.sources:resolve",
 }
 __all__ = list(_PUBLIC)
 

@@ -51,7 +51,12 @@ def main():
             seconds["decode", name].append(decode(model))
             seconds["prefill", name].append(prefill(model))
     median = {key: statistics.median(values) for key, values in seconds.items()}
-    result = {"model": "Llama-3.2-1B shapes, random", "prompt_tokens": PROMPT, "new_tokens": NEW, "prefill_tokens": PREFILL}
+    result = {
+        "model": "Llama-3.2-1B shapes, random",
+        "prompt_tokens": PROMPT,
+        "new_tokens": NEW,
+        "prefill_tokens": PREFILL,
+    }
     for name in models:
         result[name] = {
             "decode_tokens_per_second": 1 / median["decode", name],

@@ -11,6 +11,7 @@ from folders import (
     edit_config,
     edit_tensors,
     read_json,
+    save_chat_model,
     save_tokenizer,
     write_json,
 )
@@ -64,7 +65,7 @@ def source(tmp_path, chat_model):
 
 @pytest.fixture
 def sharded(tmp_path):
-    return save_tiny(tmp_path / "model", max_shard_size="60KB")
+    return save_chat_model(tmp_path / "model", max_shard_size="60KB")
 
 
 @pytest.fixture
@@ -119,15 +120,10 @@ def reading(request, refused, tmp_path, monkeypatch):
     return lambda model, says=(): refused(1, command, model, *options, says=says)
 
 
-def with_tokenizer(folder):
-    save_tokenizer(folder)
-    return folder
-
-
 def test_truncated_shard(reading, sharded):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-100])
-    reading(with_tokenizer(sharded), says=shard.name)
+    reading(sharded, says=shard.name)
 
 
 def test_empty_file(reading, source):
@@ -138,7 +134,7 @@ def test_empty_file(reading, source):
 def test_missing_shard(reading, sharded):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    reading(with_tokenizer(sharded), says=shard.name)
+    reading(sharded, says=shard.name)
 
 
 @pytest.mark.parametrize("place", ["../stolen.safetensors", "{absolute}", "..\\stolen.safetensors"])
@@ -150,7 +146,7 @@ def test_index_that_points_outside(reading, sharded, tmp_path, place):
     place = place.format(absolute=tmp_path / "stolen.safetensors")
     index["weight_map"] = {n: place if f == shard.name else f for n, f in index["weight_map"].items()}
     write_json(sharded / INDEX, index)
-    reading(with_tokenizer(sharded), says=[INDEX, "stolen"])
+    reading(sharded, says=[INDEX, "stolen"])
 
 
 def test_pickle_weights_only(reading, source):
@@ -302,7 +298,7 @@ def test_no_output_folder(refused, source):
 
 
 def test_options_that_the_parser_refuses(wrong_usage, source, tmp_path):
-    wrong_usage("quantize", source, "-o", tmp_path / "out", "--bits", "four", says="four")
+    wrong_usage("quantize", source, "-o", tmp_path / "out", "--bits", "four", says="--bits")
     wrong_usage("quantize", source, "-o", tmp_path / "out", "--no-such-option", says="--no-such-option")
     wrong_usage("quantise", source, says="quantise")
     wrong_usage("generate", source, says="--prompt")

@@ -1,0 +1,142 @@
+"""Render the tables of README.md and model_cards/ from results/*.json: between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    python scripts/benchmarks/tables.py [--check]
+
+--check changes nothing and fails if a file is not what the results say.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = ("README.md", "model_cards/reference.md")
+
+
+def result(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(data: dict, script: str) -> str:
+    facts = data["facts"]
+    return (
+        f"\n\n{facts['date'][:10]}, {facts['cpu']}, torch {facts['torch']}, transformers {facts['transformers']}; "
+        f"`python scripts/benchmarks/{script}.py`"
+    )
+
+
+def quality() -> str:
+    data = result("quality")
+    first = data["rows"][0]
+    rows = [
+        [
+            "bf16 (the original)",
+            f"{data['source_bytes'] / 1e6:.2f}",
+            "16",
+            f"{first['reference_perplexity']:.2f}",
+            "0",
+            "100 %",
+        ]
+    ]
+    best = {}
+    for row in data["rows"]:
+        if row["scheme"] not in best or row["kl_mean"] < best[row["scheme"]]["kl_mean"]:
+            best[row["scheme"]] = row
+    for row in best.values():
+        rows.append(
+            [f"{row['scheme']}, {row['scale_search']}", f"{row['bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.2f}",
+             f"{row['perplexity']:.2f}", f"{row['kl_mean']:.4f}", f"{row['top1_agreement']:.1%}".replace("%", " %")]
+        )  # fmt: skip
+    header = [
+        "scheme, scale search",
+        "MB",
+        "bits per quantized weight",
+        "perplexity",
+        "mean KL (nats)",
+        "top-1 agreement",
+    ]
+    return markdown(header, rows) + source(data, "quality")
+
+
+def cpu_quantize() -> str:
+    data = result("cpu_quantize")
+    rows = [["read and rewrite the file", f"{data['rewrite_seconds']:.1f}", "1.0", "", ""]]
+    for name in ("W4A16", "W4A16_ASYM", "W8A16"):
+        run = data[name]
+        rows.append(
+            [f"lowbit quantize, {name}", f"{run['seconds']:.1f}", f"{run['times_rewrite']:.1f}",
+             f"{run['peak_bytes'] / 1e9:.2f}", f"{run['output_bytes'] / 1e9:.2f}"]
+        )  # fmt: skip
+    header = ["2.47 GB of bf16, Llama-3.2-1B shapes", "seconds", "times rewriting", "peak memory GB", "output GB"]
+    return markdown(header, rows) + source(data, "cpu_quantize")
+
+
+def cpu_decode() -> str:
+    data = result("cpu_decode")
+    rows = [
+        [name, f"{data[name]['decode_tokens_per_second']:.1f}", f"{data[name]['prefill_tokens_per_second']:.0f}"]
+        for name in ("bf16", "W4A16")
+    ]
+    rows.append(["speed-up", f"{data['decode_speedup']:.2f}x", f"{data['prefill_speedup']:.2f}x"])
+    header = [
+        "Llama-3.2-1B shapes, transformers `generate`",
+        "decode tokens/s, batch 1",
+        "prefill tokens/s, 512 tokens",
+    ]
+    return markdown(header, rows) + source(data, "cpu_decode")
+
+
+def reference_training() -> str:
+    facts = json.loads((ROOT / "lowbit" / "assets" / "reference" / "training.json").read_text())
+    rows = [
+        ["parameters", f"{facts['parameters']:,}"],
+        ["held-out perplexity (per token)", f"{facts['heldout_perplexity']:.2f}"],
+        ["a bigram model on the same tokens", f"{facts['bigram_perplexity']:.2f}"],
+        ["held-out tokens", f"{facts['heldout_tokens']:,}"],
+        [
+            "training tokens seen (corpus)",
+            f"{facts['training_tokens_seen']:,} ({facts['training_tokens_in_corpus']:,})",
+        ],
+        ["steps x batch x context", f"{facts['steps']} x {facts['batch']} x {facts['context']}"],
+        [
+            "optimizer",
+            f"AdamW, peak lr {facts['lr']}, warm-up 2 %, linear decay over the last 40 %, seed {facts['seed']}",
+        ],
+        ["trained with", f"Python {facts['python']}, torch {facts['torch']}, {facts['device']}"],
+    ]
+    return markdown(["", ""], [[name, value] for name, value in rows])
+
+
+TABLES = {f.__name__: f for f in (quality, cpu_quantize, cpu_decode, reference_training)}
+
+
+def rendered(text: str) -> str:
+    def replace(match):
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- /{match[1]} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", replace, text, flags=re.DOTALL)
+
+
+def main():
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        new = rendered(text)
+        if new != text:
+            stale.append(name)
+            if "--check" not in sys.argv[1:]:
+                path.write_text(new, encoding="utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        sys.exit(f"stale tables in {', '.join(stale)}: run python scripts/benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()
