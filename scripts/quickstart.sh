@@ -18,7 +18,7 @@ show() {
 
 show lowbit quantize reference -o "$out" --scheme W4A16 --overwrite
 show lowbit inspect "$out"
-show lowbit eval "$out" --reference reference --seqlen 512 --num-tokens 20000 # windows it was trained on
+show lowbit eval "$out" --reference reference --num-tokens 20000
 show lowbit generate "$out" --prompt $'def factorial(n):\n    """Return n!."""\n' --max-new-tokens 48
 
 printf '\nTalk to it:\n  source .venv/bin/activate\n  lowbit chat %q\n' "$out"

@@ -47,7 +47,7 @@ def build_tokenizer(texts):
         eos_token=END,
         pad_token=END,
         chat_template=CHAT_TEMPLATE,
-        model_max_length=2 * CONTEXT,
+        model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
 
@@ -75,7 +75,7 @@ def heldout_ids(tokenizer):
 def config():
     return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=5, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=2 * CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        num_key_value_heads=4, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/cpu_decode.py
 
-Random checkpoint with the shapes of Llama-3.2-1B. Decode: greedy `generate` at batch 1 after a short prompt, seconds per
+Random checkpoint with the shapes of Llama-3.2-1B. Decode: greedy `generate` at batch 1 after a short prompt, time per
 new token. Prefill: one forward pass over 512 tokens. The two sides alternate, so that both see the same machine.
 """
 

@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/cpu_quantize.py
 
-Random bf16 checkpoint with the shapes of Llama-3.2-1B. Both sides flush their output to the disk. Peak memory is that of a
-process that only quantizes.
+Random bf16 checkpoint with the shapes of Llama-3.2-1B. Both sides flush their output to the disk. Peak memory is
+that of a process that only quantizes.
 """
 
 import json

@@ -1,0 +1,67 @@
+"""README.md is true: its commands run, its code runs, its tables are what the results say."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit.cli.main import COMMANDS
+from lowbit.sources import resolve
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# set up by scripts, which call this test: running them here would go in circles
+SCRIPTS = ("bash ", "pip ")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    inline = re.findall(r"`(lowbit [^`]+)`", README)
+    return [line for line in [*lines, *inline] if line and not line.startswith(SCRIPTS)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    if not (resolve("reference") / "model.safetensors").is_file():
+        pytest.skip("the reference model is not trained yet")
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_commands_run_in_order(folder):
+    assert len(commands()) >= 6
+    for command in commands():
+        words = shlex.split(command)
+        assert words[0] == "lowbit"
+        # `chat` reads standard input, which is empty here; COMMAND stands for each of them
+        for name in COMMANDS if words[1] == "COMMAND" else [words[1]]:
+            arguments = [sys.executable, "-m", "lowbit", name, *words[2:]]
+            done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+
+
+def test_python_code_runs(folder):
+    code = "\n".join(block for block in blocks("python") if "import lowbit" in block)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "reference-again" / "model.safetensors").is_file()
+
+
+def test_scripts_and_pages_exist():
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert path.startswith("http") or (ROOT / path).exists(), path
+    for script in re.findall(r"bash (scripts/\S+)", README):
+        assert (ROOT / script).is_file()
+
+
+def test_tables_come_from_the_results():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
