@@ -6,7 +6,7 @@ checkpoint, the packed tensors of compressed-tensors load into the modules by na
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, SplitModulelist, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -44,6 +44,29 @@ class QuantizeOnLoad(ConversionOps):
             return {f"{site.parameter}{packed_name('', suffix)}": part for suffix, part in packed.items()}
         delattr(module, "weight")  # the placeholder
         return {f"{site.module}.{suffix}": part for suffix, part in packed.items()}
+
+
+def _merges_packed(conversion) -> bool:
+    sources = conversion._original_source_patterns
+    return isinstance(conversion, WeightConverter) and sources[0].endswith(packed_format.SUFFIXES)
+
+
+class _Split(SplitModulelist):
+    """transformers 5.17 drops every dimension of length 1 when it splits experts, and would save [N, 1] scales as [N]."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        parts = {}
+        for source, tensors in input_dict.items():
+            tensor = tensors[0] if isinstance(tensors, list) else tensors
+            names = self.get_target_patterns(input_dict, source, target_patterns, tensor.shape[self.dim])
+            parts.update(zip(names, tensor.unbind(self.dim), strict=True))
+        return parts
+
+
+class _Merge(MergeModulelist):
+    @property
+    def reverse_op(self):
+        return _Split(self.dim)
 
 
 @register_quantizer("lowbit")
@@ -122,6 +145,10 @@ class LowbitQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions, *model):
         # transformers 5.17 to 5.20 do not pass the model
         self._conversions = super().update_weight_conversions(weight_conversions, *model)
+        for conversion in self._conversions:
+            if isinstance(conversion, WeightConverter):
+                operations = conversion.operations
+                conversion.operations = [_Merge(op.dim) if type(op) is MergeModulelist else op for op in operations]
         return self._conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -132,6 +159,7 @@ class LowbitQuantizer(HfQuantizer):
                 continue
             if isinstance(module, LowbitLinear):
                 self._check_loaded(name, module, packed_format.suffixes(module.scheme))
+                _check_shapes(name, module)
                 module.prepare()
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
@@ -153,13 +181,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def _keep_expert_conversions(self, model) -> None:
         """A dense checkpoint used none of the per-tensor merges of packed experts, but saving reverses them."""
-        suffixes = packed_format.SUFFIXES
-        kept = [
-            conversion
-            for conversion in self._conversions
-            if conversion.was_used()
-            or (isinstance(conversion, WeightConverter) and conversion._original_source_patterns[0].endswith(suffixes))
-        ]
+        kept = [conversion for conversion in self._conversions if conversion.was_used() or _merges_packed(conversion)]
         model._weight_conversions = kept or None
 
     def _saved_config(self) -> dict:
@@ -204,6 +226,14 @@ class LowbitQuantizer(HfQuantizer):
                 dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
             model.set_submodule(name, dense)
         return model
+
+
+def _check_shapes(name: str, layer: LowbitLinear) -> None:
+    """transformers before 5.23 does not look at the shapes of quantized parameters."""
+    for suffix, (shape, _) in packed_format.shapes(layer.scheme, layer.out_features, layer.in_features).items():
+        found = tuple(getattr(layer, suffix).shape)
+        if found != shape:
+            raise InputError(f"{name}.{suffix} has shape {list(found)} in the checkpoint, expected {list(shape)}")
 
 
 def _is_moved_by_accelerate(module: nn.Module) -> bool:

@@ -167,8 +167,9 @@ def test_short_writes_are_continued(tmp_path, monkeypatch, size):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5kB", 1500), ("2GiB", 2**31), (" 3 MiB ", 3 * 2**20), ("1tb", 10**12),
-     ("100", 100), (100, 100), ("7B", 7), ("0.5KB", 500)],
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5kB", 1500), ("2GiB", 2**31), (" 3 MiB ", 3 * 2**20),
+     ("1tb", 10**12), ("100", 100),
+      (100, 100), ("7B", 7), ("0.5KB", 500)],
 )  # fmt: skip
 def test_sizes(text, expected):
     assert parse_size(text) == expected
@@ -384,5 +385,3 @@ def test_two_at_once_in_one_process_do_not_share_a_folder(tmp_path):
     second.commit()
     assert (tmp_path / "one" / "config.json").read_text() == "first"
     assert (tmp_path / "two" / "config.json").read_text() == "second"
-
-

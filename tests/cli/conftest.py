@@ -21,7 +21,7 @@ class Outcome:
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """cli(*arguments) -> Outcome. An exception that `main` does not turn into a line is the traceback a user would see."""
+    """cli(*arguments) -> Outcome. What `main` lets through is the traceback a user would see."""
     handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("lowbit").level
 
     def run(*arguments) -> Outcome:

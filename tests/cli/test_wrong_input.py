@@ -314,7 +314,9 @@ def test_no_layer_left(quantize, source):
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("generate", ["--prompt", "x"]), ("eval", []), ("chat", [])], ids=lambda v: v[0] if v else ""
+    ("command", "options"),
+    [("generate", ["--prompt", "x"]), ("eval", []), ("chat", [])],
+    ids=lambda v: v[0] if v else "",
 )
 class TestRunning:
     """What generate, eval and chat have in common."""
@@ -428,6 +430,11 @@ def test_source_that_cannot_be_read_is_not_blamed_on_the_output(quantize, source
 
 def test_empty_prompt(refused, quantized):
     refused(1, "generate", quantized, "--prompt", "", says="prompt is empty")
+
+
+def test_prompt_that_is_no_text(cli, quantized):
+    """Bytes of the command line that are not UTF-8 arrive like this: refused or replaced, but no traceback."""
+    assert cli("generate", quantized, "--prompt", "a\udcffb", "--max-new-tokens", "2").code in (0, 1)
 
 
 def test_prompt_longer_than_the_context(refused, quantized):

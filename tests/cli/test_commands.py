@@ -1,0 +1,532 @@
+"""Each command on a tiny model, and what scripts may rely on of its output."""
+
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from folders import (
+    REFERENCE,
+    ROOT,
+    STORIES,
+    contents,
+    data_bytes,
+    read_json,
+    save_chat_model,
+    save_tokenizer,
+    stored_tensors,
+)
+from models import save_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lowbit
+from lowbit.cli.main import COMMANDS
+
+COMMAND = [sys.executable, "-m", "lowbit"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+TEXT = "the quick brown fox jumps over the lazy dog and sleeps. Zwölf Boxkämpfer jagen Viktor!\n" * 12
+
+
+@pytest.fixture
+def done(cli):
+    """done(*arguments) -> what a command that works prints."""
+
+    def run(*arguments):
+        outcome = cli(*arguments)
+        assert outcome.code == 0 and "Traceback" not in outcome.err, outcome
+        return outcome
+
+    return run
+
+
+@pytest.fixture
+def json_of(done):
+    """The JSON on standard output, with nothing around it and nothing on standard error."""
+
+    def run(*arguments):
+        outcome = done(*arguments, "--json")
+        assert outcome.err == ""
+        return json.loads(outcome.out, parse_constant=pytest.fail)  # NaN is no JSON
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+# The program
+
+
+def test_version_in_a_process_of_its_own():
+    done = subprocess.run([*COMMAND, "--version"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"lowbit {lowbit.__version__}\n", "")
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['lowbit', '--help']\n"
+        "try:\n    from lowbit.cli import main; main()\n"
+        "finally:\n    print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n")
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command(done, command):
+    out = done(command, "--help").out
+    assert f"Usage: lowbit {command}" in out
+    # the line in the table is the first of the function's docstring, or its beginning
+    assert COMMANDS[command][1].split(",")[0].rstrip(".").split(":")[0] in " ".join(out.split())
+
+
+def test_no_command_shows_the_help(cli):
+    outcome = cli()
+    assert outcome.code == 2 and "Commands" in outcome.out + outcome.err
+
+
+def test_errors_in_a_process_of_their_own(tmp_path):
+    """What the other tests see in this process is what a shell sees."""
+    done = subprocess.run([*COMMAND, "quantize", "no/such", "-o", "x", "--bits", "5"],
+                          env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "lowbit: error: bits is 5; allowed: 2, 3, 4, 8\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_into_a_pipe_that_closes(quantized):
+    process = subprocess.Popen([*COMMAND, "inspect", quantized, "--layers"], env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 1)
+
+
+# quantize
+
+
+def test_quantize_json(json_of, chat_model, tmp_path):
+    report = json_of("quantize", chat_model, "-o", tmp_path / "out", "--bits", "4", "--group-size", "32", "--asym")
+    assert report["source"] == str(chat_model) and report["output"] == str(tmp_path / "out")
+    assert report["recipe"]["scheme"] == {"bits": 4, "group_size": 32, "sym": False}
+    assert report["source_bytes"] == data_bytes(chat_model)
+    assert report["output_bytes"] == data_bytes(tmp_path / "out")
+    assert report["quantized_tensors"] == len(report["layers"]) == 14
+    assert all(0.02 < layer["relative_error"] < 0.2 for layer in report["layers"])
+
+
+def test_quantize_for_people(done, chat_model, tmp_path):
+    outcome = done("quantize", chat_model, "-o", tmp_path / "out")
+    for words in ("14 weight tensors quantized", "model.layers.0.mlp.down_proj.weight: W4A16-G32", "lm_head",
+                  f"written to {tmp_path / 'out'}"):  # fmt: skip
+        assert words in outcome.out
+    assert outcome.err == ""
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ("{model}", "-o", "{out}", "--scheme", "W8A16-G32"),
+        ("--model", "{model}", "--output-dir", "{out}", "--bits", "8", "--group_size", "32"),
+        ("-m", "{model}", "--output_dir={out}", "--scheme=w8a16", "--group-size=32", "--sym", "--scale_search=minmax"),
+    ],
+    ids=["scheme", "bits", "equals"],
+)
+def test_ways_to_say_the_same(done, chat_model, tmp_path, spelling):
+    done("quantize", *(part.format(model=chat_model, out=tmp_path / "out") for part in spelling))
+    lowbit.quantize(chat_model, tmp_path / "expected", scheme="W8A16", group_size=32)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_options_arrive(done, chat_model, tmp_path):
+    done("quantize", chat_model, "-o", tmp_path / "out", "--group-size", "32", "--scale-search", "mse",
+         "--ignore", ".*q_proj", "--ignore", ".*k_proj", "--override", ".*down_proj=W8A16-G16",
+         "--max-shard-size", "50KB")  # fmt: skip
+    lowbit.quantize(chat_model, tmp_path / "expected", group_size=32, options={"scale_search": "mse"},
+                    ignore=[".*q_proj", ".*k_proj"], overrides=[(".*down_proj", "W8A16-G16")],
+                    max_shard_size=50_000)  # fmt: skip
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+
+
+def test_dry_run(json_of, done, chat_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = json_of("quantize", chat_model, "--dry-run")
+    assert "nothing was written" in done("quantize", chat_model, "-o", tmp_path / "out", "--dry-run").out
+    assert list(tmp_path.iterdir()) == []
+    written = json_of("quantize", chat_model, "-o", tmp_path / "out")
+    assert report["output_bytes"] == written["output_bytes"] == data_bytes(tmp_path / "out")
+
+
+def test_overwrite(done, chat_model, tmp_path):
+    done("quantize", chat_model, "-o", tmp_path / "out", "--bits", "8")
+    done("quantize", chat_model, "-o", tmp_path / "out", "--bits", "4", "--overwrite")
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert config["config_groups"]["group_0"]["weights"]["num_bits"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# inspect
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_oss", "mixtral", "gpt2"])
+def test_inspect_adds_up(json_of, tmp_path, architecture):
+    source = save_tiny(tmp_path / "source", architecture, dtype=torch.bfloat16)
+    lowbit.quantize(source, tmp_path / "out", group_size=32, overrides=[(r".*\.1\.", "W8A16_ASYM-G16")],
+                    max_shard_size="50KB")  # fmt: skip
+    dense, packed = json_of("inspect", source), json_of("inspect", tmp_path / "out")
+    for folder, summary in ((source, dense), (tmp_path / "out", packed)):
+        assert summary["bytes"] == sum(part["bytes"] for part in summary["parts"]) == data_bytes(folder)
+        assert summary["files"] == len(list(folder.glob("*.safetensors")))
+        assert summary["bits_per_weight"] == 8 * summary["bytes"] / summary["parameters"]
+        for part in summary["parts"]:
+            assert part["bits_per_weight"] == 8 * part["bytes"] / part["parameters"]
+    parameters = sum(tensor.numel() for tensor in stored_tensors(source).values())
+    assert dense["parameters"] == packed["parameters"] == parameters
+    assert dense["format"] is None and [part["name"] for part in dense["parts"]] == ["bfloat16"]
+    assert packed["format"] == "compressed-tensors"
+    assert {part["name"] for part in packed["parts"]} == {"bfloat16", "W4A16-G32", "W8A16_ASYM-G16"}
+    quantized = [part for part in packed["parts"] if part["name"] != "bfloat16"]
+    assert sum(layer["bytes"] for layer in packed["layers"]) == sum(part["bytes"] for part in quantized)
+    assert len(packed["layers"]) == sum(part["tensors"] for part in quantized)
+
+
+def test_inspect_for_people(done, quantized):
+    out = done("inspect", quantized, "--layers").out
+    assert "LlamaForCausalLM" in out and "model.layers.1.mlp.down_proj" in out and "[64, 96]" in out
+
+
+def test_inspect_reads_headers_only(json_of, quantized, monkeypatch):
+    """It has to work on a checkpoint larger than memory: what it reads are the few bytes of the shapes."""
+    from lowbit.checkpoint import CheckpointReader
+
+    read = []
+    real = CheckpointReader.tensor
+    monkeypatch.setattr(CheckpointReader, "tensor", lambda self, name: read.append(name) or real(self, name))
+    json_of("inspect", quantized)
+    assert all(name.endswith("_shape") for name in read)
+
+
+# eval
+
+
+def test_a_model_is_itself(json_of, chat_model, text_file):
+    result = json_of("eval", chat_model, "--reference", chat_model, "--dataset", text_file, "--num-tokens", "150")
+    assert {"perplexity", "kl_mean", "kl_p99", "top1_agreement", "tokens"} <= result.keys()
+    assert (result["kl_mean"], result["kl_p99"], result["top1_agreement"]) == (0, 0, 1)
+    assert result["perplexity"] == result["reference_perplexity"]
+
+
+def float64_log_probs(folder, windows):
+    """Next-token log-probabilities of a dense model in float64, for each window all but the last position."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        return [model(torch.tensor([window])).logits[0, :-1].log_softmax(-1) for window in windows]
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
+def test_eval_equals_a_computation_in_float64(json_of, text_file, tmp_path, bos):
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    save_chat_model(dense, bos=bos)
+    lowbit.quantize(dense, packed, group_size=32)
+    lowbit.load(packed).dequantize().save_pretrained(tmp_path / "restored")
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    ids = [*tokenizer(TEXT, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert len(ids) > 300
+    start, own = ([tokenizer.bos_token_id], 63) if bos else ([], 64)
+    windows = [start + ids[i : i + own] for i in range(0, len(ids), own)]
+    windows = [window for window in windows if len(window) > 1]
+    targets = torch.tensor([token for window in windows for token in window[1:]])
+    actual = torch.cat(float64_log_probs(tmp_path / "restored", windows))
+    expected = torch.cat(float64_log_probs(dense, windows))
+    divergence = (expected.exp() * (expected - actual)).sum(-1).sort().values
+
+    result = json_of("eval", packed, "--reference", dense, "--dataset", text_file, "--seqlen", "64")
+    assert result["tokens"] == len(targets) and result["seqlen"] == 64
+
+    def perplexity(log_probs):
+        return float(torch.exp(-log_probs.gather(1, targets[:, None]).mean()))
+
+    assert result["perplexity"] == pytest.approx(perplexity(actual), rel=1e-4)
+    assert result["reference_perplexity"] == pytest.approx(perplexity(expected), rel=1e-4)
+    assert result["kl_mean"] == pytest.approx(float(divergence.mean()), rel=1e-3)
+    # at least 99 of 100 tokens are at most at the percentile
+    rank = -(-99 * len(divergence) // 100) - 1
+    assert result["kl_p99"] == pytest.approx(float(divergence[rank]), rel=1e-3)
+    agreement = (actual.argmax(-1) == expected.argmax(-1)).double().mean()
+    assert result["top1_agreement"] == pytest.approx(float(agreement), abs=1.5 / len(targets))
+    assert 0 < result["kl_mean"] < result["kl_p99"] and result["top1_agreement"] < 1
+
+
+def test_eval_without_a_reference(json_of, done, quantized, text_file):
+    result = json_of("eval", quantized, "--dataset", text_file, "--num-tokens", "40")
+    assert result["kl_mean"] is None and result["reference"] is None
+    assert result["tokens"] == 39 and 1 < result["perplexity"] < 1e5
+    out = done("eval", quantized, "--dataset", text_file, "--num-tokens", "40").out
+    assert f"{result['perplexity']:.3f}" in out and "39 tokens" in out
+
+
+def test_eval_for_people_shows_both_models(done, quantized, chat_model, text_file):
+    out = done("eval", quantized, "--reference", chat_model, "--dataset", text_file, "--num-tokens", "40").out
+    shown = "".join(out.split())
+    assert quantized.name in shown and chat_model.name in shown and "top-1agreement" in shown
+
+
+def test_eval_on_the_standard_library(json_of, quantized):
+    result = json_of("eval", quantized, "--num-tokens", "60")
+    assert (result["dataset"], result["tokens"]) == ("stdlib", 59)
+
+
+def test_windows_are_no_longer_than_the_context(json_of, quantized, text_file):
+    assert json_of("eval", quantized, "--dataset", text_file)["seqlen"] == 256
+
+
+# generate
+
+
+def test_generate_json(json_of, quantized):
+    result = json_of("generate", quantized, "--prompt", "the fox", "--max-new-tokens", "8")
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    assert result["prompt"] == "the fox" and result["model"] == str(quantized)
+    assert result["prompt_tokens"] == len(tokenizer("the fox")["input_ids"]) and result["tokens"] <= 8
+    ids = tokenizer("the fox", return_tensors="pt")
+    greedy = lowbit.load(quantized).generate(**ids, max_new_tokens=8, do_sample=False)[0, result["prompt_tokens"] :]
+    assert result["text"] == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_sampling_is_repeatable_with_a_seed(json_of, quantized):
+    def sampled(seed):
+        return json_of("generate", quantized, "--prompt", "the fox", "--max-new-tokens", "24",
+                       "--temperature", "1.2", "--top-p", "0.95", "--seed", str(seed))["text"]  # fmt: skip
+
+    first = sampled(7)
+    assert sampled(7) == first != sampled(8)
+
+
+def test_text_streams_to_standard_output(done, json_of, quantized):
+    options = ["generate", "--model", quantized, "--prompt", "the fox", "--max-new-tokens", "8"]
+    outcome = done(*options)
+    assert outcome.out == "the fox" + json_of(*options)["text"] + "\n"
+    assert "8 tokens" in outcome.err
+
+
+def test_prompt_from_standard_input(json_of, quantized, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the fox"))
+    from_pipe = json_of("generate", quantized, "--prompt", "-", "--max-new-tokens", "4")
+    assert from_pipe["text"] == json_of("generate", quantized, "--prompt", "the fox", "--max-new-tokens", "4")["text"]
+
+
+@pytest.mark.parametrize("backend", ["torch_cpu", "reference"])
+def test_generate_on_a_backend(json_of, quantized, backend):
+    result = json_of("generate", quantized, "-p", "the fox", "--max-new-tokens", "4", "--backend", backend,
+                     "--dtype", "bfloat16")  # fmt: skip
+    assert result["tokens"] == 4
+
+
+# chat
+
+
+def test_chat_through_a_pipe(done, quantized, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    lines = ["!help", "hello", "and again", "!save first.json", "!clear", "once more", "", "!save", "!nonsense",
+             "!save no/such/folder/x.json", "!exit", "never read"]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    outcome = done("chat", quantized, "--system", "be brief", "--max-new-tokens", "6", "--temperature", "0")
+    first, second = read_json("first.json"), read_json("chat.json")
+    assert [m["role"] for m in first] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in first if m["role"] != "assistant"] == ["be brief", "hello", "and again"]
+    assert [m["content"] for m in second if m["role"] != "assistant"] == ["be brief", "once more"]
+    answers = [m["content"] for m in (*first, *second) if m["role"] == "assistant"]
+    assert len(answers) == 3 and outcome.out == "".join(f"{answer}\n" for answer in answers)
+    for words in (
+        "forget the conversation",
+        "forgotten",
+        "no command !nonsense",
+        "cannot write",
+        "saved to first.json",
+    ):
+        assert words in outcome.err
+    assert "never read" not in outcome.err
+
+
+def test_answers_follow_the_chat_template(done, quantized, monkeypatch, tmp_path):
+    """The second answer is the greedy continuation of the whole conversation as the template writes it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand again\n!save\n"))
+    done("chat", quantized, "--max-new-tokens", "6", "--temperature", "0")
+    messages = read_json("chat.json")
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    ids = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = lowbit.load(quantized).generate(**ids, max_new_tokens=6, do_sample=False)
+    answer = output[0, ids["input_ids"].shape[1] :]
+    assert messages[3]["content"] == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_chat_without_a_template(done, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", vocab_size=320)
+    save_tokenizer(tmp_path / "model", chat_template=None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert "4 tokens" in done("chat", tmp_path / "model", "--max-new-tokens", "4", "--temperature", "0").err
+
+
+def test_chat_that_outgrows_the_context_goes_on(done, quantized, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'!?' * 200}x\n{'?!' * 200}x\n!clear\nhello\n"))
+    outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0")
+    assert outcome.err.count("context") == 1 and "4 tokens" in outcome.err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text(cli, quantized, monkeypatch, errors):
+    """Refused or replaced, as the locale has it, but no traceback; `strict` is what UTF-8 locales read with."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n!exit\n"), "utf-8", errors))
+    assert cli("chat", quantized, "--max-new-tokens", "4").code in (0, 1)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8", errors))
+    assert cli("generate", quantized, "--prompt", "-", "--max-new-tokens", "4").code in (0, 1)
+
+
+class Terminal:
+    """A process on a pseudo terminal."""
+
+    def __init__(self, *command):
+        import pty
+
+        self.terminal, child_side = pty.openpty()
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), child_side)
+        self.process = subprocess.Popen(
+            command, env=ENVIRONMENT, start_new_session=True, preexec_fn=_own_terminal, **streams
+        )
+        os.close(child_side)
+        self.seen = ""
+
+    def expect(self, words: str, timeout: float = 60) -> str:
+        """Wait for words; returns what came up to them and forgets it."""
+        deadline = time.time() + timeout
+        while words not in self.seen:
+            ready, _, _ = select.select([self.terminal], [], [], max(0, deadline - time.time()))
+            assert ready, f"no {words!r} in {self.seen!r}"
+            try:
+                data = os.read(self.terminal, 4096)
+            except OSError:  # the other side is closed
+                data = b""
+            assert data, f"ended without {words!r}: {self.seen!r}"
+            self.seen += data.decode(errors="replace").replace("\r\n", "\n")
+        before, _, self.seen = self.seen.partition(words)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.terminal)
+
+
+def _own_terminal():
+    """Makes standard input the controlling terminal, so that Ctrl-C is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory):
+    """Never ends an answer by itself: room for 30,000 tokens and no end-of-text token."""
+    folder = tmp_path_factory.mktemp("models") / "talkative"
+    return save_chat_model(folder, max_position_embeddings=32768, eos_token_id=None, num_hidden_layers=1)
+
+
+@pytest.fixture
+def chatting(talkative):
+    pytest.importorskip("pty")
+    command = [*COMMAND, "chat", talkative, "--max-new-tokens", "30000", "--temperature", "0"]
+    terminal = Terminal(*command)
+    yield terminal
+    terminal.close()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(chatting):
+    chatting.expect("> ")
+    for question in ("hello", "and again"):
+        chatting.type(f"{question}\n")
+        chatting.expect(f"{question}\n")
+        time.sleep(0.5)
+        assert chatting.process.poll() is None
+        chatting.type("\x03")
+        assert "tokens" in chatting.expect("stopped]", 10)
+        chatting.expect("> ")
+    chatting.type("\x03")
+    chatting.expect("(!exit or Ctrl-D to leave)")
+    chatting.type("!exit\n")
+    assert chatting.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("answering", [False, True], ids=["at the prompt", "answering"])
+def test_kill_ends_the_program(chatting, answering):
+    """Ctrl-C is for the answer, SIGTERM is for the program."""
+    chatting.expect("> ")
+    if answering:
+        chatting.type("hello\n")
+        chatting.expect("hello\n")
+        time.sleep(0.5)
+    chatting.process.send_signal(signal.SIGTERM)
+    assert chatting.process.wait(5) != 0
+
+
+# doctor
+
+
+def test_doctor_json(json_of):
+    from lowbit.backends import BACKENDS
+
+    found = json_of("doctor")
+    assert found["packages"]["torch"] == torch.__version__ and "transformers" in found["packages"]
+    assert found["backends"].keys() == BACKENDS.keys() and found["backends"]["reference"] is None
+    assert "cpu" in found["devices"] and found["python"].startswith("3.")
+
+
+def test_doctor_for_people(done):
+    out = done("doctor").out
+    assert torch.__version__ in out and "runs here" in out
+
+
+# Real models
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.skipif(not (STORIES / "model.safetensors").is_file(), reason=f"no {STORIES}")
+def test_a_real_model_still_tells_a_story(json_of, tmp_path, bits):
+    """stories260K: MLP width 172, which no group of 16 or more divides."""
+    report = json_of("quantize", STORIES, "-o", tmp_path / "out", "--bits", str(bits), "--group-size", "32")
+    assert len(report["fallbacks"]) == 5 and all("down_proj" in name for name in report["fallbacks"])
+    (tmp_path / "story.txt").write_text(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
+        "a big red ball. She wanted to play with it, but her mom said it was time to go home.\n"
+    )
+    result = json_of("eval", tmp_path / "out", "--reference", STORIES, "--dataset", tmp_path / "story.txt")
+    assert result["kl_mean"] < {4: 0.1, 8: 1e-3}[bits] and result["top1_agreement"] > {4: 0.75, 8: 0.95}[bits]
+    assert result["perplexity"] == pytest.approx(result["reference_perplexity"], rel={4: 0.2, 8: 0.01}[bits])
+    story = json_of("generate", tmp_path / "out", "--prompt", "Once upon a time", "--max-new-tokens", "60")["text"]
+    assert {"was", "a", "to"} <= set(story.split())
+
+
+@pytest.mark.skipif(not (REFERENCE / "model.safetensors").is_file(), reason="the embedded model is not trained yet")
+def test_the_embedded_model(json_of, tmp_path):
+    json_of("quantize", "reference", "-o", tmp_path / "out")
+    assert json_of("inspect", tmp_path / "out")["bits_per_weight"] < json_of("inspect", "reference")["bits_per_weight"]
+    result = json_of("eval", tmp_path / "out", "--reference", "reference", "--num-tokens", "2000")
+    assert 0 < result["kl_mean"] < 0.3 and result["top1_agreement"] > 0.7
+    prompt = "def main():\n    import "
+    assert json_of("generate", "--model", "reference", "--prompt", prompt, "--max-new-tokens", "8")["text"].strip()

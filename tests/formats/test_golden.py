@@ -1,0 +1,52 @@
+"""The bytes in tests/golden/packed.json never change: files that were written once must stay readable."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from weights import BITS, assert_same
+
+from lowbit.formats import compressed_tensors as ct
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "packed.json").read_text())
+ROWS, COLUMNS = 5, 48  # neither the codes nor the zero points fill whole words at every number of bits
+
+
+def formula(rows, columns, levels):
+    """Codes from a formula rather than from a generator, whose sequence torch does not promise."""
+    return torch.tensor([[(7 * n + 3 * k + n * k) % levels for k in range(columns)] for n in range(rows)]).byte()
+
+
+def weight(scheme):
+    groups = COLUMNS // 16
+    zeros = None if scheme.sym else formula(ROWS, groups, scheme.levels)
+    return QuantWeight(formula(ROWS, COLUMNS, scheme.levels), torch.ones(ROWS, groups), scheme, zeros)
+
+
+def test_every_scheme_is_pinned():
+    assert set(GOLDEN) == {Scheme(bits, 16, sym).name for bits in BITS for sym in (True, False)}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_bytes(name):
+    qweight = weight(Scheme.parse(name))
+    tensors = ct.pack(qweight)
+    actual = {
+        tensor: {"shape": list(value.shape), "hex": value.numpy().tobytes().hex()}
+        for tensor, value in tensors.items()
+        if value.dtype == torch.int32
+    }
+    assert actual == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_bytes_read_back(name):
+    qweight = weight(Scheme.parse(name))
+    tensors = {"weight_scale": qweight.scales}
+    for tensor, stored in GOLDEN[name].items():
+        data = torch.frombuffer(bytearray.fromhex(stored["hex"]), dtype=torch.int32)
+        tensors[tensor] = data.view(stored["shape"])
+    assert_same(ct.unpack_weight(tensors, qweight.scheme, ROWS, COLUMNS), qweight)
