@@ -125,7 +125,7 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Sche
         elif name in default_reasons:
             left[name] = (site, default_reasons[name])
         else:
-            chosen[name] = (site, recipe.scheme_for(site.module, site.in_features))
+            chosen[name] = (site, recipe.asked_for(site.module).fitted(site.in_features))
     return chosen, left
 
 

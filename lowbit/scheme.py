@@ -99,10 +99,11 @@ class Recipe:
 
     def __post_init__(self):
         object.__setattr__(self, "options", dict(self.options))
-        object.__setattr__(self, "overrides", tuple((pattern, scheme) for pattern, scheme in self.overrides))
+        # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
+        overrides = tuple((pattern.removeprefix("re:"), scheme) for pattern, scheme in self.overrides)
+        object.__setattr__(self, "overrides", overrides)
         if isinstance(self.ignore, str):
             object.__setattr__(self, "ignore", (self.ignore,))
-        # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
         object.__setattr__(self, "ignore", tuple(pattern.removeprefix("re:") for pattern in self.ignore))
         for pattern in (*self.ignore, *(p for p, _ in self.overrides)):
             try:
@@ -114,11 +115,9 @@ class Recipe:
         """The ignore pattern that matches one of `names`, else None."""
         return next((p for p in self.ignore for name in names if re.match(p, name)), None)
 
-    def scheme_for(self, name: str, in_features: int) -> Scheme:
-        for pattern, scheme in self.overrides:
-            if re.match(pattern, name):
-                return scheme.fitted(in_features)
-        return self.scheme.fitted(in_features)
+    def asked_for(self, name: str) -> Scheme:
+        """The scheme of the module `name`, whether it fits its in_features or not."""
+        return next((scheme for pattern, scheme in self.overrides if re.match(pattern, name)), self.scheme)
 
     def to_dict(self) -> dict:
         return {

@@ -152,7 +152,7 @@ def test_recipe_keeps_no_reference_to_what_it_was_made_from():
     ],
 )
 def test_overrides(name, in_features, expected):
-    assert RECIPE.scheme_for(name, in_features) == expected
+    assert RECIPE.asked_for(name).fitted(in_features) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_ignore(ignore, names, pattern):
 
 def test_override_patterns_may_be_marked_as_regexes_too():
     recipe = Recipe(overrides=[("re:.*down_proj", Scheme(8, 32))])
-    assert recipe.scheme_for("model.layers.0.mlp.down_proj", 64) == Scheme(8, 32)
+    assert recipe.asked_for("model.layers.0.mlp.down_proj").fitted(64) == Scheme(8, 32)
 
 
 @pytest.mark.parametrize("fields", [{"ignore": ["("]}, {"ignore": ["re:*"]}, {"overrides": [("[", Scheme())]}], ids=str)

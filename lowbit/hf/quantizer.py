@@ -52,7 +52,7 @@ def _merges_packed(conversion) -> bool:
 
 
 class _Split(SplitModulelist):
-    """transformers 5.17 drops every dimension of length 1 when it splits experts, and would save [N, 1] scales as [N]."""
+    """transformers 5.17 drops all dimensions of length 1 when it splits experts: it would save [N, 1] scales as [N]."""
 
     def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
         parts = {}

@@ -1,6 +1,5 @@
 """What a run will write, to the byte, from config and safetensors headers alone."""
 
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -61,13 +60,7 @@ class Plan:
     @property
     def fallbacks(self) -> list[Step]:
         """Quantized with another group size than asked, because theirs does not divide in_features."""
-        return [s for s in self.quantized if s.scheme.group_size != self._asked(s).group_size]
-
-    def _asked(self, step: Step) -> Scheme:
-        for pattern, scheme in self.recipe.overrides:
-            if re.match(pattern, step.site.module):
-                return scheme
-        return self.recipe.scheme
+        return [step for step in self.quantized if step.scheme != self.recipe.asked_for(step.site.module)]
 
     @property
     def total_parameters(self) -> int:

@@ -163,7 +163,9 @@ def test_inputs_scattered_over_groups_are_not_run_as_if_in_order(name):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiles_as_one_graph():
-    layer = LowbitLinear.from_quantized(random_quantized(Scheme(4, 32), 16, 32, torch.bfloat16), torch.ones(16).bfloat16())
+    layer = LowbitLinear.from_quantized(
+        random_quantized(Scheme(4, 32), 16, 32, torch.bfloat16), torch.ones(16).bfloat16()
+    )
     x = torch.randn(3, 32).bfloat16()
     compiled = torch.compile(layer, fullgraph=True)
     with torch.no_grad():

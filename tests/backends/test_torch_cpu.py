@@ -47,7 +47,7 @@ def test_few_rows_are_packed_and_many_are_dense(layout, dtype, monkeypatch, nan_
 
 @pytest.mark.parametrize("rows_of_a_block", [1, 32, 64, 128])
 @each_layout
-def test_dense_path_over_several_blocks(layout, rows_of_a_block, monkeypatch, nan_poison):
+def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, monkeypatch, nan_poison):
     scheme, shape = LAYOUTS[layout], (240, 512)
     qweight = random_quantized(scheme, *shape, torch.bfloat16)
     buffers, weight = torch_cpu.prepare(qweight), matrix(qweight)
@@ -55,10 +55,11 @@ def test_dense_path_over_several_blocks(layout, rows_of_a_block, monkeypatch, na
     blocks = list(torch_cpu._blocks(buffers, scheme, shape, torch.float32))
     assert len(blocks) > 1 and [stop for _, stop, _ in blocks[:-1]] == [start for start, _, _ in blocks[1:]]
     assert torch.equal(torch.cat([block for _, _, block in blocks]), weight.float())  # bf16 scales: exact in float32
-    x = torch.randn(130, 512).bfloat16()
-    exact = x.double() @ weight.T
+    x, grad = torch.randn(130, 512).bfloat16().requires_grad_(), torch.randn(130, 240).bfloat16()
     y = torch_cpu.linear(x, buffers, scheme, shape)
-    assert (y.double() - exact).norm() <= 2 * unit(torch.bfloat16) * exact.norm()
+    y.backward(grad)
+    for actual, exact in ((y, x.double() @ weight.T), (x.grad, grad.double() @ weight)):
+        assert (actual.double() - exact).norm() <= 2 * unit(torch.bfloat16) * exact.norm()
 
 
 @pytest.mark.parametrize("out_features", [16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 240])

@@ -133,7 +133,7 @@ def test_unknown_dtype_is_named(tmp_path):
 
 
 def test_mutated_headers_are_read_as_the_package_reads_them_or_refused(tmp_path):
-    """600 headers with one to three bytes changed: lowbit opens no more of them than the package, and none differently."""
+    """600 headers with one to three bytes changed: lowbit opens no more of them than the package and none otherwise."""
     tensors = {
         "a_name_of_some_length": torch.randn(3, 4),
         "another_such_name": torch.arange(6, dtype=torch.int16),

@@ -301,6 +301,16 @@ def test_replacement_that_fails_half_way_gives_the_old_folder_back(tmp_path, mon
     assert contents(tmp_path) == before
 
 
+def test_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+    """Two runs for one folder, neither with --overwrite: the second to finish must not delete the work of the first."""
+    with StagedFolder(tmp_path / "out") as staged:
+        (staged.path / "config.json").write_text("second")
+        old_folder(tmp_path / "out")
+        with pytest.raises(OutputError, match="exists"):
+            staged.commit()
+    assert contents(tmp_path).keys() == {"out", "out/config.json", "out/of the old one"}
+
+
 def in_child(action) -> int:
     """Run `action` in a forked process that ends like one that is killed: no cleanup of any kind."""
     child = os.fork()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,17 @@ def test_quantize_for_people(done, chat_model, tmp_path):
                   f"written to {tmp_path / 'out'}"):  # fmt: skip
         assert words in outcome.out
     assert outcome.err == ""
+
+
+def test_brackets_are_not_markup(done, chat_model, tmp_path):
+    """Names of folders and regexes are printed as they are, whatever rich takes them for."""
+    for name in ("out[b]", "out [/b]", "[red]", "x[link=y]"):
+        out = done(
+            "quantize", chat_model, "-o", tmp_path / name, "--ignore", ".*[qk]_proj[/]?", "--group-size", "32"
+        ).out
+        assert f"written to {tmp_path / name}\n" in out and "ignored by '.*[qk]_proj[/]?'" in out
+        out = done("inspect", tmp_path / name, "--layers").out
+        assert "model.layers.1.mlp.down_proj" in out
 
 
 @pytest.mark.parametrize(
@@ -277,10 +289,17 @@ def test_eval_without_a_reference(json_of, done, quantized, text_file):
     assert f"{result['perplexity']:.3f}" in out and "39 tokens" in out
 
 
-def test_eval_for_people_shows_both_models(done, quantized, chat_model, text_file):
-    out = done("eval", quantized, "--reference", chat_model, "--dataset", text_file, "--num-tokens", "40").out
-    shown = "".join(out.split())
-    assert quantized.name in shown and chat_model.name in shown and "top-1agreement" in shown
+def test_eval_for_people_shows_both_models(done, quantized, chat_model, text_file, monkeypatch):
+    monkeypatch.chdir(quantized.parent)  # short names: they share a line
+    options = ["--dataset", text_file, "--num-tokens", "40"]
+    out = done("eval", quantized.name, "--reference", chat_model.name, *options).out
+    assert out.splitlines()[0].split() == [quantized.name, chat_model.name] and "top-1 agreement" in out
+
+
+def test_eval_of_a_folder_with_brackets(done, quantized, tmp_path, text_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(quantized, tmp_path / "x[/b]")
+    assert "x[/b]" in done("eval", "x[/b]", "--dataset", text_file, "--num-tokens", "40").out
 
 
 def test_eval_on_the_standard_library(json_of, quantized):

@@ -102,6 +102,13 @@ def test_not_a_model(refused, tmp_path, command):
     refused(1, command, tmp_path / "photos", *options, says=[tmp_path / "photos"])
 
 
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "~nobody-of-that-name/model", "a b/c", "a/", "a\\b/c", "-/-", "con[/]fuse"]
+)
+def test_names_that_no_model_has(refused, name):
+    refused(1, "inspect", "--model", name)
+
+
 def test_nothing_that_says_which_model(refused, tmp_path, source):
     refused(2, "quantize", "-o", tmp_path / "out", says="expected one MODEL")
     refused(2, "inspect", source, "--model", source, says="expected one MODEL")
@@ -445,6 +452,21 @@ def test_more_new_tokens_than_the_context(refused, quantized):
     refused(1, "generate", quantized, "--prompt", "!!", "--max-new-tokens", "300", says=["300", "--max-new-tokens"])
 
 
+def test_name_of_a_text_that_is_too_long(refused, quantized):
+    refused(1, "eval", quantized, "--dataset", "x" * 300, says="no such text file")
+
+
+def test_seed_that_is_too_large(cli, quantized):
+    outcome = cli("generate", quantized, "--prompt", "x", "--max-new-tokens", "2", "--seed", 10**30)
+    assert outcome.code in (1, 2) and "seed" in outcome.err
+
+
+def test_temperature_that_divides_to_infinity(cli, quantized):
+    """As good as greedy, or refused."""
+    options = ["--prompt", "x", "--max-new-tokens", "2", "--temperature", "1e-40"]
+    assert cli("generate", quantized, *options).code in (0, 1, 2)
+
+
 def test_text_that_is_too_short(refused, quantized, tmp_path):
     (tmp_path / "short.txt").write_text("")
     refused(1, "eval", quantized, "--dataset", tmp_path / "short.txt", says="too few")
@@ -485,6 +507,12 @@ def test_model_that_computes_nan(refused, source, quantized, tmp_path, which):
     (tmp_path / "text.txt").write_text("the quick brown fox")
     models = [source] if which == "model" else [quantized, "--reference", source]
     refused(1, "eval", *models, "--dataset", tmp_path / "text.txt", says="NaN")
+
+
+def test_sampling_from_nan(cli, source):
+    edit_tensors(source, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan))
+    outcome = cli("generate", source, "--prompt", "x", "--max-new-tokens", "2", "--temperature", "1")
+    assert outcome.code == 1 and outcome.err.startswith("lowbit: error:") and "NaN" in outcome.err
 
 
 # Loading is strict

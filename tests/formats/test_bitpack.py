@@ -5,7 +5,36 @@ import torch
 
 from lowbit.formats.bitpack import pack, packed_width, unpack
 
-LENGTHS = [1, 2, 3, 5, 7, 8, 9, 10, 11, 13, 15, 16, 17, 21, 31, 32, 33, 43, 63, 64, 65, 97, 127, 128, 129, 172, 255, 257]
+LENGTHS = [
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    9,
+    10,
+    11,
+    13,
+    15,
+    16,
+    17,
+    21,
+    31,
+    32,
+    33,
+    43,
+    63,
+    64,
+    65,
+    97,
+    127,
+    128,
+    129,
+    172,
+    255,
+    257,
+]
 
 
 def random_codes(rows, length, bits):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -157,6 +158,22 @@ def test_the_source_is_left_alone(tmp_path):
     before = contents(source)
     lowbit.quantize(source, tmp_path / "out")
     assert contents(source) == before
+
+
+def test_snapshot_of_the_hub_cache(tmp_path):
+    """Every file is a link to a blob; the output holds files."""
+    plain = save_tiny(tmp_path / "plain", max_shard_size="60KB")
+    save_tokenizer(plain)
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "blobs").mkdir()
+    for number, file in enumerate(sorted(plain.iterdir())):
+        shutil.copyfile(file, snapshot.parents[1] / "blobs" / f"blob{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/blob{number}")
+    lowbit.quantize(plain, tmp_path / "expected", group_size=32)
+    lowbit.quantize(snapshot, tmp_path / "out", group_size=32)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
