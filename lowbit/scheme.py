@@ -15,7 +15,8 @@ _NAME = re.compile(r"W(?P<bits>\d+)A16(?P<asym>_ASYM)?(-G(?P<group>\d+)|-(?P<cha
 
 
 def _one_of(name: str, value, allowed) -> None:
-    if value not in allowed:
+    # 4.0 == 4 and True == 1, but neither is what a config should carry
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise UsageError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 

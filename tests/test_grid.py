@@ -11,8 +11,8 @@ from lowbit.grid import dequantize, quantize_nearest
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
 
-# lowbit works in float32. Below a scale are at most two roundings (a difference, a quotient), 2^-24 each; a code is the
-# rounding of a quotient below 256, whose float32 error is at most 256 * 2^-25 < 1e-5: only codes nearer to a tie may differ
+# lowbit works in float32. In a scale are at most two roundings (a difference, a quotient), 2^-24 each; a code rounds a
+# quotient below 256, whose error in float32 is at most 256 * 2^-25 < 1e-5: only codes nearer to a tie may differ
 SCALE_SLACK = 2.0**-23
 TIE = 1e-5
 
@@ -22,7 +22,7 @@ SCHEMES = [Scheme(bits, group, sym) for bits in BITS for group in GROUPS for sym
 
 
 def heavy_tailed(rows, columns, dtype, seed=0):
-    """Student-t weights with three degrees of freedom, each column correlated with the one before, rows of many sizes."""
+    """Student-t with three degrees of freedom, each column correlated with the one before, rows of many sizes."""
     rng = torch.Generator().manual_seed(seed)
     normal = torch.randn(4, rows, columns, dtype=torch.float64, generator=rng)
     weight = normal[0] / normal[1:].square().mean(0).sqrt()
@@ -107,8 +107,8 @@ def test_minmax_equals_the_slow_version(scheme, dtype, rows):
             slack = 0.0 if scheme.sym else SCALE_SLACK
             assert rounded(exact * (1 - slack), weight.dtype) <= scale <= rounded(exact * (1 + slack), weight.dtype)
     assert_nearest(weight, qweight)
-    # half a step from the grid, and at the ends of a grid whose scale was rounded, that rounding over half its codes (the
-    # zero point of an asymmetric grid is rounded too, by half a step)
+    # half a step from the grid; at its ends also the rounding of the scale, code by code; and an asymmetric grid is
+    # shifted by the rounding of its zero point, half a step
     steps = (matrix(qweight) - weight.double()).abs() / qweight.scales.double().repeat_interleave(
         weight.shape[1] // qweight.scales.shape[1], dim=1
     )

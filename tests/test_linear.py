@@ -6,13 +6,13 @@ import io
 import pytest
 import torch
 from torch import nn
-from weights import DTYPES, assert_same, matrix, random_quantized, unit
+from weights import DTYPES, as_loaded, assert_same, matrix, random_quantized, unit
 
 from lowbit.formats import compressed_tensors as ct
 from lowbit.linear import LowbitLinear
 from lowbit.scheme import Scheme
 
-# Between them every backend and layout: int4, int4 with zeros, two int4, int8; off the kernels' multiples; one output word
+# Between them every backend and layout: int4, int4 with zeros, two int4, int8, off the kernels' multiples, one word
 CASES = [
     (Scheme(4, 32), 48, 96, "bf16"),
     (Scheme(3, 64, False), 48, 128, "fp16"),
@@ -36,11 +36,6 @@ def loaded(state, layer):
     empty.to_empty(device="cpu")
     empty.load_state_dict(state)
     return empty
-
-
-def contiguous_as_loaded(tensors):
-    """Fresh row-major tensors, as a file gives them: a transposed result may hide strides that files never have."""
-    return {name: torch.tensor(t.tolist(), dtype=t.dtype).reshape(t.shape) for name, t in tensors.items()}
 
 
 def assert_packed(tensors, expected):
@@ -92,7 +87,7 @@ def test_load_state_dict(scheme, rows, columns, dtype):
     qweight = random_quantized(scheme, rows, columns, dtype)
     bias = torch.randn(rows).to(dtype)
     source = LowbitLinear.from_quantized(qweight, bias)
-    state = contiguous_as_loaded(source.state_dict())
+    state = as_loaded(source.state_dict())
     x = torch.randn(5, columns).to(dtype)
     fresh = loaded(state, source)
     assert fresh.backend is None

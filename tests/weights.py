@@ -41,6 +41,12 @@ def matrix(qweight: QuantWeight) -> torch.Tensor:
     return (qweight.codes.double() - zeros[:, group_of]) * qweight.scales.double()[:, group_of]
 
 
+def as_loaded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fresh row-major copies, as a file gives them. A transposed tensor with one row or column calls itself contiguous,
+    and keeps strides that no file has."""
+    return {name: torch.tensor(t.tolist(), dtype=t.dtype).reshape(t.shape) for name, t in tensors.items()}
+
+
 def assert_same(actual: QuantWeight, expected: QuantWeight) -> None:
     assert actual.scheme == expected.scheme
     for field in ("codes", "scales", "zeros"):

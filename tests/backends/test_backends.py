@@ -17,7 +17,7 @@ from lowbit.scheme import Scheme
 
 # (N, K): one output, blocks of 16, 32 and 64 outputs with and without a rest, inputs off every multiple, long inputs
 SHAPES = [
-    (1, 32), (16, 32), (48, 96), (80, 96), (160, 96), (7, 172), (48, 172), (80, 256), (160, 256), (16, 1024), (96, 1024),
+    (1, 32), (16, 32), (48, 96), (80, 96), (160, 96), (7, 172), (48, 172), (80, 256), (160, 256), (96, 1024),
 ]  # fmt: skip
 ROWS = (0, 1, 3, 17, 64, 130)  # on both sides of 16 and 96, where torch_cpu passes from one path to the other
 LAYOUTS = [Scheme(4, 32), Scheme(2, 128), Scheme(3, 64, False), Scheme(4, -1, False), Scheme(8, 64), Scheme(8, -1)]
@@ -27,8 +27,8 @@ each_layout = pytest.mark.parametrize("scheme", LAYOUTS, ids=lambda s: s.name)
 
 
 def tolerance(dtype, in_features):
-    """Twice the largest error of one rounding: the weight may be rounded to `dtype` once and the output once. Sums are in
-    float32, K roundings of 2^-24 that add up like a random walk, which shows beside those two in float32 only."""
+    """Twice the largest error of one rounding: the weight may be rounded to `dtype` once and the output once. Sums are
+    in float32, K roundings of 2^-24 that add up like a random walk: nothing beside those two, except in float32."""
     return (2 + (in_features**0.5 if dtype == torch.float32 else 0)) * unit(dtype)
 
 
@@ -81,8 +81,8 @@ def test_torch_cpu_runs_what_it_is_for():
 @each_backend
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_inputs_with_a_mean(name, scheme, dtype):
-    """Behind an activation function inputs are not centred. A backend that computes y as a difference of large parts and
-    rounds those on the way loses what the weights, centred themselves, would have cancelled."""
+    """Behind an activation function inputs are not centred. A backend that computes y as a difference of large parts
+    and rounds those on the way loses what the weights, centred themselves, would have cancelled."""
     dtype = DTYPES[dtype]
     qweight = quantize_nearest((0.02 * torch.randn(160, 1024)).to(dtype), scheme)
     backend, shape = get_backend(name), (160, 1024)
@@ -136,8 +136,8 @@ def test_inputs_of_any_rank_and_stride(name, scheme):
 @each_backend
 def test_strided_weights(name, scheme):
     plain = random_quantized(scheme, 48, 128, torch.bfloat16)
-    strided = QuantWeight(*(t if t is None or t is scheme else t.T.contiguous().T for t in
-                            (plain.codes, plain.scales, plain.scheme, plain.zeros)))  # fmt: skip
+    codes, scales = plain.codes.T.contiguous().T, plain.scales.T.contiguous().T
+    strided = QuantWeight(codes, scales, scheme, plain.zeros if scheme.sym else plain.zeros.T.contiguous().T)
     backend, x = get_backend(name), torch.randn(100, 128).bfloat16()
     buffers = backend.prepare(strided)
     assert_same(backend.restore(buffers, scheme, (48, 128)), plain)
@@ -163,9 +163,8 @@ def test_inputs_scattered_over_groups_are_not_run_as_if_in_order(name):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiles_as_one_graph():
-    layer = LowbitLinear.from_quantized(
-        random_quantized(Scheme(4, 32), 16, 32, torch.bfloat16), torch.ones(16).bfloat16()
-    )
+    qweight = random_quantized(Scheme(4, 32), 16, 32, torch.bfloat16)
+    layer = LowbitLinear.from_quantized(qweight, torch.ones(16).bfloat16())
     x = torch.randn(3, 32).bfloat16()
     compiled = torch.compile(layer, fullgraph=True)
     with torch.no_grad():
@@ -210,7 +209,7 @@ def test_a_wanted_backend_is_taken_or_an_error():
     assert str(error.value) == f"backend torch_cpu cannot run W4A16-G32 [64, 64] in torch.float32 on cpu: {reason}"
     with pytest.raises(BackendError, match="backend torch_cpu cannot run"):
         LowbitLinear.from_quantized(random_quantized(Scheme(4, 16), 16, 32, torch.bfloat16), backend="torch_cpu")
-    with pytest.raises(UsageError, match="backend 'cuda' is not known; allowed: .*reference"):
+    with pytest.raises(UsageError, match=r"backend 'cuda' is not known; allowed: .*reference"):
         choose(*layer, wanted="cuda")
 
 

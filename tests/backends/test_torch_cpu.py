@@ -80,7 +80,7 @@ def test_buffers_are_no_larger_than_the_codes_need(layout):
     assert set(buffers) == set(torch_cpu._keys(scheme))
 
 
-@each_layout
+@pytest.mark.parametrize("layout", ["int4-sym", "int4-asym", "int8-channel", "two-int4"])
 def test_operator_is_declared_as_it_behaves(layout):
     scheme = LAYOUTS[layout]
     buffers = torch_cpu.prepare(random_quantized(scheme, 16, 512, torch.bfloat16))
