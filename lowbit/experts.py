@@ -42,7 +42,10 @@ class ExpertWeights:
         return packed_format.unpack_weight(tensors, self.scheme, self.out_features, self.in_features)
 
     def __getitem__(self, expert) -> torch.Tensor:
-        weight = dequantize(self.quantized(int(expert)), self.dtype)
+        return self._dense(int(expert), None)
+
+    def _dense(self, expert: int, dtype: torch.dtype | None) -> torch.Tensor:
+        weight = dequantize(self.quantized(expert), dtype)
         return weight.T if self.transposed else weight
 
     def __len__(self) -> int:
@@ -50,7 +53,7 @@ class ExpertWeights:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The 3-D parameter as it was before quantization, up to its rounding."""
-        return torch.stack([self[e] for e in range(self.experts)]).to(dtype or self.dtype)
+        return torch.stack([self._dense(expert, dtype) for expert in range(self.experts)])
 
 
 def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: torch.dtype, merged: int = 1) -> None:

@@ -26,7 +26,8 @@ def grouped(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 def _storable(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Round scales to `dtype`; a group of zeros gets scale 1, and no scale underflows to 0 or overflows to inf."""
     limits = torch.finfo(dtype)
-    scales = torch.where(scales > 0, scales.clamp(limits.tiny, limits.max), torch.ones_like(scales))
+    smallest = limits.tiny * limits.eps  # subnormal: fp16 scales of small weights are
+    scales = torch.where(scales > 0, scales.clamp(smallest, limits.max), torch.ones_like(scales))
     return scales.to(dtype)
 
 

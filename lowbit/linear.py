@@ -127,6 +127,7 @@ class LowbitLinear(nn.Module):
         was_prepared = self.backend is not None
         self.unprepare()
         super()._apply(fn, recurse)
+        self.dtype = self.weight_scale.dtype
         return self.prepare() if was_prepared else self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -147,7 +148,8 @@ class LowbitLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
-            return nn.functional.linear(x, self.dequantize(x.dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         rows = x.reshape(-1, self.in_features).to(self.dtype)
         y = self._run(rows, self._prepared(), self.scheme, self.shape)
         if self.bias is not None:

@@ -36,6 +36,11 @@ class QuantWeight:
         if self.zeros is not None and (self.zeros.dtype != torch.uint8 or tuple(self.zeros.shape) != expected):
             raise ValueError(f"zeros are {self.zeros.dtype} {tuple(self.zeros.shape)}, expected torch.uint8 {expected}")
 
+    def require_natural_order(self, reader: str) -> None:
+        """Raise ValueError if the groups are not consecutive inputs; for readers that cannot hold a g_idx."""
+        if self.g_idx is not None:
+            raise ValueError(f"{reader} has no act-order: it cannot hold g_idx")
+
     @property
     def out_features(self) -> int:
         return self.codes.shape[0]

@@ -14,6 +14,7 @@ def refuse(scheme, device, dtype, shape):
 
 def prepare(qweight: QuantWeight):
     """Codes stay one byte each: unpacking them in every call would cost more than the multiplication of a token."""
+    qweight.require_natural_order("the reference backend")
     buffers = {"codes": qweight.codes, "scales": qweight.scales}
     if qweight.zeros is not None:
         buffers["zeros"] = qweight.zeros

@@ -6,7 +6,8 @@ for every few rows.
 
 2 and 3 bits run on the int4 kernel with their codes shifted to the middle of its range; groups of a multiple of 32
 (and whole rows) run as several groups with one scale. 8 bits with groups run as two int4 kernels, one for each nibble:
-c = 16 h + l  =>  (c - 128) s = (h - 8) 16 s + (l - 8) s + 8 s.
+c = 16 h + l  =>  (c - 128) s = [(h - 8) 16 s + 8 s] + (l - 8) s. The constant goes with the high nibble: with the low
+one, both halves would be large and cancel for inputs that have a mean, and bf16 would lose what is left.
 """
 
 from functools import cache
@@ -97,20 +98,21 @@ def _scales_and_zeros(scales: torch.Tensor, offset: torch.Tensor | float, repeat
 
 
 def prepare(qweight: QuantWeight):
+    qweight.require_natural_order("torch_cpu")
     scheme, scales = qweight.scheme, qweight.scales
     group = scheme.group_of(qweight.in_features)
     repeat = group // _op_group(group)
     # `scales` itself is kept beside the kernel's copy: it is small, and makes `restore` exact
     buffers = {"scales": scales}
     if scheme.bits == 8 and scheme.group_size == PER_CHANNEL:
-        return buffers | {"int8": (qweight.codes ^ 128).view(torch.int8)}
+        return buffers | {"int8": (qweight.codes ^ 128).contiguous().view(torch.int8)}
     if scheme.bits == 8:
         wide = scales.float()
         return buffers | {
             "int4_high": _pack_int4(qweight.codes >> 4),
             "int4_low": _pack_int4(qweight.codes & 15),
-            "scales_high": _scales_and_zeros((wide * 16).to(scales.dtype), 0.0, repeat),
-            "scales_low": _scales_and_zeros(scales, wide * 8, repeat),
+            "scales_high": _scales_and_zeros((wide * 16).to(scales.dtype), wide * 8, repeat),
+            "scales_low": _scales_and_zeros(scales, 0.0, repeat),
         }
     shift = 8 - scheme.middle
     buffers["int4"] = _pack_int4(qweight.codes + shift)
@@ -220,9 +222,10 @@ def _keep_for_backward(ctx, inputs, output):
 def _backward(ctx, grad):
     buffers = dict(zip(_keys(ctx.scheme), ctx.saved_tensors, strict=True))
     dtype = _gemm_dtype(grad.dtype)
-    total = grad.new_zeros(grad.shape[0], ctx.shape[1], dtype=dtype)
+    # summed in float32: in bf16 the rounding of each block would add up
+    total = grad.new_zeros(grad.shape[0], ctx.shape[1], dtype=torch.float32)
     for start, stop, weight in _blocks(buffers, ctx.scheme, ctx.shape, dtype):
-        total.addmm_(grad[:, start:stop].to(dtype), weight)
+        total += grad[:, start:stop].to(dtype) @ weight
     return total.to(grad.dtype), [None] * len(ctx.saved_tensors), None, None, None, None
 
 

@@ -53,7 +53,8 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=torch.uint8, device="meta")
     run, run_bytes = _period(bits)
     runs = math.ceil(columns / run)
-    stream = packed.contiguous().view(torch.uint8)
+    # .contiguous() keeps odd strides on dimensions of length 1, and a view of another width refuses them
+    stream = torch.empty_like(packed, memory_format=torch.contiguous_format).copy_(packed).view(torch.uint8)
     if stream.shape[1] < runs * run_bytes:
         stream = torch.nn.functional.pad(stream, (0, runs * run_bytes - stream.shape[1]))
     codes = torch.zeros(rows, runs, run, dtype=torch.uint8, device=packed.device)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import packed_width, unpack
 from lowbit.qweight import QuantWeight
@@ -32,6 +32,7 @@ def suffixes(scheme: Scheme) -> tuple[str, ...]:
 
 def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
     """Meta tensors give meta tensors: the exact shapes and dtypes that a file will hold."""
+    qweight.require_natural_order("pack-quantized")
     bits = qweight.scheme.bits
     tensors = {"weight_packed": pack_bits(qweight.codes, bits), "weight_scale": qweight.scales}
     if qweight.zeros is not None:
@@ -67,7 +68,11 @@ def unpack_weight(
     codes = unpack(packed, scheme.bits, in_features)
     zeros = None
     if not scheme.sym:
-        zeros = unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, out_features).T.contiguous()
+        packed_zeros = tensors["weight_zero_point"]
+        expected = [packed_width(out_features, scheme.bits), scheme.groups(in_features)]
+        if list(packed_zeros.shape) != expected:
+            raise InputError(f"weight_zero_point has shape {list(packed_zeros.shape)}, expected {expected}")
+        zeros = unpack(packed_zeros.T, scheme.bits, out_features).T.contiguous()
     return QuantWeight(codes, tensors["weight_scale"], scheme, zeros)
 
 
@@ -128,8 +133,9 @@ def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
     weights = group.get("weights") or {}
     if weights.get("type", "int") != "int":
         raise InputError(f"weights of type {weights['type']!r} cannot be read; expected 'int'")
-    if group.get("input_activations"):
-        raise InputError("input_activations are quantized in this checkpoint; expected weight-only quantization")
+    for activations in ("input_activations", "output_activations"):
+        if group.get(activations):
+            raise InputError(f"{activations} are quantized in this checkpoint; expected weight-only quantization")
     if weights.get("actorder") in ("group", "dynamic"):
         raise InputError(
             "actorder 'group' needs g_idx, which pack-quantized no longer carries; expected null or 'static'"
@@ -137,8 +143,11 @@ def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
     strategy = weights.get("strategy")
     if strategy not in ("group", "channel"):
         raise InputError(f"strategy {strategy!r} cannot be read; expected 'group' or 'channel'")
-    group_size = PER_CHANNEL if strategy == "channel" else weights["group_size"]
-    return Scheme(weights["num_bits"], group_size, weights.get("symmetric", True))
+    group_size = PER_CHANNEL if strategy == "channel" else weights.get("group_size")
+    try:
+        return Scheme(weights.get("num_bits"), group_size, weights.get("symmetric", True))
+    except UsageError as error:
+        raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
 
 
 class SchemeMap:
@@ -151,9 +160,19 @@ class SchemeMap:
             raise InputError(f"quantization_status is {status!r}, expected 'compressed': the weights are not packed")
         self.ignore = list(quantization_config.get("ignore") or ())
         self.targets: dict[str, Scheme] = {}
-        for group in quantization_config["config_groups"].values():
+        if quantization_config.get("transform_config"):
+            raise InputError("the checkpoint has a transform_config (rotated activations); expected plain weights")
+        groups = quantization_config.get("config_groups")
+        if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+            raise InputError(f"config_groups is {groups!r}; expected targets and weights of each group")
+        for group in groups.values():
             scheme = _scheme_of(group, quantization_config.get("format"))
             self.targets.update(dict.fromkeys(group["targets"], scheme))
+        for target in (*self.ignore, *self.targets):
+            try:
+                re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+            except re.error as error:
+                raise InputError(f"target {target!r} is not a regular expression: {error}") from None
 
     def lookup(self, names: Iterable[str], class_name: str) -> Scheme | None:
         """The scheme of a module known under any of `names`, None if it is not quantized."""

@@ -45,9 +45,12 @@ def test_few_rows_are_packed_and_many_are_dense(layout, dtype, monkeypatch, nan_
         assert (y.double() - exact).norm() <= 2 * unit(dtype) * exact.norm()
 
 
-@pytest.mark.parametrize("rows_of_a_block", [1, 32, 64, 128])
+@pytest.mark.parametrize("native", [False, True], ids=["float32-gemm", "bf16-gemm"])
+@pytest.mark.parametrize("rows_of_a_block", [1, 32, 128])
 @each_layout
-def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, monkeypatch, nan_poison):
+def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, native, monkeypatch, nan_poison):
+    """With both kinds of GEMM, whichever this CPU would choose."""
+    monkeypatch.setattr(torch_cpu, "_gemm_dtype", lambda dtype: dtype if native else torch.float32)
     scheme, shape = LAYOUTS[layout], (240, 512)
     qweight = random_quantized(scheme, *shape, torch.bfloat16)
     buffers, weight = torch_cpu.prepare(qweight), matrix(qweight)
@@ -60,6 +63,19 @@ def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, mo
     y.backward(grad)
     for actual, exact in ((y, x.double() @ weight.T), (x.grad, grad.double() @ weight)):
         assert (actual.double() - exact).norm() <= 2 * unit(torch.bfloat16) * exact.norm()
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["float32-gemm", "bf16-gemm"])
+def test_gradient_does_not_wear_off_over_many_blocks(native, monkeypatch):
+    """A sum over blocks that is rounded after each of them gets worse with out_features."""
+    monkeypatch.setattr(torch_cpu, "_gemm_dtype", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(torch_cpu, "_BLOCK_ELEMENTS", 1)
+    scheme, shape = Scheme(4, 32), (8192, 32)
+    qweight = random_quantized(scheme, *shape, torch.bfloat16)
+    x, grad = torch.randn(3, 32).bfloat16().requires_grad_(), torch.randn(3, 8192).bfloat16()
+    torch_cpu.linear(x, torch_cpu.prepare(qweight), scheme, shape).backward(grad)
+    exact = grad.double() @ matrix(qweight)
+    assert (x.grad.double() - exact).norm() <= 2 * unit(torch.bfloat16) * exact.norm()
 
 
 @pytest.mark.parametrize("out_features", [16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 240])

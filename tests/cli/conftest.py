@@ -22,7 +22,8 @@ class Outcome:
 @pytest.fixture
 def cli(monkeypatch, capfd):
     """cli(*arguments) -> Outcome. What `main` lets through is the traceback a user would see."""
-    handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("lowbit").level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    level = logging.getLogger("lowbit").level
 
     def run(*arguments) -> Outcome:
         from lowbit.cli.main import main
@@ -38,7 +39,8 @@ def cli(monkeypatch, capfd):
         return Outcome(code, out, err)
 
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     logging.getLogger("lowbit").setLevel(level)
 
 

@@ -47,6 +47,16 @@ def test_interrupted(running, tmp_path, number):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nohup_is_respected(cli):
+    """`nohup lowbit ...` starts us with SIGHUP ignored, and it has to stay so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli("--version").code == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_interrupted_twice(running, tmp_path):
     """An impatient second Ctrl-C, while the first one cleans up."""
     for _ in range(3):
