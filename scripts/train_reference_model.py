@@ -191,13 +191,13 @@ def main():
     heldout = heldout_ids(tokenizer)
     print(f"{len(stream):,} training tokens, {len(heldout):,} held-out tokens on {device}", flush=True)
 
-    began = time.time()
     model = train(args, stream, heldout, device)
     model = model.to(torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
     model.generation_config.max_new_tokens = 128
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    model.float()  # the rounded weights, computed with at the speed of float32
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens_in_corpus": len(stream),
@@ -207,7 +207,6 @@ def main():
         "heldout_perplexity": perplexity(model, heldout, device),
         "bigram_perplexity": bigram_perplexity(stream, heldout),
         "context": CONTEXT, "steps": args.steps, "batch": args.batch, "lr": args.lr, "seed": args.seed,
-        "minutes_of_last_run": (time.time() - began) / 60,
         "python": platform.python_version(), "torch": torch.__version__, "device": device.type,
     }  # fmt: skip
     (args.output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

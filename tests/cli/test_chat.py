@@ -1,0 +1,166 @@
+"""lowbit chat, through a pipe and on a terminal."""
+
+import io
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from folders import ROOT, read_json, save_chat_model, save_tokenizer
+from models import save_tiny
+from transformers import AutoTokenizer
+
+import lowbit
+
+COMMAND = [sys.executable, "-m", "lowbit"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
+
+
+def test_chat_through_a_pipe(done, quantized, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    lines = ["!help", "hello", "and again", "!save first.json", "!clear", "once more", "", "!save", "!nonsense",
+             "!save no/such/folder/x.json", "!exit", "never read"]  # fmt: skip
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    outcome = done("chat", quantized, "--system", "be brief", "--max-new-tokens", "6", "--temperature", "0")
+    first, second = read_json("first.json"), read_json("chat.json")
+    assert [m["role"] for m in first] == ["system", "user", "assistant", "user", "assistant"]
+    assert [m["content"] for m in first if m["role"] != "assistant"] == ["be brief", "hello", "and again"]
+    assert [m["content"] for m in second if m["role"] != "assistant"] == ["be brief", "once more"]
+    answers = [m["content"] for m in (*first, *second) if m["role"] == "assistant"]
+    assert len(answers) == 3 and outcome.out == "".join(f"{answer}\n" for answer in answers)
+    for words in (
+        "forget the conversation",
+        "forgotten",
+        "no command !nonsense",
+        "cannot write",
+        "saved to first.json",
+    ):
+        assert words in outcome.err
+    assert "never read" not in outcome.err
+
+
+def test_answers_follow_the_chat_template(done, quantized, monkeypatch, tmp_path):
+    """The second answer is the greedy continuation of the whole conversation as the template writes it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand again\n!save\n"))
+    done("chat", quantized, "--max-new-tokens", "6", "--temperature", "0")
+    messages = read_json("chat.json")
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    ids = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = lowbit.load(quantized).generate(**ids, max_new_tokens=6, do_sample=False)
+    answer = output[0, ids["input_ids"].shape[1] :]
+    assert messages[3]["content"] == tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_chat_without_a_template(done, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", vocab_size=320)
+    save_tokenizer(tmp_path / "model", chat_template=None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert "4 tokens" in done("chat", tmp_path / "model", "--max-new-tokens", "4", "--temperature", "0").err
+
+
+def test_chat_that_outgrows_the_context_goes_on(done, quantized, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'!?' * 200}x\n{'?!' * 200}x\n!clear\nhello\n"))
+    outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0")
+    assert outcome.err.count("context") == 1 and "4 tokens" in outcome.err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text(cli, quantized, monkeypatch, errors):
+    """Refused or replaced, as the locale has it, but no traceback; `strict` is what UTF-8 locales read with."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n!exit\n"), "utf-8", errors))
+    assert cli("chat", quantized, "--max-new-tokens", "4").code in (0, 1)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8", errors))
+    assert cli("generate", quantized, "--prompt", "-", "--max-new-tokens", "4").code in (0, 1)
+
+
+class Terminal:
+    """A process on a pseudo terminal."""
+
+    def __init__(self, *command):
+        import pty
+
+        self.terminal, child_side = pty.openpty()
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), child_side)
+        self.process = subprocess.Popen(
+            command, env=ENVIRONMENT, start_new_session=True, preexec_fn=_own_terminal, **streams
+        )
+        os.close(child_side)
+        self.seen = ""
+
+    def expect(self, words: str, timeout: float = 60) -> str:
+        """Wait for words; returns what came up to them and forgets it."""
+        deadline = time.time() + timeout
+        while words not in self.seen:
+            ready, _, _ = select.select([self.terminal], [], [], max(0, deadline - time.time()))
+            assert ready, f"no {words!r} in {self.seen!r}"
+            try:
+                data = os.read(self.terminal, 4096)
+            except OSError:  # the other side is closed
+                data = b""
+            assert data, f"ended without {words!r}: {self.seen!r}"
+            self.seen += data.decode(errors="replace").replace("\r\n", "\n")
+        before, _, self.seen = self.seen.partition(words)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.terminal)
+
+
+def _own_terminal():
+    """Makes standard input the controlling terminal, so that Ctrl-C is a signal."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory):
+    """Never ends an answer by itself: room for 30,000 tokens and no end-of-text token."""
+    folder = tmp_path_factory.mktemp("models") / "talkative"
+    return save_chat_model(folder, max_position_embeddings=32768, eos_token_id=None, num_hidden_layers=1)
+
+
+@pytest.fixture
+def chatting(talkative):
+    pytest.importorskip("pty")
+    command = [*COMMAND, "chat", talkative, "--max-new-tokens", "30000", "--temperature", "0"]
+    terminal = Terminal(*command)
+    yield terminal
+    terminal.close()
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(chatting):
+    chatting.expect("> ")
+    for question in ("hello", "and again"):
+        chatting.type(f"{question}\n")
+        chatting.expect(f"{question}\n")
+        time.sleep(0.5)
+        assert chatting.process.poll() is None
+        chatting.type("\x03")
+        assert "tokens" in chatting.expect("stopped]", 10)
+        chatting.expect("> ")
+    chatting.type("\x03")
+    chatting.expect("(!exit or Ctrl-D to leave)")
+    chatting.expect("> ")
+    chatting.process.send_signal(signal.SIGTERM)  # at the prompt it ends the program, too
+    assert chatting.process.wait(5) != 0
+
+
+def test_kill_ends_the_program(chatting):
+    """Ctrl-C is for the answer, SIGTERM is for the program."""
+    chatting.expect("> ")
+    chatting.type("hello\n")
+    chatting.expect("hello\n")
+    time.sleep(0.5)
+    chatting.process.send_signal(signal.SIGTERM)
+    assert chatting.process.wait(5) != 0
