@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, first_line
 from lowbit.scheme import Recipe, Scheme
 
 logger = logging.getLogger("lowbit")
@@ -54,16 +54,16 @@ def skeleton(config, trust_remote_code: bool = False) -> nn.Module:
     import transformers
 
     architecture = (getattr(config, "architectures", None) or [None])[0]
-    model_class = getattr(transformers, architecture or "", None)
+    model_class = getattr(transformers, str(architecture or ""), None)
     try:
         with torch.device("meta"):
             if model_class is not None:
                 return model_class._from_config(config)
             auto = transformers.AutoModelForCausalLM
             return auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"transformers cannot build {architecture or config.model_type}: {reason}") from None
+    except Exception as error:  # sizes that make no sense fail anywhere
+        name = architecture or config.model_type
+        raise InputError(f"transformers cannot build {name}: {first_line(error)}") from None
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -1,6 +1,12 @@
 """Errors a user can act on. Each message says what was found, what was expected and what to do, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class LowbitError(Exception):
     """Base of every error lowbit raises on purpose; the CLI prints it as one line and exits with `exit_code`."""
 

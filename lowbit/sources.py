@@ -3,7 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, first_line
 
 REFERENCE = "reference"
 # What quantizing or running a model needs; pickle weights and other frameworks' copies stay on the Hub
@@ -15,15 +15,18 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     that name is reached as ./reference. Raises InputError when there is no such folder or repository."""
     if str(model) == REFERENCE:
         return Path(str(files("lowbit") / "assets" / "reference"))
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
     name = str(model)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return folder
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+            return _download(name, revision)
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is locked, no such home
         raise InputError(
-            f"no such model folder: {name} (expected a folder, a Hub id such as org/name, or '{REFERENCE}')"
-        )
-    return _download(name, revision)
+            f"no such model folder: {name} ({getattr(error, 'strerror', None) or first_line(error)})"
+        ) from None
+    raise InputError(f"no such model folder: {name} (expected a folder, a Hub id such as org/name, or '{REFERENCE}')")
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -44,7 +47,7 @@ def _download(name: str, revision: str | None) -> Path:
     except LocalEntryNotFoundError:
         raise InputError(f"{name} is not a folder, not in the local cache, and the Hub cannot be reached") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"cannot download {name}: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"cannot download {name}: {first_line(error)}") from None
 
 
 def load_config(folder: Path, trust_remote_code: bool = False):
@@ -55,7 +58,7 @@ def load_config(folder: Path, trust_remote_code: bool = False):
         raise InputError(f"{folder} is not a model folder: it has no config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers checks little: whatever it stumbles over comes from this file
+        reason = first_line(error)
         hint = " (pass --trust-remote-code if you trust its author)" if "trust_remote_code" in str(error) else ""
         raise InputError(f"cannot read {folder / 'config.json'}: {reason}{hint}") from None

@@ -25,7 +25,7 @@ def documents(name: str) -> Iterator[str]:
     """
     if name in _STDLIB_SPLITS:
         yield from (text for _, text in sources(_STDLIB_SPLITS[name]))
-    elif Path(name).is_file():
+    elif _is_file(name):
         try:
             yield Path(name).read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -37,6 +37,13 @@ def documents(name: str) -> Iterator[str]:
         raise InputError(
             f"no such text file or data set: {name} (expected a file, org/name[:config[:split]], or one of {known})"
         )
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # longer than a file name can be
+        return False
 
 
 def _parsed(name: str) -> tuple[str, str | None, str, str]:

@@ -52,7 +52,10 @@ class StoredTensor(TensorInfo):
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file. Raises InputError, naming the file, for anything that is not a whole one."""
+    """The tensors of a safetensors file. Raises InputError, naming the file, for anything that is not a whole one.
+
+    As strict as the safetensors package: a name twice, tensors that overlap and holes between them are refused too.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
@@ -62,26 +65,52 @@ def read_header(path: Path) -> list[StoredTensor]:
                 f"{path.name} is not a whole safetensors file ({size} bytes, header of {length}): download it again"
             )
         try:
-            header = json.loads(file.read(length))
-            tensors = [
-                StoredTensor(
-                    name, DTYPES[entry["dtype"]], tuple(entry["shape"]), path, 8 + length + entry["data_offsets"][0]
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            ]
-            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{path.name} has a damaged safetensors header ({error!r}): download it again") from None
-    expected = 8 + length + max(ends.values(), default=0)
-    if size != expected:
+            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, str(error)) from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "not an object")
+    tensors = [_stored(path, 8 + length, name, entry) for name, entry in header.items() if name != "__metadata__"]
+    position = 8 + length
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != position:
+            raise _damaged(path, f"{tensor.name} does not start where the tensor before it ends")
+        position += tensor.nbytes
+    if size != position:
+        what = "truncated" if size < position else "longer than it should be"
         raise InputError(
-            f"{path.name} has {size} bytes, its header says {expected}: the file is truncated, download it again"
+            f"{path.name} has {size} bytes, its header says {position}: the file is {what}, download it again"
         )
-    for tensor in tensors:
-        if tensor.offset + tensor.nbytes != 8 + length + ends[tensor.name] or tensor.offset < 8 + length:
-            raise InputError(f"{path.name}: the offsets of {tensor.name} do not fit its shape: download it again")
     return tensors
+
+
+def _without_repeats(pairs: list[tuple]) -> dict:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name appears twice")
+    return made
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path.name} has a damaged safetensors header ({reason[:200]}): download it again")
+
+
+def _stored(path: Path, start: int, name: str, entry) -> StoredTensor:
+    def is_counts(value) -> bool:
+        # int64 is what torch counts in; beyond it no product below means anything
+        return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+    if not isinstance(entry, dict) or not is_counts(entry.get("shape")) or not is_counts(entry.get("data_offsets")):
+        raise _damaged(path, f"{name} lacks a proper shape or data_offsets")
+    dtype, shape, offsets = entry.get("dtype"), entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise _damaged(path, f"{name} has no dtype")
+    if dtype not in DTYPES:
+        raise InputError(f"{path.name}: {name} has dtype {dtype[:20]}; expected one of {', '.join(DTYPES)}")
+    tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), path, start + (offsets or [0])[0])
+    if math.prod(max(n, 1) for n in shape) >= 2**63 or len(offsets) != 2 or offsets[1] - offsets[0] != tensor.nbytes:
+        raise InputError(f"{path.name}: the offsets of {name} do not fit its shape: download it again")
+    return tensor
 
 
 def build_header(tensors: list[TensorInfo], metadata: dict[str, str]) -> tuple[bytes, dict[str, int]]:

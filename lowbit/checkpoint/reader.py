@@ -31,7 +31,11 @@ class CheckpointReader:
                 raise InputError(
                     f"{file.name} is named by {INDEX_NAME} but missing in {self.folder}: download it again"
                 )
-            for tensor in read_header(file):
+            try:
+                stored = read_header(file)
+            except OSError as error:
+                raise InputError(f"cannot read {file}: {error.strerror}") from None
+            for tensor in stored:
                 if tensor.name in self.tensors:
                     raise InputError(f"{tensor.name} is in both {self.tensors[tensor.name].file.name} and {file.name}")
                 self.tensors[tensor.name] = tensor
@@ -40,7 +44,7 @@ class CheckpointReader:
     def _shard_names(self) -> list[str]:
         if (self.folder / INDEX_NAME).is_file():
             index = _read_json(self.folder / INDEX_NAME)
-            self._weight_map = index.get("weight_map") if isinstance(index, dict) else None
+            self._weight_map = index.get("weight_map")
             if not isinstance(self._weight_map, dict) or not self._weight_map:
                 raise InputError(f"{INDEX_NAME} in {self.folder} has no weight_map: download it again")
             names = sorted(set(map(str, self._weight_map.values())))
@@ -73,21 +77,29 @@ class CheckpointReader:
         """Read one tensor into memory of its own."""
         info = self.tensors[name]
         data = torch.empty(info.nbytes, dtype=torch.uint8)
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            view, done = memoryview(data.numpy()), 0
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{info.file.name} ended while reading {name}: the file changed, try again")
-                done += count
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                file.seek(info.offset)
+                view, done = memoryview(data.numpy()), 0
+                while done < info.nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise InputError(f"{info.file.name} ended while reading {name}: the file changed, try again")
+                    done += count
+        except OSError as error:
+            raise InputError(f"cannot read {name} from {info.file}: {error.strerror}") from None
         return data.view(info.dtype).view(info.shape)
 
 
-def _read_json(path: Path, missing: str | None = None):
+def _read_json(path: Path, missing: str | None = None) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(missing or f"{path} is missing") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no JSON object but a {type(data).__name__}")
+    return data

@@ -3,10 +3,13 @@
 The output folder appears whole or not at all: everything goes to a hidden folder beside it, renamed at the end.
 """
 
+import errno
 import json
+import math
 import os
 import re
 import shutil
+import time
 import weakref
 from pathlib import Path
 
@@ -23,10 +26,10 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 def parse_size(text: str | int) -> int:
     """ "5GB" -> 5_000_000_000, as transformers and huggingface_hub read sizes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", str(text), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS.get(match[2].upper(), 0)) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS.get(match[2].upper(), 0) if match else 0
+    if not 1 <= size < math.inf:
         raise UsageError(f"size {text!r} is not understood; expected a positive number and a unit, e.g. 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def split_shards(tensors: list[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
@@ -50,22 +53,27 @@ def shard_names(count: int) -> list[str]:
 class StagedFolder:
     """A folder under construction beside `target`. `commit` renames it into place; anything else removes it.
 
-    Removal is also tied to garbage collection and interpreter exit; what `kill -9` leaves is removed by the next run
-    that writes to the same target.
+    Removal is also tied to garbage collection and interpreter exit. What `kill -9` leaves is removed by the next run
+    that writes to the same target: a folder is in use as long as a process holds the lock on the file inside. (Process
+    numbers would not do: containers that share a volume have the same few.)
     """
 
     def __init__(self, target: str | Path, overwrite: bool = False):
         self.target = Path(os.path.abspath(target))
         self.overwrite = overwrite
-        self._check_target()
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-            self.path = self.target.with_name(f".{self.target.name}.partial-{os.getpid()}")
+            self._check_target()
+            parents = [p for p in self.target.parents if not p.exists()]
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.path = self.target.with_name(f".{self.target.name}.partial-{time.time_ns()}")
             self.path.mkdir()
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.target.parent}: {error.strerror}") from None
-        self._cleanup = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+            self._lock = (self.path / _LOCK).open("w")
+            _try_lock(self._lock)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"cannot write to {self.target.parent}: {reason}") from None
+        self._cleanup = weakref.finalize(self, _remove, self.path, self._lock, parents)
 
     def _check_target(self) -> None:
         if not self.target.exists() and not self.target.is_symlink():
@@ -79,25 +87,33 @@ class StagedFolder:
             raise OutputError(f"{self.target} does not look like a model folder (no config.json): not overwriting it")
 
     def _remove_leftovers(self) -> None:
-        for leftover in self.target.parent.glob(f".{glob_escape(self.target.name)}.partial-*"):
-            pid = leftover.name.rpartition("-")[2]
-            if pid.isdigit() and not _is_running(int(pid)):
+        pattern = re.compile(re.escape(f".{self.target.name}.partial-") + r"\d+(\.old)?")
+        for leftover in sorted(self.target.parent.glob(".*.partial-*")):
+            match = pattern.fullmatch(leftover.name)
+            if not match or _is_in_use(leftover.with_name(leftover.name.removesuffix(".old"))):
+                continue
+            if match[1] and not self.target.exists():
+                leftover.rename(self.target)  # killed between the two renames of `commit`
+            else:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def commit(self) -> None:
+        self._check_target()  # someone else may have been faster
         aside = self.path.with_name(self.path.name + ".old")
         try:
+            (self.path / _LOCK).unlink()
             if self.target.is_dir():
                 self.target.rename(aside)
             try:
                 self.path.rename(self.target)
-            except OSError:
+            except BaseException:
                 if aside.is_dir():
                     aside.rename(self.target)
                 raise
         except OSError as error:
             raise OutputError(f"cannot move the finished folder to {self.target}: {error.strerror}") from None
         self._cleanup.detach()
+        self._lock.close()
         shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self) -> None:
@@ -110,18 +126,48 @@ class StagedFolder:
         self.discard()
 
 
-def glob_escape(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
+_LOCK = ".lock"
 
 
-def _is_running(pid: int) -> bool:
+def _try_lock(file) -> bool:
+    """Lock an open file for as long as it is open; False if another process has it. True where there are no locks."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
+    except (ImportError, OSError):
         return True
     return True
+
+
+def _is_in_use(folder: Path) -> bool:
+    try:
+        with (folder / _LOCK).open("r+") as lock:
+            return not _try_lock(lock)
+    except OSError:
+        return False
+
+
+def _remove(folder: Path, lock, parents: list[Path]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+    try:
+        for parent in parents:  # those that were made for it, unless others use them by now
+            parent.rmdir()
+    except OSError:
+        pass
+
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _write_at(descriptor: int, data, offset: int) -> None:
+    """All of `data`: a single pwrite may stop short."""
+    data, done = memoryview(data), 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
 
 
 class CheckpointWriter:
@@ -140,13 +186,20 @@ class CheckpointWriter:
         self._files = []
         self.weight_map: dict[str, str] = {}
         self.folder = folder
+        try:
+            self._open(shards, metadata)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, shards: list[list[TensorInfo]], metadata: dict[str, str]) -> None:
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             header, offsets = build_header(shard, {"format": "pt", **metadata})
             size = len(header) + sum(t.nbytes for t in shard)
-            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._files.append(descriptor)
             self._claim(descriptor, size, name)
-            os.pwrite(descriptor, header, 0)
+            _write_at(descriptor, header, 0)
             for tensor in shard:
                 self._places[tensor.name] = (descriptor, offsets[tensor.name])
                 self.weight_map[tensor.name] = name
@@ -156,6 +209,8 @@ class CheckpointWriter:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
+            if error.errno not in _NO_SPACE:
+                return  # a file system that cannot reserve: a full disk is found when it is full
             free = shutil.disk_usage(self.folder).free
             raise OutputError(
                 f"cannot reserve {size:,} bytes for {name} in {self.folder.parent} ({free:,} free): {error.strerror}"
@@ -169,10 +224,8 @@ class CheckpointWriter:
             return
         descriptor, offset = self._places[name]
         data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        done = 0
         try:
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done:], offset + done)
+            _write_at(descriptor, data, offset)
         except OSError as error:
             raise OutputError(f"cannot write {name} to {self.weight_map[name]}: {error.strerror}") from None
 

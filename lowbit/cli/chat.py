@@ -69,9 +69,13 @@ class Conversation:
     def run(self) -> None:
         while True:
             try:
-                line = console.input("[bold]>[/bold] " if sys.stdin.isatty() else "").strip()
+                line = console.input("> " if sys.stdin.isatty() else "").strip()
+                line.encode()
             except EOFError:
                 return
+            except UnicodeError:
+                notes.print("that is not UTF-8 text")
+                continue
             except KeyboardInterrupt:
                 notes.print("\n(!exit or Ctrl-D to leave)")
                 continue
@@ -79,7 +83,10 @@ class Conversation:
                 if not self.command(line):
                     return
             elif line:
-                self.answer(line)
+                try:
+                    self.answer(line)
+                except KeyboardInterrupt:  # before the first token, or between two lines of output
+                    notes.print("\n[stopped]")
 
     def command(self, line: str) -> bool:
         """Run a ! command; False ends the chat."""

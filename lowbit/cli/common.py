@@ -1,6 +1,7 @@
 """What the commands share: options, tables, progress, JSON."""
 
 import json
+import signal
 import sys
 from contextlib import contextmanager
 from typing import Annotated
@@ -12,7 +13,8 @@ from rich.table import Table
 
 from lowbit.errors import UsageError
 
-console = Console(highlight=False, soft_wrap=True)
+# no markup: names of folders and regexes hold brackets of their own
+console = Console(highlight=False, soft_wrap=True, markup=False)
 # progress and notes go to stderr: stdout carries the result
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -86,12 +88,29 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 @contextmanager
+def interrupted_once():
+    """The first Ctrl-C ends the work inside; further ones do not disturb the cleaning up."""
+
+    def interrupt(signum, frame):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def progress(label: str, total: int, quiet: bool = False):
     """A bar with ETA on stderr; yields `advance(steps, note)`."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=notes, transient=True, disable=quiet) as bar:
+    # where there is no terminal, rich writes an empty line for each bar
+    with Progress(*columns, console=notes, transient=True, disable=quiet or not notes.is_terminal) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda steps=1, note="": bar.update(task, advance=steps, note=note)

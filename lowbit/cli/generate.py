@@ -20,13 +20,16 @@ from lowbit.cli.common import (
     print_json,
     quiet_transformers,
 )  # fmt: skip
+from lowbit.errors import InputError
 
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")]
 TopPOption = Annotated[
     float, typer.Option(min=0.01, max=1.0, help="Sample from the most likely tokens that make up this probability.")
 ]
-SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.", show_default=False)
+]
 
 
 def generate(
@@ -50,7 +53,11 @@ def generate(
     from lowbit.generation import open_session
 
     name, dtype = one_model(model, model_option), checked_dtype(dtype)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        prompt = sys.stdin.read() if prompt == "-" else prompt
+        prompt.encode()
+    except UnicodeError:
+        raise InputError("the prompt is not UTF-8 text") from None
     quiet_transformers()
     session = open_session(
         name,

@@ -15,6 +15,9 @@ from lowbit.errors import LowbitError
 # What typer turns a KeyboardInterrupt into
 _INTERRUPTED = 130
 
+# `kill`, and a terminal that is closed
+_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 # name -> (module:function, one line of help). The help stands here so that `lowbit --help` imports nothing.
 COMMANDS = {
     "quantize": ("lowbit.cli.quantize:quantize", "Quantize a model into a folder that transformers and vLLM load."),
@@ -76,7 +79,9 @@ def _root(
 
 def main() -> None:
     """Exit codes: 0 done, 1 could not do it, 2 wrong usage."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminate)
     try:
         app(prog_name="lowbit")
     except LowbitError as error:
@@ -94,5 +99,7 @@ def main() -> None:
 
 
 def _terminate(signum, frame):
-    """`kill` ends a run the way Ctrl-C does, so that staged folders are removed."""
-    raise KeyboardInterrupt
+    """`kill` and a closed terminal end a run, staged folders are removed. A KeyboardInterrupt only stops an answer."""
+    for number in (*_ENDING, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(_INTERRUPTED)

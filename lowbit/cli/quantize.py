@@ -13,6 +13,7 @@ from lowbit.cli.common import (
     RevisionOption,
     TrustOption,
     console,
+    interrupted_once,
     one_model,
     print_json,
     progress,
@@ -69,7 +70,7 @@ def quantize(
     if scheme is not None and bits is not None:
         raise UsageError("--scheme and --bits say the same thing: pass one of them")
     quiet_transformers()
-    with ExitStack() as stack:
+    with interrupted_once(), ExitStack() as stack:
 
         def on_plan(plan):
             total = sum(step.source.nbytes for step in plan.steps)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from lowbit.errors import InputError
+from lowbit.hf import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def evaluate(
     pieces = windows(stream, seqlen, bos)
     if seqlen < 2 or not pieces:
         raise InputError(f"{len(stream)} tokens are too few to evaluate at seqlen {seqlen}: pass a longer text")
+    check_vocabulary(model, stream)
     loss = reference_loss = agreements = 0.0
     divergences, count = [], 0
     for index, piece in enumerate(pieces):
@@ -80,9 +82,10 @@ def evaluate(
             divergences.append((expected.exp() * (expected - log_probs)).sum(-1))
             agreements += float((expected.argmax(-1) == log_probs.argmax(-1)).sum())
         on_window(index + 1, len(pieces))
-    if not math.isfinite(loss):
+    if not math.isfinite(loss + reference_loss):
         raise InputError(
-            "the model gives NaN or infinite logits: its weights are damaged or its dtype overflows (try bfloat16)"
+            f"the {'model' if not math.isfinite(loss) else 'reference'} gives NaN or infinite logits: "
+            "its weights are damaged or its dtype overflows (try bfloat16)"
         )
     if reference is None:
         return Quality(_perplexity(loss, count), count, seqlen)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, TextStreamer
 
-from lowbit.errors import InputError
-from lowbit.hf import load
-from lowbit.sources import resolve
+from lowbit.errors import InputError, first_line
+from lowbit.hf import check_vocabulary, load
+from lowbit.sources import load_config, resolve
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,13 @@ class Session:
     ) -> Generation:
         """Continue ids [1, T]. temperature 0 is greedy. Ctrl-C ends the answer, which is returned as far as it came."""
         self._check_length(ids.shape[1], max_new_tokens)
+        check_vocabulary(self.model, ids)
         if seed is not None:
             torch.manual_seed(seed)
         sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+            {"do_sample": True, "temperature": max(temperature, 1e-4), "top_p": top_p}
+            if temperature > 0
+            else {"do_sample": False}
         )
         ids = ids.to(self.model.device)
         streamer = _Callback(self.tokenizer, on_text)
@@ -102,6 +105,12 @@ class Session:
                 )
         except KeyboardInterrupt:
             interrupted = True
+        except RuntimeError as error:
+            if "nan" not in str(error):
+                raise
+            raise InputError(
+                "the model gives NaN or infinite logits: its weights are damaged or its dtype overflows (try bfloat16)"
+            ) from None
         text = self.tokenizer.decode(streamer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Generation(text, len(streamer.ids), ids.shape[1], time.perf_counter() - started, interrupted)
 
@@ -120,10 +129,11 @@ class Session:
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False):
     folder = resolve(model)
+    load_config(folder, trust_remote_code)  # the tokenizer needs it too, and would be blamed for it
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise InputError(f"cannot load the tokenizer of {folder}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # whatever transformers stumbles over comes from the files of this folder
+        raise InputError(f"cannot load the tokenizer of {folder}: {first_line(error)}") from None
 
 
 def open_session(model: str | Path, *, trust_remote_code: bool = False, **kwargs) -> Session:

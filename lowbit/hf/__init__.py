@@ -2,8 +2,8 @@
 always a standard format)."""
 
 from lowbit.hf.config import LowbitConfig
-from lowbit.hf.load import load, loading_config
+from lowbit.hf.load import check_vocabulary, load, loading_config
 from lowbit.hf.lora import enable_lora
 from lowbit.hf.quantizer import LowbitQuantizer
 
-__all__ = ["LowbitConfig", "LowbitQuantizer", "enable_lora", "load", "loading_config"]
+__all__ = ["LowbitConfig", "LowbitQuantizer", "check_vocabulary", "enable_lora", "load", "loading_config"]

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from lowbit.errors import InputError, LowbitError
+from lowbit.backends import get_backend
+from lowbit.checkpoint import CheckpointReader
+from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
 from lowbit.sources import load_config, resolve
 
@@ -43,7 +45,10 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
+    if backend is not None:
+        get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
     folder = resolve(path, revision)
+    CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -59,15 +64,10 @@ def load(
         )
     except LowbitError:
         raise
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        raise InputError(f"cannot load {folder}: {_first_line(error)}") from error
+    except Exception as error:
+        raise InputError(f"cannot load {folder}: {first_line(error)}") from error
     _check(folder, info)
     return model
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _check(folder: Path, info: dict) -> None:
@@ -87,3 +87,12 @@ def _check(folder: Path, info: dict) -> None:
             )
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{first}{more}: {what} {folder}; the checkpoint does not belong to its config")
+
+
+def check_vocabulary(model, ids) -> None:
+    """Raise InputError for tokens that the model does not have; the error would be an index deep inside."""
+    known = model.get_input_embeddings().num_embeddings
+    if ids.numel() and int(ids.max()) >= known:
+        raise InputError(
+            f"token {int(ids.max())} is not in the model's vocabulary of {known}: the tokenizer is another model's"
+        )

@@ -91,8 +91,9 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
 
     Raises InputError when the checkpoint is quantized already or nothing in it would be quantized.
     """
-    if "quantization_config" in reader.config:
-        method = reader.config["quantization_config"].get("quant_method")
+    stored = reader.config.get("quantization_config")
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise InputError(f"{reader.folder} is quantized already ({method}): quantize the original model instead")
     fmt = get_format(format_name)
     chosen, left = choose(model, recipe)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ def make_recipe(scheme, group_size, sym, method, options, overrides=(), ignore=(
 
 
 def _check_apart(source: Path, target: Path) -> None:
-    source, target = source.resolve(), target.resolve()
+    source, target = source.resolve(), Path(os.path.realpath(target))
     if source == target or source.is_relative_to(target) or target.is_relative_to(source):
         raise OutputError(f"the output folder {target} and the model {source} overlap: choose another output folder")
 

@@ -16,7 +16,7 @@ from lowbit.generation.stream import load_tokenizer
 
 SCHEMES = ("W8A16-G128", "W4A16-G128", "W4A16_ASYM-G128", "W4A16-G32", "W4A16-CHANNEL", "W3A16-G64", "W3A16_ASYM-G32",
            "W2A16_ASYM-G32", "W2A16_ASYM-G16")  # fmt: skip
-TOKENS, SEQLEN = 40_000, 512
+TOKENS, SEQLEN = 16_384, 512
 
 
 def main():

@@ -77,6 +77,25 @@ def test_bytes_that_are_no_text(cli, quantized, monkeypatch, errors):
     assert cli("generate", quantized, "--prompt", "-", "--max-new-tokens", "4").code in (0, 1)
 
 
+def test_ctrl_c_before_the_first_token(done, quantized, monkeypatch, tmp_path):
+    """A long prompt takes its time: stopping there must not end the program either, and the question is forgotten."""
+    from lowbit.generation import Session
+
+    monkeypatch.chdir(tmp_path)
+    real, calls = Session.encode_chat, []
+
+    def encode_chat(self, messages):
+        calls.append(messages)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(self, messages)
+
+    monkeypatch.setattr(Session, "encode_chat", encode_chat)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nonce more\n!save\n"))
+    done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0")
+    assert [m["content"] for m in read_json("chat.json") if m["role"] == "user"] == ["once more"]
+
+
 class Terminal:
     """A process on a pseudo terminal."""
 
@@ -144,7 +163,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chatting):
     for question in ("hello", "and again"):
         chatting.type(f"{question}\n")
         chatting.expect(f"{question}\n")
-        time.sleep(0.5)
+        chatting.expect(" ")  # the answer has begun
         assert chatting.process.poll() is None
         chatting.type("\x03")
         assert "tokens" in chatting.expect("stopped]", 10)
@@ -161,6 +180,6 @@ def test_kill_ends_the_program(chatting):
     chatting.expect("> ")
     chatting.type("hello\n")
     chatting.expect("hello\n")
-    time.sleep(0.5)
+    chatting.expect(" ")
     chatting.process.send_signal(signal.SIGTERM)
     assert chatting.process.wait(5) != 0

@@ -164,7 +164,7 @@ def test_on_the_fly_names_damaged_weights(folders, tmp_path):
         tensors[f"{NAME}.weight"][3, 5] = float("nan")
 
     broken = _change(folders[0], tmp_path / "broken", damage)
-    with pytest.raises(InputError, match="up_proj.weight holds NaN"):
+    with pytest.raises(InputError, match=r"up_proj\.weight holds NaN"):
         AutoModelForCausalLM.from_pretrained(broken, quantization_config=LowbitConfig(4, 32))
 
 
