@@ -67,7 +67,7 @@ def evaluate(
     if json:
         print_json({"model": name, "reference": reference, "dataset": dataset, **done.to_dict()})
         return
-    rows = table("", name, *([reference] if reference is not None else []))
+    rows = table("", "model", *(["reference"] if reference is not None else []))
     if reference is None:
         rows.add_row("perplexity", f"{done.perplexity:.3f}")
     else:

@@ -14,7 +14,7 @@ from common import WORK, llama_1b, save
 
 import lowbit
 
-PROMPT, NEW, PREFILL, ROUNDS = 16, 24, 512, 3
+PROMPT, NEW, PREFILL, ROUNDS = 16, 24, 512, 2
 
 
 @torch.inference_mode()
