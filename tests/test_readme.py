@@ -1,5 +1,6 @@
 """README.md is true: its commands run, its code runs, its tables are what the results say."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -15,10 +16,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # set up by scripts, which call this test: running them here would go in circles
 SCRIPTS = ("bash ", "pip ")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "triton_kernels")])}
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run(arguments, folder):
+    return subprocess.run(
+        arguments, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=ENVIRONMENT
+    )
 
 
 def commands() -> list[str]:
@@ -42,13 +50,13 @@ def test_commands_run_in_order(folder):
         # `chat` reads standard input, which is empty here; COMMAND stands for each of them
         for name in COMMANDS if words[1] == "COMMAND" else [words[1]]:
             arguments = [sys.executable, "-m", "lowbit", name, *words[2:]]
-            done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            done = run(arguments, folder)
             assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
 def test_python_code_runs(folder):
     code = "\n".join(block for block in blocks("python") if "import lowbit" in block)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code], folder)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "reference-again" / "model.safetensors").is_file()
 

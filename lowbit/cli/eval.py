@@ -1,5 +1,6 @@
 """lowbit eval"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,7 +68,7 @@ def evaluate(
     if json:
         print_json({"model": name, "reference": reference, "dataset": dataset, **done.to_dict()})
         return
-    rows = table("", "model", *(["reference"] if reference is not None else []))
+    rows = table("", *(Path(which).name for which in (name, reference) if which is not None))
     if reference is None:
         rows.add_row("perplexity", f"{done.perplexity:.3f}")
     else:
@@ -76,4 +77,5 @@ def evaluate(
         rows.add_row("99th percentile KL", f"{done.kl_p99:.5f}", "0")
         rows.add_row("top-1 agreement", f"{done.top1_agreement:.2%}", "100%")
     console.print(rows)
-    console.print(f"{done.tokens:,} tokens of {dataset} in windows of {done.seqlen}")
+    against = "" if reference is None else f" against {reference}"
+    console.print(f"{name}{against}: {done.tokens:,} tokens of {dataset} in windows of {done.seqlen}")

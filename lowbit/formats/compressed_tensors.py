@@ -165,7 +165,9 @@ class SchemeMap:
         groups = quantization_config.get("config_groups")
         if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
             raise InputError(f"config_groups is {groups!r}; expected targets and weights of each group")
-        for group in groups.values():
+        for name, group in groups.items():
+            if not group.get("targets"):
+                raise InputError(f"config group {name} has no targets; expected class names, module names or regexes")
             scheme = _scheme_of(group, quantization_config.get("format"))
             self.targets.update(dict.fromkeys(group["targets"], scheme))
         for target in (*self.ignore, *self.targets):
