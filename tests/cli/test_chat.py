@@ -168,6 +168,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chatting):
         chatting.type("\x03")
         assert "tokens" in chatting.expect("stopped]", 10)
         chatting.expect("> ")
+    time.sleep(0.5)  # a signal between the prompt and the read that follows it waits for that read in Python
     chatting.type("\x03")
     chatting.expect("(!exit or Ctrl-D to leave)")
     chatting.expect("> ")
