@@ -1,7 +1,7 @@
 """lowbit: quantize, run, check and publish LLMs with low-bit weights.
 
-Public names: `quantize`, `load`, `LowbitConfig`, `Scheme`, `Recipe`. Each is imported on first use, so
-that `import lowbit` stays cheap.
+Public names: `quantize`, `load`, `resolve`, `LowbitConfig`, `Scheme`, `Recipe`, `LowbitError`. Each is imported on
+first use, so that `import lowbit` stays cheap.
 """
 
 from importlib import import_module

@@ -5,7 +5,6 @@ parameter of an experts module (one matrix per expert). Sites are found on a mod
 checkpoint names through the same renaming rules that transformers applies when it loads.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +12,6 @@ from torch import nn
 
 from lowbit.errors import InputError, first_line
 from lowbit.scheme import Recipe, Scheme
-
-logger = logging.getLogger("lowbit")
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model
 _FEWEST_OUTPUTS = 16
@@ -43,10 +40,6 @@ class Site:
         owner, _, leaf = self.parameter.rpartition(".")
         parts = {"gate_up_proj": ("gate_proj", "up_proj")}.get(leaf, (leaf,))
         return (self.parameter, owner, *(f"{owner}.0.{part}" for part in parts))
-
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features * max(self.experts, 1)
 
 
 def skeleton(config, trust_remote_code: bool = False) -> nn.Module:

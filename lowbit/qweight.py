@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit.scheme import PER_CHANNEL, Scheme
+from lowbit.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,3 @@ class QuantWeight:
             scheme=scheme,
             zeros=None if scheme.sym else torch.empty(out_features, groups, dtype=torch.uint8, device="meta"),
         )
-
-
-def group_size_of(in_features: int, groups: int) -> int:
-    """The group_size that a Scheme would name for `groups` groups over `in_features`."""
-    return PER_CHANNEL if groups == 1 else in_features // groups

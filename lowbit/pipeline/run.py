@@ -1,7 +1,6 @@
 """Data-free quantization: one tensor is read, quantized, packed and written at a time; a model is never held."""
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +20,6 @@ from lowbit.pipeline.report import Report, weight_error
 from lowbit.quantizers import checked_options, get_quantizer
 from lowbit.scheme import Recipe, Scheme
 from lowbit.sources import load_config, resolve
-
-logger = logging.getLogger("lowbit")
 
 # Called with each Step that is done, for progress bars
 Progress = Callable[[Step], None]
@@ -167,6 +164,7 @@ _EXPONENT = {
     torch.bfloat16: (0x7F80, torch.int16),
     torch.float16: (0x7C00, torch.int16),
     torch.float32: (0x7F800000, torch.int32),
+    torch.float64: (0x7FF0000000000000, torch.int64),
 }
 _CHECKED_ELEMENTS = 2**20
 
