@@ -5,12 +5,14 @@ parameter of an experts module (one matrix per expert). Sites are found on a mod
 checkpoint names through the same renaming rules that transformers applies when it loads.
 """
 
+import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lowbit.errors import InputError, first_line
+from lowbit.errors import InputError, UsageError, first_line
 from lowbit.scheme import Recipe, Scheme
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model
@@ -42,18 +44,19 @@ class Site:
         return (self.parameter, owner, *(f"{owner}.0.{part}" for part in parts))
 
 
-def skeleton(config, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None) -> nn.Module:
     """The model that a transformers config describes, on the meta device: modules and shapes, no memory."""
     import transformers
 
     architecture = (getattr(config, "architectures", None) or [None])[0]
     model_class = getattr(transformers, str(architecture or ""), None)
+    chosen = {} if dtype is None else {"dtype": dtype}
     try:
-        with torch.device("meta"):
+        with nullcontext() if device is None else torch.device(device):
             if model_class is not None:
-                return model_class._from_config(config)
+                return model_class._from_config(config, **chosen)
             auto = transformers.AutoModelForCausalLM
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
+            return auto.from_config(config, trust_remote_code=trust_remote_code, **chosen)
     except Exception as error:  # sizes that make no sense fail anywhere
         name = architecture or config.model_type
         raise InputError(f"transformers cannot build {name}: {first_line(error)}") from None
@@ -87,13 +90,15 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
-def _left_alone(model: nn.Module, sites: dict[str, Site]) -> dict[str, str]:
-    """Parameter name -> why it is not quantized unless a recipe says so."""
+def _left_alone(model: nn.Module, sites: dict[str, Site], lm_head: bool) -> dict[str, str]:
+    """Parameter name -> why it is not quantized. Raises UsageError if the head shall be and is tied to the embedding."""
     reasons = {}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if lm_head and (head is None or model.config.get_text_config().tie_word_embeddings):
+        raise UsageError("the output embedding cannot be quantized: the model has none of its own (tied weights)")
     expert_counts = {}
     for name, module in model.named_modules():
-        if head is not None and module is head:
+        if head is not None and module is head and not lm_head:
             reasons[f"{name}.weight"] = "output embedding"
         if _is_experts(module):
             expert_counts[name.rpartition(".")[0]] = module.num_experts
@@ -109,7 +114,7 @@ def _left_alone(model: nn.Module, sites: dict[str, Site]) -> dict[str, str]:
 def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Scheme]], dict[str, tuple[Site, str]]]:
     """What `recipe` quantizes, and what it leaves alone: parameter name -> (Site, Scheme) and -> (Site, reason)."""
     sites = find_sites(model)
-    default_reasons = _left_alone(model, sites)
+    default_reasons = _left_alone(model, sites, recipe.lm_head)
     chosen, left = {}, {}
     for name, site in sites.items():
         pattern = recipe.ignored_by(*site.names)
@@ -120,6 +125,24 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Sche
         else:
             chosen[name] = (site, recipe.asked_for(site.module).fitted(site.in_features))
     return chosen, left
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The repeated layers that hold most of the model's quantizable weights, and their name: layers, not experts, since
+    a list inside of another one's children is never the outermost."""
+    sites = find_sites(model)
+    best, most = None, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            inside = [site for site in sites.values() if site.parameter.startswith(f"{name}.")]
+            weights = sum(site.out_features * site.in_features * max(site.experts, 1) for site in inside)
+            if weights > most:  # an inner list holds less than the outer one, which comes first
+                best, most = (name, module), weights
+    if best is None:
+        raise InputError(
+            f"{type(model).__name__} has no list of decoder layers, which calibration goes through: use --method rtn"
+        )
+    return best
 
 
 class CheckpointNames:
@@ -148,6 +171,16 @@ class CheckpointNames:
             return renamed, True
         operations = {type(operation).__name__ for operation in self._by_source[source].operations}
         return renamed, "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
+
+    def expert(self, name: str) -> tuple[int, int] | None:
+        """(expert, part) of a tensor that is merged into a fused parameter: part counts the tensors of one expert that
+        are concatenated there (gate 0, up 1). None for any other tensor."""
+        from transformers.core_model_loading import rename_source_key
+
+        _, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        if source is None or not (number := re.search(r"\.(\d+)" + re.escape(source.rpartition("*")[2]) + "$", name)):
+            return None
+        return int(number[1]), self._by_source[source].source_patterns.index(source)
 
     def merged(self, parameter: str) -> int:
         """How many checkpoint tensors of one expert are concatenated in a fused parameter (1: stored alone)."""

@@ -89,7 +89,7 @@ class Recipe:
 
     overrides: (regex, Scheme) pairs, the first one that matches a module name (from its start) wins over `scheme`.
     ignore: regexes of module names that stay in the source dtype, matched from the start of the name.
-    options: of the method, by name.
+    options: of the method, by name. lm_head: quantize the output embedding too.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -97,6 +97,7 @@ class Recipe:
     options: Mapping = field(default_factory=dict)
     overrides: tuple[tuple[str, Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
+    lm_head: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "options", dict(self.options))
@@ -127,9 +128,17 @@ class Recipe:
             "options": dict(self.options),
             "overrides": [[pattern, asdict(scheme)] for pattern, scheme in self.overrides],
             "ignore": list(self.ignore),
+            "lm_head": self.lm_head,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "Recipe":
         overrides = [(pattern, Scheme(**scheme)) for pattern, scheme in data.get("overrides", ())]
-        return cls(Scheme(**data["scheme"]), data["method"], data.get("options", {}), overrides, data.get("ignore", ()))
+        return cls(
+            Scheme(**data["scheme"]),
+            data["method"],
+            data.get("options", {}),
+            overrides,
+            data.get("ignore", ()),
+            data.get("lm_head", False),
+        )

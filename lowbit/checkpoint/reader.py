@@ -1,6 +1,7 @@
 """Lazy tensors by name over the shards of a checkpoint folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,20 +76,30 @@ class CheckpointReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own."""
+        return read_tensor(self.tensors[name])
+
+    def rows(self, name: str, indices: list[int]) -> torch.Tensor:
+        """Read some rows (of the first dimension) of one tensor."""
         info = self.tensors[name]
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
-        try:
-            with info.file.open("rb", buffering=0) as file:
-                file.seek(info.offset)
-                view, done = memoryview(data.numpy()), 0
-                while done < info.nbytes:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise InputError(f"{info.file.name} ended while reading {name}: the file changed, try again")
-                    done += count
-        except OSError as error:
-            raise InputError(f"cannot read {name} from {info.file}: {error.strerror}") from None
-        return data.view(info.dtype).view(info.shape)
+        row = replace(info, shape=info.shape[1:])
+        return torch.stack([read_tensor(replace(row, offset=info.offset + i * row.nbytes)) for i in indices])
+
+
+def read_tensor(info: StoredTensor) -> torch.Tensor:
+    """Read a stored tensor into memory of its own. Raises InputError if the file cannot be read or ends early."""
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view, done = memoryview(data.numpy()), 0
+            while done < info.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{info.file.name} ended while reading {info.name}: the file changed, try again")
+                done += count
+    except OSError as error:
+        raise InputError(f"cannot read {info.name} from {info.file}: {error.strerror}") from None
+    return data.view(info.dtype).view(info.shape)
 
 
 def _read_json(path: Path, missing: str | None = None) -> dict:

@@ -69,7 +69,7 @@ class StagedFolder:
             self.path = self.target.with_name(f".{self.target.name}.partial-{time.time_ns()}")
             self.path.mkdir()
             self._lock = (self.path / _LOCK).open("w")
-            _try_lock(self._lock)
+            try_lock(self._lock)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"cannot write to {self.target.parent}: {reason}") from None
@@ -129,7 +129,7 @@ class StagedFolder:
 _LOCK = ".lock"
 
 
-def _try_lock(file) -> bool:
+def try_lock(file) -> bool:
     """Lock an open file for as long as it is open; False if another process has it. True where there are no locks."""
     try:
         import fcntl
@@ -145,7 +145,7 @@ def _try_lock(file) -> bool:
 def _is_in_use(folder: Path) -> bool:
     try:
         with (folder / _LOCK).open("r+") as lock:
-            return not _try_lock(lock)
+            return not try_lock(lock)
     except OSError:
         return False
 

@@ -28,7 +28,10 @@ def weight_error(weight: torch.Tensor, qweight: QuantWeight) -> float:
 
 @dataclass
 class Report:
-    """source, output, recipe; sizes in bytes; share of the source bytes that was quantized; one entry per layer."""
+    """source, output, recipe; sizes in bytes; share of the source bytes that was quantized; one entry per weight matrix.
+
+    With calibration data also: one entry per decoder layer, what the data was, and memory in bytes.
+    """
 
     source: str
     output: str
@@ -42,6 +45,10 @@ class Report:
     fallbacks: dict[str, str]
     left_alone: dict[str, str]
     layers: list[dict] = field(default_factory=list)
+    decoder_layers: list[dict] = field(default_factory=list)
+    calibration: dict | None = None
+    expected_peak: int | None = None
+    peak_memory: int | None = None
     seconds: float = 0.0
 
     @classmethod

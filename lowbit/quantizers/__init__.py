@@ -1,17 +1,35 @@
 """Quantizers: weight (and statistics) in, QuantWeight out. They know neither files nor formats nor models.
 
 A quantizer module has `needs`, a tuple of the statistics it wants ("hessian", ...; empty: data-free), `OPTIONS`, its
-options with their allowed values (the first is the default), and
-`quantize(weight [N, K], stats: dict, scheme: Scheme, options: Mapping) -> QuantWeight`.
+options with their allowed values (a tuple, the first is the default, or `Between`), and
+`quantize(weight [N, K], stats: dict, scheme: Scheme, options: Mapping) -> (QuantWeight, notes: dict for the report)`.
 """
 
+from dataclasses import dataclass
 from importlib import import_module
 
 from lowbit.errors import UsageError
 
 QUANTIZERS = {
     "rtn": "lowbit.quantizers.rtn",
+    "gptq": "lowbit.quantizers.gptq",
 }
+
+
+@dataclass(frozen=True)
+class Between:
+    """A number from `low` to `high`, whole if `default` is."""
+
+    default: float
+    low: float
+    high: float
+
+    def __contains__(self, value) -> bool:
+        kinds = (int,) if isinstance(self.default, int) else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'an integer' if isinstance(self.default, int) else 'a number'} from {self.low} to {self.high}"
 
 
 def get_quantizer(name: str):
@@ -21,11 +39,28 @@ def get_quantizer(name: str):
 
 
 def checked_options(name: str, options) -> dict:
-    """`options` completed with the defaults of quantizer `name`; raises UsageError for an unknown option or value."""
+    """`options` completed with the defaults of quantizer `name`; raises UsageError for an unknown option or value.
+
+    Values may be text, as command lines have them."""
     known = get_quantizer(name).OPTIONS
+    given = {}
     for option, value in options.items():
         if option not in known:
-            raise UsageError(f"method {name} has no option {option!r}; allowed: {', '.join(known)}")
-        if value not in known[option]:
-            raise UsageError(f"{option} is {value!r}; allowed: {', '.join(map(str, known[option]))}")
-    return {option: options.get(option, values[0]) for option, values in known.items()}
+            raise UsageError(f"method {name} has no option {option!r}; allowed: {', '.join(known) or 'none'}")
+        allowed = known[option]
+        given[option] = _number(value) if isinstance(allowed, Between) else value
+        if given[option] not in allowed:
+            choices = str(allowed) if isinstance(allowed, Between) else ", ".join(map(str, allowed))
+            raise UsageError(f"{option} is {value!r}; allowed: {choices}")
+    defaults = {option: a.default if isinstance(a, Between) else a[0] for option, a in known.items()}
+    return {**defaults, **given}
+
+
+def _number(value):
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value

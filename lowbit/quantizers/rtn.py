@@ -9,4 +9,4 @@ OPTIONS = {"scale_search": SCALE_SEARCHES}
 
 def quantize(weight, stats, scheme, options):
     """weight: floating [N, K] -> QuantWeight with scales in weight.dtype. `stats` stays unused: no data."""
-    return quantize_nearest(weight, scheme, options["scale_search"])
+    return quantize_nearest(weight, scheme, options["scale_search"]), {}

@@ -1,0 +1,79 @@
+"""What a linear has to know of its inputs to be quantized well: second moments, summed over tokens.
+
+Over the tokens that reach a linear, x is its input in the quantized model (the predecessors are quantized already) and
+f the input that the same token has in the original model:
+
+    hessian  [K, K] = mean of x x^T          the H of GPTQ, up to a factor of two
+    drift    [K, K] = mean of (f - x) x^T    how far the quantized stream has moved: GPTAQ's and Qronos' correction
+
+Means over tokens, not over batches: batches of different length would weigh differently.
+"""
+
+import torch
+
+# x^T x is symmetric: only block pairs on one side of the diagonal are multiplied, 9/16 of the work with 8 blocks
+_BLOCKS = 8
+# Multiplying thin blocks is slower than what symmetry saves
+_SMALLEST_BLOCK = 256
+# Tokens kept as they are, to measure output errors on
+_SAMPLED = 256
+
+
+class Moments:
+    """Sums over the tokens of one input of `in_features`; `add` batches, `merge` what other processes have seen."""
+
+    def __init__(self, in_features: int, device="cpu", drift: bool = True):
+        def zeros():
+            return torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+        self.tokens = 0
+        self._hessian = zeros()
+        self._drift = zeros() if drift else None
+        self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, x: torch.Tensor, f: torch.Tensor | None = None) -> None:
+        """x, f: floating [tokens, K] of the quantized and of the original stream, row by row the same tokens."""
+        if not len(x):
+            return
+        x = x.float()
+        f = x if f is None else f.float()
+        self.tokens += len(x)
+        for rows, columns in _lower_blocks(x.shape[1]):
+            self._hessian[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+        self._samples.append((x[:: max(1, len(x) // 8)].clone(), f[:: max(1, len(f) // 8)].clone()))
+        if self._drift is not None:
+            self._drift.addmm_((f - x).T, x)
+
+    def merge(self, sum_over_ranks) -> None:
+        """Sum with other processes: `sum_over_ranks(tensor)` sums in place. Samples stay this process's own."""
+        count = torch.tensor([float(self.tokens)], dtype=torch.float64)
+        for tensor in (self._hessian, self._drift, count):
+            if tensor is not None:
+                sum_over_ranks(tensor)
+        self.tokens = int(count)
+
+    @property
+    def hessian(self) -> torch.Tensor:
+        """float32 [K, K], the mean of x x^T; zeros where no token came."""
+        lower = self._hessian.tril()
+        return (lower + lower.tril(-1).T).div_(max(self.tokens, 1))
+
+    @property
+    def drift(self) -> torch.Tensor | None:
+        """float32 [K, K], the mean of (f - x) x^T."""
+        return None if self._drift is None else self._drift / max(self.tokens, 1)
+
+    @property
+    def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, f) of at most 256 tokens, evenly over what was added."""
+        x, f = (torch.cat(parts) for parts in zip(*self._samples, strict=True))
+        step = -(-len(x) // _SAMPLED)
+        return x[::step], f[::step]
+
+
+def _lower_blocks(size: int):
+    """Slices (rows, columns) of blocks that cover the lower triangle."""
+    width = max(-(-size // _BLOCKS), min(size, _SMALLEST_BLOCK))
+    for start in range(0, size, width):
+        rows = slice(start, min(start + width, size))
+        yield rows, slice(0, rows.stop)

@@ -1,0 +1,316 @@
+"""The calibrated pipeline: layer by layer, in the memory of one, each layer committed when it is done.
+
+Prepares what `calibrated` works on: samples, the two models, their streams of hidden states, and the job that survives
+the process.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lowbit.calibration.samples import Samples, calibration_samples
+from lowbit.checkpoint import CheckpointReader
+from lowbit.errors import UsageError
+from lowbit.formats import get_format
+from lowbit.grid import dequantize
+from lowbit.pipeline.calibrated import LayerRun, quantize_layer
+from lowbit.pipeline.job import Job
+from lowbit.pipeline.layers import LayeredModel
+from lowbit.pipeline.memory import available_memory, expected_peak, held_between_stages, peak_memory
+from lowbit.pipeline.plan import Plan, Step
+from lowbit.pipeline.ranks import Ranks
+from lowbit.pipeline.report import Report
+from lowbit.pipeline.streams import NoStreams, Streams, StreamsWriter
+from lowbit.pipeline.targets import Target, targets
+from lowbit.pipeline.write import Progress, read_checked
+from lowbit.qweight import QuantWeight
+
+# Tokens in one forward pass: enough for matrix products to run at full speed
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate with, as `quantize` is asked for it. max_memory: bytes, None for half of what is free."""
+
+    dataset: object = None
+    num_samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+    redo: str | None = None
+    max_memory: int | None = None
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise UsageError(f"num_samples is {self.num_samples}; expected at least 1")
+        if self.seqlen < 2:
+            raise UsageError(f"seqlen is {self.seqlen}; expected at least 2")
+        try:
+            re.compile(self.redo or "")
+        except re.error as error:
+            raise UsageError(f"{self.redo!r} is not a regular expression: {error}") from None
+
+    def to_dict(self) -> dict:
+        """What a job remembers of it; of a local file also when it was changed."""
+        named = self.dataset is None or isinstance(self.dataset, str | Path)
+        dataset = str(self.dataset) if named else "token ids"
+        if named and Path(dataset).is_file():
+            dataset += f" of {Path(dataset).stat().st_mtime_ns}"
+        return {"dataset": dataset, "num_samples": self.num_samples, "seqlen": self.seqlen, "seed": self.seed}
+
+
+def calibrate(
+    reader: CheckpointReader, config, plan: Plan, target: Path, overwrite: bool, calibration: Calibration, ranks: Ranks,
+    report: Report, progress: Progress | None, announce: Callable[[str], None],
+) -> Job:  # fmt: skip
+    """Quantize the decoder layers of `plan`. The job that holds them; `report` is filled in.
+
+    Raises OutputError for a job folder that belongs to other settings, InputError for the model or the data.
+    """
+    announce = announce if ranks.first else _silent
+    device, dtype = ranks.device, compute_dtype(config, ranks.device)
+    identity = {
+        "recipe": plan.recipe.to_dict(),
+        "format": plan.format_name,
+        "source": _fingerprint(reader),
+        "calibration": calibration.to_dict(),
+        "processes": ranks.world,
+        "computing": f"{device.type} {dtype}",
+    }
+    fresh = overwrite and calibration.redo is None
+    if not ranks.first:
+        ranks.wait()  # for the first one to have cleared the folder
+    job = Job(target, identity, fresh=fresh, owner=ranks.first)
+    try:
+        if ranks.first:
+            ranks.wait()
+        loop = _LayerLoop(reader, config, plan, job, calibration, ranks, device, dtype, announce)
+        loop.run(progress or _silent, report)
+    except BaseException:
+        job.close()
+        raise
+    return job
+
+
+def _silent(*_) -> None:
+    pass
+
+
+def compute_dtype(config, device: torch.device) -> torch.dtype:
+    """What layers compute in: the model's dtype where the hardware multiplies it, else float32."""
+    stored = getattr(config, "dtype", None) or torch.float32
+    if device.type != "cpu":
+        return stored
+    return stored if stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def _fingerprint(reader: CheckpointReader) -> dict:
+    """Size and time of each file of the source: content would take as long to read as the run does to start."""
+    files = [reader.folder / "config.json", *reader.files]
+    return {file.name: f"{file.stat().st_size} bytes of {file.stat().st_mtime_ns}" for file in files}
+
+
+class _LayerLoop:
+    """The loop over the decoder layers, and over the output embedding behind them where it is quantized."""
+
+    def __init__(self, reader, config, plan: Plan, job: Job, calibration: Calibration, ranks: Ranks, device, dtype,
+                 announce):  # fmt: skip
+        self.reader, self.config, self.plan, self.job = reader, config, plan, job
+        self.calibration, self.ranks, self.announce = calibration, ranks, announce
+        self.device, self.dtype = device, dtype
+
+    def run(self, progress: Progress, report: Report) -> None:
+        samples = self._samples()
+        report.calibration = {"source": samples.source, "samples": len(samples.input_ids), "tokens": samples.tokens}
+        mine = samples.input_ids[self.ranks.share_of(len(samples.input_ids))]
+        batches = list(mine.split(max(1, _BATCH_TOKENS // mine.shape[1])))
+        original = LayeredModel(self.config, self.reader, samples.input_ids, self.dtype, self.device)
+        quantized = original.twin()
+        steps = self._steps_by_layer(original)
+        report.expected_peak, held = expected_peak(steps, original), held_between_stages(steps, mine.numel(), original)
+        allowed = self.calibration.max_memory or peak_memory() + available_memory() // 2
+        keep = report.expected_peak + held <= allowed
+        report.expected_peak += held if keep else held // len(batches)
+        self.announce(
+            f"calibrating with {len(samples.input_ids)} samples, {samples.tokens:,} tokens: {samples.source}; "
+            f"expected peak memory {report.expected_peak / 1e9:.1f} GB"
+        )
+        finished = self._resume(steps)
+        for entry in self.job.layers:
+            _report_layer(report, entry["report"])
+        streams = self._streams(finished, original, quantized, steps, batches)
+        for number in range(finished, len(steps)):
+            started = time.perf_counter()
+            tensors = self._load(number, original, quantized)
+            run = LayerRun(original, quantized, number, batches, streams, keep)
+            packer = _Packer(self.plan, steps[number], progress, f"layer {number + 1}/{len(steps)}", samples.tokens)
+            quantize_layer(run, self.plan, steps[number], tensors, self.ranks, packer.add)
+            entry = {"layer": number, "modules": packer.entries}
+            if number < len(original.layers):
+                entry["output_error"] = self._advance(run, number + 1, batches)
+            run.close()
+            for model in (original, quantized):
+                model.unload(number)
+            entry["seconds"] = time.perf_counter() - started
+            self.job.commit(packer.tensors(), entry, write=self.ranks.first)
+            self.ranks.wait()
+            if number < len(original.layers):
+                streams = Streams(self.job.streams(number + 1, self.ranks.rank))
+            self.job.drop_streams(number + 1, self.ranks.rank)
+            _report_layer(report, entry)
+        report.peak_memory = max(self.ranks.all_of(peak_memory()))
+
+    def _samples(self) -> Samples:
+        """The calibration samples: those of the run that is resumed, or new ones."""
+        stored = self.job.folder / "samples.safetensors"
+        wanted, language_model = self.calibration, self.config.get_text_config()
+
+        def make() -> Samples:
+            same = self.job.stored.get("identity", {}).get("calibration") == wanted.to_dict()
+            if same and stored.is_file() and wanted.to_dict()["dataset"] != "token ids":
+                return _load_samples(stored)
+            made = calibration_samples(
+                wanted.dataset, self.reader.folder, num_samples=wanted.num_samples, seqlen=wanted.seqlen,
+                seed=wanted.seed, vocabulary=language_model.vocab_size,
+                context=getattr(language_model, "max_position_embeddings", None), announce=self.announce,
+            )  # fmt: skip
+            save_file({"input_ids": made.input_ids}, stored, {"source": made.source})
+            return made
+
+        samples = self.ranks.of_first(make)
+        if len(samples.input_ids) < self.ranks.world:
+            raise UsageError(f"{len(samples.input_ids)} samples are too few for {self.ranks.world} processes")
+        self.job.identity["tokens"] = samples.digest
+        return samples
+
+    def _steps_by_layer(self, model: LayeredModel) -> list[list[Step]]:
+        """The steps that are quantized in each decoder layer; behind them the output embedding, if it is."""
+        layers: list[list[Step]] = [[] for _ in model.layers]
+        head = []
+        for step in self.plan.quantized:
+            parameter, _ = model.names.locate(step.source.name)
+            number = model.layer_of(parameter)
+            if number is not None:
+                layers[number].append(step)
+            elif model.is_head(parameter):
+                head.append(step)
+        return layers + ([head] if head else [])
+
+    def _resume(self, steps: list[list[Step]]) -> int:
+        """How many layers are finished already."""
+        first = None
+        if self.calibration.redo is not None:
+            matching = [i for i, layer in enumerate(steps) for s in layer if re.match(self.calibration.redo, s.base)]
+            if not matching:
+                raise UsageError(f"--redo {self.calibration.redo!r} matches no quantized module")
+            first = min(matching)
+        finished = self.ranks.of_first(lambda: self.job.resume(first))
+        if not self.ranks.first:
+            self.job.take(finished)
+        if first is not None:
+            self.job.drop_streams(-1, self.ranks.rank)  # the samples may be others
+        if finished:
+            self.announce(f"going on from layer {finished + 1} of {len(steps)}")
+        return finished
+
+    def _load(self, number: int, original: LayeredModel, quantized: LayeredModel) -> dict[str, torch.Tensor]:
+        tensors = {name: read_checked(self.reader, name) for name in original.tensors_of(number)}
+        for model in (original, quantized):
+            model.load(number, tensors)
+        return tensors
+
+    def _streams(self, number: int, original, quantized, steps, batches) -> Streams | NoStreams:
+        """The hidden states at the input of layer `number`: stored, or else made again with the finished layers."""
+        streams = NoStreams()
+        missing = [not self.job.streams(number, self.ranks.rank).is_dir()]
+        if not any(sum(self.ranks.all_of(missing), [])):
+            return Streams(self.job.streams(number, self.ranks.rank))
+        for earlier in range(min(number, len(original.layers))):
+            tensors = self._load(earlier, original, quantized)
+            stored = {}
+            for step in steps[earlier]:
+                stored[step.source.name] = self.job.made(step)
+            _replace(quantized, steps[earlier], tensors, stored, self.plan)
+            run = LayerRun(original, quantized, earlier, batches, streams, keep=False)
+            self._advance(run, earlier + 1, batches)
+            for model in (original, quantized):
+                model.unload(earlier)
+            streams = Streams(self.job.streams(earlier + 1, self.ranks.rank))
+            self.job.drop_streams(earlier + 1, self.ranks.rank)
+        return streams
+
+    def _advance(self, run: LayerRun, number: int, batches) -> float:
+        hidden_size = self.config.get_text_config().hidden_size
+        shapes = [(*batch.shape, hidden_size) for batch in batches]
+        with StreamsWriter(self.job.streams(number, self.ranks.rank), shapes, self.dtype) as writer:
+            distance, norm = run.finish(writer)
+            writer.commit()
+        distances = self.ranks.all_of((distance, norm))
+        return (sum(d for d, _ in distances) / max(sum(n for _, n in distances), 1e-30)) ** 0.5
+
+
+def _load_samples(path: Path) -> Samples:
+    with safe_open(path, "pt") as file:
+        return Samples(file.get_tensor("input_ids"), file.metadata()["source"])
+
+
+def _replace(quantized: LayeredModel, steps: list[Step], tensors: dict, stored: dict, plan: Plan) -> None:
+    """Put the weights that an earlier run has quantized into a loaded layer."""
+    fmt = get_format(plan.format_name)
+    for several in targets(steps, tensors, quantized.names, quantized.model).values():
+        for target in several:
+            packed = {
+                suffix: stored[target.step.source.name][target.step.output_name(suffix)]
+                for suffix in fmt.suffixes(target.step.scheme)
+            }
+            if target.step.source.name and len(target.step.source.shape) == 3:
+                packed = {suffix: tensor[target.expert] for suffix, tensor in packed.items()}
+            qweight = fmt.unpack_weight(packed, target.step.scheme, *target.weight.shape)
+            target.view(quantized.model).copy_(dequantize(qweight, torch.float32))
+
+
+class _Packer:
+    """Collects the quantized targets of a layer into output tensors; says what is done."""
+
+    def __init__(self, plan: Plan, steps: list[Step], progress: Progress, label: str, tokens: int):
+        self._format, self._progress, self._label, self._tokens = get_format(plan.format_name), progress, label, tokens
+        self._parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {step.source.name: {} for step in steps}
+        self._steps = {step.source.name: step for step in steps}
+        self._started = time.perf_counter()
+        self.entries: list[dict] = []
+
+    def add(self, target: Target, qweight: QuantWeight, entry: dict) -> None:
+        parts = self._parts[target.step.source.name]
+        parts[target.expert or 0] = self._format.pack(qweight)
+        self.entries.append(entry)
+        if len(parts) == (target.step.source.shape[0] if len(target.step.source.shape) == 3 else 1):
+            rate = self._tokens / (time.perf_counter() - self._started)
+            error = entry["output_error"]
+            self._progress(
+                target.step,
+                f"{self._label} {target.step.site.module.rpartition('.')[2]}"
+                + (f" error {error:.4f}" if error is not None else "")
+                + f", {rate:,.0f} tokens/s, {peak_memory() / 1e9:.1f} GB",
+            )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        outputs = {}
+        for name, parts in self._parts.items():
+            step = self._steps[name]
+            for suffix in parts[min(parts)]:
+                stacked = [parts[expert][suffix] for expert in sorted(parts)]
+                outputs[step.output_name(suffix)] = (
+                    torch.stack(stacked) if len(step.source.shape) == 3 else stacked[0]
+                )
+        return outputs
+
+
+def _report_layer(report: Report, entry: dict) -> None:
+    report.layers += entry["modules"]
+    report.decoder_layers.append({key: value for key, value in entry.items() if key != "modules"})

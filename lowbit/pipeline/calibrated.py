@@ -1,0 +1,255 @@
+"""Quantizing one decoder layer from what its linears receive.
+
+Two streams of hidden states run through the model: that of the original and that of the quantized one. In a layer both
+walk from stage to stage; at each, the moments of the inputs are summed over all batches (and ranks), the weights of the
+stage are quantized and replaced in place, and the walks go on with the quantized weights.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lowbit.calibration.moments import Moments
+from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
+from lowbit.grid import dequantize
+from lowbit.pipeline.layers import LayeredModel
+from lowbit.pipeline.plan import Plan, Step
+from lowbit.pipeline.ranks import Ranks
+from lowbit.pipeline.streams import Streams, StreamsWriter
+from lowbit.pipeline.targets import Target, targets
+from lowbit.quantizers import get_quantizer
+from lowbit.qweight import QuantWeight
+
+# An expert that saw fewer tokens than this is shown others, that were routed elsewhere
+_FEWEST_TOKENS = 256
+
+# Called with a target that is done, what became of it, and its entry of the report
+Done = Callable[[Target, QuantWeight, dict], None]
+
+
+class LayerRun:
+    """Layer `number` of an original and a quantized model, both loaded, over the samples of this rank.
+
+    batches: int64 [B, T] token ids each. keep: leave every walk open between stages; otherwise each stage walks anew
+    from the start of the layer, in less memory and about twice the time.
+    """
+
+    def __init__(
+        self, original: LayeredModel, quantized: LayeredModel, number: int, batches: list[torch.Tensor],
+        streams: Streams, keep: bool,
+    ):  # fmt: skip
+        self.original, self.quantized, self.number = original, quantized, number
+        self.batches, self.streams, self.keep = batches, streams, keep
+        self._walks: dict[int, tuple[Walk, Walk]] = {}
+        self._stages: list[Stage] = []
+        self._parameters: list[str] = []
+        self._hooks = []
+
+    def find_stages(self, parameters: list[str]) -> list[Stage]:
+        """The stages of the layer, seen on one sample."""
+        hidden, _ = self.streams.read(0)
+        run = lambda: self.quantized.run(self.number, self.batches[0][:1], None if hidden is None else hidden[:1])  # noqa: E731
+        self._parameters = parameters
+        self._stages = find_stages(run, {name: self.quantized.model.get_parameter(name) for name in parameters})
+        for model in (self.original.model, self.quantized.model):
+            for stage in self._stages:
+                if stage.experts is not None:
+                    experts = model.get_submodule(stage.experts)
+                    hook = experts.register_forward_pre_hook(Walk.at_experts(stage.experts), with_kwargs=True)
+                    self._hooks.append(hook)
+        return self._stages
+
+    def _pair(self, index: int) -> tuple[Walk, Walk]:
+        if index in self._walks:
+            return self._walks[index]
+        pair = []
+        for model, hidden in zip((self.quantized, self.original), self.streams.read(index), strict=True):
+            parameters = {name: model.model.get_parameter(name) for name in self._parameters}
+
+            def run(model=model, hidden=hidden):
+                return model.run(self.number, self.batches[index], hidden)
+
+            pair.append(Walk(run, self._stages, parameters))
+        if self.keep:
+            self._walks[index] = tuple(pair)
+        return tuple(pair)
+
+    def arrivals(self, stage: int) -> Iterator[tuple]:
+        """(quantized, original): what `stage` receives in both streams, batch by batch."""
+        for index in range(len(self.batches)):
+            pair = self._pair(index)
+            arrived = tuple(walk.to(stage) for walk in pair)
+            if all(arrival is not None for arrival in arrived):
+                yield arrived
+            if not self.keep:
+                for walk in pair:
+                    walk.abandon()
+
+    def finish(self, streams: StreamsWriter) -> tuple[float, float]:
+        """Walk to the end; the outputs are written to `streams`. Squared distance of the quantized outputs from the
+        original ones, and the squared norm of those."""
+        distance = norm = 0.0
+        for index in range(len(self.batches)):
+            quantized, original = (walk.to_end() for walk in self._pair(index))
+            self._walks.pop(index, None)
+            distance += float((quantized - original).float().square().sum())
+            norm += float(original.float().square().sum())
+            streams.write(index, quantized, original)
+        return distance, norm
+
+    def close(self) -> None:
+        for pair in self._walks.values():
+            for walk in pair:
+                walk.abandon()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, ranks: Ranks, done: Done) -> None:
+    """Quantize the `steps` of a layer from its stored `tensors`; `done` gets each target, its QuantWeight and its entry of
+    the report."""
+    todo = targets(steps, tensors, run.quantized.names, run.quantized.model)
+    quantizer = get_quantizer(plan.recipe.method)
+    for number, stage in enumerate(run.find_stages(list(todo))):
+        for together, moments, note in _measured(run, number, stage, todo, "drift" in quantizer.needs, ranks):
+            for alike in _alike(together):
+                _quantize_together(alike, moments, note, plan, run, ranks, done)
+        for name in stage.parameters:
+            del todo[name]
+    for name in list(todo):  # never used in the forward pass: nothing was measured
+        for target in todo[name]:
+            _quantize_together([target], None, "no token reached it", plan, run, ranks, done)
+
+
+def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], drift: bool, ranks: Ranks):
+    """(targets that share an input, its Moments, a note) for each input of a stage."""
+    if stage.experts is None:
+        together = [target for name in stage.parameters for target in todo[name]]
+        moments = Moments(together[0].weight.shape[1], run.quantized.device, drift)
+        for x, f in run.arrivals(number):
+            moments.add(x.flatten(0, -2), f.flatten(0, -2))
+        moments.merge(ranks.sum)
+        yield together, moments, ""
+        return
+    inputs = [_of_experts(*arrived) for arrived in run.arrivals(number)]
+    modules = [model.model.get_submodule(stage.experts) for model in (run.quantized, run.original)]
+    seen = sum(torch.bincount(routing.flatten().cpu(), minlength=modules[0].num_experts + 1) for _, _, routing in inputs)
+    ranks.sum(seen)
+    for expert in range(modules[0].num_experts):
+        missing = max(0, _FEWEST_TOKENS - int(seen[expert])) // ranks.world
+        for name in stage.parameters:
+            together = [target for target in todo[name] if target.expert == expert]
+            moments = Moments(together[0].weight.shape[1], run.quantized.device, drift)
+            for x, f, routing in inputs:
+                rows = _tokens_of(expert, routing, -(-missing // len(inputs)))
+                if len(rows):
+                    leaf = name.rpartition(".")[2]
+                    moments.add(*(
+                        expert_input(module, getattr(module, leaf), expert, hidden[rows], routing)
+                        for module, hidden in zip(modules, (x, f), strict=True)
+                    ))  # fmt: skip
+            moments.merge(ranks.sum)
+            note = f"cold expert: {int(seen[expert])} tokens of its own, topped up" if missing else ""
+            yield together, moments, note
+
+
+def _of_experts(quantized: tuple, original: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states [tokens, hidden] of both streams, and the experts [tokens, k] that the quantized one chose."""
+    x, f = (next(a for a in args if torch.is_floating_point(a)).flatten(0, -2) for args in (quantized, original))
+    routing = next(a for a in quantized if isinstance(a, torch.Tensor) and not torch.is_floating_point(a))
+    return x, f, routing.reshape(len(x), -1)
+
+
+def _tokens_of(expert: int, routing: torch.Tensor, missing: int) -> torch.Tensor:
+    """Rows of the tokens routed to `expert`, and `missing` others spread evenly."""
+    mine = (routing == expert).any(-1)
+    rows = mine.nonzero()[:, 0]
+    if not missing:
+        return rows
+    others = (~mine).nonzero()[:, 0]
+    return torch.cat([rows, others[:: max(1, len(others) // missing)][:missing]])
+
+
+def _alike(together: list[Target]) -> Iterator[list[Target]]:
+    """Targets of one scheme and dtype: their rows are quantized as one matrix."""
+    kinds: dict[tuple, list[Target]] = {}
+    for target in together:
+        kinds.setdefault((target.step.scheme, target.weight.dtype), []).append(target)
+    yield from kinds.values()
+
+
+def _quantize_together(
+    alike: list[Target], moments: Moments | None, note: str, plan: Plan, run: LayerRun, ranks: Ranks, done: Done
+) -> None:
+    started = time.perf_counter()
+    scheme, weight = alike[0].step.scheme, torch.cat([target.weight for target in alike])
+    if moments is None or not moments.tokens:
+        quantizer, options, stats = get_quantizer("rtn"), {"scale_search": "mse"}, {}
+        note = note or "no token reached it"
+    else:
+        quantizer, options = get_quantizer(plan.recipe.method), plan.recipe.options
+        stats = {"hessian": moments.hessian, "drift": moments.drift}
+    mine = weight[ranks.share_of(len(weight))].to(run.quantized.device)
+    parts = ranks.all_of(quantizer.quantize(mine, stats, scheme, options))
+    whole = _joined([part for part, _ in parts])
+    notes = [notes for _, notes in parts]
+    seconds = (time.perf_counter() - started) * len(alike[0].weight) / len(weight)
+    for target, rows in zip(alike, _consecutive(alike), strict=True):
+        qweight = _rows(whole, rows)
+        entry = {
+            "name": target.step.source.name,
+            "scheme": scheme.name,
+            "tokens": moments.tokens if moments else 0,
+            "damping": notes[0].get("damping"),
+            "objective": _objective(notes, rows),
+            "seconds": seconds,
+            "note": notes[0].get("fallback", note),
+            **_output_errors(target.weight, qweight, moments),
+        }
+        if target.expert is not None:
+            entry["expert"] = target.expert
+        target.view(run.quantized.model).copy_(dequantize(qweight, torch.float32))
+        done(target, qweight, entry)
+
+
+def _consecutive(alike: list[Target]) -> Iterator[slice]:
+    start = 0
+    for target in alike:
+        yield slice(start, start + len(target.weight))
+        start += len(target.weight)
+
+
+def _joined(parts: list[QuantWeight]) -> QuantWeight:
+    if len(parts) == 1:
+        return parts[0]
+    zeros = None if parts[0].zeros is None else torch.cat([part.zeros.cpu() for part in parts])
+    codes, scales = (torch.cat([getattr(part, field).cpu() for part in parts]) for field in ("codes", "scales"))
+    return QuantWeight(codes, scales, parts[0].scheme, zeros)
+
+
+def _rows(whole: QuantWeight, rows: slice) -> QuantWeight:
+    zeros = None if whole.zeros is None else whole.zeros[rows].cpu().contiguous()
+    return QuantWeight(
+        whole.codes[rows].cpu().contiguous(), whole.scales[rows].cpu().contiguous(), whole.scheme, zeros
+    )
+
+
+def _objective(notes: list[dict], rows: slice) -> dict[str, float]:
+    """Stage -> the error of these rows after it, relative to their energy."""
+    stages = notes[0].get("objective", {})
+    return {stage: float(torch.cat([n["objective"][stage].cpu() for n in notes])[rows].mean()) for stage in stages}
+
+
+def _output_errors(weight: torch.Tensor, qweight: QuantWeight, moments: Moments | None) -> dict[str, float | None]:
+    """Relative output errors ||Q x - W x|| / ||W x|| in the quantized stream and ||Q x - W f|| / ||W f|| against the
+    original one, on sampled tokens."""
+    if moments is None or not moments.tokens:
+        return {"output_error": None, "output_error_to_original": None}
+    x, f = (sample.cpu().double() for sample in moments.samples)
+    dense, original = dequantize(qweight, torch.float32).double(), weight.double()
+    got, same_input, wanted = x @ dense.T, x @ original.T, f @ original.T
+    return {
+        "output_error": float((got - same_input).norm() / same_input.norm().clamp_min(1e-30)),
+        "output_error_to_original": float((got - wanted).norm() / wanted.norm().clamp_min(1e-30)),
+    }

@@ -1,0 +1,172 @@
+"""What a calibrated run has finished: one file for each layer and job.json, in a hidden folder beside the output.
+
+Files are written aside and renamed, the layer before job.json names it, so that whatever kills the process, the folder
+tells a true state. A layer's file carries its hash in its name and is checked before it is used again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from lowbit.checkpoint.layout import StoredTensor, TensorInfo, read_header
+from lowbit.checkpoint.reader import SINGLE_NAME, read_tensor
+from lowbit.checkpoint.writer import CheckpointWriter, try_lock
+from lowbit.errors import InputError, OutputError
+from lowbit.pipeline.plan import Step
+
+_STATE = "job.json"
+
+
+class Job:
+    """The folder `.NAME.job` of the output folder NAME.
+
+    identity: what the result depends on, nested dicts of plain values. layers: {"file", "sha256", "report"} of each
+    finished one, in order.
+    """
+
+    def __init__(self, target: Path, identity: dict, *, fresh: bool = False, owner: bool = True):
+        self.folder = target.with_name(f".{target.name}.job")
+        self.identity = identity
+        self.layers: list[dict] = []
+        self._made: dict[str, StoredTensor] | None = None
+        try:
+            if fresh and owner:
+                self._discard()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
+        if owner and not try_lock(self._lock):
+            raise OutputError(f"another run is working on {target}: wait for it, or choose another output folder")
+        self.stored = self._read()
+
+    def _read(self) -> dict:
+        try:
+            return json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"cannot read {self.folder / _STATE} ({error}): pass --overwrite to start anew"
+            ) from None
+
+    def resume(self, first_to_redo: int | None = None) -> int:
+        """Take over the finished layers of an earlier run; how many there are.
+
+        first_to_redo: forget that layer and those after it; settings of the method may differ then. Raises OutputError
+        naming what differs if that run had another identity.
+        """
+        stored = self.stored
+        if stored:
+            different = list(differences(stored["identity"], self.identity))
+            if first_to_redo is not None:
+                different = [line for line in different if not line.startswith(_MAY_CHANGE)]
+            if different:
+                raise OutputError(
+                    f"the unfinished run in {self.folder} had other settings ({'; '.join(different[:4])}): "
+                    "run with those to go on, or pass --overwrite to start anew"
+                )
+        for entry in stored.get("layers", [])[:first_to_redo]:
+            path = self.folder / entry["file"]
+            if not path.is_file() or file_hash(path) != entry["sha256"]:
+                break
+            self.layers.append(entry)
+        self._write_state()
+        return len(self.layers)
+
+    def take(self, count: int) -> None:
+        """The same state in a process that does not own the folder: the first `count` layers as they are stored."""
+        self.layers = self._read()["layers"][:count]
+
+    def commit(self, tensors: dict[str, torch.Tensor], report: dict, write: bool = True) -> None:
+        """Add the next layer: its packed tensors and what the report says of it. write: False in all processes but the
+        one that owns the folder."""
+        if not write:
+            self.layers.append({"report": report})
+            return
+        aside = self.folder / "layer.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        with CheckpointWriter(aside, infos, 2**62, {}) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.finish(0)
+        digest = file_hash(aside / SINGLE_NAME)
+        name = f"layer-{len(self.layers):04d}-{digest[:16]}.safetensors"
+        (aside / SINGLE_NAME).rename(self.folder / name)
+        aside.rmdir()
+        self.layers.append({"file": name, "sha256": digest, "report": report})
+        self._write_state()
+
+    def stored_tensors(self, number: int) -> dict[str, StoredTensor]:
+        """The packed tensors of a finished layer, by name."""
+        return {info.name: info for info in read_header(self.folder / self.layers[number]["file"])}
+
+    def made(self, step: Step) -> dict[str, torch.Tensor] | None:
+        """The output tensors of a step, if a finished layer has them."""
+        if self._made is None:
+            self._made = {k: v for number in range(len(self.layers)) for k, v in self.stored_tensors(number).items()}
+        if step.outputs[0].name not in self._made:
+            return None
+        return {info.name: read_tensor(self._made[info.name]) for info in step.outputs}
+
+    def streams(self, number: int, rank: int) -> Path:
+        """Where the hidden states at the input of layer `number` are, or will be."""
+        return self.folder / f"streams-{number:04d}-{rank}"
+
+    def drop_streams(self, number: int, rank: int) -> None:
+        """Remove those of all layers but `number`."""
+        for path in self.folder.glob(f"streams-*-{rank}*"):
+            if path != self.streams(number, rank):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _write_state(self) -> None:
+        state = {"identity": self.identity, "layers": self.layers}
+        partial = self.folder / f"{_STATE}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(state, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.folder / _STATE)
+
+    def _discard(self) -> None:
+        if self.folder.is_dir():
+            with (self.folder / ".lock").open("w") as lock:
+                if not try_lock(lock):
+                    raise OutputError(f"another run is working in {self.folder}: wait for it")
+            shutil.rmtree(self.folder)
+
+    def finish(self) -> None:
+        """The output is in place: nothing here is needed any more."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+# What `--redo` may change: it only concerns layers that are done again
+_MAY_CHANGE = ("recipe.options.", "calibration.", "tokens")
+
+
+def differences(then: dict, now: dict, prefix: str = ""):
+    """Yield "path: a then, b now" for each value that differs between two nested dicts."""
+    for key in sorted({*then, *now}):
+        a, b = then.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}: {a} then, {b} now"
+
+
+def file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None

@@ -1,0 +1,74 @@
+"""The processes of one run: one alone, or several under `torchrun` / `accelerate launch`.
+
+Calibration samples are divided over the ranks, second moments are summed, and the rows of each weight are divided over
+the ranks again: rows are quantized independently of each other.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """rank of this process, world: how many there are. Alone, every method gives back what it was given."""
+
+    def __init__(self):
+        self.rank, self.world = 0, 1
+        self._owned = False
+        if dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+                self._owned = True
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes: a GPU of its own where there are some."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+    def share_of(self, count: int) -> slice:
+        """The contiguous part of `count` things that is this rank's."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def sum(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+
+    def all_of(self, mine):
+        """What each rank has, in the order of ranks."""
+        if self.world == 1:
+            return [mine]
+        gathered = [None] * self.world
+        dist.all_gather_object(gathered, mine)
+        return gathered
+
+    def of_first(self, make):
+        """What `make()` returns on the first rank, on every rank. An error there is raised everywhere."""
+        if self.world == 1:
+            return make()
+        outcome = [None, None]
+        if self.first:
+            try:
+                outcome = [make(), None]
+            except Exception as error:
+                outcome = [None, error]
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self._owned:
+            dist.destroy_process_group()

@@ -1,0 +1,145 @@
+"""Writes the planned checkpoint: a thread reads ahead, this one quantizes, a third writes."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from lowbit.checkpoint import CheckpointReader, CheckpointWriter
+from lowbit.checkpoint.side_files import copy_side_files
+from lowbit.checkpoint.writer import StagedFolder
+from lowbit.errors import InputError, OutputError
+from lowbit.formats import get_format
+from lowbit.pipeline.plan import Plan, Step
+from lowbit.pipeline.report import Report, weight_error
+from lowbit.quantizers import get_quantizer
+from lowbit.scheme import Recipe
+
+# Called with each Step that is done, for progress bars, and with what there is to say of it
+Progress = Callable[[Step, str], None]
+# Quantized output tensors of a Step that somebody else made before, or None
+Made = Callable[[Step], dict[str, torch.Tensor] | None]
+
+
+def write_checkpoint(
+    reader: CheckpointReader, plan: Plan, staged: StagedFolder, shard_bytes: int, report: Report,
+    progress: Progress | None, made: Made = lambda step: None,
+) -> None:
+    """Write all of the plan into the staged folder; what `made` does not have is quantized without data.
+
+    Raises OutputError when that fails, InputError for weights that are damaged."""
+    try:
+        _write(reader, plan, staged.path, shard_bytes, report, progress, made)
+    except OSError as error:
+        raise OutputError(f"cannot write to {staged.target}: {error.strerror or error}") from None
+
+
+def _write(reader, plan: Plan, folder: Path, shard_bytes: int, report: Report, progress, made: Made) -> None:
+    fmt = get_format(plan.format_name)
+    # one thread reads and checks the next tensor, one writes the last: the disk works while this one quantizes
+    with (
+        CheckpointWriter(folder, plan.outputs, shard_bytes, {}) as writer,
+        ThreadPoolExecutor(max_workers=1) as reading,
+        ThreadPoolExecutor(max_workers=1) as writing,
+    ):
+        copy_side_files(reader.folder, folder)
+        written = None
+        for step, outputs in _read_ahead(reader, plan.steps, made, reading):
+            finished_before = step.source.name not in outputs
+            if step.scheme is not None and not finished_before:
+                packed, error = _quantize_tensor(outputs[step.source.name], step, plan.recipe, fmt)
+                outputs = {step.output_name(suffix): part for suffix, part in packed.items()}
+                report.add(step, error)
+            if written is not None:
+                written.result()  # no more than one step waits to be written, whatever the disk does
+            written = writing.submit(_write_all, writer, outputs)
+            if progress and not finished_before:
+                progress(step, "")
+        written.result()
+        writer.finish(plan.total_parameters)
+    config = {**reader.config, "quantization_config": plan.quantization_config}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_all(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+
+
+def read_checked(reader: CheckpointReader, name: str) -> torch.Tensor:
+    """Read a tensor; raises InputError if it holds NaN or infinity."""
+    tensor = reader.tensor(name)
+    _check_finite(tensor, reader.tensors[name])
+    return tensor
+
+
+def _read_ahead(
+    reader: CheckpointReader, steps: Iterable[Step], made: Made, pool
+) -> Iterator[tuple[Step, dict[str, torch.Tensor]]]:
+    """Each step with its source tensor or with the output tensors that are made already, the next one being read."""
+
+    def read(step: Step):
+        return made(step) or {step.source.name: read_checked(reader, step.source.name)}
+
+    pending = None
+    for step in steps:
+        following = (step, pool.submit(read, step))
+        if pending:
+            yield pending[0], pending[1].result()
+        pending = following
+    if pending:
+        yield pending[0], pending[1].result()
+
+
+def _matrices(tensor: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
+    """The [out_features, in_features] matrices of a source tensor: itself, or one for each of its experts."""
+    for matrix in tensor if tensor.ndim == 3 else (tensor,):
+        yield matrix.T.contiguous() if step.site.transposed else matrix
+
+
+def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> tuple[dict[str, torch.Tensor], float]:
+    quantizer, options = get_quantizer(recipe.method), recipe.options
+    if quantizer.needs:  # there are none here
+        quantizer, options = get_quantizer("rtn"), {"scale_search": "mse"}
+    packed, errors = [], []
+    for matrix in _matrices(tensor, step):
+        qweight, _ = quantizer.quantize(matrix, {}, step.scheme, options)
+        errors.append(weight_error(matrix, qweight))
+        packed.append(fmt.pack(qweight))
+    if tensor.ndim == 2:
+        return packed[0], errors[0]
+    stacked = {suffix: torch.stack([part[suffix] for part in packed]) for suffix in packed[0]}
+    return stacked, sum(errors) / len(errors)
+
+
+# The bits of the exponent, all of them set in NaN and infinity and in nothing else, and an integer type
+_EXPONENT = {
+    torch.bfloat16: (0x7F80, torch.int16),
+    torch.float16: (0x7C00, torch.int16),
+    torch.float32: (0x7F800000, torch.int32),
+    torch.float64: (0x7FF0000000000000, torch.int64),
+}
+_CHECKED_ELEMENTS = 2**20
+
+
+def _check_finite(tensor: torch.Tensor, info) -> None:
+    """Raise InputError if a floating tensor holds NaN or infinity. A third of the cost of isfinite."""
+    exponent, integer = _EXPONENT.get(tensor.dtype, (0, None))
+    if integer is None or not tensor.numel():
+        return
+    magnitude = torch.iinfo(integer).max
+    bits = tensor.view(-1).view(integer)
+    scratch = torch.empty(min(_CHECKED_ELEMENTS, bits.numel()), dtype=integer)
+
+    def largest(part):
+        return int(torch.bitwise_and(part, magnitude, out=scratch[: part.numel()]).amax())
+
+    if all(largest(part) < exponent for part in bits.split(_CHECKED_ELEMENTS)):
+        return
+    bad = int(tensor.isfinite().logical_not_().sum())
+    raise InputError(
+        f"{info.name} in {info.file.name} holds {bad:,} NaN or infinite values of {info.numel:,}: "
+        "the checkpoint is damaged, download or export it again"
+    )
