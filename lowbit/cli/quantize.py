@@ -14,6 +14,7 @@ from lowbit.cli.common import (
     TrustOption,
     console,
     interrupted_once,
+    notes,
     one_model,
     print_json,
     progress,
@@ -40,10 +41,39 @@ def quantize(
     sym: Annotated[
         bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.", show_default=False)
     ] = None,
-    method: Annotated[str, typer.Option(help="rtn (round to nearest).")] = "rtn",
+    method: Annotated[
+        str, typer.Option(help="rtn (round to nearest, no data), or gptq (error compensation, calibrated).")
+    ] = "rtn",
     scale_search: Annotated[
-        str, typer.Option(help="minmax, or mse: shrink the range where that lowers the error.")
-    ] = "minmax",
+        str | None, typer.Option(help="Of rtn: minmax or mse; of gptq: columns or minmax.", show_default=False)
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for the method: gptq has order, damping, drift, sweeps.", show_default=False),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="What gptq calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl or "
+            "parquet file, token ids (.safetensors, .npy), or self: text that the model itself writes. "
+            "Default: a public data set, or self where it cannot be reached.",
+            show_default=False,
+        ),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a sample.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    redo: Annotated[
+        str | None,
+        typer.Option(help="Regex of modules of an unfinished run: do their layers and all later ones again.",
+                     show_default=False),
+    ] = None,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding too.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="e.g. 8GB: walk layers again rather than hold more (default: half of what is free).",
+                     show_default=False),
+    ] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="REGEX=SCHEME for the modules it matches; repeatable.", show_default=False)
     ] = None,
@@ -60,7 +90,8 @@ def quantize(
 ):
     """Quantize a model into a folder that transformers and vLLM load.
 
-    Reads and writes tensor by tensor, so a model may be larger than memory. The folder appears whole or not at all.
+    Reads and writes tensor by tensor, with gptq layer by layer: a model may be larger than memory. The folder appears
+    whole or not at all; a gptq run that was stopped goes on where it was when the same command is given again.
     """
     from lowbit.pipeline import quantize as run
 
@@ -75,7 +106,7 @@ def quantize(
         def on_plan(plan):
             total = sum(step.source.nbytes for step in plan.steps)
             advance = stack.enter_context(progress("quantizing", total, quiet=json or dry_run))
-            return lambda step: advance(step.source.nbytes, step.source.name)
+            return lambda step, note: advance(step.source.nbytes, note or step.source.name)
 
         report = run(
             model,
@@ -84,9 +115,16 @@ def quantize(
             group_size=group_size,
             sym=sym,
             method=method,
-            options={"scale_search": scale_search},
+            options=_options(option, scale_search),
             overrides=[_override(text) for text in override or ()],
             ignore=ignore or (),
+            lm_head=lm_head,
+            dataset=dataset,
+            num_samples=num_samples,
+            seqlen=seqlen,
+            seed=seed,
+            redo=redo,
+            max_memory=max_memory,
             format=format,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
@@ -94,11 +132,22 @@ def quantize(
             revision=revision,
             trust_remote_code=trust_remote_code,
             on_plan=on_plan,
+            announce=lambda line: notes.print(line, markup=False),
         )
     if json:
         print_json(report.to_dict())
     else:
         _show(report, dry_run)
+
+
+def _options(texts: list[str] | None, scale_search: str | None) -> dict[str, str]:
+    options = {} if scale_search is None else {"scale_search": scale_search}
+    for text in texts or ():
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise UsageError(f"option {text!r} is not understood; expected NAME=VALUE, e.g. damping=0.05")
+        options[name.replace("-", "_")] = value
+    return options
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -115,8 +164,10 @@ def _show(report, dry_run: bool) -> None:
     console.print(rows)
     console.print(
         f"{report.quantized_tensors} weight tensors quantized, {report.quantized_share:.1%} of the bytes"
-        + ("" if dry_run else f"; mean relative error {report.mean_error:.4f}; {report.seconds:.1f} s")
+        + ("" if dry_run else f"; {_error(report)}; {report.seconds:.1f} s")
     )
+    if report.calibration and not dry_run:
+        _show_calibration(report)
     if report.fallbacks:
         console.print("other group size, because theirs does not divide in_features:")
         for name, scheme in report.fallbacks.items():
@@ -126,3 +177,28 @@ def _show(report, dry_run: bool) -> None:
         for name, reason in report.left_alone.items():
             console.print(f"  {name}: {reason}")
     console.print("dry run: nothing was written" if dry_run else f"written to {report.output}")
+
+
+def _error(report) -> str:
+    if report.calibration:
+        return f"relative output error {report.mean_output_error:.4f}"
+    return f"mean relative error {report.mean_error:.4f}"
+
+
+def _show_calibration(report) -> None:
+    used = report.calibration
+    console.print(
+        f"calibrated with {used['samples']} samples, {used['tokens']:,} tokens: {used['source']}; "
+        f"peak memory {size(report.peak_memory)}"
+    )
+    worst = table("largest output errors", "scheme", "tokens", "error", "to the original", title=None)
+    for layer in report.worst(5):
+        worst.add_row(
+            layer["name"], layer["scheme"], f"{layer['tokens']:,}", f"{layer['output_error']:.4f}",
+            f"{layer['output_error_to_original']:.4f}",
+        )  # fmt: skip
+    console.print(worst)
+    for layer in report.layers:
+        if layer.get("note"):
+            expert = f" expert {layer['expert']}" if "expert" in layer else ""
+            console.print(f"  {layer['name']}{expert}: {layer['note']}")

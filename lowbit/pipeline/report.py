@@ -1,6 +1,9 @@
 """What a run did, for people and for scripts."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -73,7 +76,26 @@ class Report:
 
     @property
     def mean_error(self) -> float:
-        return sum(layer["relative_error"] for layer in self.layers) / max(len(self.layers), 1)
+        return _mean(layer["relative_error"] for layer in self.layers)
+
+    @property
+    def mean_output_error(self) -> float:
+        return _mean(layer["output_error"] for layer in self.layers if layer.get("output_error") is not None)
+
+    def worst(self, count: int) -> list[dict]:
+        """The weights with the largest output errors."""
+        known = [layer for layer in self.layers if layer.get("output_error") is not None]
+        return sorted(known, key=lambda layer: -layer["output_error"])[:count]
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+    def write(self, target: Path) -> None:
+        """NAME.report.json beside the folder NAME: not in it, for what is in it depends on nothing but the input."""
+        path = target.with_name(target.name + ".report.json")
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / max(len(values), 1)

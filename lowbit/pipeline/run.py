@@ -89,12 +89,14 @@ def quantize(
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)
                 staged.commit()
+        report.seconds = time.perf_counter() - started
         if job is not None:
             job.finish()
+            if ranks.first:
+                report.write(target)
         ranks.wait()
     finally:
         ranks.close()
-    report.seconds = time.perf_counter() - started
     return report
 
 
