@@ -50,12 +50,10 @@ _DAMPING_STEPS, _DAMPING_FACTOR, _LEAST_DAMPING = 6, 10.0, 1e-6
 _BLOCK = 32
 # Elements of the work arrays of a slice of rows: what stays in a CPU's caches
 _SLICE_ELEMENTS = 2**21
-# Ranges that are tried for each group, and shifts of its zero point, by bits
+# Ranges that are tried for each group in its turn, and in a later sweep, both times that of the targets or the grid then
 _SHRINKS = (1.15, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-_SHIFTS = (0, 1, -1)
+_RETRIED = (0.9, 0.95, 1.0, 1.05, 1.1)
 _LONGEST_SEARCHED_GROUP = 512
-# Of the mean diagonal, in the least-squares problem of the scales
-_RIDGE = 1e-4
 # Columns whose gradient is brought up to date together
 _WIDEST_DESCENT = 128
 
@@ -69,43 +67,53 @@ def quantize(weight, stats, scheme, options):
     """
     hessian = stats["hessian"].double()
     dead = hessian.diagonal() <= 0  # inputs that are always zero: any code does, and that of weight zero is best
-    hessian = hessian + torch.diag(dead.double() * hessian.diagonal().clamp_min(0).mean().clamp_min(1e-30))
-    hessian, damping = _damped(hessian, options["damping"])
-    if hessian is None:
-        return quantize_nearest(weight, scheme, "mse"), {"fallback": "rtn: the Hessian is not finite"}
-    target = weight.double()
-    target[:, dead] = 0
-    if options["drift"] and stats.get("drift") is not None:
-        target = target + options["drift"] * torch.cholesky_solve(
-            (target @ stats["drift"].double()).T, torch.linalg.cholesky(hessian)
-        ).T
+    hessian = hessian + torch.diag(dead * hessian.diagonal().clamp_min(0).mean().clamp_min(1e-30))
     group = scheme.group_of(weight.shape[1])
     order = _order(hessian.diagonal(), group, options["order"])
-    hessian = hessian[order][:, order]
-    factor = _factor(hessian)
-    problem = _Problem(target[:, order].T.float().contiguous(), hessian.float(), group, scheme, weight.dtype)
-    solution = problem.error_feedback(factor, options["scale_search"])
-    objective = {"gptq": problem.error(solution)}
+    hessian, factor, damping = _factored(hessian[order][:, order], options["damping"])
+    if factor is None:
+        return quantize_nearest(weight, scheme, "mse"), {"fallback": "rtn: the Hessian is not finite"}
+    target = weight.to(torch.float64, copy=True)
+    target[:, dead] = 0
+    target = target[:, order].T
+    if options["drift"] and stats.get("drift") is not None:
+        drift = stats["drift"].double()[order][:, order]
+        target = target + options["drift"] * _solve(factor, drift.T @ target)
+    problem = _Problem(target.float().contiguous(), hessian.float(), factor, group, scheme, weight.dtype)
+    solution = problem.error_feedback(options["scale_search"] == "columns")
+    objective = {"gptq": solution.cost.clone()}
     for sweep in range(1, options["sweeps"] + 1):
-        solution = problem.refit_scales(solution)
-        objective[f"scales {sweep}"] = problem.error(solution)
-        solution = problem.descend(solution)
-        objective[f"codes {sweep}"] = problem.error(solution)
+        problem.refine(solution)
+        objective[f"sweep {sweep}"] = solution.cost.clone()
     energy = problem.energy()
-    objective = {stage: error / energy for stage, error in objective.items()}
+    objective = {stage: cost / energy for stage, cost in objective.items()}
     return solution.in_order(order, group, scheme, weight.dtype), {"objective": objective, "damping": damping}
 
 
-def _damped(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor | None, float]:
-    """The Hessian with `damping` times its mean diagonal added to its diagonal, more if that is not positive definite."""
+def _factored(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor | None, float]:
+    """The Hessian with `damping` times its mean diagonal on its diagonal, and the R of it; more damping if it cannot be
+    factored otherwise. R is None if nothing helps."""
     mean = hessian.diagonal().mean()
     for _ in range(_DAMPING_STEPS):
-        damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        _, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and damped.isfinite().all():
-            return damped, damping
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        factor = _factor(damped)
+        if factor is not None:
+            return damped, factor, damping
         damping = max(damping, _LEAST_DAMPING) * _DAMPING_FACTOR
-    return None, damping
+    return hessian, None, damping
+
+
+def _factor(matrix: torch.Tensor) -> torch.Tensor | None:
+    """R, upper triangular, with R R^T = matrix: Cholesky from the last column to the first. None if there is none."""
+    factor, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    return None if failed or not factor.isfinite().all() else factor.flip(0, 1)
+
+
+def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """X of (R R^T) X = right"""
+    half = torch.linalg.solve_triangular(factor, right, upper=True)
+    return torch.linalg.solve_triangular(factor.T, half, upper=False)
 
 
 def _order(diagonal: torch.Tensor, group: int, how: str) -> torch.Tensor:
@@ -118,19 +126,16 @@ def _order(diagonal: torch.Tensor, group: int, how: str) -> torch.Tensor:
     return (first[:, None] * group + inside[first]).flatten()
 
 
-def _factor(hessian: torch.Tensor) -> torch.Tensor:
-    """R, upper triangular, with R R^T = hessian: Cholesky from the last column to the first."""
-    return torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
-
-
 @dataclass
 class _Solution:
-    """In the order of quantization: codes and error (W - Q) float32 [K, N], scales and zeros float32 [G, N]."""
+    """In the order of quantization: codes and error (W - Q) float32 [K, N], scales and zeros float32 [G, N]; cost, what
+    is minimised, float64 [N]."""
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     error: torch.Tensor
+    cost: torch.Tensor
 
     def in_order(self, order: torch.Tensor, group: int, scheme: Scheme, dtype: torch.dtype) -> QuantWeight:
         columns = torch.argsort(order)
@@ -141,41 +146,48 @@ class _Solution:
 
 
 class _Problem:
-    """Minimise, for each column n of W [K, N], (w - q)^T H (w - q) over codes, scales and zeros of groups."""
+    """Minimise, for each column n of W [K, N], (w - q)^T H (w - q) over codes, scales and zeros of groups.
 
-    def __init__(self, weight: torch.Tensor, hessian: torch.Tensor, group: int, scheme: Scheme, dtype: torch.dtype):
-        self.weight, self.hessian, self.group, self.scheme, self.dtype = weight, hessian, group, scheme, dtype
+    weight: float32 [K, N]. hessian: float32 [K, K]; factor: its R, float64. dtype: what scales are stored in.
+    """
+
+    def __init__(self, weight, hessian, factor, group: int, scheme: Scheme, dtype: torch.dtype):
+        self.weight, self.hessian, self.factor = weight, hessian, factor
+        self.group, self.scheme, self.dtype = group, scheme, dtype
         self.top = scheme.levels - 1
-
-    def error(self, solution: _Solution) -> torch.Tensor:
-        """float64 [N]"""
-        return _quadratic(self.hessian, solution.error)
+        self.searched = group <= _LONGEST_SEARCHED_GROUP
 
     def energy(self) -> torch.Tensor:
-        return _quadratic(self.hessian, self.weight).clamp_min(1e-30)
+        """float64 [N]: the cost of rounding everything to zero."""
+        return ((self.hessian @ self.weight) * self.weight).sum(0, dtype=torch.float64).clamp_min(1e-30)
 
-    def error_feedback(self, factor: torch.Tensor, scale_search: str) -> _Solution:
-        diagonal = factor.diagonal()
-        feedback, cost = (factor / diagonal).float(), diagonal.square().float()
-        inputs, rows = self.weight.shape
-        groups = inputs // self.group
-        codes, error = torch.empty_like(self.weight), torch.empty_like(self.weight)
-        scales, zeros = self.weight.new_empty(groups, rows), self.weight.new_empty(groups, rows)
-        searched = scale_search == "columns" and self.group <= _LONGEST_SEARCHED_GROUP
-        for number in range(groups):
-            block = slice(number * self.group, (number + 1) * self.group)
-            target = self.weight[block] + feedback[: block.start, block].T @ error[: block.start]
-            # in slices of rows: the columns of a group pass over the same few arrays again and again
-            for part in _slices(rows, _SLICE_ELEMENTS // (self.group * (len(_SHRINKS) if searched else 1))):
-                tried = self._grids(target[:, part], searched)
-                found = self._columns(target[:, part], feedback[block, block], cost[block], *tried)
-                codes[block, part], scales[number, part], zeros[number, part] = found
-            error[block] = self.weight[block] - self._value(codes[block], scales[number], zeros[number])
-        return _Solution(codes, scales, zeros, error)
+    def blocks(self):
+        """(number, slice of columns) of each group."""
+        return ((n, slice(n * self.group, (n + 1) * self.group)) for n in range(len(self.weight) // self.group))
 
-    def _grids(self, target: torch.Tensor, searched: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and zeros [C, N] to try for targets [g, N] of one group."""
-        shrinks = target.new_tensor(_SHRINKS if searched else (1.0,)).unsqueeze(1)
+    def error_feedback(self, search: bool) -> _Solution:
+        """One pass over the columns, each corrected for the errors of those before it."""
+        weight, (inputs, rows) = self.weight, self.weight.shape
+        feedback, costs = _feedback(self.factor)
+        self.factor = None  # as large as the Hessian, and not needed again
+        scales, zeros = (weight.new_empty(inputs // self.group, rows) for _ in range(2))
+        cost = weight.new_zeros(rows, dtype=torch.float64)
+        found = _Solution(torch.empty_like(weight), scales, zeros, torch.empty_like(weight), cost)
+        for number, block in self.blocks():
+            target = weight[block] + feedback[: block.start, block].T @ found.error[: block.start]
+            shrinks = _SHRINKS if search and self.searched else (1.0,)
+            for part in _slices(rows, _SLICE_ELEMENTS // (self.group * len(shrinks))):
+                grids = self._ranges(target[:, part], shrinks)
+                problem = (weight[block, part], target[:, part], feedback[block, block], costs[block])
+                best = self._columns(*problem, *grids)
+                found.codes[block, part], scales[number, part], zeros[number, part], added = best
+                cost[part] += added
+            found.error[block] = weight[block] - _value(found.codes[block], scales[number], zeros[number])
+        return found
+
+    def _ranges(self, target: torch.Tensor, shrinks: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros [C, N] that span shrunk ranges of targets [g, N]."""
+        shrinks = target.new_tensor(shrinks).unsqueeze(1)
         if self.scheme.sym:
             # all 2^bits codes: the largest |w| lies on the lowest code, whichever sign that takes
             largest = target.gather(0, target.abs().argmax(0, keepdim=True))
@@ -183,11 +195,14 @@ class _Problem:
             return scales, torch.full_like(scales, self.scheme.middle)
         low, high = target.amin(0).clamp(max=0) * shrinks, target.amax(0).clamp(min=0) * shrinks
         scales = self._stored((high - low) / self.top)
-        zeros = (-low / scales).round().clamp(0, self.top)
-        if searched and self.scheme.bits <= 3:
-            zeros = torch.cat([(zeros + shift).clamp(0, self.top) for shift in _SHIFTS])
-            scales = scales.repeat(len(_SHIFTS), 1)
-        return scales, zeros
+        zeros = (-low / scales).round_().clamp_(0, self.top)
+        return self._with_shifts(scales, zeros) if len(shrinks) > 1 else (scales, zeros)
+
+    def _with_shifts(self, scales, zeros):
+        """The same grids, and where there are few codes and free zeros also with those moved by one."""
+        if self.scheme.sym or self.scheme.bits > 3:
+            return scales, zeros
+        return scales.repeat(3, 1), torch.cat([zeros, zeros + 1, zeros - 1]).clamp_(0, self.top)
 
     def _stored(self, scales: torch.Tensor) -> torch.Tensor:
         """Scales as a file will hold them, never zero and never infinite."""
@@ -199,17 +214,13 @@ class _Problem:
     def _nearest(self, target, scales, zeros) -> torch.Tensor:
         return (target / scales).round_().add_(zeros).clamp_(0, self.top)
 
-    @staticmethod
-    def _value(codes, scales, zeros) -> torch.Tensor:
-        return (codes - zeros) * scales
-
-    def _columns(self, target, feedback, cost, scales, zeros):
-        """Run the columns of one group, targets [g, N], on C grids [C, N]; per row the codes [g, N] and the grid [N] of
-        the least error."""
-        length, rows = target.shape
+    def _columns(self, weight, target, feedback, costs, scales, zeros):
+        """Run the columns of one group, weights [g, N], on C grids [C, N]; target: the weights corrected for all errors
+        outside of the group. Of the cheapest grid of each row: codes [g, N], scales, zeros and cost [N]."""
+        length, rows = weight.shape
         tried = len(scales)
-        codes, error = target.new_empty(length, tried, rows), target.new_empty(length, tried, rows)
-        total = target.new_zeros(tried, rows)
+        codes, error = weight.new_empty(length, tried, rows), weight.new_empty(length, tried, rows)
+        cost = weight.new_zeros(tried, rows)
         for start in range(0, length, _BLOCK):
             stop = min(start + _BLOCK, length)
             wanted = target[start:stop, None, :].expand(-1, tried, -1)
@@ -220,71 +231,94 @@ class _Problem:
                 if k > start:
                     column = column + (feedback[start:k, k] @ error[start:k].flatten(1)).view(tried, rows)
                 codes[k] = self._nearest(column, scales, zeros)
-                value = self._value(codes[k], scales, zeros)
-                total.addcmul_(column - value, (column - value) * cost[k])
-                error[k] = target[k] - value
-        if tried == 1:
-            return codes[:, 0], scales[0], zeros[0]
-        best = total.argmin(0, keepdim=True)
+                value = _value(codes[k], scales, zeros)
+                torch.sub(weight[k], value, out=error[k])
+                cost.add_(column.sub(value).square_(), alpha=float(costs[k]))
+        best = cost.argmin(0, keepdim=True)
         codes = codes.gather(1, best.expand(length, 1, rows))[:, 0]
-        return codes, scales.gather(0, best)[0], zeros.gather(0, best)[0]
+        return codes, *(grid.gather(0, best)[0] for grid in (scales, zeros, cost))
 
-    def refit_scales(self, solution: _Solution) -> _Solution:
-        """All scales of a row by least squares, its codes fixed: (C^T H C) s = C^T H w, where column g of C holds the
-        codes less their zero in group g, and nothing elsewhere. Rows that gain nothing keep their scales."""
-        groups, rows = solution.scales.shape
-        scales = solution.scales.clone()
-        for part in _slices(rows, max(1, 4 * _SLICE_ELEMENTS // (groups * groups))):
-            steps = (solution.codes[:, part].view(groups, self.group, -1) - solution.zeros[:, None, part])
-            right = (steps * (self.hessian @ self.weight[:, part]).view_as(steps)).sum(1).T
-            left = steps.new_empty(steps.shape[2], groups, groups)
-            for g in range(groups):
-                block = slice(g * self.group, (g + 1) * self.group)
-                left[:, :, g] = (steps * (self.hessian[:, block] @ steps[g]).view_as(steps)).sum(1).T
-            # a ridge towards the present scales: groups whose codes are all zero leave the system singular
-            ridge = _RIDGE * left.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp_min(1e-30)
-            left.diagonal(dim1=1, dim2=2).add_(ridge)
-            right = right + ridge * solution.scales[:, part].T
-            scales[:, part] = torch.linalg.solve(left.double(), right.double()).float().T
-        scales = torch.where(scales.isfinite(), scales, solution.scales)
-        return self._kept_where_better(solution, self._stored(scales))
+    def refine(self, found: _Solution) -> None:
+        """One sweep over the groups, in place: its scale in closed form, its grid and codes anew where that is cheaper,
+        then code by code. Nothing that is done raises the cost of any row."""
+        for number, block in self.blocks():
+            for part in _slices(self.weight.shape[1], _SLICE_ELEMENTS // self.group):
+                self._refine_group(found, number, block, part)
 
-    def _kept_where_better(self, solution: _Solution, scales: torch.Tensor) -> _Solution:
-        steps = solution.codes.view(len(scales), self.group, -1) - solution.zeros.unsqueeze(1)
-        error = self.weight - (steps * scales.unsqueeze(1)).view_as(self.weight)
-        better = _quadratic(self.hessian, error) < _quadratic(self.hessian, solution.error)
-        return _Solution(
-            solution.codes,
-            torch.where(better, scales, solution.scales),
-            solution.zeros,
-            torch.where(better, error, solution.error),
-        )
+    def _refine_group(self, found: _Solution, number: int, block: slice, part: slice) -> None:
+        inner = self.hessian[block, block]
+        codes, error = found.codes[block, part], found.error[block, part]
+        scales, zeros = found.scales[number, part], found.zeros[number, part]
+        pull = self.hessian[block] @ found.error[:, part]  # half the gradient with respect to the group, negated
+        gain = self._fit_scales(codes, scales, zeros, error, pull, inner)
+        if self.searched:
+            gain += self._try_grids(codes, scales, zeros, error, pull, inner)
+        for first in range(0, self.group, _WIDEST_DESCENT):
+            span = slice(first, min(first + _WIDEST_DESCENT, self.group))
+            if first:
+                pull[span] = self.hessian[block.start + span.start : block.start + span.stop] @ found.error[:, part]
+            gain += self._descend(codes[span], scales, zeros, error[span], pull[span], inner[span, span])
+        found.cost[part] -= gain
 
-    def descend(self, solution: _Solution) -> _Solution:
+    def _fit_scales(self, codes, scales, zeros, error, pull, inner) -> torch.Tensor:
+        """Least squares for the scale of the group, all else fixed."""
+        steps = codes - zeros
+        pulled = inner @ steps
+        slope, curvature = (steps * pull).sum(0), (steps * pulled).sum(0)
+        fitted = self._stored(scales + slope / curvature.clamp_min(1e-30))
+        change = torch.where((fitted * scales > 0) & (curvature > 0), fitted - scales, 0.0)
+        gain = change * (2 * slope - change * curvature)
+        change = torch.where(gain > 0, change, 0.0)
+        scales += change
+        error -= change * steps
+        pull -= change * pulled
+        return gain.clamp_min(0).double()
+
+    def _try_grids(self, codes, scales, zeros, error, pull, inner) -> torch.Tensor:
+        """Other grids for the group, all other groups fixed: its best weight without rounding is now the target, and
+        its columns are run again on grids around the present one."""
+        factor = _factor(inner.double())
+        feedback, costs = _feedback(factor)
+        value = _value(codes, scales, zeros)
+        off = _solve(factor, pull.double()).float()
+        present = (off * pull).sum(0)  # its cost, up to what no choice in this group changes
+        grids = self._with_shifts(self._stored(scales * scales.new_tensor(_RETRIED).unsqueeze(1)),
+                                  zeros.expand(len(_RETRIED), -1))  # fmt: skip
+        gain = torch.zeros_like(present)
+        for part in _slices(codes.shape[1], _SLICE_ELEMENTS // (self.group * len(grids[0]))):
+            target = (value + off)[:, part]
+            tried = self._columns(target, target, feedback, costs, *(grid[:, part] for grid in grids))
+            better = tried[3] < present[part]
+            gain[part] = torch.where(better, present[part] - tried[3], 0.0)
+            for kept, new in zip((codes[:, part], scales[part], zeros[part]), tried[:3], strict=True):
+                kept.copy_(torch.where(better, new, kept))
+        change = _value(codes, scales, zeros) - value
+        error -= change
+        pull -= inner @ change
+        return gain.double()
+
+    def _descend(self, codes, scales, zeros, error, pull, inner) -> torch.Tensor:
         """One pass of coordinate descent: each code to the best value while all others stay."""
-        codes, error = solution.codes.clone(), solution.error.clone()
-        diagonal = self.hessian.diagonal()
-        for number in range(len(solution.scales)):
-            start = number * self.group
-            scales, zeros = solution.scales[number], solution.zeros[number]
-            for first in range(start, start + self.group, _WIDEST_DESCENT):
-                block = slice(first, min(first + _WIDEST_DESCENT, start + self.group))
-                inner = self.hessian[block, block]
-                # half the gradient with respect to each weight of the block, negated
-                pull = self.hessian[block] @ error
-                moved = torch.zeros_like(pull)
-                for k in range(block.stop - block.start):
-                    now = self._value(codes[first + k], scales, zeros)
-                    force = pull[k] - inner[k, :k] @ moved[:k] if k else pull[k]
-                    codes[first + k] = self._nearest(now + force / diagonal[first + k], scales, zeros)
-                    moved[k] = self._value(codes[first + k], scales, zeros) - now
-                error[block] -= moved
-        return _Solution(codes, solution.scales, solution.zeros, error)
+        moved = torch.zeros_like(pull)
+        gain = torch.zeros_like(scales)
+        for k, curvature in enumerate(inner.diagonal().tolist()):
+            now = _value(codes[k], scales, zeros)
+            force = pull[k] - inner[k, :k] @ moved[:k] if k else pull[k]
+            codes[k] = self._nearest(now + force / curvature, scales, zeros)
+            torch.sub(_value(codes[k], scales, zeros), now, out=moved[k])
+            gain += moved[k] * (2 * force - curvature * moved[k])
+        error -= moved
+        return gain.double()
 
 
-def _quadratic(hessian: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """float64 [N]: c^T H c of each column of [K, N]."""
-    return ((hessian @ columns) * columns).sum(0, dtype=torch.float64)
+def _feedback(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """M and the squared diagonal of R, float32."""
+    diagonal = factor.diagonal()
+    return (factor / diagonal).float(), diagonal.square().float()
+
+
+def _value(codes, scales, zeros) -> torch.Tensor:
+    return (codes - zeros) * scales
 
 
 def _slices(count: int, length: int):
