@@ -177,14 +177,14 @@ def _blocks(buffers, scheme, shape, dtype):
 
 
 @cache
-def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
+def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which this CPU multiplies dense matrices fastest: its own where it has instructions for it."""
     native = {torch.bfloat16: torch.cpu._is_avx512_bf16_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
     return dtype if native[dtype]() else torch.float32
 
 
 def _dense(x, buffers, scheme, shape):
-    dtype = _gemm_dtype(x.dtype)
+    dtype = gemm_dtype(x.dtype)
     wide, y = x.to(dtype), x.new_empty(x.shape[0], shape[0])
     for start, stop, weight in _blocks(buffers, scheme, shape, dtype):
         y[:, start:stop] = wide @ weight.T
@@ -204,7 +204,7 @@ def _linear_op(
     buffers = dict(zip(_keys(scheme), tensors, strict=True))
     if not x.shape[0]:
         return x.new_empty(0, out_features)
-    crossover = _CROSSOVER_FP32 if _gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
+    crossover = _CROSSOVER_FP32 if gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
     return (_packed if x.shape[0] < crossover else _dense)(x.contiguous(), buffers, scheme, shape)
 
 
@@ -221,7 +221,7 @@ def _keep_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad):
     buffers = dict(zip(_keys(ctx.scheme), ctx.saved_tensors, strict=True))
-    dtype = _gemm_dtype(grad.dtype)
+    dtype = gemm_dtype(grad.dtype)
     # summed in float32: in bf16 the rounding of each block would add up
     total = grad.new_zeros(grad.shape[0], ctx.shape[1], dtype=torch.float32)
     for start, stop, weight in _blocks(buffers, ctx.scheme, ctx.shape, dtype):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.backends.torch_cpu import _gemm_dtype
+from lowbit.backends.torch_cpu import gemm_dtype
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, first_line
 
@@ -83,7 +83,7 @@ def _load(folder: Path, reader: CheckpointReader, trust_remote_code: bool):
 
 def _is_slow(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies matrices of this dtype without instructions for it: hundreds of times slower."""
-    return dtype in _NARROW and _gemm_dtype(dtype) != dtype
+    return dtype in _NARROW and gemm_dtype(dtype) != dtype
 
 
 def _first_tokens(model) -> tuple[int | None, torch.Tensor]:

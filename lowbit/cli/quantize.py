@@ -1,5 +1,6 @@
 """lowbit quantize"""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -134,6 +135,8 @@ def quantize(
             on_plan=on_plan,
             announce=lambda line: notes.print(line, markup=False),
         )
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes: the first one speaks
     if json:
         print_json(report.to_dict())
     else:

@@ -130,7 +130,8 @@ class LowbitQuantizer(HfQuantizer):
         recipe = self.quantization_config.recipe
 
         def one(matrix):
-            return get_quantizer(recipe.method).quantize(matrix, {}, scheme, recipe.options)
+            qweight, _ = get_quantizer(recipe.method).quantize(matrix, {}, scheme, recipe.options)
+            return qweight
 
         if site.kind == "experts":
             return pack_experts(tensor, scheme, site.transposed, self.names.merged(site.parameter), one)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch_cpu.available() is not None, reason=str(to
 
 
 def crossover(dtype):
-    wide = torch_cpu._gemm_dtype(dtype) == torch.float32
+    wide = torch_cpu.gemm_dtype(dtype) == torch.float32
     return torch_cpu._CROSSOVER_FP32 if wide else torch_cpu._CROSSOVER_BF16
 
 
@@ -50,7 +50,7 @@ def test_few_rows_are_packed_and_many_are_dense(layout, dtype, monkeypatch, nan_
 @each_layout
 def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, native, monkeypatch, nan_poison):
     """With both kinds of GEMM, whichever this CPU would choose."""
-    monkeypatch.setattr(torch_cpu, "_gemm_dtype", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(torch_cpu, "gemm_dtype", lambda dtype: dtype if native else torch.float32)
     scheme, shape = LAYOUTS[layout], (240, 512)
     qweight = random_quantized(scheme, *shape, torch.bfloat16)
     buffers, weight = torch_cpu.prepare(qweight), matrix(qweight)
@@ -68,7 +68,7 @@ def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, na
 @pytest.mark.parametrize("native", [False, True], ids=["float32-gemm", "bf16-gemm"])
 def test_gradient_does_not_wear_off_over_many_blocks(native, monkeypatch):
     """A sum over blocks that is rounded after each of them gets worse with out_features."""
-    monkeypatch.setattr(torch_cpu, "_gemm_dtype", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(torch_cpu, "gemm_dtype", lambda dtype: dtype if native else torch.float32)
     monkeypatch.setattr(torch_cpu, "_BLOCK_ELEMENTS", 1)
     scheme, shape = Scheme(4, 32), (8192, 32)
     qweight = random_quantized(scheme, *shape, torch.bfloat16)

@@ -120,7 +120,7 @@ def test_bf16_is_multiplied_in_float32_without_instructions_for_it(tmp_path, mon
     original = selfmade._continue
     monkeypatch.setattr(selfmade, "_continue", lambda model, *args: seen.append(model.dtype) or original(model, *args))
     for gemm in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(selfmade, "_gemm_dtype", lambda dtype, gemm=gemm: gemm)
+        monkeypatch.setattr(selfmade, "gemm_dtype", lambda dtype, gemm=gemm: gemm)
         sample_from_model(folder, num_samples=1, seqlen=4)
     assert seen == [torch.float32, torch.bfloat16]
 

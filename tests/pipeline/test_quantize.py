@@ -50,7 +50,7 @@ def test_every_tensor_is_quantized_as_it_would_be_alone(name, tmp_path):
     expected = {}
     for key, tensor in stored_tensors(source).items():
         if is_projection(key):
-            packed = pack(rtn.quantize(tensor, {}, scheme, {"scale_search": search}))
+            packed = pack(rtn.quantize(tensor, {}, scheme, {"scale_search": search})[0])
             expected |= {f"{key.removesuffix('.weight')}.{suffix}": part for suffix, part in packed.items()}
         else:
             expected[key] = tensor
@@ -69,7 +69,7 @@ def test_fused_experts_are_quantized_one_by_one(tmp_path):
     for name in fused:
         for expert, matrix in enumerate(dense[name]):
             # gpt_oss keeps [in, out]; a reader expects [out, in]
-            packed = pack(rtn.quantize(matrix.T.contiguous(), {}, scheme, {"scale_search": "minmax"}))
+            packed = pack(rtn.quantize(matrix.T.contiguous(), {}, scheme, {"scale_search": "minmax"})[0])
             for suffix, part in packed.items():
                 assert same_bits(stored[name + suffix.removeprefix("weight")][expert], part)
     assert {layer["name"] for layer in report.layers} >= set(fused)
@@ -285,7 +285,7 @@ def test_progress_covers_the_plan(tmp_path):
     source = save_tiny(tmp_path / "source")
     plans, done = [], []
     report = lowbit.quantize(
-        source, tmp_path / "out", on_plan=lambda plan: plans.append(plan) or (lambda step: done.append(step))
+        source, tmp_path / "out", on_plan=lambda plan: plans.append(plan) or (lambda step, note: done.append(step))
     )
     assert len(plans) == 1 and done == list(plans[0].steps)
     assert sum(step.source.nbytes for step in done) == report.source_bytes
