@@ -53,6 +53,10 @@ class Moments:
         self.tokens = int(count)
 
     @property
+    def device(self) -> torch.device:
+        return self._hessian.device
+
+    @property
     def hessian(self) -> torch.Tensor:
         """float32 [K, K], the mean of x x^T; zeros where no token came."""
         lower = self._hessian.tril()
@@ -65,7 +69,10 @@ class Moments:
 
     @property
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, f) of at most 256 tokens, evenly over what was added."""
+        """(x, f) of at most 256 tokens, evenly over what was added; none where this process added none."""
+        if not self._samples:
+            none = self._hessian.new_empty(0, len(self._hessian))
+            return none, none
         x, f = (torch.cat(parts) for parts in zip(*self._samples, strict=True))
         step = -(-len(x) // _SAMPLED)
         return x[::step], f[::step]

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from lowbit.calibration.samples import Samples, calibration_samples
 from lowbit.checkpoint import CheckpointReader
-from lowbit.errors import UsageError
+from lowbit.errors import OutputError, UsageError
 from lowbit.formats import get_format
 from lowbit.grid import dequantize
 from lowbit.pipeline.calibrated import LayerRun, quantize_layer
@@ -45,6 +45,7 @@ class Calibration:
     seed: int = 0
     redo: str | None = None
     max_memory: int | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self):
         if self.num_samples < 1:
@@ -92,6 +93,9 @@ def calibrate(
             ranks.wait()
         loop = _LayerLoop(reader, config, plan, job, calibration, ranks, device, dtype, announce)
         loop.run(progress or _silent, report)
+    except OSError as error:  # of writing: what reads says itself what it could not read
+        job.close()
+        raise OutputError(f"cannot write to {job.folder}: {error.strerror or error}") from None
     except BaseException:
         job.close()
         raise
@@ -130,7 +134,9 @@ class _LayerLoop:
         report.calibration = {"source": samples.source, "samples": len(samples.input_ids), "tokens": samples.tokens}
         mine = samples.input_ids[self.ranks.share_of(len(samples.input_ids))]
         batches = list(mine.split(max(1, _BATCH_TOKENS // mine.shape[1])))
-        original = LayeredModel(self.config, self.reader, samples.input_ids, self.dtype, self.device)
+        original = LayeredModel(
+            self.config, self.reader, samples.input_ids, self.dtype, self.device, self.calibration.trust_remote_code
+        )
         quantized = original.twin()
         steps = self._steps_by_layer(original)
         report.expected_peak, held = expected_peak(steps, original), held_between_stages(steps, mine.numel(), original)
@@ -141,20 +147,24 @@ class _LayerLoop:
             f"calibrating with {len(samples.input_ids)} samples, {samples.tokens:,} tokens: {samples.source}; "
             f"expected peak memory {report.expected_peak / 1e9:.1f} GB"
         )
-        finished = self._resume(steps)
+        finished = self._resume(steps, samples)
         for entry in self.job.layers:
             _report_layer(report, entry["report"])
-        streams = self._streams(finished, original, quantized, steps, batches)
+        streams = NoStreams()
+        if finished < len(steps):
+            streams = self._streams(finished, original, quantized, steps, batches)
         for number in range(finished, len(steps)):
             started = time.perf_counter()
             tensors = self._load(number, original, quantized)
             run = LayerRun(original, quantized, number, batches, streams, keep)
             packer = _Packer(self.plan, steps[number], progress, f"layer {number + 1}/{len(steps)}", samples.tokens)
-            quantize_layer(run, self.plan, steps[number], tensors, self.ranks, packer.add)
-            entry = {"layer": number, "modules": packer.entries}
-            if number < len(original.layers):
-                entry["output_error"] = self._advance(run, number + 1, batches)
-            run.close()
+            try:
+                quantize_layer(run, self.plan, steps[number], tensors, self.ranks, packer.add)
+                entry = {"layer": number, "modules": packer.entries}
+                if number < len(original.layers):
+                    entry["output_error"] = self._advance(run, number + 1, batches)
+            finally:
+                run.close()
             for model in (original, quantized):
                 model.unload(number)
             entry["seconds"] = time.perf_counter() - started
@@ -168,26 +178,43 @@ class _LayerLoop:
 
     def _samples(self) -> Samples:
         """The calibration samples: those of the run that is resumed, or new ones."""
-        stored = self.job.folder / "samples.safetensors"
+        then = self.job.stored.get("identity", {})
         wanted, language_model = self.calibration, self.config.get_text_config()
 
         def make() -> Samples:
-            same = self.job.stored.get("identity", {}).get("calibration") == wanted.to_dict()
-            if same and stored.is_file() and wanted.to_dict()["dataset"] != "token ids":
-                return _load_samples(stored)
-            made = calibration_samples(
+            stored = self._samples_file(then.get("tokens", ""))
+            if then.get("calibration") == wanted.to_dict() and stored.is_file():
+                samples = _load_samples(stored)
+                if samples is not None and samples.digest == then["tokens"] and samples.source != "token ids":
+                    return samples
+            return calibration_samples(
                 wanted.dataset, self.reader.folder, num_samples=wanted.num_samples, seqlen=wanted.seqlen,
                 seed=wanted.seed, vocabulary=language_model.vocab_size,
-                context=getattr(language_model, "max_position_embeddings", None), announce=self.announce,
+                context=getattr(language_model, "max_position_embeddings", None), trust_remote_code=wanted.trust_remote_code,
+                announce=self.announce,
             )  # fmt: skip
-            save_file({"input_ids": made.input_ids}, stored, {"source": made.source})
-            return made
 
         samples = self.ranks.of_first(make)
         if len(samples.input_ids) < self.ranks.world:
             raise UsageError(f"{len(samples.input_ids)} samples are too few for {self.ranks.world} processes")
         self.job.identity["tokens"] = samples.digest
         return samples
+
+    def _samples_file(self, digest: str) -> Path:
+        """Named after what it holds: a run that is refused, or killed here, damages nothing of an earlier one."""
+        return self.job.folder / f"samples-{digest[:16]}.safetensors"
+
+    def _take_over(self, first_to_redo: int | None, samples: Samples) -> int:
+        path = self._samples_file(samples.digest)
+        if not path.is_file():
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(save({"input_ids": samples.input_ids}, {"source": samples.source}))
+            partial.replace(path)
+        finished = self.job.resume(first_to_redo)
+        for other in self.job.folder.glob("samples-*"):
+            if other != path:
+                other.unlink()
+        return finished
 
     def _steps_by_layer(self, model: LayeredModel) -> list[list[Step]]:
         """The steps that are quantized in each decoder layer; behind them the output embedding, if it is."""
@@ -202,7 +229,7 @@ class _LayerLoop:
                 head.append(step)
         return layers + ([head] if head else [])
 
-    def _resume(self, steps: list[list[Step]]) -> int:
+    def _resume(self, steps: list[list[Step]], samples: Samples) -> int:
         """How many layers are finished already."""
         first = None
         if self.calibration.redo is not None:
@@ -210,7 +237,7 @@ class _LayerLoop:
             if not matching:
                 raise UsageError(f"--redo {self.calibration.redo!r} matches no quantized module")
             first = min(matching)
-        finished = self.ranks.of_first(lambda: self.job.resume(first))
+        finished = self.ranks.of_first(lambda: self._take_over(first, samples))
         if not self.ranks.first:
             self.job.take(finished)
         if first is not None:
@@ -255,9 +282,12 @@ class _LayerLoop:
         return (sum(d for d, _ in distances) / max(sum(n for _, n in distances), 1e-30)) ** 0.5
 
 
-def _load_samples(path: Path) -> Samples:
-    with safe_open(path, "pt") as file:
-        return Samples(file.get_tensor("input_ids"), file.metadata()["source"])
+def _load_samples(path: Path) -> Samples | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return Samples(file.get_tensor("input_ids"), file.metadata()["source"])
+    except (SafetensorError, OSError, KeyError, TypeError):  # damaged: they are made again
+        return None
 
 
 def _replace(quantized: LayeredModel, steps: list[Step], tensors: dict, stored: dict, plan: Plan) -> None:

@@ -205,7 +205,7 @@ def _quantize_together(
             "objective": _objective(notes, rows),
             "seconds": seconds,
             "note": notes[0].get("fallback", note),
-            **_output_errors(target.weight, qweight, moments),
+            **_output_errors(target.weight, qweight, moments, ranks),
         }
         if target.expert is not None:
             entry["expert"] = target.expert
@@ -241,15 +241,18 @@ def _objective(notes: list[dict], rows: slice) -> dict[str, float]:
     return {stage: float(torch.cat([n["objective"][stage].cpu() for n in notes])[rows].mean()) for stage in stages}
 
 
-def _output_errors(weight: torch.Tensor, qweight: QuantWeight, moments: Moments | None) -> dict[str, float | None]:
+def _output_errors(
+    weight: torch.Tensor, qweight: QuantWeight, moments: Moments | None, ranks: Ranks
+) -> dict[str, float | None]:
     """Relative output errors ||Q x - W x|| / ||W x|| in the quantized stream and ||Q x - W f|| / ||W f|| against the
-    original one, on sampled tokens."""
+    original one, on sampled tokens of all ranks."""
     if moments is None or not moments.tokens:
         return {"output_error": None, "output_error_to_original": None}
     x, f = (sample.cpu().double() for sample in moments.samples)
     dense, original = dequantize(qweight, torch.float32).double(), weight.double()
     got, same_input, wanted = x @ dense.T, x @ original.T, f @ original.T
-    return {
-        "output_error": float((got - same_input).norm() / same_input.norm().clamp_min(1e-30)),
-        "output_error_to_original": float((got - wanted).norm() / wanted.norm().clamp_min(1e-30)),
-    }
+    squares = torch.stack([part.square().sum() for part in (got - same_input, same_input, got - wanted, wanted)])
+    squares = squares.to(moments.device)
+    ranks.sum(squares)
+    error, norm, error_to_original, norm_of_original = squares.sqrt().clamp_min(1e-30).tolist()
+    return {"output_error": error / norm, "output_error_to_original": error_to_original / norm_of_original}

@@ -30,8 +30,9 @@ class Job:
 
     def __init__(self, target: Path, identity: dict, *, fresh: bool = False, owner: bool = True):
         self.folder = target.with_name(f".{target.name}.job")
-        self.identity = identity
+        self.identity, self._owner = identity, owner
         self.layers: list[dict] = []
+        self._output: list[int] | None = None
         self._made: dict[str, StoredTensor] | None = None
         try:
             if fresh and owner:
@@ -41,18 +42,26 @@ class Job:
         except OSError as error:
             raise OutputError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
         if owner and not try_lock(self._lock):
+            self._lock.close()
             raise OutputError(f"another run is working on {target}: wait for it, or choose another output folder")
-        self.stored = self._read()
+        try:
+            self.stored = self._read()
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _read(self) -> dict:
         try:
-            return json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            stored = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
+            if not _is_state(stored):
+                raise ValueError("it is not what a run writes")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OutputError(
                 f"cannot read {self.folder / _STATE} ({error}): pass --overwrite to start anew"
             ) from None
+        return stored
 
     def resume(self, first_to_redo: int | None = None) -> int:
         """Take over the finished layers of an earlier run; how many there are.
@@ -72,7 +81,7 @@ class Job:
                 )
         for entry in stored.get("layers", [])[:first_to_redo]:
             path = self.folder / entry["file"]
-            if not path.is_file() or file_hash(path) != entry["sha256"]:
+            if not path.is_file() or file_hash(path) != entry.get("sha256"):
                 break
             self.layers.append(entry)
         self._write_state()
@@ -125,8 +134,13 @@ class Job:
             if path != self.streams(number, rank):
                 shutil.rmtree(path, ignore_errors=True)
 
+    def about_to_move(self, whole: Path) -> None:
+        """The folder `whole` is all of the output, and will be renamed to NAME next."""
+        self._output = _inode(whole)
+        self._write_state()
+
     def _write_state(self) -> None:
-        state = {"identity": self.identity, "layers": self.layers}
+        state = {"identity": self.identity, "layers": self.layers, "output": self._output}
         partial = self.folder / f"{_STATE}.partial"
         with partial.open("w", encoding="utf-8") as file:
             json.dump(state, file, indent=1)
@@ -143,11 +157,46 @@ class Job:
 
     def finish(self) -> None:
         """The output is in place: nothing here is needed any more."""
-        self.close()
+        for path in self.folder.iterdir():
+            if path.name != _STATE:  # it goes last: a run that is killed here is known to have finished
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     def close(self) -> None:
+        """Leave the folder to the next run; one in which nothing was begun is removed."""
+        if self._owner and not self._lock.closed and not (self.folder / _STATE).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+def clear_finished(target: Path) -> None:
+    """Remove the job folder of a run that was killed when its output was in place already."""
+    folder = target.with_name(f".{target.name}.job")
+    try:
+        stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        with (folder / ".lock").open("w") as lock:
+            if _is_state(stored) and stored.get("output") == _inode(target) and try_lock(lock):
+                shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, ValueError, RecursionError):
+        pass
+
+
+def _inode(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_dev, status.st_ino]
+
+
+def _is_state(stored) -> bool:
+    """Whether job.json holds what `_write_state` writes."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
+        return False
+    layers = stored.get("layers")
+    return isinstance(layers, list) and all(
+        isinstance(layer, dict) and isinstance(layer.get("report"), dict)
+        and isinstance(layer.get("file"), str) and Path(layer["file"]).name == layer["file"]
+        for layer in layers
+    )  # fmt: skip
 
 
 # What `--redo` may change: it only concerns layers that are done again

@@ -14,6 +14,7 @@ from torch import nn
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, decoder_layers, skeleton
 from lowbit.errors import InputError, first_line
+from lowbit.pipeline.write import read_checked
 
 
 class _Through(BaseException):
@@ -135,12 +136,14 @@ class LayeredModel:
         self._head = f"{modules[head]}." if head in modules else None
         tensors = {}
         for name in self._tensors_of.get(None, ()):
+            tensor = read_checked(self.reader, name)  # all of it: nothing would be noticed before all layers are done
             parameter, direct = self.names.locate(name)
             if parameter == rows and direct:
                 _keep_rows(embedding, self.reader, name, token_ids.unique(), self.dtype, self.device)
             elif not self.is_head(parameter):
-                tensors[name] = self.reader.tensor(name)
+                tensors[name] = tensor
         self._load(tensors)
+        self._require_loaded("", but=(f"{self.prefix}.", self._head or "no head"))
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> None:
         """What from_pretrained does with a state dict: renaming, merging experts, casting."""
@@ -168,9 +171,9 @@ class LayeredModel:
         for name, found, expected in info.mismatched_keys:
             raise InputError(f"{name} has shape {list(found)}, the model's config says {list(expected)}")
 
-    def _require_loaded(self, prefix: str) -> None:
+    def _require_loaded(self, prefix: str, but: tuple[str, ...] = ()) -> None:
         for name, parameter in self.model.named_parameters():
-            if name.startswith(prefix) and parameter.is_meta:
+            if name.startswith(prefix) and not name.startswith(but) and parameter.is_meta:
                 raise InputError(
                     f"{name} is not in {self.reader.folder}: the checkpoint does not belong to its config, or is not whole"
                 )

@@ -5,9 +5,16 @@ the ranks again: rows are quantized independently of each other.
 """
 
 import os
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from lowbit.errors import OutputError
+
+# One process may sample text or write the checkpoint while the others wait
+_LONGEST_WAIT = timedelta(days=7)
 
 
 class Ranks:
@@ -18,7 +25,7 @@ class Ranks:
         self._owned = False
         if dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+                dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_LONGEST_WAIT)
                 self._owned = True
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
@@ -40,14 +47,16 @@ class Ranks:
     def sum(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over the ranks, in place."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            with _others_alive():
+                dist.all_reduce(tensor)
 
     def all_of(self, mine):
         """What each rank has, in the order of ranks."""
         if self.world == 1:
             return [mine]
         gathered = [None] * self.world
-        dist.all_gather_object(gathered, mine)
+        with _others_alive():
+            dist.all_gather_object(gathered, mine)
         return gathered
 
     def of_first(self, make):
@@ -60,15 +69,26 @@ class Ranks:
                 outcome = [make(), None]
             except Exception as error:
                 outcome = [None, error]
-        dist.broadcast_object_list(outcome)
+        with _others_alive():
+            dist.broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            with _others_alive():
+                dist.barrier()
 
     def close(self) -> None:
         if self._owned:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _others_alive():
+    """What torch raises when another process went away: that one has said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OutputError("another process of this run has ended: what it printed says why") from error

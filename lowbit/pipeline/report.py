@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lowbit.errors import OutputError
 from lowbit.grid import dequantize
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.qweight import QuantWeight
@@ -93,7 +94,13 @@ class Report:
     def write(self, target: Path) -> None:
         """NAME.report.json beside the folder NAME: not in it, for what is in it depends on nothing but the input."""
         path = target.with_name(target.name + ".report.json")
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _mean(values: Iterable[float]) -> float:

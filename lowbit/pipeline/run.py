@@ -11,6 +11,7 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
 from lowbit.errors import OutputError
 from lowbit.pipeline.calibrate import Calibration, calibrate
+from lowbit.pipeline.job import clear_finished
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import Report
@@ -65,37 +66,44 @@ def quantize(
     Raises UsageError (options that cannot work), InputError (the checkpoint), OutputError (the output folder).
     """
     recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head)
-    calibration = Calibration(dataset, num_samples, seqlen, seed, redo, parse_size(max_memory) if max_memory else None)
+    memory = None if max_memory is None else parse_size(max_memory)
+    calibration = Calibration(dataset, num_samples, seqlen, seed, redo, memory, trust_remote_code)
     shard_bytes = parse_size(max_shard_size)
     started = time.perf_counter()
     source = resolve(model, revision)
-    target = Path(output_dir)
+    target = Path(os.path.abspath(output_dir))
     _check_apart(source, target)
     reader = CheckpointReader(source)
     config = load_config(source, trust_remote_code)
     plan = make_plan(reader, skeleton(config, trust_remote_code), recipe, format)
-    report = Report.of(plan, source=str(model), output=str(target))
+    report = Report.of(plan, source=str(model), output=str(output_dir))
     if dry_run:
         if on_plan:
             on_plan(plan)
         return report
-    ranks = Ranks()
+    ranks, job = Ranks(), None
     try:
+        if ranks.first:
+            clear_finished(target)
         with StagedFolder(target, overwrite) if ranks.first else nullcontext() as staged:
             progress = on_plan(plan) if on_plan and ranks.first else None
-            job = None
             if get_quantizer(method).needs:
                 job = calibrate(reader, config, plan, target, overwrite, calibration, ranks, report, progress, announce)
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)
+                if job is not None:
+                    report.seconds = time.perf_counter() - started
+                    report.write(target)
+                    job.about_to_move(staged.path)
                 staged.commit()
         report.seconds = time.perf_counter() - started
-        if job is not None:
+        ranks.wait()  # the first one has read all that the job holds
+        if job is not None and ranks.first:
             job.finish()
-            if ranks.first:
-                report.write(target)
         ranks.wait()
     finally:
+        if job is not None:
+            job.close()
         ranks.close()
     return report
 
