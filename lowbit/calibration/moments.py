@@ -20,15 +20,16 @@ _SAMPLED = 256
 
 
 class Moments:
-    """Sums over the tokens of one input of `in_features`; `add` batches, `merge` what other processes have seen."""
+    """Sums over the tokens of one input of `in_features`: `add` batches, `merge` what other processes have seen, then
+    `finish`; from there on `hessian` and `drift` are what the file says above."""
 
     def __init__(self, in_features: int, device="cpu", drift: bool = True):
         def zeros():
             return torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
         self.tokens = 0
-        self._hessian = zeros()
-        self._drift = zeros() if drift else None
+        self.hessian = zeros()
+        self.drift = zeros() if drift else None
         self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, x: torch.Tensor, f: torch.Tensor | None = None) -> None:
@@ -39,39 +40,32 @@ class Moments:
         f = x if f is None else f.float()
         self.tokens += len(x)
         for rows, columns in _lower_blocks(x.shape[1]):
-            self._hessian[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+            self.hessian[rows, columns].addmm_(x[:, rows].T, x[:, columns])
         self._samples.append((x[:: max(1, len(x) // 8)].clone(), f[:: max(1, len(f) // 8)].clone()))
-        if self._drift is not None:
-            self._drift.addmm_((f - x).T, x)
+        if self.drift is not None:
+            self.drift.addmm_((f - x).T, x)
 
     def merge(self, sum_over_ranks) -> None:
         """Sum with other processes: `sum_over_ranks(tensor)` sums in place. Samples stay this process's own."""
         count = torch.tensor([float(self.tokens)], dtype=torch.float64)
-        for tensor in (self._hessian, self._drift, count):
+        for tensor in (self.hessian, self.drift, count):
             if tensor is not None:
                 sum_over_ranks(tensor)
         self.tokens = int(count)
 
-    @property
-    def device(self) -> torch.device:
-        return self._hessian.device
-
-    @property
-    def hessian(self) -> torch.Tensor:
-        """float32 [K, K], the mean of x x^T; zeros where no token came."""
-        lower = self._hessian.tril()
-        return (lower + lower.tril(-1).T).div_(max(self.tokens, 1))
-
-    @property
-    def drift(self) -> torch.Tensor | None:
-        """float32 [K, K], the mean of (f - x) x^T."""
-        return None if self._drift is None else self._drift / max(self.tokens, 1)
+    def finish(self) -> None:
+        """All is added: `hessian` and `drift` become float32 [K, K] means over tokens, in place."""
+        for tensor in (self.hessian, self.drift):
+            if tensor is not None:
+                tensor.div_(max(self.tokens, 1))
+        for rows, columns in _lower_blocks(len(self.hessian)):
+            self.hessian[columns, rows] = self.hessian[rows, columns].T.clone()
 
     @property
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, f) of at most 256 tokens, evenly over what was added; none where this process added none."""
         if not self._samples:
-            none = self._hessian.new_empty(0, len(self._hessian))
+            none = self.hessian.new_empty(0, len(self.hessian))
             return none, none
         x, f = (torch.cat(parts) for parts in zip(*self._samples, strict=True))
         step = -(-len(x) // _SAMPLED)

@@ -130,6 +130,7 @@ def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Tar
         for x, f in run.arrivals(number):
             moments.add(x.flatten(0, -2), f.flatten(0, -2))
         moments.merge(ranks.sum)
+        moments.finish()
         yield together, moments, ""
         return
     inputs = [_of_experts(*arrived) for arrived in run.arrivals(number)]
@@ -150,6 +151,7 @@ def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Tar
                         for module, hidden in zip(modules, (x, f), strict=True)
                     ))  # fmt: skip
             moments.merge(ranks.sum)
+            moments.finish()
             note = f"cold expert: {int(seen[expert])} tokens of its own, topped up" if missing else ""
             yield together, moments, note
 
@@ -252,7 +254,7 @@ def _output_errors(
     dense, original = dequantize(qweight, torch.float32).double(), weight.double()
     got, same_input, wanted = x @ dense.T, x @ original.T, f @ original.T
     squares = torch.stack([part.square().sum() for part in (got - same_input, same_input, got - wanted, wanted)])
-    squares = squares.to(moments.device)
+    squares = squares.to(moments.hessian.device)
     ranks.sum(squares)
     error, norm, error_to_original, norm_of_original = squares.sqrt().clamp_min(1e-30).tolist()
     return {"output_error": error / norm, "output_error_to_original": error_to_original / norm_of_original}

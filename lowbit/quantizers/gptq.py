@@ -65,21 +65,22 @@ def quantize(weight, stats, scheme, options):
     "damping", the share of the mean diagonal that was added. Where H cannot be factored at any damping (NaN, infinite):
     round to nearest, and notes["fallback"] says so.
     """
-    hessian = stats["hessian"].double()
-    dead = hessian.diagonal() <= 0  # inputs that are always zero: any code does, and that of weight zero is best
-    hessian = hessian + torch.diag(dead * hessian.diagonal().clamp_min(0).mean().clamp_min(1e-30))
     group = scheme.group_of(weight.shape[1])
-    order = _order(hessian.diagonal(), group, options["order"])
-    hessian, factor, damping = _factored(hessian[order][:, order], options["damping"])
+    order = _order(stats["hessian"].diagonal(), group, options["order"])
+    hessian = stats["hessian"].float()[order.unsqueeze(1), order]
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0  # inputs that are always zero: any code does, and that of weight zero is best
+    diagonal[dead] = diagonal.clamp_min(0).mean().clamp_min(1e-30)
+    factor, damping = _factored(hessian, options["damping"])
     if factor is None:
         return quantize_nearest(weight, scheme, "mse"), {"fallback": "rtn: the Hessian is not finite"}
-    target = weight.to(torch.float64, copy=True)
-    target[:, dead] = 0
-    target = target[:, order].T
+    target = weight.T[order].float()
+    target[dead] = 0
     if options["drift"] and stats.get("drift") is not None:
-        drift = stats["drift"].double()[order][:, order]
-        target = target + options["drift"] * _solve(factor, drift.T @ target)
-    problem = _Problem(target.float().contiguous(), hessian.float(), factor, group, scheme, weight.dtype)
+        moved = stats["drift"].float()[order.unsqueeze(1), order].T @ target
+        target += options["drift"] * _solve(factor, moved.double()).float()
+    problem = _Problem(target, hessian, *_feedback(factor), group, scheme, weight.dtype)
+    del factor  # twice the Hessian
     solution = problem.error_feedback(options["scale_search"] == "columns")
     objective = {"gptq": solution.cost.clone()}
     for sweep in range(1, options["sweeps"] + 1):
@@ -90,30 +91,35 @@ def quantize(weight, stats, scheme, options):
     return solution.in_order(order, group, scheme, weight.dtype), {"objective": objective, "damping": damping}
 
 
-def _factored(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor | None, float]:
-    """The Hessian with `damping` times its mean diagonal on its diagonal, and the R of it; more damping if it cannot be
-    factored otherwise. R is None if nothing helps."""
-    mean = hessian.diagonal().mean()
+def _factored(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor | None, float]:
+    """The factor of the Hessian with `damping` times its mean diagonal on its diagonal, which is added in place; with
+    more damping if there is none otherwise. (None, ...) if nothing helps."""
+    mean, added = float(hessian.diagonal().mean()), 0.0
     for _ in range(_DAMPING_STEPS):
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        factor = _factor(damped)
+        hessian.diagonal().add_((damping - added) * mean)
+        factor = _factor(hessian)
         if factor is not None:
-            return damped, factor, damping
-        damping = max(damping, _LEAST_DAMPING) * _DAMPING_FACTOR
-    return hessian, None, damping
+            return factor, damping
+        damping, added = max(damping, _LEAST_DAMPING) * _DAMPING_FACTOR, damping
+    return None, damping
 
 
 def _factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    """R, upper triangular, with R R^T = matrix: Cholesky from the last column to the first. None if there is none."""
-    factor, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    return None if failed or not factor.isfinite().all() else factor.flip(0, 1)
+    """float64 L, lower triangular, with L L^T = the matrix with its rows and columns in reverse order: R is L with its
+    own reversed. None if the matrix is not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1).double())
+    return None if failed or not factor.diagonal().isfinite().all() else factor
 
 
 def _solve(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """X of (R R^T) X = right"""
-    half = torch.linalg.solve_triangular(factor, right, upper=True)
-    return torch.linalg.solve_triangular(factor.T, half, upper=False)
+    """X of matrix @ X = right"""
+    return torch.cholesky_solve(right.flip(0), factor).flip(0)
+
+
+def _feedback(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """M [K, K] and the squared diagonal of R [K], float32."""
+    diagonal = factor.diagonal()
+    return (factor / diagonal).float().flip(0, 1), diagonal.square().float().flip(0)
 
 
 def _order(diagonal: torch.Tensor, group: int, how: str) -> torch.Tensor:
@@ -148,11 +154,12 @@ class _Solution:
 class _Problem:
     """Minimise, for each column n of W [K, N], (w - q)^T H (w - q) over codes, scales and zeros of groups.
 
-    weight: float32 [K, N]. hessian: float32 [K, K]; factor: its R, float64. dtype: what scales are stored in.
+    weight: float32 [K, N]. hessian: float32 [K, K]; feedback, costs: M [K, K] and the squared diagonal of R [K] of it.
+    dtype: what scales are stored in.
     """
 
-    def __init__(self, weight, hessian, factor, group: int, scheme: Scheme, dtype: torch.dtype):
-        self.weight, self.hessian, self.factor = weight, hessian, factor
+    def __init__(self, weight, hessian, feedback, costs, group: int, scheme: Scheme, dtype: torch.dtype):
+        self.weight, self.hessian, self.feedback, self.costs = weight, hessian, feedback, costs
         self.group, self.scheme, self.dtype = group, scheme, dtype
         self.top = scheme.levels - 1
         self.searched = group <= _LONGEST_SEARCHED_GROUP
@@ -168,8 +175,8 @@ class _Problem:
     def error_feedback(self, search: bool) -> _Solution:
         """One pass over the columns, each corrected for the errors of those before it."""
         weight, (inputs, rows) = self.weight, self.weight.shape
-        feedback, costs = _feedback(self.factor)
-        self.factor = None  # as large as the Hessian, and not needed again
+        feedback, costs = self.feedback, self.costs
+        self.feedback = None  # as large as the Hessian, and not needed again
         scales, zeros = (weight.new_empty(inputs // self.group, rows) for _ in range(2))
         cost = weight.new_zeros(rows, dtype=torch.float64)
         found = _Solution(torch.empty_like(weight), scales, zeros, torch.empty_like(weight), cost)
@@ -277,7 +284,7 @@ class _Problem:
     def _try_grids(self, codes, scales, zeros, error, pull, inner) -> torch.Tensor:
         """Other grids for the group, all other groups fixed: its best weight without rounding is now the target, and
         its columns are run again on grids around the present one."""
-        factor = _factor(inner.double())
+        factor = _factor(inner)
         feedback, costs = _feedback(factor)
         value = _value(codes, scales, zeros)
         off = _solve(factor, pull.double()).float()
@@ -309,12 +316,6 @@ class _Problem:
             gain += moved[k] * (2 * force - curvature * moved[k])
         error -= moved
         return gain.double()
-
-
-def _feedback(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """M and the squared diagonal of R, float32."""
-    diagonal = factor.diagonal()
-    return (factor / diagonal).float(), diagonal.square().float()
 
 
 def _value(codes, scales, zeros) -> torch.Tensor:
