@@ -66,14 +66,17 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
     redo: Annotated[
         str | None,
-        typer.Option(help="Regex of modules of an unfinished run: do their layers and all later ones again.",
-                     show_default=False),
+        typer.Option(
+            help="Regex of modules of an unfinished run: do their layers and all later ones again.", show_default=False
+        ),
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding too.")] = False,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="e.g. 8GB: walk layers again rather than hold more (default: half of what is free).",
-                     show_default=False),
+        typer.Option(
+            help="e.g. 8GB: walk layers again rather than hold more (default: half of what is free).",
+            show_default=False,
+        ),
     ] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="REGEX=SCHEME for the modules it matches; repeatable.", show_default=False)

@@ -335,9 +335,7 @@ class _Packer:
             step = self._steps[name]
             for suffix in parts[min(parts)]:
                 stacked = [parts[expert][suffix] for expert in sorted(parts)]
-                outputs[step.output_name(suffix)] = (
-                    torch.stack(stacked) if len(step.source.shape) == 3 else stacked[0]
-                )
+                outputs[step.output_name(suffix)] = torch.stack(stacked) if len(step.source.shape) == 3 else stacked[0]
         return outputs
 
 

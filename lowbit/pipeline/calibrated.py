@@ -135,7 +135,9 @@ def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Tar
         return
     inputs = [_of_experts(*arrived) for arrived in run.arrivals(number)]
     modules = [model.model.get_submodule(stage.experts) for model in (run.quantized, run.original)]
-    seen = sum(torch.bincount(routing.flatten().cpu(), minlength=modules[0].num_experts + 1) for _, _, routing in inputs)
+    seen = sum(
+        torch.bincount(routing.flatten().cpu(), minlength=modules[0].num_experts + 1) for _, _, routing in inputs
+    )
     ranks.sum(seen)
     for expert in range(modules[0].num_experts):
         missing = max(0, _FEWEST_TOKENS - int(seen[expert])) // ranks.world
@@ -232,9 +234,7 @@ def _joined(parts: list[QuantWeight]) -> QuantWeight:
 
 def _rows(whole: QuantWeight, rows: slice) -> QuantWeight:
     zeros = None if whole.zeros is None else whole.zeros[rows].cpu().contiguous()
-    return QuantWeight(
-        whole.codes[rows].cpu().contiguous(), whole.scales[rows].cpu().contiguous(), whole.scheme, zeros
-    )
+    return QuantWeight(whole.codes[rows].cpu().contiguous(), whole.scales[rows].cpu().contiguous(), whole.scheme, zeros)
 
 
 def _objective(notes: list[dict], rows: slice) -> dict[str, float]:

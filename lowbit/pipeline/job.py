@@ -58,9 +58,7 @@ class Job:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
-            raise OutputError(
-                f"cannot read {self.folder / _STATE} ({error}): pass --overwrite to start anew"
-            ) from None
+            raise OutputError(f"cannot read {self.folder / _STATE} ({error}): pass --overwrite to start anew") from None
         return stored
 
     def resume(self, first_to_redo: int | None = None) -> int:

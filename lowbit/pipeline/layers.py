@@ -30,7 +30,9 @@ class LayeredModel:
     token_ids: the tokens that will be run, for which alone input embeddings are kept.
     """
 
-    def __init__(self, config, reader: CheckpointReader, token_ids: torch.Tensor, dtype, device, trust_remote_code=False):
+    def __init__(
+        self, config, reader: CheckpointReader, token_ids: torch.Tensor, dtype, device, trust_remote_code=False
+    ):
         from accelerate import init_empty_weights
 
         # parameters on meta, buffers real: rotary frequencies and the like are computed, not stored

@@ -30,7 +30,10 @@ def available_memory() -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return 4 * 2**30
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             left = [int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used)]
         except (OSError, ValueError):
@@ -47,7 +50,11 @@ def expected_peak(steps: list[list[Step]], model: LayeredModel) -> int:
         weights = sum(step.source.numel for step in group)
         inputs = max((step.site.in_features for step in group), default=0)
         largest = max((step.site.in_features * step.site.out_features for step in group), default=0)
-        return (2 * model.dtype.itemsize + 2) * weights + 4 * _WEIGHTS_AT_A_TIME * largest + 8 * _HESSIANS_AT_A_TIME * inputs**2
+        return (
+            (2 * model.dtype.itemsize + 2) * weights
+            + 4 * _WEIGHTS_AT_A_TIME * largest
+            + 8 * _HESSIANS_AT_A_TIME * inputs**2
+        )
 
     return peak_memory() + max(map(layer, steps), default=0)
 

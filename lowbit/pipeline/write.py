@@ -24,8 +24,13 @@ Made = Callable[[Step], dict[str, torch.Tensor] | None]
 
 
 def write_checkpoint(
-    reader: CheckpointReader, plan: Plan, staged: StagedFolder, shard_bytes: int, report: Report,
-    progress: Progress | None, made: Made = lambda step: None,
+    reader: CheckpointReader,
+    plan: Plan,
+    staged: StagedFolder,
+    shard_bytes: int,
+    report: Report,
+    progress: Progress | None,
+    made: Made = lambda step: None,
 ) -> None:
     """Write all of the plan into the staged folder; what `made` does not have is quantized without data.
 

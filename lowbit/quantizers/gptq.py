@@ -47,7 +47,7 @@ OPTIONS = {
 # Damping is raised by this factor, at most so often, until H can be factored
 _DAMPING_STEPS, _DAMPING_FACTOR, _LEAST_DAMPING = 6, 10.0, 1e-6
 # Feedback inside of a block of this many columns is gathered column by column, beyond it by matrix products
-_BLOCK = 32
+_BLOCK = 8
 # Elements of the work arrays of a slice of rows: what stays in a CPU's caches
 _SLICE_ELEMENTS = 2**21
 # Ranges that are tried for each group in its turn, and in a later sweep, both times that of the targets or the grid then
@@ -229,18 +229,19 @@ class _Problem:
         codes, error = weight.new_empty(length, tried, rows), weight.new_empty(length, tried, rows)
         cost = weight.new_zeros(tried, rows)
         for start in range(0, length, _BLOCK):
-            stop = min(start + _BLOCK, length)
-            wanted = target[start:stop, None, :].expand(-1, tried, -1)
+            span = slice(start, min(start + _BLOCK, length))
+            wanted = target[span].unsqueeze(1).expand(-1, tried, -1)
             if start:
-                wanted = wanted + (feedback[:start, start:stop].T @ error[:start].flatten(1)).view(-1, tried, rows)
-            for k in range(start, stop):
-                column = wanted[k - start]
-                if k > start:
-                    column = column + (feedback[start:k, k] @ error[start:k].flatten(1)).view(tried, rows)
-                codes[k] = self._nearest(column, scales, zeros)
-                value = _value(codes[k], scales, zeros)
-                torch.sub(weight[k], value, out=error[k])
-                cost.add_(column.sub(value).square_(), alpha=float(costs[k]))
+                wanted = wanted + (feedback[:start, span].T @ error[:start].flatten(1)).view(-1, tried, rows)
+            nearby = feedback[span, span].tolist()
+            for k in range(span.stop - start):
+                column = wanted[k]
+                for j in range(k):
+                    column = column.add(error[start + j], alpha=nearby[j][k])
+                codes[start + k] = self._nearest(column, scales, zeros)
+                value = _value(codes[start + k], scales, zeros)
+                torch.sub(weight[start + k], value, out=error[start + k])
+                cost.add_(column.sub(value).square_(), alpha=float(costs[start + k]))
         best = cost.argmin(0, keepdim=True)
         codes = codes.gather(1, best.expand(length, 1, rows))[:, 0]
         return codes, *(grid.gather(0, best)[0] for grid in (scales, zeros, cost))
@@ -306,15 +307,20 @@ class _Problem:
 
     def _descend(self, codes, scales, zeros, error, pull, inner) -> torch.Tensor:
         """One pass of coordinate descent: each code to the best value while all others stay."""
-        moved = torch.zeros_like(pull)
         gain = torch.zeros_like(scales)
-        for k, curvature in enumerate(inner.diagonal().tolist()):
-            now = _value(codes[k], scales, zeros)
-            force = pull[k] - inner[k, :k] @ moved[:k] if k else pull[k]
-            codes[k] = self._nearest(now + force / curvature, scales, zeros)
-            torch.sub(_value(codes[k], scales, zeros), now, out=moved[k])
-            gain += moved[k] * (2 * force - curvature * moved[k])
-        error -= moved
+        for start in range(0, len(codes), _BLOCK):
+            span = slice(start, min(start + _BLOCK, len(codes)))
+            nearby, moved = inner[span, span].tolist(), torch.empty_like(pull[span])
+            for k in range(span.stop - start):
+                force = pull[start + k]
+                for j in range(k):
+                    force = force.sub(moved[j], alpha=nearby[k][j])
+                now = _value(codes[start + k], scales, zeros)
+                codes[start + k] = self._nearest(now + force / nearby[k][k], scales, zeros)
+                torch.sub(_value(codes[start + k], scales, zeros), now, out=moved[k])
+                gain += moved[k] * (2 * force - nearby[k][k] * moved[k])
+            error[span] -= moved
+            pull[span.stop :] -= inner[span.stop :, span] @ moved
         return gain.double()
 
 

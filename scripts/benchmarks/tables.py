@@ -93,7 +93,12 @@ def cpu_decode() -> str:
     return markdown(header, rows) + source(data, "cpu_decode")
 
 
-_PEER_NAMES = {"lowbit": "lowbit", "gptqmodel": "GPTQModel", "llmcompressor": "llm-compressor", "autoround": "AutoRound"}
+_PEER_NAMES = {
+    "lowbit": "lowbit",
+    "gptqmodel": "GPTQModel",
+    "llmcompressor": "llm-compressor",
+    "autoround": "AutoRound",
+}
 
 
 def quality_peers() -> str:
@@ -104,12 +109,16 @@ def quality_peers() -> str:
     for row in data["rows"]:
         if "kl_mean" not in row:
             continue
-        kind = "round to nearest" if row["variant"].split("+")[1:2] in (["rtn"], ["optrtn"], ["neuqi"]) else "calibrated"
+        kind = (
+            "round to nearest" if row["variant"].split("+")[1:2] in (["rtn"], ["optrtn"], ["neuqi"]) else "calibrated"
+        )
         key = (kind, row["tool"], row["scheme"])
         if key not in best or row["kl_mean"] < best[key]["kl_mean"]:
             best[key] = row
     rows = []
-    for kind, tool in dict.fromkeys((kind, tool) for kind, tool, _ in sorted(best, key=lambda k: (k[0], k[1] != "lowbit"))):
+    for kind, tool in dict.fromkeys(
+        (kind, tool) for kind, tool, _ in sorted(best, key=lambda k: (k[0], k[1] != "lowbit"))
+    ):
         version = next(r for (k, t, _), r in best.items() if (k, t) == (kind, tool))["versions"].get(tool, "")
         cells = [best.get((kind, tool, scheme)) for scheme in schemes]
         shown = [f"{c['kl_mean']:.5f} ({c['variant'].replace('+', ' ')})" if c else "" for c in cells]

@@ -5,14 +5,18 @@ import multiprocessing
 import os
 import shutil
 import socket
+import sys
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from folders import contents, read_json, stored_tensors
 from models import token_ids
 from safetensors.torch import save_file
+from transformers import conversion_mapping
 from transformers.models.llama import modeling_llama  # noqa: F401  a forked process has it already
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 from weights import matrix
@@ -23,6 +27,7 @@ from lowbit.formats.compressed_tensors import unpack_weight
 from lowbit.pipeline import quantize
 from lowbit.pipeline.job import Job
 
+conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles what a forked process needs, once
 IDS = token_ids(8 * 32).view(8, 32)
 
 
@@ -96,16 +101,16 @@ class Stopped(BaseException):
 
 
 def stop_after_layers(monkeypatch, count: int, run) -> None:
-    """Call `run`, and leave it as soon as `count` layers are committed."""
-    commit = Job.commit
+    """Call `run`, and leave it when `count` layers are committed and what is not needed any more is removed."""
+    drop_streams = Job.drop_streams
 
-    def counted(self, *args, **kwargs):
-        commit(self, *args, **kwargs)
-        if len(self.layers) == count:
+    def counted(self, number, rank):
+        drop_streams(self, number, rank)
+        if number == len(self.layers) == count:
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr(Job, "commit", counted)
+        patched.setattr(Job, "drop_streams", counted)
         try:
             run()
         except Stopped:
@@ -120,6 +125,10 @@ FORKED.set_forkserver_preload([__name__])
 
 
 def start(target, *args):
+    """A process that calls target(*args), a function of a module of these tests."""
+    with pytest.MonkeyPatch.context() as patched:  # the server imports before it is told where from
+        patched.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        forkserver.ensure_running()
     process = FORKED.Process(target=_main, args=(target, *args), daemon=True)
     process.start()
     return process
@@ -139,8 +148,17 @@ def _main(target, *args) -> None:
     os._exit(0)
 
 
-def run_quietly(source, output, options) -> None:
+def run_alone(source, output, options) -> None:
     gptq(source, output, **options)
+
+
+def run_and_tell(told, source, output, options) -> None:
+    """Leaves its report, or its error, in the file `told`."""
+    try:
+        told.write_text(json.dumps(gptq(source, output, **options).to_dict()))
+    except Exception as error:
+        told.write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        raise
 
 
 def free_port() -> int:
@@ -149,22 +167,17 @@ def free_port() -> int:
         return opened.getsockname()[1]
 
 
-def start_ranks(source, output, world: int = 2, **options) -> list:
-    """One process per rank; each leaves its report, or its error, in rank-N.json beside the output."""
+def start_ranks(source, output, world: int = 2, function=run_and_tell, **options) -> list:
+    """A process per rank, each calls `function(told, source, output, options)`: told is rank-N.json beside the output."""
     port = free_port()
-    return [start(_rank, rank, world, port, Path(source), Path(output), options) for rank in range(world)]
+    return [start(_rank, rank, world, port, function, source, output, options) for rank in range(world)]
 
 
-def _rank(rank, world, port, source, output, options) -> None:
+def _rank(rank, world, port, function, source, output, options) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )  # fmt: skip
-    told = output.with_name(f"rank-{rank}.json")
-    try:
-        told.write_text(json.dumps(gptq(source, output, **options).to_dict()))
-    except BaseException as error:
-        told.write_text(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        raise
+    function(output.with_name(f"rank-{rank}.json"), source, output, options)
 
 
 def ended(processes, timeout: float = 60) -> list[int]:

@@ -328,7 +328,7 @@ def test_stored_in_bfloat16(architecture, tmp_path):
 
 
 def test_tensors_that_no_module_has_are_copied(tmp_path):
-    """With the numbers of layers too: further layers (multi-token prediction), rotary frequencies of old checkpoints."""
+    """With numbers of layers too: further layers (multi-token prediction), rotary frequencies of old checkpoints."""
     source = save_tiny(tmp_path / "source")
     extras = {
         "model.layers.7.self_attn.q_proj.weight": torch.randn(64, 64),

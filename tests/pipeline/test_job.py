@@ -1,31 +1,15 @@
-"""What survives a calibrated run that is stopped: killed anywhere, it goes on, and the result is the same to the byte."""
+"""What an unfinished calibrated run leaves: the same call goes on from it, another one does not take it."""
 
-import json
 import os
-import random
-import resource
 import shutil
-import sys
 import threading
 import time
 
 import pytest
 import torch
-from folders import contents, edit_tensors, save_chat_model
+from folders import contents, edit_tensors, same_bits, save_chat_model, stored_tensors
 from models import save_tiny
-from runs import (
-    IDS,
-    assert_finished,
-    ended,
-    gptq,
-    job_of,
-    layer_files,
-    names,
-    run_quietly,
-    start,
-    state_of,
-    stop_after_layers,
-)
+from runs import IDS, assert_finished, gptq, job_of, layer_files, names, stop_after_layers
 
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError
 from lowbit.pipeline.layers import LayeredModel
@@ -75,69 +59,278 @@ def loaded(monkeypatch):
     return numbers
 
 
-# Killed
+# Gone on with
 
 
-def assert_ends_well(source, out, expected) -> None:
-    """The same run again, until it is done: that is also when the output was in place already."""
-    (code,) = ended([start(run_quietly, source, out, {})])
-    assert code == (1 if out.exists() and code == 1 else 0)
+def assert_goes_on(source, out, expected, layer: int, **options) -> None:
+    lines = []
+    gptq(source, out, announce=lines.append, **options)
+    going_on = [line for line in lines if line.startswith("going on")]
+    assert going_on == ([f"going on from layer {layer} of {LAYERS}"] if layer > 1 else [])
     assert_finished(out, expected)
 
 
-def test_killed_at_any_time(source, out, expected):
-    """kill -9, twenty times at random, mostly of runs that had been killed before."""
-    started = time.perf_counter()
-    assert ended([start(run_quietly, source, out, {})]) == [0]
-    duration = time.perf_counter() - started
-    moments, kills = random.Random(0), 0
-    while kills < 20:
-        shutil.rmtree(out)
-        for _ in range(5):
-            process = start(run_quietly, source, out, {})
-            process.join(moments.uniform(0.05, 0.7) * duration)
-            killed = process.is_alive()
-            process.kill()
-            process.join()
-            kills += killed
-            if not killed:
-                break
-        assert_ends_well(source, out, expected)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_goes_on(source, out, expected, unfinished, loaded, layers):
+    """Finished layers are not loaded again, where the hidden states behind them are there."""
+    unfinished(layers)
+    loaded.clear()
+    assert_goes_on(source, out, expected, layers + 1)
+    assert loaded == [number for number in range(layers, LAYERS) for _ in ("original", "quantized")]
 
 
-# What changes the file system; `open` for reading does not
-_OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+def flip(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 16
+    path.write_bytes(data)
 
 
-def killed_before_operation(number, source, out) -> None:
-    """A run that ends, as if killed, before it changes the file system for the `number`th time."""
-    count = 0
+DAMAGES = {"flipped bit": flip, "cut": lambda path: os.truncate(path, 100), "gone": os.remove}
 
-    def hook(event, args):
-        nonlocal count
-        writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
-        opens = event == "open" and args[1] is None and args[2] & (os.O_WRONLY | os.O_RDWR)
-        if (event in _OPERATIONS or writes or opens) and str(out.parent) in str(args[0]):
-            count += 1
-            if count == number:
-                os._exit(9)
 
-    sys.addaudithook(hook)
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_layer_is_done_again(source, out, expected, unfinished, damage, layer):
+    unfinished(2)
+    DAMAGES[damage](layer_files(out)[layer])
+    assert_goes_on(source, out, expected, layer + 1)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("damage", ["cut", "gone", "folder gone"])
+def test_hidden_states_that_are_lost(source, out, expected, unfinished, damage, layers):
+    unfinished(layers)
+    (streams,) = job_of(out).glob("streams-*")
+    assert streams.name == f"streams-{layers:04d}-0"
+    if damage == "folder gone":
+        shutil.rmtree(streams)
+    else:
+        DAMAGES[damage](streams / "model.safetensors")
+    assert_goes_on(source, out, expected, layers + 1)
+
+
+def test_samples_that_are_lost(source, out, expected, unfinished):
+    unfinished(1)
+    for file in job_of(out).glob("samples*"):
+        flip(file)
+    assert_goes_on(source, out, expected, 2)
+
+
+def test_leftovers_of_earlier_runs_do_no_harm(source, out, expected, unfinished):
+    unfinished(1)
+    for name in ("streams-0002-0", "streams-0002-0.partial", "layer.partial"):
+        (job_of(out) / name).mkdir()
+        (job_of(out) / name / "model.safetensors").write_bytes(b"cut")
+    (job_of(out) / "job.json.partial").write_text("{")
+    assert_goes_on(source, out, expected, 2)
+
+
+# Other settings
+
+OTHER = {
+    "bits": ({"scheme": "W8A16"}, "recipe.scheme"),
+    "group": ({"group_size": 32}, "recipe.scheme"),
+    "damping": ({"options": {"damping": 0.1}}, "recipe.options.damping: 0.03 then, 0.1 now"),
+    "head": ({"lm_head": True}, "recipe"),
+    "samples": ({"num_samples": 4}, "calibration.num_samples: 128 then, 4 now"),
+    "tokens": ({"dataset": IDS.flip(0)}, "tokens"),
+    "ignored": ({"ignore": ["x"]}, "recipe.ignore"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_other_settings_are_refused(source, out, expected, unfinished, what):
+    options, says = OTHER[what]
+    unfinished(1)
+    before = contents(out.parent)
+    with pytest.raises(OutputError) as refusal:
+        gptq(source, out, **options)
+    message = str(refusal.value)
+    assert says in message and "--overwrite" in message and str(job_of(out)) in message and "\n" not in message
+    after = contents(out.parent)
+    assert {k: v for k, v in after.items() if "samples" not in k} == {
+        k: v for k, v in before.items() if "samples" not in k
+    }
+    assert_goes_on(source, out, expected, 2)
+
+
+def test_overwrite_starts_anew(source, out, unfinished):
+    unfinished(2)
+    lines = []
+    gptq(source, out, scheme="W8A16", overwrite=True, announce=lines.append)
+    assert not any("going on" in line for line in lines)
+    gptq(source, out.with_name("fresh"), scheme="W8A16")
+    assert contents(out) == contents(out.with_name("fresh"))
+
+
+def test_another_text_does_not_spoil_the_run(tmp_path, out, monkeypatch):
+    """The samples of the unfinished run stay what they are."""
+    source = save_chat_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    options = {"dataset": tmp_path / "text.txt", "num_samples": 4, "seqlen": 32}
+    gptq(source, tmp_path / "expected", **options)
+    stop_after_layers(monkeypatch, 1, lambda: gptq(source, out, **options))
+    for change in ({"num_samples": 2}, {"seed": 1}, {"seqlen": 16}, {"dataset": IDS}):
+        with pytest.raises(OutputError, match="calibration"):
+            gptq(source, out, **{**options, **change})
+    gptq(source, out, **options)
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+def test_another_source_is_refused(tmp_path, out, monkeypatch):
+    source = save_tiny(tmp_path / "model")
+    stop_after_layers(monkeypatch, 1, lambda: gptq(source, out))
+    edit_tensors(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].mul_(2))
+    with pytest.raises(OutputError, match=r"source\.model\.safetensors: .* bytes"):
+        gptq(source, out)
+
+
+def test_a_finished_output_is_refused(source, out):
     gptq(source, out)
+    before = contents(out.parent)
+    with pytest.raises(OutputError, match="--overwrite"):
+        gptq(source, out)
+    assert contents(out.parent) == before
 
 
-def test_killed_between_any_two_operations(tmp_path):
-    source = save_tiny(tmp_path / "model", hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=32)
-    ids = IDS[:4, :8] % 32
-    gptq(source, tmp_path / "expected", dataset=ids)
-    expected, number, codes = contents(tmp_path / "expected"), 0, {9}
-    while codes == {9}:
-        number += 1
-        out = tmp_path / f"runs{number}" / "out"
-        out.parent.mkdir()
-        codes = set(ended([start(killed_with, number, source, out, ids)]))
-        if codes == {9}:
-            again = ended([start(run_quietly, source, out, {"dataset": ids})])
-            assert again == [0] or out.exists(), number
-        assert_finished(out, expected)
-    assert codes == {0} and number > 30
+def test_two_runs_at_once(source, out, expected):
+    refusals = []
+
+    def second(line):
+        with pytest.raises(OutputError, match="another run") as refusal:
+            gptq(source, out, overwrite=len(refusals) > 0)
+        refusals.append(refusal.value)
+
+    gptq(source, out, announce=second)
+    assert refusals
+    assert_finished(out, expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "1", '{"a": 1}', '{"identity": [], "layers": []}', '{"identity": {}, "layers": [1]}',
+     '{"identity": {}, "layers": {}}', '{"identity": {}, "layers": [{}]}', "[" * 10**5],
+)  # fmt: skip
+def test_job_that_cannot_be_read(source, out, unfinished, text):
+    unfinished(1)
+    (job_of(out) / "job.json").write_text(text)
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"job\.json.*--overwrite"):
+            gptq(source, out)
+    assert not out.exists()
+    gptq(source, out, overwrite=True)
+    assert names(out.parent) == ["out", "out.report.json"]
+
+
+# --redo
+
+
+def test_redo_with_another_damping(source, out, expected, unfinished):
+    """The layer that is named, and those behind it; what is before it keeps its bytes."""
+    unfinished(3)
+    lines = []
+    report = gptq(source, out, redo=r".*layers\.1\..*up_proj", options={"damping": 0.2}, announce=lines.append)
+    assert f"going on from layer 2 of {LAYERS}" in lines
+    dampings = {layer["name"].split(".")[2]: layer["damping"] for layer in report.layers}
+    assert dampings == {"0": 0.03, "1": 0.2, "2": 0.2} and len(report.layers) == 7 * LAYERS
+    changed = {"0": False, "1": False, "2": False}
+    before, after = stored_tensors(source.with_name("expected")), stored_tensors(out)
+    for name in after:
+        if name.endswith("_packed"):
+            changed[name.split(".")[2]] |= not same_bits(before[name], after[name])
+    assert changed == {"0": False, "1": True, "2": True}
+
+
+def test_redo_of_the_same_gives_the_same(source, out, expected, unfinished):
+    unfinished(3)
+    assert_goes_on(source, out, expected, 2, redo=r"model\.layers\.1\.self_attn\.k_proj")
+
+
+def test_redo_then_killed_then_gone_on(source, out, unfinished, monkeypatch):
+    """The second run has changed what the job is: without --redo, its settings are those to go on with."""
+    unfinished(3)
+    again = {"options": {"damping": 0.2}}
+    stop_after_layers(monkeypatch, 2, lambda: gptq(source, out, redo=".*layers.1", **again))
+    with pytest.raises(OutputError, match="damping"):
+        gptq(source, out)
+    gptq(source, out, **again)
+    whole = out.with_name("whole")
+    stop_after_layers(monkeypatch, 1, lambda: gptq(source, whole))
+    gptq(source, whole, redo=".*layers.1", **again)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(("pattern", "says"), [("nothing", "matches no"), ("(", "regular expression")])
+def test_redo_of_nothing(source, out, expected, unfinished, pattern, says):
+    unfinished(2)
+    with pytest.raises(UsageError, match=says):
+        gptq(source, out, redo=pattern)
+    assert_goes_on(source, out, expected, 3)
+
+
+def test_redo_of_other_bits_is_refused(source, out, expected, unfinished):
+    unfinished(2)
+    with pytest.raises(OutputError, match="scheme"):
+        gptq(source, out, redo=".*layers.1", scheme="W8A16")
+    assert_goes_on(source, out, expected, 3)
+
+
+# Nothing that was begun
+
+
+def test_wrong_input_leaves_nothing(source, out):
+    threads = threading.active_count()
+    for options in ({"dataset": IDS + 100}, {"dataset": "no-such.txt"}, {"seed": -1}, {"redo": "nothing"}):
+        with pytest.raises(LowbitError):
+            gptq(source, out, **options)
+        assert names(out.parent) == []
+    assert threading.active_count() == threads
+
+
+def test_nan_in_the_middle(tmp_path, out):
+    """Found when its layer comes; what was done until then stays, and the walks of the layer do not."""
+    source, threads = save_tiny(tmp_path / "model"), threading.active_count()
+    edit_tensors(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan))
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors holds 64 NaN"):
+        gptq(source, out)
+    assert not out.exists() and len(layer_files(out)) == 1
+    assert threading.active_count() == threads
+
+
+OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_nan_outside_of_the_layers_is_found_at_once(tmp_path, out, name):
+    source = save_tiny(tmp_path / "model")
+    edit_tensors(source, lambda tensors: tensors[name].fill_(torch.nan))
+    with pytest.raises(InputError, match=name):
+        gptq(source, out)
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE[:2], "model.layers.1.input_layernorm.weight"])
+def test_missing_tensor(tmp_path, out, name):
+    source = save_tiny(tmp_path / "model")
+    edit_tensors(source, lambda tensors: tensors.pop(name))
+    with pytest.raises(InputError, match=f"{name} is not in"):
+        gptq(source, out)
+    assert not out.exists()
+
+
+def test_failure_in_a_layer_ends_its_walks(source, out, monkeypatch):
+    threads = threading.active_count()
+    monkeypatch.setattr("lowbit.pipeline.calibrated._joined", lambda parts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gptq(source, out)
+    deadline = time.time() + 5
+    while threading.active_count() > threads and time.time() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
+
+
+def test_output_that_is_the_folder_we_are_in(source, tmp_path, expected, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    gptq(source, ".")
+    assert_finished(tmp_path / "here", expected)

@@ -1,8 +1,10 @@
 """GPTQ as its paper has it, in float64: one column after the other, each error subtracted from all later columns.
 
 Written apart from lowbit.quantizers.gptq, which it judges: no blocks, the inverse of H instead of a factor of H itself,
-nothing in float32.
+nothing in float32. And the data that both run on.
 """
+
+from functools import cache
 
 import torch
 
@@ -127,3 +129,24 @@ def best_scales(target, codes, zeros, group, hessian):
         solution = torch.linalg.lstsq(root @ columns, (root @ target[n].double())[:, None], driver="gelsd")
         scales.append(solution.solution[:, 0])
     return torch.stack(scales)
+
+
+@cache
+def inputs(tokens, features, seed=0):
+    """float64 [tokens, features], correlated: the spectrum decays by e^3, and the mean is not zero."""
+    rng = torch.Generator().manual_seed(seed)
+    spectrum = torch.linspace(0, -3, features, dtype=torch.float64).exp()
+    rotation = torch.linalg.qr(torch.randn(features, features, dtype=torch.float64, generator=rng))[0]
+    mean = 0.3 * torch.randn(features, dtype=torch.float64, generator=rng)
+    return torch.randn(tokens, features, dtype=torch.float64, generator=rng) * spectrum @ rotation + mean
+
+
+def second_moment(x):
+    return x.T @ x / len(x)
+
+
+def heavy_tailed(rows, columns, dtype=torch.float32, seed=1):
+    """Student-t with three degrees of freedom, rows of many sizes."""
+    normal = torch.randn(4, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    sizes = 0.02 * torch.logspace(0, 1, rows, dtype=torch.float64).unsqueeze(1)
+    return (sizes * normal[0] / normal[1:].square().mean(0).sqrt()).to(dtype)
