@@ -91,7 +91,7 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
 
 
 def _left_alone(model: nn.Module, sites: dict[str, Site], lm_head: bool) -> dict[str, str]:
-    """Parameter name -> why it is not quantized. Raises UsageError if the head shall be and is tied to the embedding."""
+    """Parameter name -> why it is not quantized. Raises UsageError for a head that shall be and is tied."""
     reasons = {}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if lm_head and (head is None or model.config.get_text_config().tie_word_embeddings):

@@ -55,8 +55,8 @@ def quantize(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="What gptq calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl or "
-            "parquet file, token ids (.safetensors, .npy), or self: text that the model itself writes. "
+            help="What gptq calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl "
+            "or parquet file, token ids (.safetensors, .npy), or self: text that the model itself writes. "
             "Default: a public data set, or self where it cannot be reached.",
             show_default=False,
         ),

@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from lowbit.calibration.samples import Samples, calibration_samples
 from lowbit.checkpoint import CheckpointReader
-from lowbit.errors import OutputError, UsageError
+from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
 from lowbit.grid import dequantize
 from lowbit.pipeline.calibrated import LayerRun, quantize_layer
@@ -190,7 +190,8 @@ class _LayerLoop:
             return calibration_samples(
                 wanted.dataset, self.reader.folder, num_samples=wanted.num_samples, seqlen=wanted.seqlen,
                 seed=wanted.seed, vocabulary=language_model.vocab_size,
-                context=getattr(language_model, "max_position_embeddings", None), trust_remote_code=wanted.trust_remote_code,
+                context=getattr(language_model, "max_position_embeddings", None),
+                trust_remote_code=wanted.trust_remote_code,
                 announce=self.announce,
             )  # fmt: skip
 
@@ -255,15 +256,16 @@ class _LayerLoop:
     def _streams(self, number: int, original, quantized, steps, batches) -> Streams | NoStreams:
         """The hidden states at the input of layer `number`: stored, or else made again with the finished layers."""
         streams = NoStreams()
-        missing = [not self.job.streams(number, self.ranks.rank).is_dir()]
-        if not any(sum(self.ranks.all_of(missing), [])):
-            return Streams(self.job.streams(number, self.ranks.rank))
+        try:
+            stored = Streams(self.job.streams(number, self.ranks.rank))
+        except (InputError, OSError):  # gone, or cut
+            stored = None
+        if all(self.ranks.all_of(stored is not None)):
+            return stored
         for earlier in range(min(number, len(original.layers))):
             tensors = self._load(earlier, original, quantized)
-            stored = {}
-            for step in steps[earlier]:
-                stored[step.source.name] = self.job.made(step)
-            _replace(quantized, steps[earlier], tensors, stored, self.plan)
+            made = {step.source.name: self.job.made(step) for step in steps[earlier]}
+            _replace(quantized, steps[earlier], tensors, made, self.plan)
             run = LayerRun(original, quantized, earlier, batches, streams, keep=False)
             self._advance(run, earlier + 1, batches)
             for model in (original, quantized):
@@ -290,18 +292,16 @@ def _load_samples(path: Path) -> Samples | None:
         return None
 
 
-def _replace(quantized: LayeredModel, steps: list[Step], tensors: dict, stored: dict, plan: Plan) -> None:
+def _replace(quantized: LayeredModel, steps: list[Step], tensors: dict, made: dict, plan: Plan) -> None:
     """Put the weights that an earlier run has quantized into a loaded layer."""
     fmt = get_format(plan.format_name)
     for several in targets(steps, tensors, quantized.names, quantized.model).values():
         for target in several:
-            packed = {
-                suffix: stored[target.step.source.name][target.step.output_name(suffix)]
-                for suffix in fmt.suffixes(target.step.scheme)
-            }
-            if target.step.source.name and len(target.step.source.shape) == 3:
+            step = target.step
+            packed = {s: made[step.source.name][step.output_name(s)] for s in fmt.suffixes(step.scheme)}
+            if len(step.source.shape) == 3:
                 packed = {suffix: tensor[target.expert] for suffix, tensor in packed.items()}
-            qweight = fmt.unpack_weight(packed, target.step.scheme, *target.weight.shape)
+            qweight = fmt.unpack_weight(packed, step.scheme, *target.weight.shape)
             target.view(quantized.model).copy_(dequantize(qweight, torch.float32))
 
 

@@ -107,8 +107,8 @@ class LayerRun:
 
 
 def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, ranks: Ranks, done: Done) -> None:
-    """Quantize the `steps` of a layer from its stored `tensors`; `done` gets each target, its QuantWeight and its entry of
-    the report."""
+    """Quantize the `steps` of a layer from its stored `tensors`; `done` gets each target, its QuantWeight and its entry
+    of the report."""
     todo = targets(steps, tensors, run.quantized.names, run.quantized.model)
     quantizer = get_quantizer(plan.recipe.method)
     for number, stage in enumerate(run.find_stages(list(todo))):

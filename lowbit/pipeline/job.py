@@ -108,6 +108,7 @@ class Job:
         (aside / SINGLE_NAME).rename(self.folder / name)
         aside.rmdir()
         self.layers.append({"file": name, "sha256": digest, "report": report})
+        self._made = None  # what was known of the finished layers lacks this one
         self._write_state()
 
     def stored_tensors(self, number: int) -> dict[str, StoredTensor]:
@@ -172,12 +173,18 @@ def clear_finished(target: Path) -> None:
     """Remove the job folder of a run that was killed when its output was in place already."""
     folder = target.with_name(f".{target.name}.job")
     try:
-        stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         with (folder / ".lock").open("w") as lock:
-            if _is_state(stored) and stored.get("output") == _inode(target) and try_lock(lock):
+            if try_lock(lock) and _is_finished(folder, target):
                 shutil.rmtree(folder, ignore_errors=True)
     except (OSError, ValueError, RecursionError):
         pass
+
+
+def _is_finished(folder: Path, target: Path) -> bool:
+    if not (folder / _STATE).exists():  # not begun, or all but removed
+        return True
+    stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    return _is_state(stored) and stored.get("output") == _inode(target)
 
 
 def _inode(path: Path) -> list[int]:

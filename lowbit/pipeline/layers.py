@@ -177,7 +177,7 @@ class LayeredModel:
         for name, parameter in self.model.named_parameters():
             if name.startswith(prefix) and not name.startswith(but) and parameter.is_meta:
                 raise InputError(
-                    f"{name} is not in {self.reader.folder}: the checkpoint does not belong to its config, or is not whole"
+                    f"{name} is not in {self.reader.folder}: the checkpoint is not whole, or of another config"
                 )
 
 

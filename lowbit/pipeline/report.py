@@ -32,9 +32,9 @@ def weight_error(weight: torch.Tensor, qweight: QuantWeight) -> float:
 
 @dataclass
 class Report:
-    """source, output, recipe; sizes in bytes; share of the source bytes that was quantized; one entry per weight matrix.
+    """source, output, recipe; sizes in bytes; share of the source bytes that was quantized; one entry for each weight.
 
-    With calibration data also: one entry per decoder layer, what the data was, and memory in bytes.
+    With calibration data also one entry for each decoder layer, what the data was, and memory in bytes.
     """
 
     source: str

@@ -58,10 +58,10 @@ def quantize(
 
     Methods that need data ("gptq") go through the model layer by layer with the calibration samples: dataset (a name of
     `datasets`, a file, "self", or token ids [samples, seqlen]), num_samples, seqlen, seed. What they have finished is
-    kept beside the output until it is whole: the same call again after a kill goes on from there. redo: regex of modules
-    whose layers, and all that depend on them, are done again. max_memory: bytes, or "8GB", that activations held between
-    the steps of a layer must fit into with all else; default half of what is free. Under `torchrun` all processes call
-    this, share the work, and get the report; the first one writes.
+    kept beside the output until it is whole: the same call again after a kill goes on from there. redo: regex of
+    modules whose layers, and all that depend on them, are done again. max_memory: bytes, or "8GB", that activations
+    held between the steps of a layer must fit into with all else; default half of what is free. Under `torchrun` all
+    processes call this, share the work, and get the report; the first one writes.
 
     Raises UsageError (options that cannot work), InputError (the checkpoint), OutputError (the output folder).
     """

@@ -1,7 +1,7 @@
 """Which rows of which matrix in memory a stored tensor is: the way from checkpoint to model and back.
 
-A linear is stored as one tensor. The experts of a layer are one 3-D parameter in memory, and in the file that parameter,
-or a tensor for each expert, or two (gate and up) that lie one below the other in memory.
+A linear is stored as one tensor. The experts of a layer are one 3-D parameter in memory, and in the file that
+parameter, or a tensor for each expert, or two (gate and up) that lie one below the other in memory.
 """
 
 from collections.abc import Iterable

@@ -19,9 +19,10 @@ In order:
        error of column k = R_kk^2 (t_k - q_k)^2.
 5. Grids. When its turn comes, each group tries some scales and zero points around the range of its *current* targets,
    runs its own columns on each, feedback included, and every row keeps the cheapest.
-6. Refinement, some sweeps of: scales of all groups in closed form with the codes fixed (least squares; cf. "two-stage
-   grid optimization", arXiv:2602.02126), then each code to its best value with everything else fixed (coordinate
-   descent; QuantEase, arXiv:2309.01885). Neither can raise the error.
+6. Sweeps. Group after group, all others fixed: its scale in closed form (least squares; cf. "two-stage grid
+   optimization", arXiv:2602.02126), then 5. again around the grid it has, for what is now the best weight of the group
+   without rounding, then each code to its best value (coordinate descent; QuantEase, arXiv:2309.01885). A row takes what
+   is cheaper than what it has: no step can raise its error.
 
 Everything is done for all rows at once, on transposed matrices [K, N]: a column of the paper is a contiguous row here.
 """
@@ -50,7 +51,7 @@ _DAMPING_STEPS, _DAMPING_FACTOR, _LEAST_DAMPING = 6, 10.0, 1e-6
 _BLOCK = 8
 # Elements of the work arrays of a slice of rows: what stays in a CPU's caches
 _SLICE_ELEMENTS = 2**21
-# Ranges that are tried for each group in its turn, and in a later sweep, both times that of the targets or the grid then
+# Ranges tried for each group in its turn, relative to that of its targets, and in a sweep, to what it has
 _SHRINKS = (1.15, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 _RETRIED = (0.9, 0.95, 1.0, 1.05, 1.1)
 _LONGEST_SEARCHED_GROUP = 512

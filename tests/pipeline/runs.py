@@ -168,7 +168,7 @@ def free_port() -> int:
 
 
 def start_ranks(source, output, world: int = 2, function=run_and_tell, **options) -> list:
-    """A process per rank, each calls `function(told, source, output, options)`: told is rank-N.json beside the output."""
+    """A process per rank, each calls function(told, source, output, options): told is rank-N.json beside the output."""
     port = free_port()
     return [start(_rank, rank, world, port, function, source, output, options) for rank in range(world)]
 

@@ -99,7 +99,7 @@ def without_space(limit, told, source, out, options) -> None:
     run_and_tell(told, source, out, options)
 
 
-@pytest.mark.parametrize("limit", [900, 3000, 20_000, 100_000, 180_000])
+@pytest.mark.parametrize("limit", [900, 3000, 20_000, 100_000, 135_000])
 def test_disk_full(source, out, expected, limit, tmp_path):
     """Samples, job.json, a layer, hidden states, the output: one line, and the run goes on when there is space."""
     assert ended([start(without_space, limit, tmp_path / "told", source, out, {})]) == [1]
