@@ -20,7 +20,7 @@ In order:
 5. Grids. When its turn comes, each group tries some scales and zero points around the range of its *current* targets,
    runs its own columns on each, feedback included, and every row keeps the cheapest.
 6. Sweeps. Group after group, all others fixed: its scale in closed form (least squares; cf. "two-stage grid
-   optimization", arXiv:2602.02126), then 5. again around the grid it has, for what is now the best weight of the group
+   optimization", arXiv:2602.02126), then 5. again around its grid, for what is now the best weight of the group
    without rounding, then each code to its best value (coordinate descent; QuantEase, arXiv:2309.01885). A row takes what
    is cheaper than what it has: no step can raise its error.
 

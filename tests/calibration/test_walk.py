@@ -162,9 +162,13 @@ def test_an_input_is_known_by_identity():
         x = x.mul_(2)
         second(x), third(x)
 
-    def one_address_after_another(x):
+    def freed_at_once(x):
+        alive = []
         for linear in (first, second, third):
-            linear(x.clone())  # freed at once: the next clone could take its place
+            alive.append(weakref.ref(copy := x.clone()))
+            linear(copy)
+            del copy
+        assert all(reference() is not None for reference in alive)  # or the next could take the address of the last
 
     def other_tokens(x):
         first(x), second(x[:1]), third(x)  # all three start at the same address
@@ -176,7 +180,7 @@ def test_an_input_is_known_by_identity():
         views: [("first", "second", "third")],
         equal_copies: [("first",), ("second",), ("third",)],
         changed_in_place: [("first",), ("second", "third")],
-        one_address_after_another: [("first",), ("second",), ("third",)],
+        freed_at_once: [("first",), ("second",), ("third",)],
         other_tokens: [("first", "third"), ("second",)],
         used_twice: [("first",), ("second",), ("third",)],
     }
@@ -309,36 +313,43 @@ def test_only_walks_of_these_experts_pause_at_the_hook():
 
 
 class Watched:
-    """Something on the stack of a forward pass."""
+    """Something that a forward pass holds."""
 
 
 @pytest.mark.parametrize("moves", [[], [0], [0, 2]], ids=["before the start", "at the first stage", "later"])
-def test_abandoning_frees_what_the_pass_holds(moves):
-    block, x, watched, cleaned = Block(), batch(), [], []
+def test_abandoning_ends_the_pass_at_once_and_frees_what_it_holds(moves):
+    block, x, closed_over = Block(), batch(), Watched()
+    watched, cleaned, done = [weakref.ref(closed_over)], [], []
+    for part in block.children():
+        part.register_forward_hook(lambda *_: done.append(1))
 
-    def run():
-        held = Watched()
-        watched.append(weakref.ref(held))
+    def run(closed_over=closed_over):
+        local = Watched()
+        watched.append(weakref.ref(local))
         try:
             return block(x)
         finally:
-            cleaned.append(held is not None)
+            cleaned.append(local is not closed_over)
 
     walk = Walk(run, stages_of(block, x), parameters_of(block))
-    for stage in moves:
-        held = weakref.ref(walk.to(stage)) if stage else None
+    del run, closed_over
+    done.clear()
+    watched += [weakref.ref(walk.to(stage)) for stage in moves]
+    before = len(done)
     walk.abandon()
     gc.collect()
-    assert len(watched) == len(cleaned) == bool(moves)  # what has not begun does not begin
+    assert len(done) == before and len(cleaned) == bool(moves)  # what has not begun does not begin
     assert all(reference() is None for reference in watched)
-    assert not moves or not moves[-1] or held() is None  # the input of the stage too
     walk.abandon()  # again: nothing to do
 
 
 def test_abandoning_a_finished_walk_keeps_its_output():
-    block, x = Block(), batch()
-    walk = walk_through(block, x)
+    block, x, closed_over = Block(), batch(), Watched()
+    watched = weakref.ref(closed_over)
+    walk = Walk(lambda _=closed_over: block(x), stages_of(block, x), parameters_of(block))
     output = walk.to_end()
+    del closed_over
+    assert watched() is None
     walk.abandon()
     assert torch.equal(output, block(x)) and walk.to_end() is output and walk.to(1) is None
 

@@ -12,6 +12,10 @@ from folders import contents, read_json
 from models import save_tiny
 from runs import IDS, assert_finished, ended, gptq, run_alone, run_and_tell, start
 
+from lowbit.errors import OutputError
+
+QUICK = {"options": {"sweeps": 0}}
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -22,7 +26,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(source):
     """The files of an uninterrupted run."""
-    gptq(source, source.with_name("expected"))
+    gptq(source, source.with_name("expected"), **QUICK)
     return contents(source.with_name("expected"))
 
 
@@ -36,13 +40,13 @@ def test_killed_at_any_time(source, out, expected):
     duration = 0.0
     for name in ("first", "second"):  # the first one starts the server
         started = time.perf_counter()
-        assert ended([start(run_alone, source, out.with_name("timed") / name, {})]) == [0]
+        assert ended([start(run_alone, source, out.with_name("timed") / name, QUICK)]) == [0]
         duration = time.perf_counter() - started
     shutil.rmtree(out.with_name("timed"))
     moments, kills = random.Random(0), 0
     while kills < 20:
         for _ in range(5):
-            process = start(run_alone, source, out, {})
+            process = start(run_alone, source, out, QUICK)
             process.join(moments.uniform(0.05, 0.7) * duration)
             killed = process.is_alive()
             process.kill()
@@ -50,7 +54,7 @@ def test_killed_at_any_time(source, out, expected):
             kills += killed
             if not killed:
                 break
-        again = ended([start(run_alone, source, out, {})]) if killed else [0]
+        again = ended([start(run_alone, source, out, QUICK)]) if killed else [0]
         assert again == [0] or out.exists()  # killed when the output was in place
         assert_finished(out, expected)
         shutil.rmtree(out)
@@ -80,7 +84,7 @@ def killed_before_operation(number, source, out, options) -> None:
 def test_killed_between_any_two_operations(tmp_path):
     """Then run again: the output is whole, and nothing is beside it."""
     source = save_tiny(tmp_path / "model", num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=32)
-    options = {"dataset": IDS[:4, :8] % 32, "options": {"sweeps": 0}}
+    options = {"dataset": IDS[:4, :8] % 32, **QUICK}
     gptq(source, tmp_path / "expected", **options)
     expected, number, codes = contents(tmp_path / "expected"), 0, [9]
     while codes == [9]:
@@ -88,8 +92,11 @@ def test_killed_between_any_two_operations(tmp_path):
         out = tmp_path / f"run{number}" / "out"
         out.parent.mkdir()
         codes = ended([start(killed_before_operation, number, source, out, options)])
-        again = ended([start(run_alone, source, out, options)]) if codes == [9] else codes
-        assert again == [0] or out.exists(), number  # the second run says so where the first one had moved it there
+        if out.exists():  # in place when the run was killed, or not killed: it is found
+            with pytest.raises(OutputError, match="exists already"):
+                gptq(source, out, **options)
+        else:
+            gptq(source, out, **options)
         assert_finished(out, expected)
     assert codes == [0] and number > 30
 
@@ -102,10 +109,10 @@ def without_space(limit, told, source, out, options) -> None:
 @pytest.mark.parametrize("limit", [900, 3000, 20_000, 100_000, 135_000])
 def test_disk_full(source, out, expected, limit, tmp_path):
     """Samples, job.json, a layer, hidden states, the output: one line, and the run goes on when there is space."""
-    assert ended([start(without_space, limit, tmp_path / "told", source, out, {})]) == [1]
+    assert ended([start(without_space, limit, tmp_path / "told", source, out, QUICK)]) == [1]
     told = read_json(tmp_path / "told")
     assert told["error"] == "OutputError" and "File too large" in told["message"] and "\n" not in told["message"]
     assert not out.exists() and not list(tmp_path.glob(".out.partial*"))
     (tmp_path / "told").unlink()
-    gptq(source, out)
+    gptq(source, out, **QUICK)
     assert_finished(out, expected)

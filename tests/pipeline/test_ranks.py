@@ -104,20 +104,26 @@ def test_an_expert_whose_tokens_are_all_in_one_process(tmp_path):
             assert 0 < entry["output_error"] < 0.01
 
 
+def start_and_kill(source, out, layers: int) -> None:
+    """Kill both processes as soon as so many layers are committed."""
+    processes, deadline = start_ranks(source, out), time.time() + 60
+    while time.time() < deadline:
+        if (job_of(out) / "job.json").is_file() and len(layer_files(out)) == layers:
+            break
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+    ended(processes)
+    assert not out.exists() and layer_files(out)
+
+
 def test_killed_and_gone_on_with(tmp_path):
     source = save_tiny(tmp_path / "model", num_hidden_layers=3)
     (tmp_path / "whole").mkdir()
     assert ended(start_ranks(source, tmp_path / "whole" / "out")) == [0, 0]
     out = tmp_path / "killed" / "out"
     out.parent.mkdir()
-    processes = start_ranks(source, out)
-    deadline = time.time() + 60
-    while not (job_of(out).is_dir() and list(job_of(out).glob("layer-0000*"))) and time.time() < deadline:
-        time.sleep(0.005)
-    for process in processes:
-        process.kill()
-    ended(processes)
-    assert not out.exists() and layer_files(out)
+    start_and_kill(source, out, 1)
     assert ended(start_ranks(source, out)) == [0, 0]
     told_by_ranks(out)
     assert contents(out) == contents(tmp_path / "whole" / "out")
@@ -127,13 +133,7 @@ def test_killed_and_gone_on_with(tmp_path):
 def test_hidden_states_that_one_process_lost(tmp_path):
     source = save_tiny(tmp_path / "model", num_hidden_layers=3)
     out = tmp_path / "out"
-    processes = start_ranks(source, out)
-    deadline = time.time() + 60
-    while not (job_of(out).is_dir() and list(job_of(out).glob("layer-0001*"))) and time.time() < deadline:
-        time.sleep(0.005)
-    for process in processes:
-        process.kill()
-    ended(processes)
+    start_and_kill(source, out, 2)
     for streams in job_of(out).glob("streams-*-1"):
         (streams / "model.safetensors").unlink()
     assert ended(start_ranks(source, out)) == [0, 0]
@@ -145,7 +145,7 @@ def test_hidden_states_that_one_process_lost(tmp_path):
 def refused(source, out, *errors: str, **options) -> list[dict]:
     """Both processes end with one line, soon."""
     started = time.time()
-    assert [code for code in ended(start_ranks(source, out, **options), 30)] == [1 + ("Usage" in e) for e in errors]
+    assert ended(start_ranks(source, out, **options), 30) == [1 + ("Usage" in error) for error in errors]
     assert time.time() - started < 25
     told = told_by_ranks(out)
     assert tuple(t["error"] for t in told) == errors
