@@ -256,5 +256,8 @@ def _output_errors(
     squares = torch.stack([part.square().sum() for part in (got - same_input, same_input, got - wanted, wanted)])
     squares = squares.to(moments.hessian.device)
     ranks.sum(squares)
-    error, norm, error_to_original, norm_of_original = squares.sqrt().clamp_min(1e-30).tolist()
-    return {"output_error": error / norm, "output_error_to_original": error_to_original / norm_of_original}
+    error, norm, error_to_original, norm_of_original = squares.sqrt().tolist()
+    return {  # inputs that are always zero have no outputs to be wrong
+        "output_error": error / max(norm, 1e-30),
+        "output_error_to_original": error_to_original / max(norm_of_original, 1e-30),
+    }

@@ -35,6 +35,11 @@ def gptq(source, output, **options):
     return quantize(source, output, **{"method": "gptq", "dataset": IDS, "group_size": 16, **options})
 
 
+def quick_gptq(source, output, **options):
+    """Without the refinement, where results only have to be compared with each other."""
+    return gptq(source, output, **{**options, "options": {"sweeps": 0, **options.get("options", {})}})
+
+
 # What was written
 
 
@@ -149,7 +154,7 @@ def _main(target, *args) -> None:
 
 
 def run_alone(source, output, options) -> None:
-    gptq(source, output, **options)
+    quick_gptq(source, output, **options)
 
 
 def run_and_tell(told, source, output, options) -> None:

@@ -10,11 +10,10 @@ import time
 import pytest
 from folders import contents, read_json
 from models import save_tiny
-from runs import IDS, assert_finished, ended, gptq, run_alone, run_and_tell, start
+from runs import IDS, assert_finished, ended, run_alone, run_and_tell, start
+from runs import quick_gptq as gptq
 
 from lowbit.errors import OutputError
-
-QUICK = {"options": {"sweeps": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(source):
     """The files of an uninterrupted run."""
-    gptq(source, source.with_name("expected"), **QUICK)
+    gptq(source, source.with_name("expected"))
     return contents(source.with_name("expected"))
 
 
@@ -40,13 +39,13 @@ def test_killed_at_any_time(source, out, expected):
     duration = 0.0
     for name in ("first", "second"):  # the first one starts the server
         started = time.perf_counter()
-        assert ended([start(run_alone, source, out.with_name("timed") / name, QUICK)]) == [0]
+        assert ended([start(run_alone, source, out.with_name("timed") / name, {})]) == [0]
         duration = time.perf_counter() - started
     shutil.rmtree(out.with_name("timed"))
     moments, kills = random.Random(0), 0
     while kills < 20:
         for _ in range(5):
-            process = start(run_alone, source, out, QUICK)
+            process = start(run_alone, source, out, {})
             process.join(moments.uniform(0.05, 0.7) * duration)
             killed = process.is_alive()
             process.kill()
@@ -54,7 +53,7 @@ def test_killed_at_any_time(source, out, expected):
             kills += killed
             if not killed:
                 break
-        again = ended([start(run_alone, source, out, QUICK)]) if killed else [0]
+        again = ended([start(run_alone, source, out, {})]) if killed else [0]
         assert again == [0] or out.exists()  # killed when the output was in place
         assert_finished(out, expected)
         shutil.rmtree(out)
@@ -84,7 +83,7 @@ def killed_before_operation(number, source, out, options) -> None:
 def test_killed_between_any_two_operations(tmp_path):
     """Then run again: the output is whole, and nothing is beside it."""
     source = save_tiny(tmp_path / "model", num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=32)
-    options = {"dataset": IDS[:4, :8] % 32, **QUICK}
+    options = {"dataset": IDS[:4, :8] % 32}
     gptq(source, tmp_path / "expected", **options)
     expected, number, codes = contents(tmp_path / "expected"), 0, [9]
     while codes == [9]:
@@ -109,10 +108,10 @@ def without_space(limit, told, source, out, options) -> None:
 @pytest.mark.parametrize("limit", [900, 3000, 20_000, 100_000, 135_000])
 def test_disk_full(source, out, expected, limit, tmp_path):
     """Samples, job.json, a layer, hidden states, the output: one line, and the run goes on when there is space."""
-    assert ended([start(without_space, limit, tmp_path / "told", source, out, QUICK)]) == [1]
+    assert ended([start(without_space, limit, tmp_path / "told", source, out, {"options": {"sweeps": 0}})]) == [1]
     told = read_json(tmp_path / "told")
     assert told["error"] == "OutputError" and "File too large" in told["message"] and "\n" not in told["message"]
     assert not out.exists() and not list(tmp_path.glob(".out.partial*"))
     (tmp_path / "told").unlink()
-    gptq(source, out, **QUICK)
+    gptq(source, out)
     assert_finished(out, expected)
