@@ -69,7 +69,7 @@ def find_stages(run: Callable[[], object], parameters: dict[str, nn.Parameter]) 
 
     def seen(parameter: str, x: torch.Tensor) -> None:
         kept.append(x)
-        key = _experts_module(parameters, parameter) or (x.data_ptr(), x._version, x.shape[-1])
+        key = _experts_module(parameters, parameter) or (x.data_ptr(), x._version, x.shape[-1], x.numel())
         if not any(parameter in names for names in order.values()):
             order.setdefault(key, []).append(parameter)
 
@@ -117,7 +117,8 @@ class Walk:
         self._wanted = len(self._stage_of)
         if not self._finished:
             self._resume()
-        return self._output
+        output, self._output = self._output, None
+        return output
 
     def abandon(self) -> None:
         """Drop what the pass holds."""
@@ -136,12 +137,14 @@ class Walk:
         Walk._current.walk = self
         try:
             with torch.no_grad(), self._mode:
-                self._output = self._run()
+                if not self._abandoned:
+                    self._output = self._run()
         except _Abandoned:
             pass
         except BaseException as error:  # raised again where the walk is waited for
             self._failure = error
-        self._finished, self._arrival, self._run, self._reached = True, None, None, -1
+        # nothing is held once it is through: not even by the cycle of a walk and its mode
+        self._finished, self._arrival, self._run, self._mode, self._reached = True, None, None, None, -1
         self._paused.release()
 
     def _arrive(self, stage: int, arrival) -> None:

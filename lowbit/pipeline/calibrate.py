@@ -4,6 +4,7 @@ Prepares what `calibrated` works on: samples, the two models, their streams of h
 the process.
 """
 
+import gc
 import re
 import time
 from collections.abc import Callable
@@ -167,6 +168,8 @@ class _LayerLoop:
                 run.close()
             for model in (original, quantized):
                 model.unload(number)
+            del run
+            gc.collect()  # the frames of forward passes are in cycles, and hold activations
             entry["seconds"] = time.perf_counter() - started
             self.job.commit(packer.tensors(), entry, write=self.ranks.first)
             self.ranks.wait()

@@ -17,8 +17,8 @@ In order:
    diagonal feed errors forward; M = R / diag(R) gathers the same feedback, without inverting anything:
        t_k = w_k + sum over j < k of (w_j - q_j) M_jk,        q_k = nearest grid point to t_k,
        error of column k = R_kk^2 (t_k - q_k)^2.
-5. Grids. When its turn comes, each group tries some scales and zero points around the range of its *current* targets,
-   runs its own columns on each, feedback included, and every row keeps the cheapest.
+5. Grids. When its turn comes, each group tries some scales and zero points around the range of its *current* weights,
+   the best now that earlier groups are fixed, runs its own columns on each, feedback included, and every row keeps the cheapest.
 6. Sweeps. Group after group, all others fixed: its scale in closed form (least squares; cf. "two-stage grid
    optimization", arXiv:2602.02126), then 5. again around its grid, for what is now the best weight of the group
    without rounding, then each code to its best value (coordinate descent; QuantEase, arXiv:2309.01885). A row takes what
@@ -73,13 +73,16 @@ def quantize(weight, stats, scheme, options):
     dead = diagonal <= 0  # inputs that are always zero: any code does, and that of weight zero is best
     diagonal[dead] = diagonal.clamp_min(0).mean().clamp_min(1e-30)
     factor, damping = _factored(hessian, options["damping"])
-    if factor is None:
-        return quantize_nearest(weight, scheme, "mse"), {"fallback": "rtn: the Hessian is not finite"}
+    if factor is None or dead.all():
+        reason = "no input was ever other than zero" if dead.all() else "the Hessian cannot be factored"
+        return quantize_nearest(weight, scheme, "mse"), {"fallback": f"rtn: {reason}"}
     target = weight.T[order].float()
     target[dead] = 0
     if options["drift"] and stats.get("drift") is not None:
         moved = stats["drift"].float()[order.unsqueeze(1), order].T @ target
         target += options["drift"] * _solve(factor, moved.double()).float()
+        if not target.isfinite().all():
+            return quantize_nearest(weight, scheme, "mse"), {"fallback": "rtn: the drift is not finite"}
     problem = _Problem(target, hessian, *_feedback(factor), group, scheme, weight.dtype)
     del factor  # twice the Hessian
     solution = problem.error_feedback(options["scale_search"] == "columns")
@@ -182,12 +185,15 @@ class _Problem:
         cost = weight.new_zeros(rows, dtype=torch.float64)
         found = _Solution(torch.empty_like(weight), scales, zeros, torch.empty_like(weight), cost)
         for number, block in self.blocks():
-            target = weight[block] + feedback[: block.start, block].T @ found.error[: block.start]
+            target = weight[block]
+            if number:  # the best weight of the group, itself not rounded, now that the groups before it are
+                gathered = feedback[: block.start, block].T @ found.error[: block.start]
+                within = feedback[block, block].T
+                target = target + torch.linalg.solve_triangular(within, gathered, upper=False, unitriangular=True)
             shrinks = _SHRINKS if search and self.searched else (1.0,)
             for part in _slices(rows, _SLICE_ELEMENTS // (self.group * len(shrinks))):
                 grids = self._ranges(target[:, part], shrinks)
-                problem = (weight[block, part], target[:, part], feedback[block, block], costs[block])
-                best = self._columns(*problem, *grids)
+                best = self._columns(target[:, part], feedback[block, block], costs[block], *grids)
                 found.codes[block, part], scales[number, part], zeros[number, part], added = best
                 cost[part] += added
             found.error[block] = weight[block] - _value(found.codes[block], scales[number], zeros[number])
@@ -222,13 +228,13 @@ class _Problem:
     def _nearest(self, target, scales, zeros) -> torch.Tensor:
         return (target / scales).round_().add_(zeros).clamp_(0, self.top)
 
-    def _columns(self, weight, target, feedback, costs, scales, zeros):
-        """Run the columns of one group, weights [g, N], on C grids [C, N]; target: the weights corrected for all errors
-        outside of the group. Of the cheapest grid of each row: codes [g, N], scales, zeros and cost [N]."""
-        length, rows = weight.shape
+    def _columns(self, target, feedback, costs, scales, zeros):
+        """Run the columns of one group, targets [g, N], on C grids [C, N]. Of the cheapest grid of each row: codes
+        [g, N], scales, zeros and cost [N]."""
+        length, rows = target.shape
         tried = len(scales)
-        codes, error = weight.new_empty(length, tried, rows), weight.new_empty(length, tried, rows)
-        cost = weight.new_zeros(tried, rows)
+        codes, error = target.new_empty(length, tried, rows), target.new_empty(length, tried, rows)
+        cost = target.new_zeros(tried, rows)
         for start in range(0, length, _BLOCK):
             span = slice(start, min(start + _BLOCK, length))
             wanted = target[span].unsqueeze(1).expand(-1, tried, -1)
@@ -241,7 +247,7 @@ class _Problem:
                     column = column.add(error[start + j], alpha=nearby[j][k])
                 codes[start + k] = self._nearest(column, scales, zeros)
                 value = _value(codes[start + k], scales, zeros)
-                torch.sub(weight[start + k], value, out=error[start + k])
+                torch.sub(target[start + k], value, out=error[start + k])
                 cost.add_(column.sub(value).square_(), alpha=float(costs[start + k]))
         best = cost.argmin(0, keepdim=True)
         codes = codes.gather(1, best.expand(length, 1, rows))[:, 0]
@@ -295,8 +301,7 @@ class _Problem:
                                   zeros.expand(len(_RETRIED), -1))  # fmt: skip
         gain = torch.zeros_like(present)
         for part in _slices(codes.shape[1], _SLICE_ELEMENTS // (self.group * len(grids[0]))):
-            target = (value + off)[:, part]
-            tried = self._columns(target, target, feedback, costs, *(grid[:, part] for grid in grids))
+            tried = self._columns((value + off)[:, part], feedback, costs, *(grid[:, part] for grid in grids))
             better = tried[3] < present[part]
             gain[part] = torch.where(better, present[part] - tried[3], 0.0)
             for kept, new in zip((codes[:, part], scales[part], zeros[part]), tried[:3], strict=True):

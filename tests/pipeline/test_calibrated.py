@@ -15,7 +15,7 @@ from lowbit.pipeline import calibrate, calibrated
 from lowbit.pipeline.layers import LayeredModel
 from lowbit.quantizers import QUANTIZERS
 
-MANY = token_ids(16 * 64).view(16, 64)
+MANY = token_ids(8 * 64).view(8, 64)  # few enough for some experts of every model to be cold
 
 
 def routed_tokens(model, ids) -> dict[str, list[int]]:
@@ -84,11 +84,13 @@ def test_every_architecture(architecture, tmp_path, computed):
         stages = list(layer["objective"].values())
         assert stages and all(0 < after <= before * (1 + 1e-5) for before, after in pairwise(stages))
     assert [entry["layer"] for entry in report.decoder_layers] == [0, 1]
-    assert report.calibration == {"source": "token ids", "samples": 16, "tokens": MANY.numel()}
+    assert report.calibration == {"source": "token ids", "samples": 8, "tokens": MANY.numel()}
     assert report.peak_memory > 0 and report.expected_peak > 0
 
     # cold experts are said to be cold, with the tokens that their router sent there
-    for experts, counts in routed_tokens(dense, MANY).items():
+    routed = routed_tokens(dense, MANY)
+    assert not routed or any(count < 256 for counts in routed.values() for count in counts)
+    for experts, counts in routed.items():
         number = experts.split("layers.")[1].split(".")[0]
         inside = [x for x in report.layers if x.get("expert") is not None and f"layers.{number}." in x["name"]]
         assert {x["expert"] for x in inside} == set(range(len(counts)))

@@ -248,6 +248,17 @@ def test_redo_of_the_same_gives_the_same(source, out, expected, unfinished):
     assert_goes_on(source, out, expected, 2, redo=r"model\.layers\.1\.self_attn\.k_proj")
 
 
+def test_redo_with_other_samples(source, out, unfinished, monkeypatch):
+    """Hidden states of the samples before are of no use."""
+    again = {"redo": ".*layers.1", "dataset": IDS.flip(1), "num_samples": 4}
+    unfinished(3)
+    gptq(source, out, **again)
+    short = out.with_name("short")
+    stop_after_layers(monkeypatch, 1, lambda: gptq(source, short))
+    gptq(source, short, **again)
+    assert contents(out) == contents(short)
+
+
 def test_redo_then_killed_then_gone_on(source, out, unfinished, monkeypatch):
     """The second run has changed what the job is: without --redo, its settings are those to go on with."""
     unfinished(3)
