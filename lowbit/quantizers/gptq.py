@@ -18,11 +18,12 @@ In order:
        t_k = w_k + sum over j < k of (w_j - q_j) M_jk,        q_k = nearest grid point to t_k,
        error of column k = R_kk^2 (t_k - q_k)^2.
 5. Grids. When its turn comes, each group tries some scales and zero points around the range of its *current* weights,
-   the best now that earlier groups are fixed, runs its own columns on each, feedback included, and every row keeps the cheapest.
+   the best now that earlier groups are fixed; it runs its own columns on each, feedback included, and every row keeps
+   the cheapest.
 6. Sweeps. Group after group, all others fixed: its scale in closed form (least squares; cf. "two-stage grid
    optimization", arXiv:2602.02126), then 5. again around its grid, for what is now the best weight of the group
-   without rounding, then each code to its best value (coordinate descent; QuantEase, arXiv:2309.01885). A row takes what
-   is cheaper than what it has: no step can raise its error.
+   without rounding, then each code to its best value (coordinate descent; QuantEase, arXiv:2309.01885). A row takes
+   what is cheaper than what it has: no step can raise its error.
 
 Everything is done for all rows at once, on transposed matrices [K, N]: a column of the paper is a contiguous row here.
 """

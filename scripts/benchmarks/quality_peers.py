@@ -164,6 +164,12 @@ def wanted(only: str | None, schemes: list[str], variants: list[str]):
                     yield tool, variant, scheme
 
 
+def read_rows(path: Path) -> dict[tuple[str, str, str], dict]:
+    """The rows of a result file by (tool, variant, scheme)."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return {(row["tool"], row["variant"], row["scheme"]): row for row in rows}
+
+
 def table(rows: list[dict], schemes: list[str]) -> str:
     """Mean KL of each variant, schemes side by side."""
     cells = {(row["tool"], row["variant"], row["scheme"]): row.get("kl_mean") for row in rows}
@@ -190,10 +196,9 @@ def main():
     comparison = Comparison(args.model, args.seed)
     inputs = comparison.digest()
     path = RESULTS / f"{args.result}.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    if any(row["inputs"] != inputs for row in rows):
+    rows = read_rows(path)
+    if any(row["inputs"] != inputs for row in rows.values()):
         parser.error(f"{path.name} holds rows of another model, seed or text: remove it, or name another --result")
-    rows = {(row["tool"], row["variant"], row["scheme"]): row for row in rows}
     for key in wanted(args.only, args.schemes, args.variants):
         tool, variant, scheme = key
         if key in rows and "error" not in rows[key] and not args.again:
@@ -202,13 +207,15 @@ def main():
             measured = run_lowbit(variant, scheme, comparison)
         else:
             measured = run_peer(tool, variant, scheme, comparison, args.peers_python)
-        rows[key] = {"tool": tool, "variant": variant, "scheme": scheme, **measured,
-                     "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "inputs": inputs}  # fmt: skip
+        row = {"tool": tool, "variant": variant, "scheme": scheme, **measured,
+               "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "inputs": inputs}  # fmt: skip
         print(scheme, tool, variant, measured.get("error") or f"{measured['perplexity']:.3f} {measured['kl_mean']:.5f} "
               f"{measured['seconds']:.0f} s", flush=True)  # fmt: skip
+        # after each row, since a run takes hours; read anew, since lowbit may be measured beside the peers
+        rows = {**read_rows(path), key: row}
         result = {"facts": facts(), "model": args.model, "seed": args.seed, "calibration": [SAMPLES, SEQLEN],
                   "dataset": "stdlib-train", "heldout": "stdlib", "rows": list(rows.values())}  # fmt: skip
-        path.write_text(json.dumps(result, indent=2) + "\n")  # after each row: a run takes hours
+        path.write_text(json.dumps(result, indent=2) + "\n")
     print(table(list(rows.values()), args.schemes))
 
 
