@@ -16,7 +16,7 @@ _BLOCKS = 8
 # Multiplying thin blocks is slower than what symmetry saves
 _SMALLEST_BLOCK = 256
 # Tokens kept as they are, to measure output errors on
-_SAMPLED = 256
+_SAMPLED, _SAMPLED_OF_A_BATCH = 256, 8
 
 
 class Moments:
@@ -31,6 +31,7 @@ class Moments:
         self.hessian = zeros()
         self.drift = zeros() if drift else None
         self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._thinned = 1  # every how many-th of them is kept by now
 
     def add(self, x: torch.Tensor, f: torch.Tensor | None = None) -> None:
         """x, f: floating [tokens, K] of the quantized and of the original stream, row by row the same tokens."""
@@ -41,9 +42,16 @@ class Moments:
         self.tokens += len(x)
         for rows, columns in _lower_blocks(x.shape[1]):
             self.hessian[rows, columns].addmm_(x[:, rows].T, x[:, columns])
-        self._samples.append((x[:: max(1, len(x) // 8)].clone(), f[:: max(1, len(f) // 8)].clone()))
+        self._keep(x, f)
         if self.drift is not None:
             self.drift.addmm_((f - x).T, x)
+
+    def _keep(self, x: torch.Tensor, f: torch.Tensor) -> None:
+        step = max(1, len(x) // _SAMPLED_OF_A_BATCH) * self._thinned
+        self._samples.append((x[::step].clone(), f[::step].clone()))
+        if sum(len(part) for part, _ in self._samples) > 4 * _SAMPLED:
+            x, f = (torch.cat(parts) for parts in zip(*self._samples, strict=True))
+            self._samples, self._thinned = [(x[::2].clone(), f[::2].clone())], 2 * self._thinned
 
     def merge(self, sum_over_ranks) -> None:
         """Sum with other processes: `sum_over_ranks(tensor)` sums in place. Samples stay this process's own."""

@@ -25,9 +25,14 @@ class Ranks:
         self._owned = False
         if dist.is_available() and (dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_LONGEST_WAIT)
+                # objects and counts are summed on the CPU, second moments where they are
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_LONGEST_WAIT
+                )
                 self._owned = True
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # what is gathered as objects goes there
 
     @property
     def first(self) -> bool:

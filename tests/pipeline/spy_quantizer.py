@@ -10,7 +10,7 @@ SEEN = []
 
 
 def quantize(weight, stats, scheme, options):
-    SEEN.append((weight.clone(), stats["hessian"].cpu().clone(), stats["drift"].cpu().clone()))
+    SEEN.append((weight.cpu().clone(), stats["hessian"].cpu().clone(), stats["drift"].cpu().clone()))
     return quantize_nearest(weight, scheme), {}
 
 

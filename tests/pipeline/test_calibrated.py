@@ -1,5 +1,7 @@
 """Calibrated quantization: closer to the original, measured where and when it says, the file is what was measured."""
 
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -43,7 +45,7 @@ def computed(monkeypatch):
     def keep(self, number):
         # the original is unloaded first, the quantized one last
         prefix = self._prefix_of(number)
-        kept[number] = {n: p.clone() for n, p in self.model.named_parameters() if n.startswith(prefix)}
+        kept[number] = {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if n.startswith(prefix)}
         unload(self, number)
 
     monkeypatch.setattr(LayeredModel, "unload", keep)
@@ -285,10 +287,14 @@ def test_walking_again_gives_the_same_as_holding(architecture, tmp_path, monkeyp
     monkeypatch.setattr(
         calibrated.LayerRun, "__init__", lambda self, *args: (kept.append(args[-1]), init(self, *args))[1]
     )
-    source = save_tiny(tmp_path / "source", architecture)
+    source, threads = save_tiny(tmp_path / "source", architecture), threading.active_count()
     held = gptq(source, tmp_path / "held", max_memory="100GB")
     again = gptq(source, tmp_path / "again", max_memory="1MB")
     assert kept == [True, True, False, False]
+    deadline = time.time() + 5
+    while threading.active_count() > threads and time.time() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads  # each walk is a thread
     assert contents(tmp_path / "held") == contents(tmp_path / "again")
     errors = [[layer["output_error"] for layer in report.layers] for report in (held, again)]
     assert errors[0] == errors[1]

@@ -26,6 +26,11 @@ import lowbit
 from lowbit.quantizers import QUANTIZERS
 
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two processes need a GPU each, or none"
+)
+
+
 def without_times(report: dict) -> dict:
     layers = [{k: v for k, v in layer.items() if k not in ("seconds", "objective")} for layer in report["layers"]]
     return {"layers": layers, "calibration": report["calibration"], "recipe": report["recipe"]}
