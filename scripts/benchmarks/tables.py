@@ -119,22 +119,12 @@ def quality_peers() -> str:
     for kind, tool in dict.fromkeys(
         (kind, tool) for kind, tool, _ in sorted(best, key=lambda k: (k[0], k[1] != "lowbit"))
     ):
-        version = next(r for (k, t, _), r in best.items() if (k, t) == (kind, tool))["versions"].get(tool, "")
+        versions = next(r for (k, t, _), r in best.items() if (k, t) == (kind, tool))["versions"]
+        version = next(version for name, version in versions.items() if name.replace("-", "") == tool)
         cells = [best.get((kind, tool, scheme)) for scheme in schemes]
         shown = [f"{c['kl_mean']:.5f} ({c['variant'].replace('+', ' ')})" if c else "" for c in cells]
         rows.append([f"{_PEER_NAMES[tool]} {version}, {kind}", *shown])
     return markdown(["mean KL (variant)", *schemes], rows) + source(data, "quality_peers")
-
-
-def gptq_speed() -> str:
-    data = result("gptq_speed")
-    rows = [
-        [name, f"{side['seconds']:.0f}", f"{side['peak_bytes'] / 1e9:.1f}"]
-        for name, side in (("lowbit", data["lowbit"]), ("llm-compressor", data["llmcompressor"]))
-    ]
-    return markdown(["GPTQ of Llama-3.2-1B shapes, 16 x 512 tokens", "seconds", "peak memory GB"], rows) + source(
-        data, "gptq_speed"
-    )
 
 
 def reference_training() -> str:
@@ -158,7 +148,7 @@ def reference_training() -> str:
     return markdown(["", ""], [[name, value] for name, value in rows])
 
 
-TABLES = {f.__name__: f for f in (quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, reference_training)}
+TABLES = {f.__name__: f for f in (quality, quality_peers, cpu_quantize, cpu_decode, reference_training)}
 
 
 def rendered(text: str) -> str:

@@ -31,11 +31,12 @@ def recipe(job: Job) -> GPTQModifier:
     )
 
 
-def quantize(model, job: Job, batch_size: int) -> None:
-    """In place: the linears hold rounded weights afterwards, and their scales."""
+def quantize(model, job: Job, batch_size: int, processor=None) -> None:
+    """In place: the linears hold rounded weights afterwards, and their scales. processor: None takes the model's."""
     rows = job.tokens.tolist()
     oneshot(
         model=model,
+        processor=processor,
         dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}),
         recipe=recipe(job),
         num_calibration_samples=len(rows),
