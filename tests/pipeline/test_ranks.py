@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 import lowbit
 from lowbit.quantizers import QUANTIZERS
 
-
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two processes need a GPU each, or none"
 )
