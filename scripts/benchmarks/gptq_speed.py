@@ -4,8 +4,8 @@
 
 Random bf16 checkpoint with the shapes of Llama-3.2-1B, 16 x 512 random tokens. Each side is a process of its own that
 reads the checkpoint, quantizes and writes; imports are not counted. llm-compressor calibrates in float32, which on a
-CPU without bf16 instructions is an order of magnitude faster than bf16, and in its sequential pipeline, its most frugal
-one. Only runs of both sides on all layers are kept. The peers' environment: see quality_peers.py.
+CPU without bf16 instructions is several times faster than bf16, and in its sequential pipeline, its most frugal one.
+Only runs of both sides on all layers are kept. The peers' environment: see quality_peers.py.
 """
 
 import argparse
@@ -75,11 +75,12 @@ def run_lowbit(source: Path, calibration: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_llmcompressor(source: Path, calibration: Path, python: str) -> dict:
+def run_llmcompressor(source: Path, calibration: Path, python: str, batch_size: int) -> dict:
     output = WORK / "gptq_speed-llmcompressor"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [python, PEER_SCRIPT, "--model", source, "--calibration", calibration, "--output", output,
-               "--bits", str(BITS), "--group-size", str(GROUP_SIZE), "--variant", "asym+minmax"]  # fmt: skip
+               "--bits", str(BITS), "--group-size", str(GROUP_SIZE), "--variant", "asym+minmax",
+               "--batch-size", str(batch_size)]  # fmt: skip
     # its progress bars go to stderr and are left to be seen: this takes minutes
     subprocess.run(command, check=True, env=environment, cwd=WORK, stdout=subprocess.DEVNULL)
     shutil.rmtree(output)
@@ -99,6 +100,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("lowbit", "llmcompressor"))
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer, to try it")
+    parser.add_argument("--batch-size", type=int, default=8, help="of llm-compressor's calibration")
     parser.add_argument("--peers-python", default=str(ROOT / "build" / "peers" / "bin" / "python"))
     args = parser.parse_args()
 
@@ -109,7 +111,7 @@ def main():
     result = {"model": f"Llama-3.2-1B shapes, {args.layers} layers, random bf16", "scheme": SCHEME,
               "calibration": [SAMPLES, SEQLEN]}  # fmt: skip
     if args.only != "lowbit":
-        result["llmcompressor"] = run_llmcompressor(source, calibration, args.peers_python)
+        result["llmcompressor"] = run_llmcompressor(source, calibration, args.peers_python, args.batch_size)
     if args.only != "llmcompressor":
         result["lowbit"] = run_lowbit(source, calibration)
     if args.only or args.layers != LAYERS:

@@ -294,7 +294,7 @@ def test_walking_again_gives_the_same_as_holding(architecture, tmp_path, monkeyp
     deadline = time.time() + 5
     while threading.active_count() > threads and time.time() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == threads  # each walk is a thread
+    assert threading.active_count() <= threads  # each walk is a thread
     assert contents(tmp_path / "held") == contents(tmp_path / "again")
     errors = [[layer["output_error"] for layer in report.layers] for report in (held, again)]
     assert errors[0] == errors[1]

@@ -297,7 +297,7 @@ def test_wrong_input_leaves_nothing(source, out):
         with pytest.raises(LowbitError):
             gptq(source, out, **options)
         assert names(out.parent) == []
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_nan_in_the_middle(tmp_path, out):
@@ -307,7 +307,7 @@ def test_nan_in_the_middle(tmp_path, out):
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors holds 64 NaN"):
         gptq(source, out)
     assert not out.exists() and len(layer_files(out)) == 1
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -339,7 +339,7 @@ def test_failure_in_a_layer_ends_its_walks(source, out, monkeypatch):
     deadline = time.time() + 5
     while threading.active_count() > threads and time.time() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_output_that_is_the_folder_we_are_in(source, tmp_path, expected, monkeypatch):

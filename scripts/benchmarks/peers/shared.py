@@ -5,7 +5,8 @@ They run in the peers' own environment (quality_peers.py says how to make it) an
     python PEER.py --model DIR --calibration FILE --bits 4 --group-size 128 --variant asym+mse --output FILE
 
 FILE of --calibration: safetensors with int64 `input_ids` [samples, length]. --output gets the dequantized weights in
-float32 by parameter name, and beside it, with .json for a suffix, what is known about the run.
+float32 by parameter name, and beside it, with .json for a suffix, what is known about the run. --batch-size (8) is how
+many samples calibrate at once.
 """
 
 import argparse
@@ -33,6 +34,7 @@ class Job:
     group_size: int
     options: list[str]
     output: Path
+    batch_size: int
 
     @property
     def sym(self) -> bool:
@@ -45,9 +47,11 @@ def read_job() -> Job:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--group-size", type=int, required=True)
+    parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     tokens = load_file(args.calibration)["input_ids"]
-    return Job(args.model, tokens, args.bits, args.group_size, args.variant.split("+"), Path(args.output))
+    options, output = args.variant.split("+"), Path(args.output)
+    return Job(args.model, tokens, args.bits, args.group_size, options, output, args.batch_size)
 
 
 class Stopwatch:

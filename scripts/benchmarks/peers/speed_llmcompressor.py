@@ -1,10 +1,9 @@
 """GPTQ of llm-compressor as somebody would use it: load in float32, quantize, save. Times and peak memory of each part.
 
-Takes what the others here take, and --batch-size. --output is the folder to save to; the facts go beside it.
+Takes what the others here take. --output is the folder to save to; the facts go beside it.
 """
 
 import json
-import os
 import resource
 import time
 from importlib.metadata import version
@@ -18,7 +17,6 @@ from with_llmcompressor import quantize
 
 
 def main():
-    batch_size = int(os.environ.get("BATCH_SIZE", "1"))
     job = read_job()
     # the checkpoint has none, and oneshot insists on one, although the tokens are there
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
@@ -26,7 +24,7 @@ def main():
     marks = [time.perf_counter()]
     model = load_float32(job.model)
     marks.append(time.perf_counter())
-    quantize(model, job, batch_size, tokenizer)
+    quantize(model, job, tokenizer)
     marks.append(time.perf_counter())
     model.save_pretrained(job.output, save_compressed=True)
     marks.append(time.perf_counter())
@@ -40,7 +38,7 @@ def main():
         "start_up_bytes": before * 1024,
         "output_bytes": sum(file.stat().st_size for file in job.output.glob("*.safetensors")),
         "threads": torch.get_num_threads(),
-        "batch_size": batch_size,
+        "batch_size": job.batch_size,
         "versions": {name: version(name) for name in ("llmcompressor", "compressed-tensors", "torch", "transformers")},
     }
     job.output.with_suffix(".json").write_text(json.dumps(facts))

@@ -37,7 +37,7 @@ def main():
         dataset=rows,
         nsamples=len(rows),
         seqlen=job.tokens.shape[1],
-        batch_size=8,
+        batch_size=job.batch_size,
         device_map="cpu",
         enable_torch_compile=False,
         amp=False,  # bfloat16, slow on a CPU without instructions for it

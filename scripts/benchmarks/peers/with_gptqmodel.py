@@ -20,7 +20,6 @@ from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
 from safetensors.torch import load_file
 from shared import Stopwatch, hand_back, read_job
 
-BATCH = 8
 OPTIONS = {
     "sym": {},
     "asym": {},
@@ -59,7 +58,7 @@ def main():
     examples = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.tokens.tolist()]
     model = GPTQModel.load(job.model, config, dtype=torch.float32)
     with Stopwatch() as watch:
-        model.quantize(examples, batch_size=BATCH)
+        model.quantize(examples, batch_size=job.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
         weights, scale_dtype = dequantized(folder)

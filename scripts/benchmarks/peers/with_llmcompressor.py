@@ -31,7 +31,7 @@ def recipe(job: Job) -> GPTQModifier:
     )
 
 
-def quantize(model, job: Job, batch_size: int, processor=None) -> None:
+def quantize(model, job: Job, processor=None) -> None:
     """In place: the linears hold rounded weights afterwards, and their scales. processor: None takes the model's."""
     rows = job.tokens.tolist()
     oneshot(
@@ -41,7 +41,7 @@ def quantize(model, job: Job, batch_size: int, processor=None) -> None:
         recipe=recipe(job),
         num_calibration_samples=len(rows),
         max_seq_length=job.tokens.shape[1],
-        batch_size=batch_size,
+        batch_size=job.batch_size,
         pipeline="sequential",
     )
 
@@ -50,7 +50,7 @@ def main():
     job = read_job()
     model = load_float32(job.model)
     with Stopwatch() as watch:
-        quantize(model, job, batch_size=8)
+        quantize(model, job)
     weights = {}
     for name, module in decoder_linears(model).items():
         zero = getattr(module, "weight_zero_point", None)
