@@ -200,8 +200,8 @@ def _show_calibration(report) -> None:
     worst = table("largest output errors", "scheme", "tokens", "error", "to the original", title=None)
     for layer in report.worst(5):
         worst.add_row(
-            layer["name"].removesuffix(".weight"), layer["scheme"], f"{layer['tokens']:,}", f"{layer['output_error']:.4f}",
-            f"{layer['output_error_to_original']:.4f}",
+            layer["name"].removesuffix(".weight"), layer["scheme"], f"{layer['tokens']:,}",
+            f"{layer['output_error']:.4f}", f"{layer['output_error_to_original']:.4f}",
         )  # fmt: skip
     console.print(worst)
     for layer in report.layers:
