@@ -16,7 +16,7 @@ _BLOCKS = 8
 # Multiplying thin blocks is slower than what symmetry saves
 _SMALLEST_BLOCK = 256
 # Tokens kept as they are, to measure output errors on
-_SAMPLED, _SAMPLED_OF_A_BATCH = 256, 8
+_SAMPLED, _SAMPLED_OF_A_BATCH = 256, 32
 
 
 class Moments:

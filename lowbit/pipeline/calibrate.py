@@ -85,10 +85,9 @@ def calibrate(
         "processes": ranks.world,
         "computing": f"{device.type} {dtype}",
     }
-    fresh = overwrite and calibration.redo is None
     if not ranks.first:
-        ranks.wait()  # for the first one to have cleared the folder
-    job = Job(target, identity, fresh=fresh, owner=ranks.first)
+        ranks.wait()  # the folder is the first one's to make, or to refuse
+    job = Job(target, identity, overwrite=overwrite and calibration.redo is None, owner=ranks.first)
     try:
         if ranks.first:
             ranks.wait()

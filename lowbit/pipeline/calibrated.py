@@ -49,7 +49,10 @@ class LayerRun:
     def find_stages(self, parameters: list[str]) -> list[Stage]:
         """The stages of the layer, seen on one sample."""
         hidden, _ = self.streams.read(0)
-        run = lambda: self.quantized.run(self.number, self.batches[0][:1], None if hidden is None else hidden[:1])  # noqa: E731
+
+        def run():
+            return self.quantized.run(self.number, self.batches[0][:1], None if hidden is None else hidden[:1])
+
         self._parameters = parameters
         self._stages = find_stages(run, {name: self.quantized.model.get_parameter(name) for name in parameters})
         for model in (self.original.model, self.quantized.model):

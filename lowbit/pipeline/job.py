@@ -25,18 +25,16 @@ class Job:
     """The folder `.NAME.job` of the output folder NAME.
 
     identity: what the result depends on, nested dicts of plain values. layers: {"file", "sha256", "report"} of each
-    finished one, in order.
+    finished one, in order. overwrite: of a run with another identity nothing is kept.
     """
 
-    def __init__(self, target: Path, identity: dict, *, fresh: bool = False, owner: bool = True):
+    def __init__(self, target: Path, identity: dict, *, overwrite: bool = False, owner: bool = True):
         self.folder = target.with_name(f".{target.name}.job")
-        self.identity, self._owner = identity, owner
+        self.identity, self._overwrite, self._owner = identity, overwrite, owner
         self.layers: list[dict] = []
         self._output: list[int] | None = None
         self._made: dict[str, StoredTensor] | None = None
         try:
-            if fresh and owner:
-                self._discard()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("w")
         except OSError as error:
@@ -58,6 +56,8 @@ class Job:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
+            if self._overwrite:
+                return {}
             raise OutputError(f"cannot read {self.folder / _STATE} ({error}): pass --overwrite to start anew") from None
         return stored
 
@@ -65,14 +65,16 @@ class Job:
         """Take over the finished layers of an earlier run; how many there are.
 
         first_to_redo: forget that layer and those after it; settings of the method may differ then. Raises OutputError
-        naming what differs if that run had another identity.
+        naming what differs if that run had another identity, and is not to be overwritten.
         """
         stored = self.stored
         if stored:
             different = list(differences(stored["identity"], self.identity))
             if first_to_redo is not None:
                 different = [line for line in different if not line.startswith(_MAY_CHANGE)]
-            if different:
+            if different and self._overwrite:
+                stored = {}
+            elif different:
                 raise OutputError(
                     f"the unfinished run in {self.folder} had other settings ({'; '.join(different[:4])}): "
                     "run with those to go on, or pass --overwrite to start anew"
@@ -146,13 +148,6 @@ class Job:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.folder / _STATE)
-
-    def _discard(self) -> None:
-        if self.folder.is_dir():
-            with (self.folder / ".lock").open("w") as lock:
-                if not try_lock(lock):
-                    raise OutputError(f"another run is working in {self.folder}: wait for it")
-            shutil.rmtree(self.folder)
 
     def finish(self) -> None:
         """The output is in place: nothing here is needed any more."""

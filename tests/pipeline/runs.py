@@ -29,6 +29,7 @@ from lowbit.pipeline.job import Job
 
 conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles what a forked process needs, once
 IDS = token_ids(8 * 32).view(8, 32)
+LAYERS = 3
 
 
 def gptq(source, output, **options):

@@ -9,31 +9,11 @@ import pytest
 import torch
 from folders import contents, edit_tensors, same_bits, save_chat_model, stored_tensors
 from models import save_tiny
-from runs import IDS, assert_finished, job_of, layer_files, names, stop_after_layers
+from runs import IDS, LAYERS, assert_finished, job_of, layer_files, names, stop_after_layers
 from runs import quick_gptq as gptq
 
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError
 from lowbit.pipeline.layers import LayeredModel
-
-LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Not to be changed."""
-    return save_tiny(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=LAYERS)
-
-
-@pytest.fixture(scope="module")
-def expected(source):
-    """The files of an uninterrupted run."""
-    gptq(source, source.with_name("expected"))
-    return contents(source.with_name("expected"))
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
 
 
 @pytest.fixture
@@ -162,6 +142,14 @@ def test_overwrite_starts_anew(source, out, unfinished):
     assert not any("going on" in line for line in lines)
     gptq(source, out.with_name("fresh"), scheme="W8A16")
     assert contents(out) == contents(out.with_name("fresh"))
+
+
+def test_overwrite_goes_on_with_the_same_settings(source, out, expected, unfinished):
+    unfinished(2, overwrite=True)
+    lines = []
+    gptq(source, out, overwrite=True, announce=lines.append)
+    assert f"going on from layer 3 of {LAYERS}" in lines
+    assert_finished(out, expected)
 
 
 def test_another_text_does_not_spoil_the_run(tmp_path, out, monkeypatch):

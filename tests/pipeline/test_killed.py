@@ -16,24 +16,6 @@ from runs import quick_gptq as gptq
 from lowbit.errors import OutputError
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Not to be changed."""
-    return save_tiny(tmp_path_factory.mktemp("models") / "model", num_hidden_layers=3)
-
-
-@pytest.fixture(scope="module")
-def expected(source):
-    """The files of an uninterrupted run."""
-    gptq(source, source.with_name("expected"))
-    return contents(source.with_name("expected"))
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 def test_killed_at_any_time(source, out, expected):
     """kill -9, twenty times at random, mostly of runs that had been killed before."""
     duration = 0.0
