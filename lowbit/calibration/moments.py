@@ -3,8 +3,14 @@
 Over the tokens that reach a linear, x is its input in the quantized model (the predecessors are quantized already) and
 f the input that the same token has in the original model:
 
-    hessian  [K, K] = mean of x x^T          the H of GPTQ, up to a factor of two
-    drift    [K, K] = mean of (f - x) x^T    how far the quantized stream has moved: GPTAQ's and Qronos' correction
+    hessian  [K, K] = mean of x x^T            the H of GPTQ, up to a factor of two
+    missing  [N, K] = mean of (W f - W x) x^T  what the output lacks because the quantized stream has moved: GPTAQ's and
+                                               Qronos' correction
+
+`missing` is W D with D [K, K] = mean of (f - x) x^T, which several W share. For a single linear of few outputs it is
+summed as it stands, which is less work. Then it holds more: where the output is added to a residual stream r, later
+layers see the sum of both, and what r lacks, r_f - r_x, is made up for here. (Measured on the embedded model, mean KL
+without and with it: W3 group 64 0.00889 and 0.00826, W2 group 32 0.0374 and 0.0342; half of it is in between.)
 
 Means over tokens, not over batches: batches of different length would weigh differently.
 """
@@ -21,20 +27,25 @@ _SAMPLED, _SAMPLED_OF_A_BATCH = 256, 32
 
 class Moments:
     """Sums over the tokens of one input of `in_features`: `add` batches, `merge` what other processes have seen, then
-    `finish`; from there on `hessian` and `drift` are what the file says above."""
+    `finish`; from there on `hessian` and `missing` are what the file says above.
 
-    def __init__(self, in_features: int, device="cpu", drift: bool = True):
-        def zeros():
-            return torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+    drift: whether `missing` is wanted. weight: floating [N, K], if a single linear is meant: `missing` is that of it.
+    """
 
-        self.tokens = 0
-        self.hessian = zeros()
-        self.drift = zeros() if drift else None
+    def __init__(self, in_features: int, device="cpu", drift: bool = True, weight: torch.Tensor | None = None):
+        def zeros(rows):
+            return torch.zeros(rows, in_features, dtype=torch.float32, device=device)
+
+        self.tokens, self.in_features = 0, in_features
+        self.hessian = zeros(in_features)
+        self._weight = None if weight is None else weight.float().to(device)
+        self._drift = zeros(in_features if weight is None else len(weight)) if drift else None
         self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._thinned = 1  # every how many-th of them is kept by now
 
-    def add(self, x: torch.Tensor, f: torch.Tensor | None = None) -> None:
-        """x, f: floating [tokens, K] of the quantized and of the original stream, row by row the same tokens."""
+    def add(self, x: torch.Tensor, f: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> None:
+        """x, f: floating [tokens, K] of the quantized and of the original stream, row by row the same tokens.
+        residual: floating [tokens, N], r_f - r_x."""
         if not len(x):
             return
         x = x.float()
@@ -43,8 +54,14 @@ class Moments:
         for rows, columns in _lower_blocks(x.shape[1]):
             self.hessian[rows, columns].addmm_(x[:, rows].T, x[:, columns])
         self._keep(x, f)
-        if self.drift is not None:
-            self.drift.addmm_((f - x).T, x)
+        if self._drift is None:
+            return
+        lacking = f - x
+        if self._weight is not None:
+            lacking = lacking @ self._weight.T
+            if residual is not None:
+                lacking += residual
+        self._drift.addmm_(lacking.T, x)
 
     def _keep(self, x: torch.Tensor, f: torch.Tensor) -> None:
         step = max(1, len(x) // _SAMPLED_OF_A_BATCH) * self._thinned
@@ -56,24 +73,34 @@ class Moments:
     def merge(self, sum_over_ranks) -> None:
         """Sum with other processes: `sum_over_ranks(tensor)` sums in place. Samples stay this process's own."""
         count = torch.tensor([float(self.tokens)], dtype=torch.float64)
-        for tensor in (self.hessian, self.drift, count):
+        for tensor in (self.hessian, self._drift, count):
             if tensor is not None:
                 sum_over_ranks(tensor)
         self.tokens = int(count)
 
     def finish(self) -> None:
-        """All is added: `hessian` and `drift` become float32 [K, K] means over tokens, in place."""
-        for tensor in (self.hessian, self.drift):
+        """All is added: `hessian` becomes the float32 [K, K] mean over tokens, in place."""
+        for tensor in (self.hessian, self._drift):
             if tensor is not None:
                 tensor.div_(max(self.tokens, 1))
         for rows, columns in _lower_blocks(len(self.hessian)):
             self.hessian[columns, rows] = self.hessian[rows, columns].T.clone()
 
+    def missing(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor | None:
+        """float32: the `rows` of [N, K], for a weight [N, K] that multiplies this input; None if it was not wanted."""
+        if self._drift is None or self._weight is not None:
+            return None if self._drift is None else self._drift[rows]
+        return weight[rows].float().to(self._drift.device) @ self._drift
+
+    def forget(self) -> None:
+        """Keep no more than the samples."""
+        self.hessian = self._drift = self._weight = None
+
     @property
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, f) of at most 256 tokens, evenly over what was added; none where this process added none."""
         if not self._samples:
-            none = self.hessian.new_empty(0, len(self.hessian))
+            none = torch.empty(0, self.in_features)
             return none, none
         x, f = (torch.cat(parts) for parts in zip(*self._samples, strict=True))
         step = -(-len(x) // _SAMPLED)

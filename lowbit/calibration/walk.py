@@ -25,6 +25,7 @@ _PRODUCTS = {
     torch.mm: (0, 1),
     torch.addmm: (1, 2),
 }
+_SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,53 @@ class Stage:
     """Weights whose inputs are measured at the same point of a layer.
 
     parameters: their names; linears that multiply the same input, or the 3-D parameters of an experts module in the
-    order of their use. experts: the name of that module, None for linears.
+    order of their use. experts: the name of that module, None for linears. joins: it is a single linear, and its output
+    is added to the residual stream as it is.
     """
 
     parameters: tuple[str, ...]
     experts: str | None = None
+    joins: bool = False
 
 
 class _Products(TorchFunctionMode):
-    """Calls `seen(parameter, input)` before each product of an input with one of the weights at `addresses`."""
+    """Calls `seen(parameter, input)` before each product of an input with one of the weights at `addresses`, and
+    follows the residual stream: first what the layer was given, then each sum that it enters. Where that is not known,
+    the stream begins with the first sum that such a product enters.
 
-    def __init__(self, addresses: dict[int, str], seen: Callable[[str, torch.Tensor], None]):
-        self._addresses, self._seen = addresses, seen
+    joining: the weights whose products were added to the stream while it was known.
+    """
+
+    def __init__(
+        self, addresses: dict[int, str], seen: Callable[[str, torch.Tensor], None], stream: torch.Tensor | None = None
+    ):
+        self._addresses, self._seen, self.stream = addresses, seen, stream
+        self._latest: tuple[str, torch.Tensor] | None = None
+        self.joining: set[str] = set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        parameter = None
         if function in _PRODUCTS:
             first, second = _PRODUCTS[function]
             if len(args) > second and (parameter := self._addresses.get(args[second].data_ptr())) is not None:
                 self._seen(parameter, args[first])
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if parameter is not None:
+            self._latest = parameter, result
+        elif function in _SUMS and all(isinstance(a, torch.Tensor) and a.shape == result.shape for a in args[:2]):
+            self._follow([a.data_ptr() for a in args[:2]], result)
+        return result
+
+    def _follow(self, operands: list[int], total: torch.Tensor) -> None:
+        """A sum of tensors at the addresses `operands` was made."""
+        parameter, product = self._latest or ("", None)
+        joins = product is not None and product.data_ptr() in operands
+        if self.stream is None:
+            self.stream = total if joins else None
+        elif self.stream.data_ptr() in operands:
+            self.stream = total
+            if joins:
+                self.joining.add(parameter)
 
 
 def _addresses(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
@@ -62,8 +91,13 @@ def _addresses(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
     }
 
 
-def find_stages(run: Callable[[], object], parameters: dict[str, nn.Parameter]) -> list[Stage]:
-    """The stages of a layer in the order in which `run`, one forward pass through it, uses `parameters`."""
+def find_stages(
+    run: Callable[[], object], parameters: dict[str, nn.Parameter], hidden: torch.Tensor | None = None
+) -> list[Stage]:
+    """The stages of a layer in the order in which `run`, one forward pass through it, uses `parameters`.
+
+    hidden: the hidden states that the layer is given, the residual stream at its beginning.
+    """
     order: dict[object, list[str]] = {}
     kept = []  # inputs stay alive, or a later one could come to lie at the address of an earlier one
 
@@ -73,9 +107,12 @@ def find_stages(run: Callable[[], object], parameters: dict[str, nn.Parameter]) 
         if not any(parameter in names for names in order.values()):
             order.setdefault(key, []).append(parameter)
 
-    with torch.no_grad(), _Products(_addresses(parameters), seen):
+    with torch.no_grad(), _Products(_addresses(parameters), seen, hidden) as mode:
         run()
-    return [Stage(tuple(names), _experts_module(parameters, names[0])) for names in order.values()]
+    return [
+        Stage(tuple(names), _experts_module(parameters, names[0]), len(names) == 1 and names[0] in mode.joining)
+        for names in order.values()
+    ]
 
 
 def _experts_module(parameters: dict[str, nn.Parameter], name: str) -> str | None:
@@ -91,11 +128,14 @@ class Walk:
 
     _current = threading.local()
 
-    def __init__(self, run: Callable[[], torch.Tensor], stages: list[Stage], parameters: dict[str, nn.Parameter]):
+    def __init__(
+        self, run: Callable[[], torch.Tensor], stages: list[Stage], parameters: dict[str, nn.Parameter],
+        hidden: torch.Tensor | None = None,
+    ):  # fmt: skip
         self._run, self._output = run, None
         self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage.parameters}
         self._stage_of_experts = {stage.experts: number for number, stage in enumerate(stages)}
-        self._mode = _Products(_addresses(parameters), self._at_product)
+        self._mode = _Products(_addresses(parameters), self._at_product, hidden)
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._reached = self._wanted = -1  # stage numbers
         self._arrival = None
@@ -111,6 +151,11 @@ class Walk:
             self._wanted = stage
             self._resume()
         return self._arrival if self._reached == stage else None
+
+    @property
+    def stream(self) -> torch.Tensor | None:
+        """The residual stream where the pass is paused; None: not known."""
+        return None if self._mode is None else self._mode.stream
 
     def to_end(self) -> torch.Tensor:
         """Go on to the end: what `run` returns."""

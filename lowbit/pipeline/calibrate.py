@@ -30,6 +30,7 @@ from lowbit.pipeline.report import Report
 from lowbit.pipeline.streams import NoStreams, Streams, StreamsWriter
 from lowbit.pipeline.targets import Target, targets
 from lowbit.pipeline.write import Progress, read_checked
+from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
 
 # Tokens in one forward pass: enough for matrix products to run at full speed
@@ -134,12 +135,13 @@ class _LayerLoop:
         report.calibration = {"source": samples.source, "samples": len(samples.input_ids), "tokens": samples.tokens}
         mine = samples.input_ids[self.ranks.share_of(len(samples.input_ids))]
         batches = list(mine.split(max(1, _BATCH_TOKENS // mine.shape[1])))
-        original = LayeredModel(
+        quantized = LayeredModel(
             self.config, self.reader, samples.input_ids, self.dtype, self.device, self.calibration.trust_remote_code
         )
-        quantized = original.twin()
-        steps = self._steps_by_layer(original)
-        report.expected_peak, held = expected_peak(steps, original), held_between_stages(steps, mine.numel(), original)
+        needs = get_quantizer(self.plan.recipe.method).needs(self.plan.recipe.options)
+        models = (quantized, quantized.twin()) if "missing" in needs else (quantized,)
+        steps = self._steps_by_layer(quantized)
+        report.expected_peak, held = expected_peak(steps, models), held_between_stages(steps, mine.numel(), models)
         allowed = self.calibration.max_memory or peak_memory() + available_memory() // 2
         keep = report.expected_peak + held <= allowed
         report.expected_peak += held if keep else held // len(batches)
@@ -152,27 +154,27 @@ class _LayerLoop:
             _report_layer(report, entry["report"])
         streams = NoStreams()
         if finished < len(steps):
-            streams = self._streams(finished, original, quantized, steps, batches)
+            streams = self._streams(finished, models, steps, batches)
         for number in range(finished, len(steps)):
             started = time.perf_counter()
-            tensors = self._load(number, original, quantized)
-            run = LayerRun(original, quantized, number, batches, streams, keep)
+            tensors = self._load(number, models)
+            run = LayerRun(models, number, batches, streams, keep)
             packer = _Packer(self.plan, steps[number], progress, f"layer {number + 1}/{len(steps)}", samples.tokens)
             try:
                 quantize_layer(run, self.plan, steps[number], tensors, self.ranks, packer.add)
                 entry = {"layer": number, "modules": packer.entries}
-                if number < len(original.layers):
+                if number < len(quantized.layers):
                     entry["output_error"] = self._advance(run, number + 1, batches)
             finally:
                 run.close()
-            for model in (original, quantized):
+            for model in models:
                 model.unload(number)
             del run
             gc.collect()  # the frames of forward passes are in cycles, and hold activations
             entry["seconds"] = time.perf_counter() - started
             self.job.commit(packer.tensors(), entry, write=self.ranks.first)
             self.ranks.wait()
-            if number < len(original.layers):
+            if number < len(quantized.layers):
                 streams = Streams(self.job.streams(number + 1, self.ranks.rank))
             self.job.drop_streams(number + 1, self.ranks.rank)
             _report_layer(report, entry)
@@ -249,13 +251,13 @@ class _LayerLoop:
             self.announce(f"going on from layer {finished + 1} of {len(steps)}")
         return finished
 
-    def _load(self, number: int, original: LayeredModel, quantized: LayeredModel) -> dict[str, torch.Tensor]:
-        tensors = {name: read_checked(self.reader, name) for name in original.tensors_of(number)}
-        for model in (original, quantized):
+    def _load(self, number: int, models: tuple[LayeredModel, ...]) -> dict[str, torch.Tensor]:
+        tensors = {name: read_checked(self.reader, name) for name in models[0].tensors_of(number)}
+        for model in models:
             model.load(number, tensors)
         return tensors
 
-    def _streams(self, number: int, original, quantized, steps, batches) -> Streams | NoStreams:
+    def _streams(self, number: int, models: tuple[LayeredModel, ...], steps, batches) -> Streams | NoStreams:
         """The hidden states at the input of layer `number`: stored, or else made again with the finished layers."""
         streams = NoStreams()
         try:
@@ -264,24 +266,26 @@ class _LayerLoop:
             stored = None
         if all(self.ranks.all_of(stored is not None)):
             return stored
-        for earlier in range(min(number, len(original.layers))):
-            tensors = self._load(earlier, original, quantized)
+        for earlier in range(min(number, len(models[0].layers))):
+            tensors = self._load(earlier, models)
             made = {step.source.name: self.job.made(step) for step in steps[earlier]}
-            _replace(quantized, steps[earlier], tensors, made, self.plan)
-            run = LayerRun(original, quantized, earlier, batches, streams, keep=False)
+            _replace(models[0], steps[earlier], tensors, made, self.plan)
+            run = LayerRun(models, earlier, batches, streams, keep=False)
             self._advance(run, earlier + 1, batches)
-            for model in (original, quantized):
+            for model in models:
                 model.unload(earlier)
             streams = Streams(self.job.streams(earlier + 1, self.ranks.rank))
             self.job.drop_streams(earlier + 1, self.ranks.rank)
         return streams
 
-    def _advance(self, run: LayerRun, number: int, batches) -> float:
+    def _advance(self, run: LayerRun, number: int, batches) -> float | None:
         hidden_size = self.config.get_text_config().hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
-        with StreamsWriter(self.job.streams(number, self.ranks.rank), shapes, self.dtype) as writer:
+        with StreamsWriter(self.job.streams(number, self.ranks.rank), shapes, len(run.models), self.dtype) as writer:
             distance, norm = run.finish(writer)
             writer.commit()
+        if len(run.models) == 1:
+            return None
         distances = self.ranks.all_of((distance, norm))
         return (sum(d for d, _ in distances) / max(sum(n for _, n in distances), 1e-30)) ** 0.5
 

@@ -1,8 +1,9 @@
 """Quantizing one decoder layer from what its linears receive.
 
-Two streams of hidden states run through the model: that of the original and that of the quantized one. In a layer both
-walk from stage to stage; at each, the moments of the inputs are summed over all batches (and ranks), the weights of the
-stage are quantized and replaced in place, and the walks go on with the quantized weights.
+Two streams of hidden states run through the model: that of the quantized one and, for quantizers that compare with it,
+that of the original one. In a layer both walk from stage to stage; at each, the moments of the inputs are summed over
+all batches (and ranks), the weights of the stage are quantized and replaced in place, and the walks go on with the
+quantized weights.
 """
 
 import time
@@ -14,6 +15,7 @@ from lowbit.calibration.moments import Moments
 from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
 from lowbit.grid import dequantize
 from lowbit.pipeline.layers import LayeredModel
+from lowbit.pipeline.memory import return_freed
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.streams import Streams, StreamsWriter
@@ -29,64 +31,74 @@ Done = Callable[[Target, QuantWeight, dict], None]
 
 
 class LayerRun:
-    """Layer `number` of an original and a quantized model, both loaded, over the samples of this rank.
+    """Layer `number` of the loaded `models` (quantized, original) or (quantized,), over the samples of this rank.
 
     batches: int64 [B, T] token ids each. keep: leave every walk open between stages; otherwise each stage walks anew
     from the start of the layer, in less memory and about twice the time.
     """
 
     def __init__(
-        self, original: LayeredModel, quantized: LayeredModel, number: int, batches: list[torch.Tensor],
-        streams: Streams, keep: bool,
-    ):  # fmt: skip
-        self.original, self.quantized, self.number = original, quantized, number
+        self, models: tuple[LayeredModel, ...], number: int, batches: list[torch.Tensor], streams: Streams, keep: bool
+    ):
+        self.models, self.quantized, self.number = models, models[0], number
         self.batches, self.streams, self.keep = batches, streams, keep
-        self._walks: dict[int, tuple[Walk, Walk]] = {}
+        self._walks: dict[int, list[Walk]] = {}
         self._stages: list[Stage] = []
         self._parameters: list[str] = []
         self._hooks = []
 
     def find_stages(self, parameters: list[str]) -> list[Stage]:
         """The stages of the layer, seen on one sample."""
-        hidden, _ = self.streams.read(0)
-
-        def run():
-            return self.quantized.run(self.number, self.batches[0][:1], None if hidden is None else hidden[:1])
-
+        hidden = self._hidden(self.quantized, self.streams.read(0)[0])
+        hidden = None if hidden is None else hidden[:1]
         self._parameters = parameters
-        self._stages = find_stages(run, {name: self.quantized.model.get_parameter(name) for name in parameters})
-        for model in (self.original.model, self.quantized.model):
+        self._stages = find_stages(
+            lambda: self.quantized.run(self.number, self.batches[0][:1], hidden),
+            {name: self.quantized.model.get_parameter(name) for name in parameters},
+            hidden,
+        )
+        for model in self.models:
             for stage in self._stages:
                 if stage.experts is not None:
-                    experts = model.get_submodule(stage.experts)
+                    experts = model.model.get_submodule(stage.experts)
                     hook = experts.register_forward_pre_hook(Walk.at_experts(stage.experts), with_kwargs=True)
                     self._hooks.append(hook)
         return self._stages
 
-    def _pair(self, index: int) -> tuple[Walk, Walk]:
+    def _walks_of(self, index: int) -> list[Walk]:
         if index in self._walks:
             return self._walks[index]
-        pair = []
-        for model, hidden in zip((self.quantized, self.original), self.streams.read(index), strict=True):
+        walks = []
+        for model, hidden in zip(self.models, self.streams.read(index), strict=False):
             parameters = {name: model.model.get_parameter(name) for name in self._parameters}
+            hidden = self._hidden(model, hidden)
 
             def run(model=model, hidden=hidden):
                 return model.run(self.number, self.batches[index], hidden)
 
-            pair.append(Walk(run, self._stages, parameters))
+            walks.append(Walk(run, self._stages, parameters, hidden))
         if self.keep:
-            self._walks[index] = tuple(pair)
-        return tuple(pair)
+            self._walks[index] = walks
+        return walks
+
+    @staticmethod
+    def _hidden(model: LayeredModel, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        # moved here: a walk knows the residual stream by where it lies
+        return None if hidden is None else hidden.to(model.device)
 
     def arrivals(self, stage: int) -> Iterator[tuple]:
-        """(quantized, original): what `stage` receives in both streams, batch by batch."""
+        """(quantized, original, residual) batch by batch: what `stage` receives in both streams, and what the residual
+        stream of the quantized one lacks, None if the stage does not join it. Without an original stream, the quantized
+        one stands for both."""
         for index in range(len(self.batches)):
-            pair = self._pair(index)
-            arrived = tuple(walk.to(stage) for walk in pair)
+            walks = self._walks_of(index)
+            arrived = [walk.to(stage) for walk in walks]
             if all(arrival is not None for arrival in arrived):
-                yield arrived
+                streams = [walk.stream for walk in walks]
+                joins = self._stages[stage].joins and all(stream is not None for stream in streams)
+                yield arrived[0], arrived[-1], streams[-1] - streams[0] if joins else None
             if not self.keep:
-                for walk in pair:
+                for walk in walks:
                     walk.abandon()
 
     def finish(self, streams: StreamsWriter) -> tuple[float, float]:
@@ -94,16 +106,16 @@ class LayerRun:
         original ones, and the squared norm of those."""
         distance = norm = 0.0
         for index in range(len(self.batches)):
-            quantized, original = (walk.to_end() for walk in self._pair(index))
+            outputs = [walk.to_end() for walk in self._walks_of(index)]
             self._walks.pop(index, None)
-            distance += float((quantized - original).float().square().sum())
-            norm += float(original.float().square().sum())
-            streams.write(index, quantized, original)
+            distance += float((outputs[0] - outputs[-1]).float().square().sum())
+            norm += float(outputs[-1].float().square().sum())
+            streams.write(index, outputs)
         return distance, norm
 
     def close(self) -> None:
-        for pair in self._walks.values():
-            for walk in pair:
+        for walks in self._walks.values():
+            for walk in walks:
                 walk.abandon()
         for hook in self._hooks:
             hook.remove()
@@ -113,31 +125,35 @@ def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, 
     """Quantize the `steps` of a layer from its stored `tensors`; `done` gets each target, its QuantWeight and its entry
     of the report."""
     todo = targets(steps, tensors, run.quantized.names, run.quantized.model)
-    quantizer = get_quantizer(plan.recipe.method)
     for number, stage in enumerate(run.find_stages(list(todo))):
-        for together, moments, note in _measured(run, number, stage, todo, "drift" in quantizer.needs, ranks):
-            for alike in _alike(together):
-                _quantize_together(alike, moments, note, plan, run, ranks, done)
+        for together, moments, note in _measured(run, number, stage, todo, ranks):
+            kinds = _alike(together)
+            for alike in kinds:
+                _quantize_together(alike, moments, note, plan, run, ranks, done, last=alike is kinds[-1])
         for name in stage.parameters:
             del todo[name]
     for name in list(todo):  # never used in the forward pass: nothing was measured
         for target in todo[name]:
-            _quantize_together([target], None, "no token reached it", plan, run, ranks, done)
+            _quantize_together([target], None, "no token reached it", plan, run, ranks, done, last=True)
 
 
-def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], drift: bool, ranks: Ranks):
+def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], ranks: Ranks):
     """(targets that share an input, its Moments, a note) for each input of a stage."""
+    drift = len(run.models) > 1
     if stage.experts is None:
         together = [target for name in stage.parameters for target in todo[name]]
-        moments = Moments(together[0].weight.shape[1], run.quantized.device, drift)
-        for x, f in run.arrivals(number):
-            moments.add(x.flatten(0, -2), f.flatten(0, -2))
+        weight = together[0].weight
+        few_outputs = weight if len(together) == 1 and weight.shape[0] <= weight.shape[1] else None
+        moments = Moments(weight.shape[1], run.quantized.device, drift, few_outputs)
+        for arrived in run.arrivals(number):
+            moments.add(*(None if tensor is None else tensor.flatten(0, -2) for tensor in arrived))
+        return_freed()
         moments.merge(ranks.sum)
         moments.finish()
         yield together, moments, ""
         return
-    inputs = [_of_experts(*arrived) for arrived in run.arrivals(number)]
-    modules = [model.model.get_submodule(stage.experts) for model in (run.quantized, run.original)]
+    inputs = [_of_experts(*arrived) for *arrived, _ in run.arrivals(number)]
+    modules = [model.model.get_submodule(stage.experts) for model in (run.models[0], run.models[-1])]
     seen = sum(
         torch.bincount(routing.flatten().cpu(), minlength=modules[0].num_experts + 1) for _, _, routing in inputs
     )
@@ -178,26 +194,30 @@ def _tokens_of(expert: int, routing: torch.Tensor, missing: int) -> torch.Tensor
     return torch.cat([rows, others[:: max(1, len(others) // missing)][:missing]])
 
 
-def _alike(together: list[Target]) -> Iterator[list[Target]]:
+def _alike(together: list[Target]) -> list[list[Target]]:
     """Targets of one scheme and dtype: their rows are quantized as one matrix."""
     kinds: dict[tuple, list[Target]] = {}
     for target in together:
         kinds.setdefault((target.step.scheme, target.weight.dtype), []).append(target)
-    yield from kinds.values()
+    return list(kinds.values())
 
 
 def _quantize_together(
-    alike: list[Target], moments: Moments | None, note: str, plan: Plan, run: LayerRun, ranks: Ranks, done: Done
-) -> None:
+    alike: list[Target], moments: Moments | None, note: str, plan: Plan, run: LayerRun, ranks: Ranks, done: Done,
+    last: bool,
+) -> None:  # fmt: skip
     started = time.perf_counter()
     scheme, weight = alike[0].step.scheme, torch.cat([target.weight for target in alike])
+    share = ranks.share_of(len(weight))
+    mine = weight[share].to(run.quantized.device)
     if moments is None or not moments.tokens:
         quantizer, options, stats = get_quantizer("rtn"), {"scale_search": "mse"}, {}
         note = note or "no token reached it"
     else:
         quantizer, options = get_quantizer(plan.recipe.method), plan.recipe.options
-        stats = {"hessian": moments.hessian, "drift": moments.drift}
-    mine = weight[ranks.share_of(len(weight))].to(run.quantized.device)
+        stats = {"hessian": moments.hessian, "missing": moments.missing(weight, share)}
+        if last:
+            moments.forget()  # it is the quantizer's now, who frees it
     parts = ranks.all_of(quantizer.quantize(mine, stats, scheme, options))
     whole = _joined([part for part, _ in parts])
     notes = [notes for _, notes in parts]
@@ -214,6 +234,8 @@ def _quantize_together(
             "note": notes[0].get("fallback", note),
             **_output_errors(target.weight, qweight, moments, ranks),
         }
+        if len(run.models) == 1:
+            entry["output_error_to_original"] = None
         if target.expert is not None:
             entry["expert"] = target.expert
         target.view(run.quantized.model).copy_(dequantize(qweight, torch.float32))
@@ -257,7 +279,7 @@ def _output_errors(
     dense, original = dequantize(qweight, torch.float32).double(), weight.double()
     got, same_input, wanted = x @ dense.T, x @ original.T, f @ original.T
     squares = torch.stack([part.square().sum() for part in (got - same_input, same_input, got - wanted, wanted)])
-    squares = squares.to(moments.hessian.device)
+    squares = squares.to(ranks.device)
     ranks.sum(squares)
     error, norm, error_to_original, norm_of_original = squares.sqrt().tolist()
     return {  # inputs that are always zero have no outputs to be wrong

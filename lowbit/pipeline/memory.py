@@ -1,5 +1,6 @@
 """How much memory a calibrated run takes: measured, and predicted from shapes before it begins."""
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -42,16 +43,24 @@ def available_memory() -> int:
     return free
 
 
-def expected_peak(steps: list[list[Step]], model: LayeredModel) -> int:
-    """Bytes: what is held now, two copies of the largest layer and its stored form, and a solver at work on its largest
-    matrix; without what `held_between_stages` says."""
+def return_freed() -> None:
+    """Give freed memory back to the system. glibc keeps a heap for every thread that ever allocated, full of holes:
+    after the walks of a layer these hold gigabytes that nobody uses."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def expected_peak(steps: list[list[Step]], models: tuple[LayeredModel, ...]) -> int:
+    """Bytes: what is held now, the largest layer in each of the models and its stored form, and a solver at work on its
+    largest matrix; without what `held_between_stages` says."""
 
     def layer(group: list[Step]) -> int:
         weights = sum(step.source.numel for step in group)
         inputs = max((step.site.in_features for step in group), default=0)
         largest = max((step.site.in_features * step.site.out_features for step in group), default=0)
         return (
-            (2 * model.dtype.itemsize + 2) * weights
+            (len(models) * models[0].dtype.itemsize + 2) * weights
             + 4 * _WEIGHTS_AT_A_TIME * largest
             + 8 * _HESSIANS_AT_A_TIME * inputs**2
         )
@@ -59,9 +68,9 @@ def expected_peak(steps: list[list[Step]], model: LayeredModel) -> int:
     return peak_memory() + max(map(layer, steps), default=0)
 
 
-def held_between_stages(steps: list[list[Step]], tokens: int, model: LayeredModel) -> int:
-    """Bytes that the open walks of both streams hold at the widest point of a layer: its input, the residual, and what
+def held_between_stages(steps: list[list[Step]], tokens: int, models: tuple[LayeredModel, ...]) -> int:
+    """Bytes that the open walks of all streams hold at the widest point of a layer: its input, the residual, and what
     the widest linear is called with."""
     widest = max((step.site.in_features for group in steps for step in group), default=0)
-    hidden = model.model.config.get_text_config().hidden_size
-    return 2 * tokens * (widest + 2 * hidden) * model.dtype.itemsize
+    hidden = models[0].model.config.get_text_config().hidden_size
+    return len(models) * tokens * (widest + 2 * hidden) * models[0].dtype.itemsize

@@ -87,7 +87,7 @@ def quantize(
             clear_finished(target)
         with StagedFolder(target, overwrite) if ranks.first else nullcontext() as staged:
             progress = on_plan(plan) if on_plan and ranks.first else None
-            if get_quantizer(method).needs:
+            if get_quantizer(method).needs(plan.recipe.options):
                 job = calibrate(reader, config, plan, target, overwrite, calibration, ranks, report, progress, announce)
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)

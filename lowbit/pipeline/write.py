@@ -106,7 +106,7 @@ def _matrices(tensor: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
 
 def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> tuple[dict[str, torch.Tensor], float]:
     quantizer, options = get_quantizer(recipe.method), recipe.options
-    if quantizer.needs:  # there are none here
+    if quantizer.needs(options):  # there are no statistics here
         quantizer, options = get_quantizer("rtn"), {"scale_search": "mse"}
     packed, errors = [], []
     for matrix in _matrices(tensor, step):

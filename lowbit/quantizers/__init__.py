@@ -1,7 +1,7 @@
 """Quantizers: weight (and statistics) in, QuantWeight out. They know neither files nor formats nor models.
 
-A quantizer module has `needs`, a tuple of the statistics it wants ("hessian", ...; empty: data-free), `OPTIONS`, its
-options with their allowed values (a tuple, the first is the default, or `Between`), and
+A quantizer module has `OPTIONS`, its options with their allowed values (a tuple, the first is the default, or
+`Between`), `needs(options)`, a tuple of the statistics it wants with them ("hessian", "missing"; empty: data-free), and
 `quantize(weight [N, K], stats: dict, scheme: Scheme, options: Mapping) -> (QuantWeight, notes: dict for the report)`.
 """
 
@@ -18,18 +18,21 @@ QUANTIZERS = {
 
 @dataclass(frozen=True)
 class Between:
-    """A number from `low` to `high`, whole if `default` is."""
+    """A number from `low` to `high`, whole if `low` is; or the word that `default` is."""
 
-    default: float
+    default: float | str
     low: float
     high: float
 
     def __contains__(self, value) -> bool:
-        kinds = (int,) if isinstance(self.default, int) else (int, float)
+        if isinstance(value, str):
+            return value == self.default
+        kinds = (int,) if isinstance(self.low, int) else (int, float)
         return isinstance(value, kinds) and not isinstance(value, bool) and self.low <= value <= self.high
 
     def __str__(self) -> str:
-        return f"{'an integer' if isinstance(self.default, int) else 'a number'} from {self.low} to {self.high}"
+        number = f"{'an integer' if isinstance(self.low, int) else 'a number'} from {self.low} to {self.high}"
+        return f"{self.default}, or {number}" if isinstance(self.default, str) else number
 
 
 def get_quantizer(name: str):

@@ -3,8 +3,11 @@
 from lowbit.grid import quantize_nearest
 from lowbit.scheme import SCALE_SEARCHES
 
-needs = ()
 OPTIONS = {"scale_search": SCALE_SEARCHES}
+
+
+def needs(options):
+    return ()
 
 
 def quantize(weight, stats, scheme, options):

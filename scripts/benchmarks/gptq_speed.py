@@ -1,11 +1,13 @@
 """GPTQ, W4 with groups of 128, of lowbit and of llm-compressor: time and peak memory on the same machine in one run.
 
-    python scripts/benchmarks/gptq_speed.py [--only lowbit|llmcompressor] [--layers N]
+    python scripts/benchmarks/gptq_speed.py [--only NAME ...] [--layers N]
 
 Random bf16 checkpoint with the shapes of Llama-3.2-1B, 16 x 512 random tokens. Each side is a process of its own that
 reads the checkpoint, quantizes and writes; imports are not counted. llm-compressor calibrates in float32, which on a
 CPU without bf16 instructions is several times faster than bf16, and in its sequential pipeline, its most frugal one.
-Only runs of both sides on all layers are kept. The peers' environment: see quality_peers.py.
+lowbit does the same work first, the algorithm of the paper with min-max grids; `lowbit_default` is what it does unless
+told otherwise, with a second stream, searched grids and a sweep of refinement. Runs of part of the layers are printed
+and not kept. The peers' environment: see quality_peers.py.
 """
 
 import argparse
@@ -25,6 +27,9 @@ from safetensors.torch import load_file, save_file
 SAMPLES, SEQLEN, LAYERS = 16, 512, 16
 BITS, GROUP_SIZE = 4, 128
 SCHEME = f"W{BITS}A16_ASYM-G{GROUP_SIZE}"
+# What lowbit is told to do
+OPTIONS = {"lowbit": {"drift": 0, "scale_search": "minmax", "sweeps": 0}, "lowbit_default": {}}
+SIDES = ("llmcompressor", *OPTIONS)
 PEER_SCRIPT = Path(__file__).parent / "peers" / "speed_llmcompressor.py"
 
 
@@ -51,7 +56,7 @@ def make_tokens(folder: Path) -> Path:
     return path
 
 
-def lowbit_once(source: str, calibration: str, output: str) -> None:
+def lowbit_once(source: str, calibration: str, output: str, name: str) -> None:
     """In a process of its own: print seconds and peak memory as JSON."""
     import lowbit
 
@@ -60,16 +65,17 @@ def lowbit_once(source: str, calibration: str, output: str) -> None:
     lowbit.quantize(source, output, scheme=SCHEME, dry_run=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    report = lowbit.quantize(source, output, scheme=SCHEME, method="gptq", dataset=tokens, overwrite=True)
+    report = lowbit.quantize(source, output, scheme=SCHEME, method="gptq", dataset=tokens, overwrite=True,
+                             options=OPTIONS[name])  # fmt: skip
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": seconds, "peak_bytes": peak * 1024, "start_up_bytes": before * 1024,
                       "output_bytes": report.output_bytes, "threads": torch.get_num_threads()}))  # fmt: skip
 
 
-def run_lowbit(source: Path, calibration: Path) -> dict:
+def run_lowbit(source: Path, calibration: Path, name: str) -> dict:
     output = WORK / "gptq_speed-lowbit"
-    command = [sys.executable, __file__, "--once", source, calibration, output]
+    command = [sys.executable, __file__, "--once", source, calibration, output, name]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(output)
     return json.loads(done.stdout.splitlines()[-1])
@@ -98,7 +104,7 @@ def main():
         print(make_checkpoint(int(sys.argv[2])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("lowbit", "llmcompressor"))
+    parser.add_argument("--only", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer, to try it")
     parser.add_argument("--batch-size", type=int, default=8, help="of llm-compressor's calibration")
     parser.add_argument("--peers-python", default=str(ROOT / "build" / "peers" / "bin" / "python"))
@@ -110,16 +116,14 @@ def main():
     calibration = make_tokens(source)
     result = {"model": f"Llama-3.2-1B shapes, {args.layers} layers, random bf16", "scheme": SCHEME,
               "calibration": [SAMPLES, SEQLEN]}  # fmt: skip
-    if args.only != "lowbit":
-        result["llmcompressor"] = run_llmcompressor(source, calibration, args.peers_python, args.batch_size)
-    if args.only != "llmcompressor":
-        result["lowbit"] = run_lowbit(source, calibration)
-    if args.only or args.layers != LAYERS:
-        print(json.dumps(result, indent=2))
-        return
-    result["times_faster"] = result["llmcompressor"]["seconds"] / result["lowbit"]["seconds"]
-    result["memory_ratio"] = result["lowbit"]["peak_bytes"] / result["llmcompressor"]["peak_bytes"]
-    save("gptq_speed", result)
+    for side in args.only:
+        if side == "llmcompressor":
+            result[side] = run_llmcompressor(source, calibration, args.peers_python, args.batch_size)
+        else:
+            result[side] = run_lowbit(source, calibration, side)
+        print(json.dumps({side: result[side]}, indent=2), flush=True)
+    if args.layers == LAYERS and {"llmcompressor", "lowbit"} <= set(args.only):
+        save("gptq_speed", result)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ def expected(batches):
     return x.T @ x / len(x), (f - x).T @ x / len(x)
 
 
+def drift_of(moments):
+    """[K, K]: what a weight that changes nothing would be missing."""
+    return moments.missing(torch.eye(len(moments.hessian)))
+
+
 def assert_moment(actual, wanted, batches):
     """Up to float32 sums: relative to the size of the two inputs that are multiplied."""
     assert actual.dtype == torch.float32
@@ -50,7 +55,7 @@ def test_means_over_tokens(features):
     hessian, drift = expected(batches)
     assert moments.tokens == sum(LENGTHS)
     assert_moment(moments.hessian, hessian, batches)
-    assert_moment(moments.drift, drift, batches)
+    assert_moment(drift_of(moments), drift, batches)
     assert torch.equal(moments.hessian, moments.hessian.T) or features > 256  # beyond, blocks are rounded each alone
     assert (moments.hessian - moments.hessian.T).abs().max() <= 1e-6 * moments.hessian.abs().max()
     for (x, f), (old_x, old_f) in zip(batches, before, strict=True):
@@ -64,7 +69,7 @@ def test_how_tokens_are_batched_does_not_matter():
     for size in (1, 10, 100):
         parts = measured(zip(x.split(size), f.split(size), strict=True), 33)
         torch.testing.assert_close(parts.hessian, whole.hessian)
-        torch.testing.assert_close(parts.drift, whole.drift, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(drift_of(parts), drift_of(whole), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -72,8 +77,8 @@ def test_sums_are_float32(dtype):
     """A sum in half precision would stop growing (bfloat16: at 256 ones)."""
     x = torch.ones(3000, 3, dtype=dtype)
     moments = measured([(x, 2 * x)], 3)
-    assert (moments.hessian == 1).all() and (moments.drift == 1).all()
-    assert moments.hessian.dtype == moments.drift.dtype == torch.float32
+    assert (moments.hessian == 1).all() and (drift_of(moments) == 1).all()
+    assert moments.hessian.dtype == drift_of(moments).dtype == torch.float32
 
 
 def test_one_stream_has_not_drifted():
@@ -81,7 +86,7 @@ def test_one_stream_has_not_drifted():
     for x, _ in streams(33):
         moments.add(x)
     moments.finish()
-    assert (moments.drift == 0).all() and moments.hessian.diagonal().min() > 0
+    assert (drift_of(moments) == 0).all() and moments.hessian.diagonal().min() > 0
     x, f = moments.samples
     assert torch.equal(x, f)
 
@@ -89,7 +94,7 @@ def test_one_stream_has_not_drifted():
 def test_without_drift():
     batches = streams(33)
     moments = measured(batches, 33, drift=False)
-    assert moments.drift is None
+    assert drift_of(moments) is None
     assert torch.equal(moments.hessian, measured(batches, 33).hessian)
 
 
@@ -97,8 +102,36 @@ def test_nothing_measured():
     moments = Moments(4)
     moments.add(torch.empty(0, 4), torch.empty(0, 4))
     moments.finish()
-    assert moments.tokens == 0 and (moments.hessian == 0).all() and (moments.drift == 0).all()
+    assert moments.tokens == 0 and (moments.hessian == 0).all() and (drift_of(moments) == 0).all()
     assert [len(sample) for sample in moments.samples] == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_missing_of_several_weights_and_of_one(dtype):
+    """W D for any weight; summed for one weight alone it is the same, and all of it can be asked for in parts."""
+    batches = streams(33)
+    weights = [torch.randn(rows, 33, generator=torch.Generator().manual_seed(rows)).to(dtype) for rows in (7, 40)]
+    several = measured(batches, 33)
+    for weight in weights:
+        wanted = weight.double() @ expected(batches)[1]
+        for moments in (several, measured(batches, 33, weight=weight)):
+            missing = moments.missing(weight)
+            assert missing.dtype == torch.float32 and float((missing - wanted).norm() / wanted.norm()) < 1e-5
+            parts = [moments.missing(weight, rows) for rows in (slice(0, 5), slice(5, None))]
+            torch.testing.assert_close(torch.cat(parts), missing)
+
+
+def test_what_the_residual_stream_lacks():
+    """It is added to what the output lacks."""
+    batches, weight = streams(33), torch.randn(7, 33, generator=torch.Generator().manual_seed(1))
+    moments = Moments(33, weight=weight)
+    residuals = [torch.randn(len(x), 7, generator=torch.Generator().manual_seed(len(x))) for x, _ in batches]
+    for (x, f), residual in zip(batches, residuals, strict=True):
+        moments.add(x, f, residual)
+    moments.finish()
+    x = torch.cat([x for x, _ in batches]).double()
+    wanted = weight.double() @ expected(batches)[1] + torch.cat(residuals).double().T @ x / len(x)
+    assert float((moments.missing(weight) - wanted).norm() / wanted.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("drift", [True, False])
@@ -121,9 +154,10 @@ def test_merged_processes_equal_one(drift):
         assert rank.tokens == whole.tokens and next(left, None) is None
         assert_moment(rank.hessian, expected(batches)[0], batches)
         torch.testing.assert_close(rank.hessian, whole.hessian)
-        assert rank.drift is None if not drift else True
         if drift:
-            assert_moment(rank.drift, expected(batches)[1], batches)
+            assert_moment(drift_of(rank), expected(batches)[1], batches)
+        else:
+            assert drift_of(rank) is None
 
 
 @pytest.mark.parametrize("lengths", [(3,), (1,) * 10, (7, 100), (2000,), (300, 1) * 40, (15,) * 200])

@@ -233,6 +233,57 @@ def test_a_walk_arrives_with_the_true_inputs():
         assert torch.equal(output, block(x)) and not output.requires_grad
 
 
+def test_what_joins_the_residual_stream():
+    block, x = Block(), batch()
+
+    def joining(hidden):
+        return [
+            names([stage])[0] for stage in find_stages(lambda: block(x), parameters_of(block), hidden) if stage.joins
+        ]
+
+    assert joining(x) == [("b",), ("c",)]
+    assert joining(x.clone()) == []  # not what the layer was given
+    assert joining(None) == []  # it is taken to begin with z * a + m, which nothing is added to
+    # neither sums that the stream does not enter, nor products that something is done to before
+    gelu, last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def run():
+        y = gelu(x)
+        return x + torch.relu(last(y + 0.1 * y**3))
+
+    parameters = {"gelu": gelu.weight, "last": last.weight}
+    assert not any(stage.joins for stage in find_stages(run, parameters, x))
+
+
+def test_a_walk_knows_the_residual_stream():
+    block, x = Block(), batch()
+    after = x + block.b(true_inputs(block, x)["b"][0])
+    walk = Walk(lambda: block(x), stages_of(block, x), parameters_of(block), x)
+    seen = [walk.to(stage) is not None and walk.stream for stage in range(4)]
+    assert all(stream is x for stream in seen[:2]) and all(torch.equal(stream, after) for stream in seen[2:])
+    walk.to_end()
+    assert walk.stream is None  # nothing is held
+
+
+def test_the_residual_stream_of_the_first_layer():
+    """What that layer is given is embedded on the way; the stream is known from the first sum on."""
+    one, two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    parameters = {"one": one.weight, "two": two.weight}
+
+    def run():
+        x = batch().sin()
+        x = x + one(x)
+        return x + two(x.tanh())
+
+    stages = find_stages(run, parameters)
+    assert [stage.joins for stage in stages] == [False, True]
+    walk = Walk(run, stages, parameters)
+    assert walk.to(0) is not None and walk.stream is None
+    embedded = batch().sin()
+    assert walk.to(1) is not None and torch.equal(walk.stream, embedded + one(embedded))
+    walk.to_end()
+
+
 def replace(module, names):
     """Other weights in place, as quantization does."""
     with torch.no_grad():

@@ -3,14 +3,17 @@
 from lowbit.grid import quantize_nearest
 from lowbit.quantizers import QUANTIZERS
 
-needs = ("hessian", "drift")
 OPTIONS = {}
-# (weight, hessian, drift) of each call
+# (weight, hessian, missing) of each call
 SEEN = []
 
 
+def needs(options):
+    return "hessian", "missing"
+
+
 def quantize(weight, stats, scheme, options):
-    SEEN.append((weight.cpu().clone(), stats["hessian"].cpu().clone(), stats["drift"].cpu().clone()))
+    SEEN.append((weight.cpu().clone(), stats["hessian"].cpu().clone(), stats["missing"].cpu().clone()))
     return quantize_nearest(weight, scheme), {}
 
 

@@ -43,9 +43,9 @@ def computed(monkeypatch):
     kept, unload = {}, LayeredModel.unload
 
     def keep(self, number):
-        # the original is unloaded first, the quantized one last
-        prefix = self._prefix_of(number)
-        kept[number] = {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if n.startswith(prefix)}
+        # the quantized one is unloaded first, the original last
+        parameters, prefix = self.model.named_parameters(), self._prefix_of(number)
+        kept.setdefault(number, {n: p.detach().cpu().clone() for n, p in parameters if n.startswith(prefix)})
         unload(self, number)
 
     monkeypatch.setattr(LayeredModel, "unload", keep)
@@ -182,6 +182,21 @@ ORDER = {
 }
 
 
+# Linears whose output is added to the residual stream -> the norm of the layer that reads this stream before
+JOINING = {"o_proj": 0, "attn.c_proj": 0, "down_proj": 1, "mlp.c_proj": 1}
+
+
+def residual(model, layer: int, norm: int, ids) -> torch.Tensor:
+    """float64 [tokens, hidden]: what the norms of a layer read."""
+    (module,) = (m for name, m in model.named_modules() if name.endswith(f".{layer}") and len(list(m.children())) > 2)
+    norms = [child for name, child in module.named_children() if "norm" in name or "ln_" in name]
+    seen = []
+    hook = norms[norm].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits(model, ids)
+    hook.remove()
+    return seen[0].flatten(0, -2).double()
+
+
 @pytest.fixture
 def spy(monkeypatch):
     monkeypatch.setitem(QUANTIZERS, "spy", None)  # gone again after the test
@@ -246,16 +261,21 @@ def test_moments_are_measured_behind_the_quantized_weights(architecture, tmp_pat
             whole = torch.cat([weight_of(original, layer, part) for part in stage])
             matching = [i for i, r in enumerate(seen) if r[0].shape == whole.shape and torch.equal(r[0], whole)]
             assert len(matching) == 1
-            _, hessian, drift = seen.pop(matching[0])
+            _, hessian, missing = seen.pop(matching[0])
             routing = routing_of(partly, layer, ids)
-            for part in stage:
+            lacking = missing.split([len(weight_of(original, layer, part)) for part in stage])
+            for part, part_lacking in zip(stage, lacking, strict=True):
                 x = linear_inputs(partly, architecture, layer, part, ids, routing)
                 f = linear_inputs(original, architecture, layer, part, ids, routing)
-                expected, expected_drift = x.T @ x / len(x), (f - x).T @ x / len(x)
+                weight = weight_of(original, layer, part).double()
+                expected, outputs = x.T @ x / len(x), (f - x) @ weight.T
+                if (norm := JOINING.get(part)) is not None:
+                    outputs += residual(original, layer, norm, ids) - residual(partly, layer, norm, ids)
                 assert relative_error(hessian, expected) < 1e-5, (layer, part)
-                # relative to the Hessian: where nothing is quantized before it, there is no drift
-                assert float((drift - expected_drift).norm() / expected.norm()) < 1e-5, (layer, part)
-                moved.append((relative_error(f.T @ f / len(f), expected), float(drift.norm() / hessian.norm())))
+                # relative to all of the output: where nothing is quantized before it, nothing is missing
+                scale = (weight @ expected).norm()
+                assert float((part_lacking - outputs.T @ x / len(x)).norm() / scale) < 1e-5, (layer, part)
+                moved.append((relative_error(f.T @ f / len(f), expected), float(part_lacking.norm() / scale)))
             for part in stage:
                 weight_of(partly, layer, part).copy_(weight_of(final, layer, part))
     assert seen == []

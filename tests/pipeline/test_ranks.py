@@ -84,11 +84,12 @@ def test_moments_of_two_processes_are_those_of_one(architecture, tmp_path, monke
     assert ended(start_ranks(source, out, function=spied, dataset=ids)) == [0, 0]
     first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
     assert len(first) == 3 * len(spy_quantizer.SEEN) > 20
-    for call, (weight, hessian, drift) in enumerate(spy_quantizer.SEEN):
+    for call, (weight, hessian, missing) in enumerate(spy_quantizer.SEEN):
         assert torch.equal(torch.cat([first[f"{call}.0"], second[f"{call}.0"]]), weight)
         for part in (first, second):
             assert relative_error(part[f"{call}.1"], hessian) < 1e-5
-            assert float((part[f"{call}.2"] - drift).norm() / hessian.norm()) < 1e-5
+        lacking, scale = torch.cat([first[f"{call}.2"], second[f"{call}.2"]]), (weight.float() @ hessian).norm()
+        assert float((lacking - missing).norm() / scale) < 1e-5
     assert contents(out) == contents(tmp_path / "alone")
 
 

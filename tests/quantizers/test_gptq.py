@@ -27,7 +27,9 @@ def hessian_of(features):
 
 
 def quantize(weight, hessian, scheme, drift=None, /, **options):
-    return gptq.quantize(weight, {"hessian": hessian, "drift": drift}, scheme, checked_options("gptq", options))
+    """drift: [K, K], the mean of (f - x) x^T."""
+    missing = None if drift is None else weight.double() @ drift.double()
+    return gptq.quantize(weight, {"hessian": hessian, "missing": missing}, scheme, checked_options("gptq", options))
 
 
 def total(weight, qweight, hessian):
@@ -409,7 +411,8 @@ def test_inputs_stay_and_strides_do_not_matter(scheme, dtype):
         ({"ordre": "group"}, ["ordre", "order", "scale_search", "damping", "drift", "sweeps"]),
         ({"order": "act"}, ["order", "'act'", "group", "none"]),
         ({"scale_search": "mse"}, ["scale_search", "columns", "minmax"]),
-        *(({"sweeps": value}, ["sweeps", "an integer from 0 to 100"]) for value in (-1, 101, 1.0, "2.5", True, None)),
+        *(({"sweeps": value}, ["sweeps", "auto, or an integer from 0 to 100"])
+          for value in (-1, 101, 1.0, "2.5", "", "automatic", True, None)),
         *(({"damping": value}, ["damping", "a number from 0.0 to 10.0"]) for value in (-0.1, 11, "nan", "inf", "")),
         *(({"drift": value}, ["drift", "a number from 0.0 to 1.0"]) for value in (1.01, "-1", [])),
     ],
@@ -424,6 +427,7 @@ def test_wrong_options(options, words):
 def test_options():
     defaults = checked_options("gptq", {})
     assert defaults.keys() == gptq.OPTIONS.keys()
+    assert checked_options("gptq", {"sweeps": "auto"}) == defaults
     text = checked_options("gptq", {"sweeps": "7", "damping": "1e-2", "drift": "0.5", "order": "none"})
     assert text == {**defaults, "sweeps": 7, "damping": 0.01, "drift": 0.5, "order": "none"}
     assert checked_options("gptq", {"damping": 1, "drift": "1"}) == {**defaults, "damping": 1, "drift": 1}
@@ -433,13 +437,18 @@ def test_options():
         checked_options("rtn", {"scale_search": "columns"})
 
 
+@pytest.mark.parametrize(("bits", "sweeps"), [(2, 3), (3, 3), (4, 1), (8, 1)])
+def test_sweeps_by_bits(bits, sweeps):
+    _, notes = quantize(heavy_tailed(7, 96), hessian_of(96), Scheme(bits, 32, False))
+    assert list(notes["objective"]) == ["gptq", *(f"sweep {n}" for n in range(1, sweeps + 1))]
+
+
 @pytest.mark.parametrize("method", QUANTIZERS)
 def test_every_quantizer_meets_the_contract(method):
     quantizer, weight, scheme = get_quantizer(method), heavy_tailed(7, 96, torch.bfloat16), Scheme(4, 32, False)
-    assert set(quantizer.needs) <= {"hessian", "drift"}
-    stats = {"hessian": hessian_of(96), "drift": None}
-    needed = {need: stats[need] for need in quantizer.needs}
-    qweight, notes = quantizer.quantize(weight, needed, scheme, checked_options(method, {}))
+    options, stats = checked_options(method, {}), {"hessian": hessian_of(96), "missing": None}
+    needed = {need: stats[need] for need in quantizer.needs(options)}
+    qweight, notes = quantizer.quantize(weight, needed, scheme, options)
     assert isinstance(qweight, QuantWeight) and isinstance(notes, dict)
     assert qweight.scheme == scheme and qweight.scales.dtype == torch.bfloat16 and qweight.codes.is_contiguous()
     assert total(weight, qweight, hessian_of(96)) < 0.05 * total(
