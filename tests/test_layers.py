@@ -23,7 +23,7 @@ LINES = (
 )
 LINE_OF = {unit: number for number, units in enumerate(LINES) for unit in units}
 TOP = {"lowbit/__init__.py", "lowbit/__main__.py"}  # above every line: they only name what others made
-KERNEL_USER = "lowbit/backends/triton.py"
+KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/quantizers/gptq.py"}
 KERNEL_IMPORTS = {"lowbit_kernels", "torch", "triton", *sys.stdlib_module_names}
 MAX_LINES = 450
 
@@ -61,7 +61,7 @@ def refusal(path, name):
     if path in TOP or top not in ("lowbit", "lowbit_kernels"):
         return None
     if top == "lowbit_kernels":
-        return None if path == KERNEL_USER else f"only {KERNEL_USER} imports lowbit_kernels"
+        return None if path in KERNEL_USERS else f"only {sorted(KERNEL_USERS)} import lowbit_kernels"
     own, target = Path(path).with_suffix("").parts[1], rest.partition(".")[0]
     if target in (own, "__version__"):
         return None

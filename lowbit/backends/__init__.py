@@ -20,6 +20,7 @@ from lowbit.scheme import Scheme
 logger = logging.getLogger("lowbit")
 
 BACKENDS = {
+    "triton": "lowbit.backends.triton",
     "torch_cpu": "lowbit.backends.torch_cpu",
     "reference": "lowbit.backends.reference",
 }

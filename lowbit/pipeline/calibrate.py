@@ -50,10 +50,10 @@ class Calibration:
     trust_remote_code: bool = False
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise UsageError(f"num_samples is {self.num_samples}; expected at least 1")
-        if self.seqlen < 2:
-            raise UsageError(f"seqlen is {self.seqlen}; expected at least 2")
+        for name, least in (("num_samples", 1), ("seqlen", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
         try:
             re.compile(self.redo or "")
         except re.error as error:
@@ -97,7 +97,9 @@ def calibrate(
     except OSError as error:  # of writing: what reads says itself what it could not read
         job.close()
         raise OutputError(f"cannot write to {job.folder}: {error.strerror or error}") from None
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and job.layers:
+            announce(f"{len(job.layers)} finished layer(s) are kept: the same command goes on from there")
         job.close()
         raise
     return job

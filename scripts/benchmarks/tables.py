@@ -127,6 +127,23 @@ def quality_peers() -> str:
     return markdown(["mean KL (variant)", *schemes], rows) + source(data, "quality_peers")
 
 
+def gptq_speed() -> str:
+    data = result("gptq_speed")
+    version = data["llmcompressor"]["versions"]["llmcompressor"]
+    names = {
+        "llmcompressor": f"llm-compressor {version}",
+        "lowbit": "lowbit, the same work (`drift=0 scale_search=minmax sweeps=0`)",
+        "lowbit_default": "lowbit as it is by default",
+    }
+    rows = [
+        [name, f"{data[side]['seconds']:,.0f}", f"{data[side]['peak_bytes'] / 1e9:.2f}",
+         f"{data[side]['output_bytes'] / 1e9:.2f}"]
+        for side, name in names.items() if side in data
+    ]  # fmt: skip
+    header = ["GPTQ W4 g128, Llama-3.2-1B shapes, 16 x 512 tokens", "seconds", "peak memory GB", "output GB"]
+    return markdown(header, rows) + source(data, "gptq_speed")
+
+
 def reference_training() -> str:
     facts = json.loads((ROOT / "lowbit" / "assets" / "reference" / "training.json").read_text())
     rows = [
@@ -148,7 +165,7 @@ def reference_training() -> str:
     return markdown(["", ""], [[name, value] for name, value in rows])
 
 
-TABLES = {f.__name__: f for f in (quality, quality_peers, cpu_quantize, cpu_decode, reference_training)}
+TABLES = {f.__name__: f for f in (quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, reference_training)}
 
 
 def rendered(text: str) -> str:

@@ -238,7 +238,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_interrupted_and_gone_on_with(done, chat_model, text_file, tmp_path):
-    """As any run: one line, exit code 1. What was finished stays, and the same command goes on from it."""
+    """As any run: a line that says so, exit code 1. What was finished stays, and the same command goes on from it."""
     arguments = ["quantize", chat_model, "-o", tmp_path / "out", *SMALL, "--dataset", text_file]
     arguments = [*map(str, arguments), "--option", "sweeps=20"]
     process = subprocess.Popen([*COMMAND, *arguments], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)
@@ -251,7 +251,8 @@ def test_interrupted_and_gone_on_with(done, chat_model, text_file, tmp_path):
     out, err = process.communicate(timeout=60)
     lines = [line for line in err.splitlines() if not line.startswith("calibrating")]
     assert process.returncode == 1 and out == "" and "Traceback" not in err
-    assert len(lines) == 1 and lines[0].startswith("lowbit: interrupted"), err
+    assert len(lines) == 2 and lines[1].startswith("lowbit: interrupted"), err
+    assert lines[0] == "1 finished layer(s) are kept: the same command goes on from there"
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.job", "text.txt"]
     outcome = done(*arguments)
     assert "going on from layer 2 of 2" in outcome.err

@@ -281,7 +281,10 @@ def test_redo_of_other_bits_is_refused(source, out, expected, unfinished):
 
 def test_wrong_input_leaves_nothing(source, out):
     threads = threading.active_count()
-    for options in ({"dataset": IDS + 100}, {"dataset": "no-such.txt"}, {"seed": -1}, {"redo": "nothing"}):
+    for options in (
+        {"dataset": IDS + 100}, {"dataset": "no-such.txt"}, {"seed": -1}, {"redo": "nothing"}, {"num_samples": 2.5},
+        {"seqlen": "64"},
+    ):  # fmt: skip
         with pytest.raises(LowbitError):
             gptq(source, out, **options)
         assert names(out.parent) == []

@@ -1,5 +1,6 @@
 """GPTQ through its contract: against a slow float64 version in the paper's form, and properties of what it returns."""
 
+import types
 from functools import cache
 from itertools import pairwise
 
@@ -454,3 +455,24 @@ def test_every_quantizer_meets_the_contract(method):
     assert total(weight, qweight, hessian_of(96)) < 0.05 * total(
         0 * weight, quantize_nearest(weight, scheme), hessian_of(96)
     )
+
+
+# On a GPU the columns of a group run in a kernel, which is tried against the definition first
+
+
+def by_definition(target, feedback, costs, scales, zeros, levels):
+    problem = gptq._Problem(target, None, len(target), Scheme(levels.bit_length() - 1, 16, False), torch.float32)
+    return problem._columns(target, feedback, costs, scales, zeros)
+
+
+def test_a_kernel_that_differs_is_noticed():
+    def differs(columns):
+        return gptq._differs(types.SimpleNamespace(columns=columns), torch.device("cpu"))
+
+    def faulty(changed):
+        return lambda *args: tuple(changed(i, part) for i, part in enumerate(by_definition(*args)))
+
+    assert differs(by_definition) is None
+    assert "differ" in differs(faulty(lambda i, part: part + 1 if i == 0 else part))
+    assert "differ" in differs(faulty(lambda i, part: 2 * part if i == 3 else part))
+    assert gptq._kernels(torch.device("cpu")) is None

@@ -1,0 +1,124 @@
+"""The kernels of `lowbit_kernels`: dequantization fused into the product, on GPUs."""
+
+from functools import cache
+
+import torch
+
+from lowbit.errors import first_line
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import PER_CHANNEL
+
+# Tests set it: kernels then run on the CPU, in triton's interpreter (TRITON_INTERPRET=1)
+INTERPRETED = False
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_GROUP_MULTIPLE = 32
+# Of the trial of a GPU: rows for each of the two kernels, a weight, and far more error than rounding makes
+_TRIAL_ROWS, _TRIAL_SHAPE, _TRIAL_ERROR = (1, 33), (64, 512), 2e-2
+
+
+def available() -> str | None:
+    try:
+        from lowbit_kernels import ops  # noqa: F401 - registers the operators
+    except ImportError as error:
+        return f"cannot import the kernels: {error}"
+    return None if torch.cuda.is_available() or INTERPRETED else "there is no GPU"
+
+
+@cache
+def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels are not to be trusted on `device`, or None: a small product of each is compared with plain torch.
+    A compiler or a GPU that nobody has tried them on costs speed then, not correctness."""
+    from lowbit_kernels import ops, reference
+    from lowbit_kernels.layout import Layout, pack
+    from lowbit_kernels.tune import random_weight
+
+    layout = Layout(bits, 128, sym, dtype, *_TRIAL_SHAPE)
+    weight = random_weight(layout, device)
+    packed = pack(*weight, bits)
+    for rows in _TRIAL_ROWS:
+        x = torch.randn(rows, layout.in_features, device=device).to(dtype)
+        wanted = reference.linear(x.float(), *weight, bits)
+        try:
+            y = ops.linear(x, *packed, None, bits, layout.group_size, sym, layout.out_features)
+        except Exception as error:  # of a compiler or a driver: whatever it is, there is another backend
+            return f"its kernels fail on {device}: {type(error).__name__}: {first_line(error)}"
+        error = float((y.float() - wanted).norm() / wanted.norm())
+        if not error < _TRIAL_ERROR:
+            return f"its kernels compute something else on {device}: relative error {error:.1e} for {rows} rows"
+    return None
+
+
+def refuse(scheme, device, dtype, shape):
+    kind = torch.device(device).type
+    if kind != ("cpu" if INTERPRETED else "cuda"):
+        return f"runs on GPUs, not on {kind}"
+    if reason := available():
+        return reason
+    if dtype not in _DTYPES:
+        return f"runs bfloat16 and float16, not {dtype}"
+    group = scheme.group_size
+    if group != PER_CHANNEL and scheme.groups(shape[1]) > 1 and group % _GROUP_MULTIPLE:
+        return f"group_size {group} is not a multiple of {_GROUP_MULTIPLE}"
+    return _trial(scheme.bits, scheme.sym, dtype, torch.device(device))
+
+
+def prepare(qweight: QuantWeight):
+    """Act-order is undone once, here: inputs are sorted by group, and x will be gathered in that order."""
+    from lowbit_kernels.layout import pack
+
+    codes, buffers = qweight.codes, {}
+    if qweight.g_idx is not None:
+        order = torch.argsort(qweight.g_idx, stable=True)
+        codes = codes[:, order]
+        buffers = {"order": order, "g_idx": qweight.g_idx}
+    weight, meta = pack(codes, qweight.scales, qweight.zeros, qweight.scheme.bits)
+    # without elements: for `restore` to know the dtype of the scales
+    return {"weight": weight, "meta": meta, "scales_like": qweight.scales.new_empty(0), **buffers}
+
+
+def restore(buffers, scheme, shape):
+    from lowbit_kernels.layout import Layout, unpack
+
+    layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, *shape)
+    codes, scales, zeros = unpack(buffers["weight"], buffers["meta"], layout)
+    if "order" in buffers:
+        codes = codes[:, torch.argsort(buffers["order"])]
+    return QuantWeight(codes, scales, scheme, zeros, buffers.get("g_idx"))
+
+
+def _group_size(scheme, shape) -> int:
+    """A group that is the whole row is a scale per row, whatever it is called."""
+    return scheme.group_size if scheme.groups(shape[1]) > 1 else PER_CHANNEL
+
+
+def linear(x, buffers, scheme, shape):
+    if "order" in buffers:
+        x = x[:, buffers["order"]]
+    return torch.ops.lowbit_kernels.linear(
+        x, buffers["weight"], buffers["meta"], None, scheme.bits, _group_size(scheme, shape), scheme.sym, shape[0]
+    )
+
+
+def table_of(device) -> str:
+    """The file that `tune` writes to."""
+    from lowbit_kernels import select
+
+    return str(select.user_table(select.gpu_of(torch.device(device))))
+
+
+def tune(scheme, shape: tuple[int, int], dtype, rows: int, device, on_candidate=lambda: None) -> dict:
+    """Find the fastest kernel for x [rows, in_features] and a weight (out_features, in_features), and remember it.
+
+    {"kernel", "config", "us", "key", "dropped"}: dropped says which candidates failed, and why.
+    """
+    from lowbit_kernels import select
+    from lowbit_kernels.layout import Layout
+    from lowbit_kernels.tune import fastest
+
+    device = torch.device(device)
+    layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, dtype, *shape)
+    kernel, config, us, dropped = fastest(layout, rows, device, on_candidate)
+    gpu, key = select.gpu_of(device), select.key(layout, rows)
+    select.write_table(select.user_table(gpu), gpu, {key: (kernel, config, us)})
+    return {"key": key, "kernel": kernel, "config": vars(config), "us": us, "dropped": dropped}

@@ -1,0 +1,272 @@
+"""Are the kernels right on this GPU, and how fast beside what else runs here? See gpu_check.sh.
+
+1. Ceilings of this very card: copying, and multiplying dense matrices.
+2. Every kernel against float64, into outputs full of NaN, and 50 repeats that must be equal to the bit.
+3. Times in CUDA graphs over rotating weights, of lowbit's kernels and of every peer in turn.
+
+Writes gpu_check.json into --out. Exits with 1 if a result was wrong.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+import triton
+from gpu_peers import PEERS
+
+from lowbit_kernels import gemm, gemm_hopper, ops, reference, select, skinny
+from lowbit_kernels.layout import Layout, pack
+from lowbit_kernels.timing import copies_for, microseconds
+from lowbit_kernels.tune import random_weight
+
+# Largest relative error: products are exact in float32, y is rounded once; beyond decoding, the scaled weight too
+ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
+# (out_features, in_features) of the linears of Llama 3
+SHAPES = {
+    "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
+    "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
+}  # fmt: skip
+ROWS = (1, 4, 16, 32, 64, 128, 512, 2048)
+TINY_SHAPES, TINY_ROWS = {"tiny": (64, 128)}, (1, 33)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu_check"))
+    parser.add_argument(
+        "--seconds", type=float, default=440, help="what is not measured by then is left out, and named"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a few small cases; also in triton's interpreter, on a CPU")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and not args.tiny:
+        print("no GPU here: --tiny with TRITON_INTERPRET=1 runs a few cases on the CPU", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    started = time.perf_counter()
+    result = {"facts": facts(device), "ceilings": ceilings(device)}
+    print(json.dumps(result, indent=1), flush=True)
+    result["correctness"] = check_all(device, args.tiny, started + 0.4 * args.seconds)
+    result["timings"], result["left_out"] = time_all(device, args.tiny, started + args.seconds)
+    result["seconds"] = time.perf_counter() - started
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+    wrong = [case for case in result["correctness"] if case["wrong"]]
+    for case in wrong:
+        print(f"WRONG {case['case']}: {case['wrong']}")
+    print(
+        f"{len(result['correctness'])} cases, {len(wrong)} wrong; {result['seconds']:.0f} s; {args.out}/gpu_check.json"
+    )
+    return 1 if wrong else 0
+
+
+def facts(device: torch.device) -> dict:
+    def output(*command):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = output("git", "describe", "--always", "--dirty")
+        clocks = output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,driver_version", "--format=csv")
+    except FileNotFoundError:
+        commit = clocks = None
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": select.gpu_of(device).name,
+        "commit": commit,
+        "clocks": clocks,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def ceilings(device: torch.device) -> dict:
+    """Bytes per second read and written by a copy, and operations per second of a bf16 product, at their best."""
+    large = device.type == "cuda"
+    source = torch.empty(2**30 if large else 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_us, _ = microseconds([lambda: target.copy_(source)] * 4, device)
+    size = 8192 if large else 128
+    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    product_us, _ = microseconds([lambda: a @ b] * 4, device)
+    return {"copy_bytes_per_s": 2 * source.numel() / copy_us * 1e6, "bf16_flops": 2 * size**3 / product_us * 1e6}
+
+
+def correctness_cases(tiny: bool):
+    """(layout, rows, kernel, config): odd sizes, every width, group, symmetry and dtype, every kernel."""
+    shape = (72, 256) if tiny else (1000, 4096)
+    for bits in (4,) if tiny else (4, 2, 3, 8):
+        for group_size in (128,) if tiny else (128, 32, 64, 256, -1):
+            for sym in (False,) if tiny else (True, False):
+                for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float16):
+                    layout = Layout(bits, group_size, sym, dtype, *shape)
+                    for rows in (1,) if tiny else (1, 7, 16, 17, 32):
+                        yield layout, rows, "skinny", skinny.default_config(layout, rows, programs=512)
+                    for rows in (33,) if tiny else (33, 129, 512):
+                        yield layout, rows, "gemm", gemm.default_config(layout, rows)
+                        yield layout, rows, "dense", select.Dense(2**20)
+                        if not tiny:
+                            yield layout, rows, "hopper", gemm_hopper.Config()
+
+
+def check_all(device: torch.device, tiny: bool, deadline: float) -> list[dict]:
+    results, gpu = [], select.gpu_of(device)
+    for layout, rows, kernel, config in correctness_cases(tiny):
+        if time.perf_counter() > deadline:
+            break
+        weight = random_weight(layout, device)
+        packed = pack(*weight, layout.bits)
+        x = torch.randn(rows, layout.in_features, device=device).to(layout.dtype)
+        if kernel == "hopper" and gemm_hopper.refusal(layout, config, x):
+            continue
+        if select.refuse(kernel, config, gpu):
+            continue
+        entry = {"case": f"{kernel} {select.key(layout, rows)} rows {rows}", "config": asdict(config), "wrong": None}
+        try:
+            entry["error"], entry["wrong"] = check(x, weight, packed, layout, select.Choice(kernel, config, ""))
+        except Exception as error:  # a kernel that does not compile or launch is a result too
+            entry["wrong"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        results.append(entry)
+    return results
+
+
+def check(x, weight, packed, layout: Layout, choice: select.Choice) -> tuple[float, str | None]:
+    """(relative error, what is wrong or None)"""
+    exact = x.double() @ reference.dequantize(*weight, layout.bits).double().T
+    # what the allocator hands out next is full of NaN: an element that is not written shows
+    del_me = torch.full((len(x), layout.out_features), torch.nan, dtype=layout.dtype, device=x.device)
+    del del_me
+    first = ops.run(x, *packed, layout, None, choice)
+    error = float((first.double() - exact).norm() / exact.norm())
+    allowed = ROUNDING[layout.dtype] * (1 if choice.kernel == "skinny" else 2)
+    if not error <= allowed:
+        return error, f"relative error {error:.2e}, allowed {allowed:.2e}"
+    for repeat in range(50 if x.is_cuda else 1):
+        if not torch.equal(ops.run(x, *packed, layout, None, choice), first):
+            return error, f"repeat {repeat} differs"
+    return error, None
+
+
+def variants(layout: Layout, rows: int, gpu: select.Gpu):
+    """What lowbit could run: the choice of its tables or rule first, then what else might win."""
+    chosen = select.choose(layout, rows, torch.device("cuda") if gpu.name != "interpreter" else torch.device("cpu"))
+    yield chosen
+    if rows > select.SKINNY_ROWS and gpu.capability == (9, 0):
+        for config in (gemm_hopper.Config(64), gemm_hopper.Config(128), gemm_hopper.Config(256, 3)):
+            if config.block_m <= 2 * rows:
+                yield select.Choice("hopper", config, "variant")
+    if rows >= 512:
+        yield select.Choice("dense", select.Dense(), "variant")
+    if rows <= select.SKINNY_ROWS and chosen.kernel == "skinny":
+        for split in {max(1, chosen.config.split // 2), chosen.config.split * 2} - {chosen.config.split}:
+            yield select.Choice("skinny", skinny.Config(**{**asdict(chosen.config), "split": split}), "variant")
+
+
+def time_all(device: torch.device, tiny: bool, deadline: float) -> tuple[list[dict], list[str]]:
+    rows_of, results, left_out = (TINY_ROWS if tiny else ROWS), [], []
+    cases = [(4, name, shape) for name, shape in (TINY_SHAPES if tiny else SHAPES).items()]
+    cases += [] if tiny else [(8, "8B gate_up", SHAPES["8B gate_up"])]
+    for bits, name, shape in cases:
+        layout = Layout(bits, 128, True, torch.bfloat16, *shape)
+        if time.perf_counter() > deadline:
+            left_out.append(f"w{bits} {name}")
+            continue
+        results += time_shape(layout, f"w{bits} {name}", rows_of, device, deadline)
+    return results, left_out
+
+
+def time_shape(layout: Layout, name: str, rows_of, device: torch.device, deadline: float) -> list[dict]:
+    weight = random_weight(layout, device)
+    packed = pack(*weight, layout.bits)
+    stored = sum(part.nbytes for part in packed)
+    weights = [packed, *(tuple(p.clone() for p in packed) for _ in range(copies_for(stored, device) - 1))]
+    results, peers_of_shape = [], make_peers(weight, layout, device)
+    for rows in rows_of:
+        if time.perf_counter() > deadline:
+            break
+        x = torch.randn(rows, layout.in_features, device=device).to(layout.dtype)
+        wanted = reference.linear(x.float(), *weight, layout.bits)
+        times = {}
+        for choice in variants(layout, rows, select.gpu_of(device)):
+            calls = [partial(ops.run, x, *pair, layout, None, choice) for pair in weights]
+            label = f"{choice.kernel} {' '.join(f'{k}={v}' for k, v in asdict(choice.config).items())}"
+            times[label] = measured(calls, x, wanted, 2e-2, device)
+        peers = {}
+        for peer, made in peers_of_shape.items():
+            peers[peer] = {"reason": made} if isinstance(made, str) else (
+                measured([partial(run, x) for run in made], x, wanted, PEERS[peer][1], device)
+            )  # fmt: skip
+        results.append({"shape": name, "out_features": layout.out_features, "in_features": layout.in_features,
+                        "rows": rows, "bits": layout.bits, "stored_bytes": stored,
+                        "lowbit": times, "peers": peers})  # fmt: skip
+        print(line(results[-1]), flush=True)
+    return results
+
+
+def make_peers(weight, layout: Layout, device: torch.device) -> dict[str, list | str]:
+    """peer -> functions of x, each with a copy of the weight of its own, or why it cannot run here."""
+    made = {}
+    for peer, (make, _) in PEERS.items():
+        size = layout.out_features * layout.in_features * (2 if peer == "cublas" else layout.bits / 8)
+        try:
+            made[peer] = [make(*weight, layout) for _ in range(copies_for(int(size), device))]
+        except Exception as error:  # not installed, or not for this layout
+            made[peer] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return made
+
+
+def measured(calls, x, wanted, largest: float | None, device: torch.device) -> dict:
+    """{"us", "spread", "error"}, or {"reason"} if it failed or computed something else."""
+    try:
+        error = float((calls[0]().float() - wanted).norm() / wanted.norm())
+        if largest is not None and not error <= largest:
+            return {"reason": f"relative error {error:.2e}"}
+        us, spread = microseconds(calls, device)
+    except Exception as failure:  # another kernel's time is still worth having
+        return {"reason": f"{type(failure).__name__}: {str(failure).strip()[:200]}"}
+    return {"us": us, "spread": spread, "error": error}
+
+
+def best(times: dict) -> tuple[str, float] | None:
+    ran = {name: entry["us"] for name, entry in times.items() if "us" in entry}
+    return min(ran.items(), key=lambda item: item[1]) if ran else None
+
+
+def against_best_peer(entry: dict) -> float:
+    """How many times faster lowbit's first choice is than the fastest peer; below 1 it loses."""
+    mine, peer = next(iter(entry["lowbit"].values())), best(entry["peers"])
+    return peer[1] / mine["us"] if "us" in mine and peer else 0.0
+
+
+def line(entry: dict) -> str:
+    name, mine = next(iter(entry["lowbit"].items()))
+    variant, peer, dense = best(entry["lowbit"]), best(entry["peers"]), entry["peers"]["cublas"]
+    if "us" not in mine:
+        return f"{entry['shape']:16} {entry['rows']:5}  {mine['reason']}"
+    rate = entry["stored_bytes"] / mine["us"] / 1e6
+    over = f"{dense['us'] / mine['us']:6.2f}x" if "us" in dense else "     -"
+    return (f"{entry['shape']:16} {entry['rows']:5} {mine['us']:9.1f} us {rate:6.2f} TB/s {over} cublas  "
+            f"best peer {peer[0] if peer else '-'} {against_best_peer(entry):.2f}x  {name}"
+            + (f"; {variant[0]} {variant[1]:.1f} us" if variant[0] != name else ""))  # fmt: skip
+
+
+def show(result: dict) -> None:
+    """One line for each row of the table, those that lose against a peer first."""
+    copy, flops = result["ceilings"]["copy_bytes_per_s"] / 1e12, result["ceilings"]["bf16_flops"] / 1e12
+    print(f"\n{result['facts']['device']}: copies {copy:.2f} TB/s, multiplies {flops:.0f} TFLOP/s in bf16")
+    for entry in sorted(result["timings"], key=against_best_peer):
+        print(line(entry))
+    for name in result["left_out"]:
+        print(f"left out, no time: {name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

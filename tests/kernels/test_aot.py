@@ -1,0 +1,184 @@
+"""Kernels as machine code: compiled for GPUs that are not here, and what the report would say of bad ones."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from aot import hazard, ptx, sass, shipped  # noqa: E402
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+REPRESENTATIVE = (
+    "skinny-w4-g128-sym-bf16-m8-n64-",
+    "skinny-w4-g128-sym-bf16-m16-n128-",
+    "gemm-w4-g128-sym-bf16-m64-",
+    "hopper-w4-g128-sym-bf16-m128-",
+)
+
+
+def run(*arguments, tmp_path):
+    """A python process of its own: here triton may already be in the interpreter's mode."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(ROOT / "triton_kernels"), str(SCRIPTS), environment.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@needs_triton
+def test_shipped_kernels_pass_the_check(tmp_path):
+    done = run(SCRIPTS / "kernel_report.py", "--check", "--only", *REPRESENTATIVE, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for part in REPRESENTATIVE:
+        assert part in done.stdout
+
+
+BAD = """
+from dataclasses import replace
+from aot import measure, shipped
+
+one = next(shipped.find(["skinny-w4-g128-sym-bf16-m8-n64-"]))
+good = shipped.call(one)
+
+def show(call, before=None):
+    print(measure.problems(one, measure.measure(call, "sm_90", one.bits, one.block_m), "sm_90", before))
+
+show(good)
+show(good, before={"instructions_per_weight": 1.0, "spills": 0})
+show(replace(good, options=good.options | {"maxnreg": 32}))
+show(replace(good, types=good.types | {"weight": "*i16:1"}))
+"""
+
+
+@needs_triton
+def test_bad_kernels_are_flagged(tmp_path):
+    done = run("-c", BAD, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    good, slow, few_registers, misaligned = done.stdout.splitlines()
+    assert good == "[]"
+    assert "instructions per weight, recorded 1.0" in slow
+    assert "spills" in few_registers
+    assert "bytes of weight at a time, expected 16" in misaligned
+
+
+def listing(*instructions):
+    """nvdisasm's text; a name that ends in a colon is a label."""
+    lines = (
+        f"{text}" if text.endswith(":") else f"        /*{16 * number:04x}*/                   {text} ;"
+        for number, text in enumerate(instructions)
+    )
+    return sass.parse("\n".join(lines))
+
+
+WGMMA = "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0"
+WAIT, WAIT_BUT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+LOOP = "@P0 BRA `(.L_x_1)"
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        pytest.param((".L_x_1:", WGMMA, WAIT, "LOP3.LUT R89, R1, R2, RZ, 0xc0, !PT", LOOP, "EXIT"), None, id="waited"),
+        pytest.param((WGMMA, "LOP3.LUT R89, R1, R2, RZ, 0xc0, !PT", WAIT, "EXIT"), "left operand", id="too early"),
+        pytest.param((WGMMA, "LOP3.LUT R92, R1, R2, RZ, 0xc0, !PT", WAIT, "EXIT"), None, id="another register"),
+        pytest.param((WGMMA, "LDG.E.128 R88, desc[UR4][R2.64]", WAIT, "EXIT"), "left operand", id="by a load"),
+        pytest.param((WGMMA, "LDG.E.128 R85, desc[UR4][R2.64]", WAIT, "EXIT"), "left operand", id="its last register"),
+        pytest.param((WGMMA, "STG.E desc[UR4][R2.64], R88", WAIT, "EXIT"), None, id="only read"),
+        pytest.param((WGMMA, "FADD R1, R24, R25", WAIT, "EXIT"), "reads accumulators", id="sums too early"),
+        pytest.param((".L_x_1:", "MOV R88, R1", WGMMA, LOOP, WAIT, "EXIT"), "left operand", id="in the next iteration"),
+        pytest.param(
+            (".L_x_1:", WGMMA, WAIT_BUT_ONE, "MOV R88, R1", LOOP, WAIT, "EXIT"), "left operand", id="one may still run"
+        ),
+        pytest.param(
+            (WGMMA, WGMMA.replace("R88", "R92"), WAIT_BUT_ONE, "MOV R88, R1", WAIT, "EXIT"),
+            None,
+            id="the older is done",
+        ),
+        pytest.param(
+            (WGMMA, "@P1 BRA `(.L_x_2)", WAIT, ".L_x_2:", "MOV R88, R1", "EXIT"), "left operand", id="around the wait"
+        ),
+    ],
+)
+def test_registers_of_running_wgmmas(instructions, expected):
+    found = hazard.check(listing(*instructions))
+    assert [expected in h.what for h in found] == [True] if expected else found == []
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_arrival_needs_a_barrier(barrier):
+    arrive = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR11+0x20070], RZ"
+    between = ("BAR.SYNC.DEFER_BLOCKING 0x0, 0x80",) if barrier else ()
+    program = listing(WGMMA, WAIT, *between, "MOV R1, R2", arrive, "EXIT")
+    assert hazard.early_arrivals(program) == ([] if barrier else [arrive])
+
+
+def test_hot_loop_is_the_innermost_with_tensor_cores():
+    product = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
+    program = listing(
+        ".L_x_1:", "MOV R1, R2", ".L_x_2:", product, "@P0 BRA `(.L_x_2)", "MOV R1, R2", "@P1 BRA `(.L_x_1)", "EXIT"
+    )
+    assert [i.op for i in program.hot_loop()] == ["HMMA.16816.F32.BF16", "BRA"]
+
+
+def test_loads_lead_back_to_their_argument():
+    text = """
+    .param .u64 .ptr .global .align 1 k_param_0,
+    .param .u64 .ptr .global .align 1 k_param_1,
+    .param .u32 k_param_2
+    ld.param.b64 %rd1, [k_param_0];
+    ld.param.b64 %rd2, [k_param_1];
+    ld.param.b32 %r9, [k_param_2];
+    mad.wide.s32 %rd3, %r9, 2, %rd1;
+    add.s64 %rd4, %rd2, %rd9;
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd3 + 0 ];
+    cp.async.ca.shared.global [ %r5 + 0 ], [ %rd4 + 64 ], 0x8, %r6;
+    ld.global.b32 { %r7 }, [ %rd8 + 0 ];
+    """
+    assert ptx.load_widths(text, ["x", "weight"]) == {"?": [4], "weight": [8], "x": [16]}
+
+
+def test_ids_are_unique():
+    ids = [one.id for one in shipped.SHIPPED]
+    assert len(ids) == len(set(ids))
+
+
+@needs_triton
+def test_hopper_kernel_says_what_it_cannot_do():
+    gemm_hopper = pytest.importorskip("lowbit_kernels.gemm_hopper")
+    from lowbit_kernels.layout import Layout, pack
+
+    def layout(bits=4, group_size=128, in_features=256):
+        return Layout(bits, group_size, True, torch.bfloat16, 64, in_features)
+
+    x = torch.ones(33, 256, dtype=torch.bfloat16)
+    for config, words in (({"block_m": 32}, "block_m"), ({"stages": 9}, "stages"), ({"block_m": 256}, "stages")):
+        with pytest.raises(ValueError, match=words):
+            gemm_hopper.Config(**config)
+    with pytest.raises(ValueError, match="split is 2, expected 1 for block_m 256"):
+        gemm_hopper.Config(block_m=256, stages=3, split=2)
+    config, large = gemm_hopper.Config(), gemm_hopper.Config(block_m=256, stages=3)
+    assert "bits is 3" in gemm_hopper.refusal(layout(bits=3, in_features=512), config, x)
+    assert "padded to 320" in gemm_hopper.refusal(layout(bits=8, group_size=-1, in_features=320), config, x)
+    assert "group_size is 64" in gemm_hopper.refusal(layout(bits=8, group_size=64), config, x)
+    assert "registers would spill" in gemm_hopper.refusal(layout(bits=8), large, x)
+    if not torch.cuda.is_available():
+        assert "compute capability 9.0" in gemm_hopper.refusal(layout(), config, x)
+        weight, meta = pack(torch.zeros(64, 256, dtype=torch.uint8), torch.ones(64, 2, dtype=x.dtype), None, 4)
+        with pytest.raises(ValueError, match=r"x is on cpu, expected a GPU of compute capability 9\.0"):
+            gemm_hopper.launch(x, weight, meta, layout(), config)
+        with pytest.raises(ValueError, match=r"bias is torch\.float32"):
+            gemm_hopper.launch(x, weight, meta, layout(), config, bias=torch.zeros(64))
+        with pytest.raises(ValueError, match=r"x is torch.bfloat16 \[33, 128\]"):
+            gemm_hopper.launch(x[:, :128], weight, meta, layout(), config)

@@ -1,0 +1,114 @@
+"""The PTX of every decoding, executed here over all halfwords: what the kernels compile is what is proved."""
+
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="kernels need triton")
+
+from lowbit_kernels.decode import fragment_ptx, scale_ptx, slices_of
+from lowbit_kernels.layout import SLICES, fields, zero_offset
+
+HALFWORDS = np.arange(65536, dtype=np.uint32)
+# the upper half of a register holds something else than the lower one, so that nothing may leak between them
+OTHERS = HALFWORDS[::-1].copy()
+
+
+def values(halves, dtype):
+    """Numbers float64 that 16-bit patterns stand for."""
+    halves = halves.astype(np.uint32)
+    if dtype == "bf16":
+        return (halves << 16).view(np.float32).astype(np.float64)
+    return halves.astype(np.uint16).view(np.float16).astype(np.float64)
+
+
+def patterns(numbers, dtype):
+    """16-bit patterns of float64 numbers, rounded to nearest even (exact products and sums come in as float64)."""
+    if dtype == "fp16":
+        return numbers.astype(np.float16).view(np.uint16).astype(np.uint32)
+    single = numbers.astype(np.float32)
+    assert (single == numbers).all(), "rounding twice"
+    bits = single.view(np.uint32)
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+def execute(text, *inputs):
+    """Run inline assembly on registers $1, ...: arrays uint32. Returns $0."""
+    registers = {f"${i}": value for i, value in enumerate(inputs, start=1)}
+
+    def read(name):
+        return registers[name] if name in registers else np.uint32(int(name, 0))
+
+    lines = [line.strip() for line in text.strip().removeprefix("{").removesuffix("}").split(";")]
+    for line in filter(None, lines):
+        operation, arguments = line.split(maxsplit=1)
+        if operation == ".reg":
+            continue
+        target, *sources = re.split(r",\s*", arguments)
+        sources = [read(source) for source in sources]
+        if operation == "mov.b32":
+            result = sources[0]
+        elif operation == "shr.u32":
+            result = sources[0] >> sources[1]
+        elif operation == "lop3.b32":
+            a, b, c, table = sources
+            result = np.uint32(0)
+            for minterm in range(8):  # bit i of the table is the result for (a, b, c) = the bits of i
+                if table >> minterm & 1:
+                    chosen = [v if minterm >> s & 1 else ~v for v, s in ((a, 2), (b, 1), (c, 0))]
+                    result = result | (chosen[0] & chosen[1] & chosen[2])
+        else:
+            dtype = {"fma.rn.bf16x2": "bf16", "fma.rn.f16x2": "fp16"}[operation]
+            low, high = (
+                patterns(np.multiply(*(values(s >> shift & 0xFFFF, dtype) for s in sources[:2]))
+                         + values(sources[2] >> shift & 0xFFFF, dtype), dtype)
+                for shift in (0, 16)
+            )  # fmt: skip
+            result = low | high << 16
+        registers[target] = np.asarray(result, dtype=np.uint32)
+    return registers["$0"]
+
+
+def codes_of(planes, bits, p):
+    """The codes that halfwords hold by the layout's table, the planes in the order in which `fields` names them."""
+    code = sum(
+        ((h >> shift) & (2**width - 1)) << low
+        for h, (_, shift, low, width) in zip(planes, fields(bits, p), strict=True)
+    )
+    return (code ^ 128 if bits == 8 else code).astype(np.int64)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("bits", SLICES)
+def test_every_halfword_and_zero_point(bits, dtype):
+    offset = zero_offset(bits, dtype == "fp16")
+    generator = np.random.default_rng(0)
+    assert slices_of(bits) == SLICES[bits]
+    for p in range(SLICES[bits]):
+        # every halfword in each plane; several planes in orders of their own
+        low = [HALFWORDS, *(generator.permutation(HALFWORDS) for _ in fields(bits, p)[1:])]
+        high = [OTHERS, *(generator.permutation(HALFWORDS) for _ in fields(bits, p)[1:])]
+        registers = [a | b << 16 for a, b in zip(low, high, strict=True)]
+        for zero in (None, *range(2**bits)):
+            summand = [] if zero is None else [patterns(np.array([-float(zero + offset)]), dtype) * 0x10001]
+            result = execute(fragment_ptx(bits, p, zero is None, dtype), *registers, *summand)
+            for half, planes in ((result & 0xFFFF, low), (result >> 16, high)):
+                expected = codes_of(planes, bits, p) - (2 ** (bits - 1) if zero is None else zero)
+                assert (values(half, dtype) == expected).all(), (bits, p, zero)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_scale_rounds_once(dtype):
+    codes = np.arange(-255, 256, dtype=np.float64)
+    for scale in values(np.array([0x0000, 0x3F80, 0x3C23, 0x2E66, 0x1234]), dtype):
+        a, b = patterns(codes, dtype), patterns(np.full_like(codes, scale), dtype)
+        result = execute(scale_ptx(dtype), a | a << 16, b | b << 16)
+        assert (result == patterns(codes * scale, dtype) * 0x10001).all()
+
+
+def test_instructions_per_weight():
+    """Two weights cost a shift, one lop3 and one fma: more would make decoding the bottleneck on Hopper."""
+    for bits, most in ((2, 3), (3, 3), (4, 3), (8, 4)):
+        text = fragment_ptx(bits, 1, True, "bf16")
+        assert len(re.findall(r"(shr|lop3|fma)\.", text)) == most

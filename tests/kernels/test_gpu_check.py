@@ -1,0 +1,52 @@
+"""scripts/gpu_check.sh and `lowbit tune` on tiny shapes in the interpreter, so that they work when a GPU is at hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+# The command, with the kernels on the CPU
+TUNE = "from lowbit.backends import triton; triton.INTERPRETED = True; from lowbit.cli import main; main()"
+
+
+def environment(**more):
+    paths = [str(ROOT), str(ROOT / "triton_kernels"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "TRITON_INTERPRET": "1", "LOWBIT_PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}  # fmt: skip
+
+
+def test_gpu_check(tmp_path):
+    command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--tiny", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert result["facts"]["device"] == "interpreter" and result["left_out"] == []
+    kernels = {case["case"].split()[0] for case in result["correctness"]}
+    assert kernels == {"skinny", "gemm", "dense"} and not any(case["wrong"] for case in result["correctness"])
+    for entry in result["timings"]:
+        assert all("us" in times for times in entry["lowbit"].values()), entry
+        assert "us" in entry["peers"]["cublas"] and "reason" in entry["peers"]["gemlite"]
+    assert "0 wrong" in done.stdout
+
+
+def test_tune(tmp_path):
+    def lowbit(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", TUNE, "tune", *arguments],
+            env=environment(LOWBIT_KERNELS_TABLES=str(tmp_path)), capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    done = lowbit("64x64", "--rows", "1", "--scheme", "W8A16-G32", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["table"] == str(tmp_path / "interpreter.json")
+    stored = json.loads((tmp_path / "interpreter.json").read_text())["entries"]
+    assert [entry["key"] for entry in found["entries"]] == list(stored) == ["w8 g32 sym bf16 64x64 m1"]

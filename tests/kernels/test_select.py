@@ -1,0 +1,135 @@
+"""Which kernel runs: rule, shipped table, user's table; and what happens to entries that cannot be used."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lowbit_kernels import gemm, gemm_hopper, select, skinny, tune
+from lowbit_kernels.layout import Layout
+
+CPU = torch.device("cpu")
+LAYOUT = Layout(4, 128, True, torch.bfloat16, 128, 256)
+H100 = select.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132)
+A100 = select.Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108)
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path, monkeypatch):
+    monkeypatch.setenv(select.TABLES_VARIABLE, str(tmp_path))
+    select.forget()
+    yield tmp_path
+    select.forget()
+
+
+def test_keys_and_buckets():
+    assert select.key(LAYOUT, 3) == "w4 g128 sym bf16 128x256 m4"
+    assert select.key(Layout(8, 256, False, torch.float16, 7, 256), 5000) == "w8 grow asym fp16 7x256 m4096"
+    assert [select.bucket(rows) for rows in (1, 2, 3, 33, 4096, 10**6)] == [1, 2, 4, 64, 4096, 4096]
+    assert H100.slug == "nvidia-h100-80gb-hbm3"
+
+
+@pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.slug)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_rule_gives_what_can_be_launched(gpu, bits):
+    for shape in ((64, 512), (96, 1024), (4096, 4096), (28672, 4096), (4096, 14336)):
+        layout = Layout(bits, 128, True, torch.bfloat16, *shape)
+        for rows in (1, 8, 9, 32, 33, 512, 4095, 4096):
+            kernel, config = select.rule(layout, rows, gpu)
+            assert kernel == ("skinny" if rows <= 32 else "gemm" if rows < 4096 else "dense")
+            assert select.refuse(kernel, config, gpu) is None
+            if kernel != "dense":
+                assert layout.padded_out % config.block_n == 0
+            if kernel == "skinny":
+                assert layout.tiles % config.tiles == 0 and config.block_m >= min(rows, 32)
+
+
+def test_the_users_table_wins():
+    gpu = select.gpu_of(CPU)
+    assert select.choose(LAYOUT, 3, CPU).reason == "by rule"
+    config = skinny.Config(block_n=32, block_m=8, warps=1)
+    select.write_table(select.user_table(gpu), gpu, {select.key(LAYOUT, 3): ("skinny", config, 4.25)})
+    assert select.choose(LAYOUT, 4, CPU) == select.Choice("skinny", config, "tuned here")
+    assert select.choose(LAYOUT, 5, CPU).reason == "by rule"  # exactly this case, or none
+    more = gemm.Config(block_n=64, block_m=64)
+    select.write_table(select.user_table(gpu), gpu, {select.key(LAYOUT, 40): ("gemm", more, 9.0)})
+    stored = json.loads(select.user_table(gpu).read_text())
+    assert set(stored["entries"]) == {select.key(LAYOUT, 3), select.key(LAYOUT, 40)} and stored["device"] == gpu.name
+    assert [path.name for path in select.user_table(gpu).parent.iterdir()] == ["interpreter.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"entries": {"a": 3}}', "\0"], ids=repr)
+def test_a_damaged_table_is_reported_and_passed_over(text, caplog):
+    path = select.user_table(select.gpu_of(CPU))
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert select.choose(LAYOUT, 3, CPU).reason == "by rule"
+    assert str(path) in caplog.text
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"kernel": "marlin", "config": {}}, {"kernel": "skinny", "config": {"block_n": 7}}, {"config": {}},
+     {"kernel": "gemm", "config": {"tile": 3}}],
+    ids=str,
+)  # fmt: skip
+def test_entries_of_another_version_are_passed_over(entry, caplog):
+    gpu = select.gpu_of(CPU)
+    path = select.user_table(gpu)
+    path.write_text(json.dumps({"entries": {select.key(LAYOUT, 3): entry}}))
+    with caplog.at_level(logging.INFO, logger="lowbit_kernels"):
+        assert select.choose(LAYOUT, 3, CPU).reason == "by rule"
+    assert select.key(LAYOUT, 3) in caplog.text
+
+
+def test_what_triton_miscompiles_is_not_used(monkeypatch):
+    joined = gemm.Config(joined=4)
+    for version, safe in (("3.6.0", False), ("3.7.0", True), ("3.9.1", True)):
+        monkeypatch.setattr(select.triton, "__version__", version)
+        select.wgmma_is_safe.cache_clear()
+        assert (select.refuse("gemm", joined, H100) is None) is safe
+        assert select.refuse("gemm", joined, A100) is None and select.refuse("gemm", gemm.Config(), H100) is None
+    select.wgmma_is_safe.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.slug)
+def test_candidates(gpu):
+    for rows in (1, 16, 40, 512):
+        found = list(tune.candidates(Layout(4, 128, True, torch.bfloat16, 4096, 4096), rows, gpu))
+        assert len(found) == len(set(found)) and 5 < len(found) < 100
+        kernels = {kernel for kernel, _ in found}
+        assert ("hopper" in kernels) is (rows > 32 and gpu is H100)
+        assert ("skinny" in kernels) is (rows <= 64)
+        assert all(isinstance(config, select.CONFIGS[kernel]) for kernel, config in found)
+    assert any(isinstance(c, gemm_hopper.Config) for _, c in tune.candidates(LAYOUT, 64, H100))
+
+
+def test_tuning_drops_what_computes_something_else(monkeypatch):
+    """Of three candidates the fastest is wrong, one is not repeatable, one raises: the fourth is taken."""
+    good = skinny.Config()
+    names = {name: ("skinny", skinny.Config(stages=n)) for n, name in enumerate(("wrong", "unsteady", "broken"), 4)}
+    monkeypatch.setattr(tune, "candidates", lambda *args: [*names.values(), ("skinny", good)])
+    run, calls = tune.ops.run, []
+
+    def faulty(x, weight, meta, layout, bias, choice):
+        y = run(x, weight, meta, layout, bias, select.Choice("skinny", good, ""))
+        calls.append(choice.config.stages)
+        if choice.config == names["wrong"][1]:
+            return y * 1.05
+        if choice.config == names["unsteady"][1]:
+            return y if calls.count(choice.config.stages) < 3 else y.nextafter(y + 1)
+        if choice.config == names["broken"][1]:
+            raise RuntimeError("out of shared memory")
+        return y
+
+    monkeypatch.setattr(tune.ops, "run", faulty)
+    kernel, config, us, dropped = tune.fastest(LAYOUT, 2, CPU)
+    assert (kernel, config) == ("skinny", good) and us > 0
+    reasons = list(dropped.values())
+    assert "relative error" in reasons[0] and reasons[1] == "repeats differ" and "shared memory" in reasons[2]
+    monkeypatch.setattr(tune, "candidates", lambda *args: [names["wrong"]])
+    with pytest.raises(RuntimeError, match="no kernel runs"):
+        tune.fastest(LAYOUT, 2, CPU)

@@ -1,0 +1,223 @@
+"""From packed halfwords to tensor core operands: the jit helpers every kernel shares.
+
+A code becomes a float by being written into the mantissa of a fixed exponent: 0x4300 | q is the bf16 number 128 + q,
+0x6400 | q the fp16 number 1024 + q. One fma then takes off that offset and the zero point, exactly: every number on the
+way is an integer its format can hold. The PTX works on two halfwords at a time and is elementwise, so it is right in
+whatever register layout the compiler picks. tests/kernels/test_decode.py executes its very text.
+
+EMU: triton's interpreter has no inline assembly, and bf16 arithmetic there is wrong. The same fields are then read with
+integer operations and all arithmetic is float32, rounded by hand where the GPU rounds.
+"""
+
+import triton
+import triton.language as tl
+
+from lowbit_kernels import layout
+
+INTERPRETED = triton.knobs.runtime.interpret  # what launchers pass as EMU
+
+fields = triton.constexpr_function(layout.fields)
+zero_offset = triton.constexpr_function(layout.zero_offset)
+
+
+@triton.constexpr_function
+def slices_of(bits):
+    """K slices of 32 inputs in a tile: layout.SLICES as a function, since kernels read no globals."""
+    return 16 if bits == 3 else 16 // bits
+
+
+@triton.constexpr_function
+def fragment_ptx(bits, p, sym, dtype):
+    """PTX of slice `p`: $0 = code - zero, two numbers of `dtype` ("bf16" or "fp16") in a register.
+
+    Inputs: the planes of the halfword that `fields(bits, p)` names ($1, ...) and, unless sym, the summand
+    -(zero + zero_offset) of the meta word, in both halves.
+    """
+    bf16 = dtype == "bf16"
+    exponent, one, sign = (0x4300 if bf16 else 0x6400), (0x3F80 if bf16 else 0x3C00), 0x8000
+    pair = 0x00010001  # a 16-bit constant for both halves
+    add = f"fma.rn.{'bf16x2' if bf16 else 'f16x2'} d, d, one,"  # sm_80 has no packed bf16 addition
+    parts = fields(bits, p)
+
+    lines = [".reg .b32 t, u, d, one;", f"mov.b32 one, {one * pair:#010x};"]
+    base = f"{exponent * pair:#010x}"
+    for i in range(len(parts)):
+        _, shift, low, width = parts[i]
+        mask = ((1 << width) - 1) << low
+        lines.append(f"shr.u32 t, ${i + 1}, {shift - low};")
+        if bits == 8 and bf16:  # (128 + seven low bits) - (128 + the top bit): the stored two's complement
+            lines.append(f"lop3.b32 d, t, {0x7F * pair:#010x}, {base}, 0xEA;")
+            lines.append(f"lop3.b32 u, t, {0x80 * pair:#010x}, {(exponent | sign) * pair:#010x}, 0xEA;")
+            lines.append(f"{add} u;")
+        elif bits == 8:  # the stored top bit is turned over: (t & mask) ^ constant
+            lines.append(f"lop3.b32 d, t, {mask * pair:#010x}, {(exponent | 0x80) * pair:#010x}, 0x6A;")
+        else:  # (t & mask) | base
+            lines.append(f"lop3.b32 d, t, {mask * pair:#010x}, {base}, 0xEA;")
+            base = "d"
+    if not sym:
+        lines.append(f"{add} ${len(parts) + 1};")
+    elif not (bits == 8 and bf16):
+        lines.append(f"mov.b32 u, {(sign | exponent | 1 << (bits - 1)) * pair:#010x};")
+        lines.append(f"{add} u;")
+    lines.append("mov.b32 $0, d;")
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.constexpr_function
+def scale_ptx(dtype):
+    """PTX of $0 = $1 * $2, two numbers of `dtype` in a register, each product rounded once."""
+    kind, minus_zero = ("bf16x2" if dtype == "bf16" else "f16x2"), "0x80008000"
+    return f"{{ .reg .b32 z; mov.b32 z, {minus_zero}; fma.rn.{kind} $0, $1, $2, z; }}"
+
+
+@triton.jit
+def round_to(v, DTYPE: tl.constexpr, EMU: tl.constexpr):
+    """float32 -> DTYPE, to nearest even. The interpreter truncates on the way to bf16."""
+    if EMU and DTYPE.is_bf16():
+        u = v.to(tl.int32, bitcast=True)
+        u = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
+        return u.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return v.to(DTYPE)
+
+
+@triton.jit
+def half_of(word, half, DTYPE: tl.constexpr):
+    """The 16-bit number in the low (half 0) or high (1) half of a meta word."""
+    return (word >> (16 * half)).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def half_as_float32(word, half, DTYPE: tl.constexpr):
+    if DTYPE.is_bf16():
+        return ((word >> (16 * half)) << 16).to(tl.float32, bitcast=True)
+    else:
+        return half_of(word, half, DTYPE).to(tl.float32)
+
+
+@triton.jit
+def load_words(pointer, stride, COUNT: tl.constexpr):
+    """COUNT meta words of each row, `stride` apart, as a tuple."""
+    words = (tl.load(pointer),)
+    for i in tl.static_range(1, COUNT):
+        words = words + (tl.load(pointer + i * stride),)  # noqa: RUF005 - kernels know no unpacking
+    return words
+
+
+@triton.constexpr_function
+def slices_per_group(slices, group_size):
+    """Slices of a group in a loop iteration of `slices`; a group that reaches further comes up once per iteration."""
+    return slices if group_size < 0 else min(slices, group_size // 32)
+
+
+@triton.constexpr_function
+def words_per_iteration(slices, group_size, sym):
+    """Meta words of a row that a loop iteration of `slices` reads."""
+    groups = slices // slices_per_group(slices, group_size)
+    return max(groups // 2, 1) if sym else groups
+
+
+@triton.jit
+def first_group(iteration, SLICES: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """The group in which a loop iteration of SLICES starts."""
+    if GROUP_SIZE < 0:
+        return iteration * 0
+    elif GROUP_SIZE > 32 * SLICES:
+        return iteration // (GROUP_SIZE // (32 * SLICES))
+    else:
+        return iteration * (SLICES * 32 // GROUP_SIZE)
+
+
+@triton.jit
+def per_row(v, NB: tl.constexpr):
+    """[16 * NB] -> the shape of a loaded tile [kb 2, NB, g 8, c 4, kh 2, rh 2, e 2]: row 16*nb + 8*rh + g."""
+    v = tl.permute(tl.reshape(v, (NB, 2, 8)), (0, 2, 1))
+    return tl.broadcast_to(v[None, :, :, None, None, :, None], (2, NB, 8, 4, 2, 2, 2))
+
+
+@triton.jit
+def as_matrix(a, NB: tl.constexpr):
+    """A slice's fragments [kb, nb, g, c, kh, rh, e] as the matrix [16 * NB, 32] they are; no register moves."""
+    return tl.reshape(tl.permute(a, (1, 5, 2, 0, 4, 3, 6)), (NB * 16, 32))
+
+
+@triton.jit
+def load_plane(pointer, NB: tl.constexpr):
+    """One plane of a K tile for 16 * NB rows. pointer [2 * NB, 256]: loading in three dimensions spread the warps over
+    the half slices, and the fragments then went through shared memory."""
+    return tl.reshape(tl.load(pointer), (2, NB, 8, 4, 2, 2, 2))
+
+
+@triton.jit
+def fragment(
+    h0, h1, h2, summand, P: tl.constexpr, BITS: tl.constexpr, SYM: tl.constexpr, DTYPE: tl.constexpr, EMU: tl.constexpr
+):
+    """Slice P of a tile as code - zero.
+
+    h0, h1, h2: int16 planes (three bits; else h0 thrice). summand: -(zero + zero_offset) in DTYPE, of the same shape;
+    unused if SYM.
+    Returns the shape of h0 in DTYPE, under EMU in float32.
+    """
+    PARTS: tl.constexpr = fields(BITS, P)
+    if EMU:
+        code = _bits(h0, h1, h2, PARTS[0])
+        for i in tl.static_range(1, len(PARTS)):
+            code |= _bits(h0, h1, h2, PARTS[i])
+        if BITS == 8:
+            code ^= 128
+        if SYM:
+            return code.to(tl.float32) - (1 << (BITS - 1))
+        else:
+            return code.to(tl.float32) + (summand.to(tl.float32) + zero_offset(BITS, DTYPE.is_fp16()))
+    else:
+        ASM: tl.constexpr = fragment_ptx(BITS, P, SYM, DTYPE.name)
+        if len(PARTS) == 3:
+            if SYM:
+                return tl.inline_asm_elementwise(ASM, "=r,r,r,r", [h0, h1, h2], dtype=DTYPE.value, is_pure=True, pack=2)
+            else:
+                return tl.inline_asm_elementwise(
+                    ASM, "=r,r,r,r,r", [h0, h1, h2, summand], dtype=DTYPE.value, is_pure=True, pack=2
+                )
+        else:
+            h = _plane(h0, h1, h2, PARTS[0][0])
+            if SYM:
+                return tl.inline_asm_elementwise(ASM, "=r,r", [h], dtype=DTYPE.value, is_pure=True, pack=2)
+            else:
+                return tl.inline_asm_elementwise(ASM, "=r,r,r", [h, summand], dtype=DTYPE.value, is_pure=True, pack=2)
+
+
+@triton.jit
+def scaled(a, scale, DTYPE: tl.constexpr, EMU: tl.constexpr):
+    """a * scale in DTYPE, the scale given like a; under EMU float32 numbers that DTYPE can hold."""
+    if EMU:
+        return round_to(a * scale.to(tl.float32), DTYPE, EMU).to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            scale_ptx(DTYPE.name), "=r,r,r", [a, scale], dtype=DTYPE.value, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def dot(w, x, acc, EMU: tl.constexpr):
+    """acc float32 [BN, BM] + w [BN, BK] @ x [BM, BK]^T."""
+    if EMU:
+        return tl.dot(w, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+    else:
+        return tl.dot(w, tl.trans(x), acc)
+
+
+@triton.jit
+def _plane(h0, h1, h2, WHICH: tl.constexpr):
+    if WHICH == 0:
+        return h0
+    elif WHICH == 1:
+        return h1
+    else:
+        return h2
+
+
+@triton.jit
+def _bits(h0, h1, h2, PART: tl.constexpr):
+    """The bits of the code that one entry of `fields` names, in their place."""
+    h = _plane(h0, h1, h2, PART[0]).to(tl.int32)
+    return (h >> (PART[1] - PART[2])) & (((1 << PART[3]) - 1) << PART[2])

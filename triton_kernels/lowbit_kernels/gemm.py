@@ -1,0 +1,266 @@
+"""Many rows: y = x @ W^T where the tensor cores are the limit, in plain triton, and the packed weight made dense.
+
+Like the decode kernel, with weights as the left operand, decoded in registers. The scale goes on the weights, rounded
+to 16 bits, not on the accumulator, which is too large here to be touched once per group. Per channel no weight is
+rounded.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from lowbit_kernels.decode import (
+    INTERPRETED,
+    as_matrix,
+    dot,
+    first_group,
+    fragment,
+    half_as_float32,
+    half_of,
+    load_plane,
+    load_words,
+    per_row,
+    round_to,
+    scaled,
+    slices_of,
+    slices_per_group,
+    words_per_iteration,
+)
+from lowbit_kernels.layout import ROWS, SLICES, Layout
+from lowbit_kernels.skinny import check_launch, check_tensor, finish
+
+# Triton 3.6 overwrites operand registers of wgmmas that are still running where one dot takes several slices (triton
+# issue 9433); the machine code that 3.9 makes was checked and is right.
+JOINABLE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_n: out_features of a program, block_m: rows; warps, stages: of triton. group_m: row tiles that programs
+    launched together share, so that weights are found in the L2 cache. joined: slices of one dot, at most those of a
+    K tile; joining lets wgmmas overlap with decoding, see JOINABLE.
+    """
+
+    block_n: int = 128
+    block_m: int = 128
+    joined: int = 1
+    group_m: int = 8
+    warps: int = 8
+    stages: int = 3
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("block_n", (16, 32, 64, 128, 256)),
+            ("block_m", (16, 32, 64, 128, 256)),
+            ("joined", (1, 2, 4)),
+            ("warps", (1, 2, 4, 8)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected one of {allowed}")
+        if self.group_m < 1 or self.stages < 1:
+            raise ValueError(f"group_m is {self.group_m} and stages {self.stages}, expected at least 1")
+
+
+def default_config(layout: Layout, rows: int) -> Config:
+    """A start: square blocks, smaller ones where they would stand mostly empty or, of the long K tiles of two and three
+    bits, not fit into shared memory."""
+    block_n = 128 if layout.padded_out % 128 == 0 else 64
+    block_m = 64 if rows <= 64 or layout.bits == 3 else 128
+    warps = 8 if block_n * block_m > 64 * 128 else 4
+    return Config(block_n=block_n, block_m=block_m, warps=warps, stages=2 if layout.tile > 128 else 3)
+
+
+@triton.jit
+def decoded(
+    h0, h1, h2, word, group, S: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr,
+    NB: tl.constexpr, DTYPE: tl.constexpr, EMU: tl.constexpr,
+):  # fmt: skip
+    """Slice S of a K tile in the shape of its planes: (code - zero) * scale, or per channel code - zero.
+
+    word: the meta words of the tile; group: the first of its groups.
+    """
+    PER_GROUP: tl.constexpr = slices_per_group(slices_of(BITS), GROUP_SIZE)
+    PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
+    summand = h0 if SYM else per_row(half_of(word[S // PER_GROUP], 1, DTYPE), NB)
+    a = fragment(h0, h1, h2, summand, S, BITS, SYM, DTYPE, EMU)
+    if GROUP_SIZE > 0:
+        which = S // PER_GROUP % PER_WORD if slices_of(BITS) > PER_GROUP else group % PER_WORD
+        scale = half_of(word[S // PER_GROUP // PER_WORD], which, DTYPE)
+        a = scaled(a, per_row(scale, NB), DTYPE, EMU)
+    return a
+
+
+@triton.jit
+def _joined(
+    h0, h1, h2, word, group, S: tl.constexpr, JOINED: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    SYM: tl.constexpr, NB: tl.constexpr, DTYPE: tl.constexpr, EMU: tl.constexpr,
+):  # fmt: skip
+    """Slices S to S + JOINED of a K tile as a matrix [16 * NB, 32 * JOINED]."""
+    a = decoded(h0, h1, h2, word, group, S, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+    if JOINED == 1:
+        return as_matrix(a, NB)
+    else:  # not left out: triton compiles what follows an `if`, even after a return
+        b = decoded(h0, h1, h2, word, group, S + 1, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+        if JOINED == 2:  # from kb, nb, g, c, kh, rh, e, slice
+            return tl.reshape(tl.permute(tl.join(a, b), (1, 5, 2, 7, 0, 4, 3, 6)), (NB * 16, 64))
+        else:
+            c = decoded(h0, h1, h2, word, group, S + 2, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+            d = decoded(h0, h1, h2, word, group, S + 3, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+            abcd = tl.join(tl.join(a, c), tl.join(b, d))  # ..., upper bit of the slice, lower bit
+            return tl.reshape(tl.permute(abcd, (1, 5, 2, 7, 8, 0, 4, 3, 6)), (NB * 16, 128))
+
+
+@triton.jit(do_not_specialize=["rows"])  # one compilation for any number of them
+def gemm_kernel(
+    x, weight, meta, y, bias, residual,
+    rows, in_features, out_features, x_stride, k_tiles, padded_out,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, JOINED: tl.constexpr, EMU: tl.constexpr,
+):  # fmt: skip
+    """Grid [padded_out / BN * rows / BM]: GROUP_M row tiles pass over all columns before the next GROUP_M do."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    NB: tl.constexpr = BN // 16
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    SLICES_PER_TILE: tl.constexpr = slices_of(BITS)
+    WORDS: tl.constexpr = words_per_iteration(SLICES_PER_TILE, GROUP_SIZE, SYM)
+    PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
+    pid = tl.program_id(0)
+    in_group = GROUP_M * (padded_out // BN)
+    first_m = pid // in_group * GROUP_M
+    size = tl.minimum(tl.cdiv(rows, BM) - first_m, GROUP_M)
+    pm = first_m + pid % in_group % size
+    pn = pid % in_group // size
+
+    rm = pm * BM + tl.arange(0, BM)
+    rn = pn * BN + tl.arange(0, BN)
+    half_slice = tl.arange(0, 2 * NB)  # (kb, row tile)
+    block = (pn * NB + half_slice % NB) * k_tiles * (2 * PLANES) + half_slice // NB
+    wp = weight + block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    # rows beyond the last are some row again: their products are not stored, and need no mask here
+    k = tl.arange(0, 32 * JOINED)
+    xp = x + tl.minimum(rm, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
+    mp = meta + rn
+    word = load_words(mp, padded_out, WORDS)
+
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for kt in tl.range(0, k_tiles):
+        group = first_group(kt, SLICES_PER_TILE, GROUP_SIZE)
+        if GROUP_SIZE > 0:  # an iteration ahead, as in the decode kernel
+            ahead = first_group(tl.minimum(kt + 1, k_tiles - 1), SLICES_PER_TILE, GROUP_SIZE) // PER_WORD
+            next_word = load_words(mp + ahead * padded_out, padded_out, WORDS)
+        h0 = load_plane(wp, NB)
+        h1 = load_plane(wp + 512, NB) if PLANES == 3 else h0
+        h2 = load_plane(wp + 1024, NB) if PLANES == 3 else h0
+        for s in tl.static_range(0, SLICES_PER_TILE, JOINED):
+            if EVEN_K:
+                xs = tl.load(xp + s * 32)
+            else:
+                xs = tl.load(xp + s * 32, mask=(k < in_features - (kt * SLICES_PER_TILE + s) * 32)[None, :], other=0.0)
+            a = _joined(h0, h1, h2, word, group, s, JOINED, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+            acc = dot(a, xs, acc, EMU)
+        if GROUP_SIZE > 0:
+            word = next_word
+        wp += PLANES * 512
+        xp += SLICES_PER_TILE * 32
+    if GROUP_SIZE < 0:
+        acc = acc * half_as_float32(word[0], 0, DTYPE)[:, None]
+    finish(acc, y, bias, residual, pn, rm, rm < rows, out_features, BN, BM, GATE_UP, EMU)
+
+
+@triton.jit
+def dequantize_kernel(
+    weight, meta, out, first_row, last_row, in_features, k_tiles, padded_out,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, BN: tl.constexpr, EMU: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows / BN, k_tiles): one K tile of BN rows from first_row on."""
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    NB: tl.constexpr = BN // 16
+    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    SLICES_PER_TILE: tl.constexpr = slices_of(BITS)
+    WORDS: tl.constexpr = words_per_iteration(SLICES_PER_TILE, GROUP_SIZE, SYM)
+    PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
+    start = first_row + tl.program_id(0) * BN
+    kt = tl.program_id(1)
+    rn = start + tl.arange(0, BN)
+    half_slice = tl.arange(0, 2 * NB)
+    block = ((start // 16 + half_slice % NB) * k_tiles + kt) * (2 * PLANES) + half_slice // NB
+    wp = weight + block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    h0 = load_plane(wp, NB)
+    h1 = load_plane(wp + 512, NB) if PLANES == 3 else h0
+    h2 = load_plane(wp + 1024, NB) if PLANES == 3 else h0
+    group = first_group(kt, SLICES_PER_TILE, GROUP_SIZE)
+    word = load_words(meta + group // PER_WORD * padded_out + rn, padded_out, WORDS)
+    k = kt * (SLICES_PER_TILE * 32) + tl.arange(0, 32)
+    op = out + (rn - first_row).to(tl.int64)[:, None] * in_features + k[None, :]
+    for s in tl.static_range(SLICES_PER_TILE):
+        a = decoded(h0, h1, h2, word, group, s, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+        if GROUP_SIZE < 0:
+            a = scaled(a, per_row(half_of(word[0], 0, DTYPE), NB), DTYPE, EMU)
+        mask = (rn < last_row)[:, None] & (k < in_features - s * 32)[None, :]
+        tl.store(op + s * 32, round_to(as_matrix(a, NB), DTYPE, EMU), mask=mask)
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    meta: torch.Tensor,
+    layout: Layout,
+    config: Config,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gate_up: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [M, N] = x @ W^T + bias + residual, or SiLU(gate) * up + residual: the arguments of `skinny.launch`."""
+    layout.check(weight, meta)
+    if config.joined > SLICES[layout.bits]:
+        raise ValueError(f"joined is {config.joined}, expected at most {SLICES[layout.bits]} for {layout.bits} bits")
+    if config.joined > 1 and not (JOINABLE or INTERPRETED):
+        raise ValueError(
+            f"joined is {config.joined}, expected 1: triton {triton.__version__} miscompiles joined slices"
+        )
+    rows = len(x)
+    out = check_launch(x, weight, layout, config.block_n, bias, residual, gate_up, out, rows)
+    if rows == 0:
+        return out
+    with torch.cuda.device_of(x):
+        gemm_kernel[(layout.padded_out // config.block_n * triton.cdiv(rows, config.block_m),)](
+            x, weight, meta, out, bias, residual,
+            rows, layout.in_features, layout.out_features, x.stride(0), layout.tiles, layout.padded_out,
+            BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, GATE_UP=gate_up,
+            EVEN_K=layout.in_features == layout.padded_in, BN=config.block_n, BM=config.block_m,
+            GROUP_M=config.group_m, JOINED=config.joined, EMU=INTERPRETED,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def dequantize(
+    weight: torch.Tensor,
+    meta: torch.Tensor,
+    layout: Layout,
+    *,
+    start: int = 0,
+    rows: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(codes - zeros) * scales, rounded once, layout.dtype [rows, K]: out_features from `start`, a multiple of 64."""
+    layout.check(weight, meta)
+    rows = layout.out_features - start if rows is None else rows
+    if start % ROWS or start < 0 or rows < 1 or start + rows > layout.out_features:
+        raise ValueError(
+            f"start is {start} and rows {rows}, expected a multiple of {ROWS} and rows within {layout.out_features}"
+        )
+    if out is None:
+        out = torch.empty(rows, layout.in_features, dtype=layout.dtype, device=weight.device)
+    check_tensor("out", out, layout.dtype, (rows, layout.in_features), weight.device)
+    with torch.cuda.device_of(weight):
+        dequantize_kernel[(triton.cdiv(rows, ROWS), layout.tiles)](
+            weight, meta, out, start, start + rows, layout.in_features, layout.tiles, layout.padded_out,
+            BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, BN=ROWS, EMU=INTERPRETED,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out

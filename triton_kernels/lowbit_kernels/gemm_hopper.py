@@ -1,0 +1,368 @@
+"""33 rows of x and more on Hopper, in Gluon: out^T = W x^T with the packed weight as the tensor core's left operand,
+straight from global memory into registers.
+
+    producer, 1 warp         copies tiles of x [BM, 128] into a ring in shared memory (TMA)
+    consumers, 2 x 4 warps   own 64 rows of W each: while the tensor core works on one tile of 128 inputs, they decode
+                             the next from registers and load the one after it
+
+A weight never touches shared memory: frag32 hands every lane the codes of its own operand registers, and the change
+of layout to the operand is asserted to be a renaming of registers (`assert_trivial`), so that compiling proves it. The
+loop does two tiles at a time, which saves moving the second operand to the registers of the first.
+
+The two groups of consumers meet nowhere in the loop. Each tells the producer by itself that it is through with a tile,
+so that one keeps the tensor core busy while the other waits or decodes.
+
+Proven ahead of time only, by scripts/kernel_report.py: it compiles unchanged with Triton 3.6 and 3.9, spills nothing
+and touches no register of a wgmma that may still run. It has never been executed: until a GPU run says otherwise, do
+not select it without comparing its results.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from lowbit_kernels.decode import fragment, half_of, scaled
+from lowbit_kernels.layout import PER_CHANNEL, Layout
+from lowbit_kernels.skinny import Workspace, workspace_of
+
+STEP = gl.constexpr(128)  # inputs of a turn: one K tile of four bits, two of eight
+ROWS = gl.constexpr(64)  # of W, what the four warps of a wgmma hold
+CONSUMERS = gl.constexpr(2)
+# Sums of 64 x 256 and two operands fill the consumers' registers; of the producer only one thread does anything
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
+ONE_GROUP = 2**30  # PER_CHANNEL as a group size
+SHARED_MEMORY = 226 * 1024  # of a program, less some for barriers
+
+# Renamed between Triton 3.6 and 3.9
+tma_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_m: rows of a program, stages: tiles of x in shared memory, split: programs that share the inputs of an
+    output tile."""
+
+    block_m: int = 128
+    stages: int = 4
+    split: int = 1
+
+    def __post_init__(self):
+        if self.block_m not in (64, 128, 256):
+            raise ValueError(f"block_m is {self.block_m}, expected 64, 128 or 256")
+        if self.stages < 2 or self.split < 1:
+            raise ValueError(f"stages is {self.stages} and split {self.split}, expected at least 2 and 1")
+        if self.stages * self.block_m * STEP.value * 2 > SHARED_MEMORY:
+            raise ValueError(f"stages is {self.stages}, too many for block_m {self.block_m} in shared memory")
+        if self.block_m == 256 and self.split > 1:
+            raise ValueError(f"split is {self.split}, expected 1 for block_m 256: adding parts would spill registers")
+
+
+def refusal(layout: Layout, config: Config, x: torch.Tensor) -> str | None:
+    """Why this kernel cannot multiply x with a weight of this layout, or None."""
+    if layout.bits not in (4, 8):
+        return f"bits is {layout.bits}, expected 4 or 8"
+    if layout.padded_in % STEP.value:
+        return f"in_features are padded to {layout.padded_in}, expected a multiple of {STEP.value}"
+    if layout.bits == 8 and layout.group_size in (32, 64):
+        return f"group_size is {layout.group_size}, expected at least {STEP.value} for 8 bits"
+    if config.block_m == 256 and (layout.bits == 8 or layout.group_size in (32, 64)):
+        return f"block_m is 256, expected at most 128 for 8 bits or groups under {STEP.value}: registers would spill"
+    if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return f"x is on {x.device}, expected a GPU of compute capability 9.0"
+    if x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
+        return f"rows of x are {x.stride(0)} elements apart at {x.data_ptr():#x}, expected multiples of 16 bytes"
+    return None
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    meta: torch.Tensor,
+    layout: Layout,
+    config: Config,
+    *,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """y [M, N] = x @ W^T + bias, like `skinny.launch`: weights rounded once more when they are scaled, sums
+    in float32, one rounding at the end.
+
+    x layout.dtype [M, K], rows a multiple of 16 bytes apart; weight, meta as `layout` says; bias [N]; out [M, N]
+    contiguous; all of layout.dtype and on one Hopper GPU. The result depends on config, not on which program finishes
+    first.
+    """
+    layout.check(weight, meta)
+    if x.ndim != 2 or x.shape[1] != layout.in_features or x.dtype != layout.dtype or x.stride(1) != 1:
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}, "
+            f"expected {layout.dtype} [M, {layout.in_features}] with rows in one piece"
+        )
+    rows = len(x)
+    if out is None:
+        out = torch.empty(rows, layout.out_features, dtype=x.dtype, device=x.device)
+    for name, tensor, shape in (
+        ("out", out, (rows, layout.out_features)),
+        ("bias", bias, (layout.out_features,)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}, "
+                f"expected contiguous {x.dtype} {list(shape)}"
+            )
+    for name, tensor in (("weight", weight), ("out", out), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}, expected one device")
+    if why := refusal(layout, config, x):
+        raise ValueError(why)
+    if rows == 0:
+        return out
+
+    turns = layout.padded_in // STEP.value
+    # an even number for each part: one that ended in the middle of a loop's two turns would run on into the next
+    part = triton.cdiv(turns, 2 * config.split) * 2
+    split = triton.cdiv(turns, part)  # a program without inputs would be waste
+    blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(layout.padded_out, ROWS.value * CONSUMERS.value)
+    partials = counters = None
+    if split > 1:
+        consumers = blocks * CONSUMERS.value
+        workspace = workspace or workspace_of(x.device)
+        partials, counters = workspace.get(consumers * split * ROWS.value * config.block_m, consumers)
+    tiles = TensorDescriptor.from_tensor(x, [config.block_m, STEP.value], x_layout())
+    with torch.cuda.device_of(x):
+        hopper_kernel[blocks, split](
+            tiles, weight, meta, out, bias, partials, counters,
+            rows, layout.out_features, layout.padded_out, turns, part,
+            BITS=layout.bits, GROUP=ONE_GROUP if layout.group_size == PER_CHANNEL else layout.group_size,
+            SYM=layout.sym, BM=config.block_m, STAGES=config.stages, SPLIT=split,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def x_layout() -> gl.NVMMASharedLayout:
+    """How TMA puts tiles of x into shared memory, for wgmma to read."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+
+
+@triton.constexpr_function
+def _words_of_turn(group, sym):
+    return STEP.value // group // (2 if sym else 1) or 1
+
+
+@gluon.jit
+def _load(at, turn, last, SIZE: gl.constexpr):
+    """Codes of a turn; past the end those of the last, whose x is 0."""
+    return gl.load(at + gl.minimum(turn, last) * SIZE)
+
+
+@gluon.jit
+def _load_words(at, turn, last, stride, GROUP: gl.constexpr, SYM: gl.constexpr):
+    """Meta words of a turn, as a tuple. A word that serves whole turns has the scale in its low half."""
+    turn = gl.minimum(turn, last)
+    if GROUP < STEP:
+        COUNT: gl.constexpr = _words_of_turn(GROUP, SYM)
+        words = (gl.load(at + turn * COUNT * stride),)
+        for i in gl.static_range(1, COUNT):
+            words = words + (gl.load(at + (turn * COUNT + i) * stride),)  # noqa: RUF005 - kernels know no unpacking
+    else:
+        group = turn // (GROUP // STEP)
+        if SYM:
+            words = (gl.load(at + (group // 2) * stride) >> (16 * (group % 2)),)
+        else:
+            words = (gl.load(at + group * stride),)
+    return words
+
+
+@gluon.jit
+def _slice(
+    codes, words, P: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr
+):
+    """Slice `P` of a K tile, decoded and scaled."""
+    NUMBER: gl.constexpr = P * 32 // GROUP
+    if SYM:
+        scale = half_of(words[NUMBER // 2], NUMBER % 2, DTYPE)
+        summand = scale
+    else:
+        scale = half_of(words[NUMBER], 0, DTYPE)
+        summand = half_of(words[NUMBER], 1, DTYPE)
+    return scaled(fragment(codes, codes, codes, summand, P, BITS, SYM, DTYPE, False), scale, DTYPE, False)
+
+
+@gluon.jit
+def _operand(
+    codes, words, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """The left operand [ROWS, STEP] of a turn. codes: [K tile, half slice kb, row tile nt 4] x [g, c, kh, rh, e]."""
+    SHAPE: gl.constexpr = (BITS // 4, 2, 4, 8, 4, 2, 2, 2)
+    codes = gl.reshape(codes, SHAPE)
+    spread = (gl.reshape(words[0], SHAPE),)
+    for i in gl.static_range(1, len(words)):
+        spread = spread + (gl.reshape(words[i], SHAPE),)  # noqa: RUF005
+    value = gl.join(
+        _slice(codes, spread, 0, BITS, GROUP, SYM, DTYPE), _slice(codes, spread, 1, BITS, GROUP, SYM, DTYPE)
+    )
+    # rows nt, rh, g; inputs K tile, slice, kb, kh, c, e
+    if BITS == 4:
+        more = gl.join(
+            _slice(codes, spread, 2, BITS, GROUP, SYM, DTYPE), _slice(codes, spread, 3, BITS, GROUP, SYM, DTYPE)
+        )
+        value = gl.permute(gl.join(value, more), (2, 6, 3, 0, 9, 8, 1, 5, 4, 7))
+    else:
+        value = gl.permute(value, (2, 6, 3, 0, 8, 1, 5, 4, 7))
+    return gl.convert_layout(gl.reshape(value, (ROWS, STEP)), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _produce(x, ring, ready, free, row, first, turns, BM: gl.constexpr, STAGES: gl.constexpr):
+    """Tiles of x in order. Rows and columns outside of x arrive as zeros."""
+    for turn in range(turns):
+        stage = turn % STAGES
+        mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready.index(stage), BM * STEP * 2)
+        tma_load(x, [row, (first + turn) * STEP], ready.index(stage), ring.index(stage))
+
+
+@gluon.jit
+def _start(a, acc, ring, ready, turn, STAGES: gl.constexpr):
+    """Start acc + a x^T of a turn once its x is there."""
+    stage = turn % STAGES
+    mbarrier.wait(ready.index(stage), (turn // STAGES) & 1)
+    return warpgroup_mma(a, ring.index(stage).permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _store(acc, tile, y, bias, row, column, rows, out_features, BM: gl.constexpr):
+    """acc [ROWS, BM] to y [BM, ROWS]: turned round in shared memory, for neighbouring lanes to write neighbours."""
+    SUMS: gl.constexpr = acc.type.layout
+    n = column + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
+    if bias is not None:
+        acc += gl.load(bias + n, mask=n < out_features, other=0.0).to(gl.float32)[:, None]
+    tile.permute((1, 0)).store(acc.to(y.dtype.element_ty))
+    LINES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    value = tile.load(LINES)
+    m = row + gl.arange(0, BM, layout=gl.SliceLayout(1, LINES))
+    n = column + gl.arange(0, ROWS, layout=gl.SliceLayout(0, LINES))
+    at = y + m.to(gl.int64)[:, None] * out_features + n[None, :]
+    gl.store(at, value, mask=(m < rows)[:, None] & (n < out_features)[None, :])
+
+
+@gluon.jit
+def _consume(
+    weight, meta, y, bias, partials, counters, ring, ready, free, done, row, column, rows, out_features, padded_out,
+    all_turns, first, turns, PART: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
+    SYM: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Rows `PART` * 64 and on of the program's 128."""
+    TILES: gl.constexpr = BITS // 4
+    SIZE: gl.constexpr = TILES * 512
+    DTYPE: gl.constexpr = y.dtype.element_ty
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    # a warp holds 16 rows of the operand: row tile `warp`, for both half slices, 16 bytes a lane
+    PACKED: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    piece = gl.arange(0, 8 * TILES, layout=gl.SliceLayout(1, PACKED))  # (K tile, kb, row tile)
+    halfword = gl.arange(0, 256, layout=gl.SliceLayout(0, PACKED))
+    column += PART * ROWS
+    # an odd number of 64 rows: the last consumer reads rows that exist, and stores nothing
+    tile = gl.minimum(column // 16 + piece % 4, padded_out // 16 - 1)
+    codes_at = (weight + tile.to(gl.int64) * (all_turns * SIZE) + piece // 4 * 256)[:, None] + halfword[None, :]
+    # the row of a halfword: lane 4g + c, halfword 4kh + 2rh + e
+    words_at = meta + ((tile * 16)[:, None] + (halfword // 32 + 8 * (halfword // 2 % 2))[None, :])
+
+    last = all_turns - 1
+    acc = gl.zeros((ROWS, BM), gl.float32, SUMS)
+    codes = _load(codes_at, first, last, SIZE)
+    words = _load_words(words_at, first, last, padded_out, GROUP, SYM)
+    a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+    codes = _load(codes_at, first + 1, last, SIZE)
+    words = _load_words(words_at, first + 1, last, padded_out, GROUP, SYM)
+    for turn in range(0, turns, 2):
+        running = _start(a, acc, ring, ready, turn, STAGES)
+        b = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+        codes = _load(codes_at, first + turn + 2, last, SIZE)
+        words = _load_words(words_at, first + turn + 2, last, padded_out, GROUP, SYM)
+        acc = warpgroup_mma_wait(0, deps=[running])
+        mbarrier.arrive(free.index(turn % STAGES))
+
+        running = _start(b, acc, ring, ready, turn + 1, STAGES)
+        a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+        codes = _load(codes_at, first + turn + 3, last, SIZE)
+        words = _load_words(words_at, first + turn + 3, last, padded_out, GROUP, SYM)
+        acc = warpgroup_mma_wait(0, deps=[running])
+        mbarrier.arrive(free.index((turn + 1) % STAGES))
+
+    # each consumer turns its sums round in a tile of x, which the other must have read
+    mbarrier.arrive(done.index(0))
+    mbarrier.wait(done.index(0), 0)
+    space = ring.index(PART).slice(0, ROWS, dim=1)
+    if SPLIT == 1:
+        _store(acc, space, y, bias, row, column, rows, out_features, BM)
+    else:
+        # the last program to arrive adds all parts, in the order of the inputs
+        consumer = gl.program_id(0) * CONSUMERS + PART
+        n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
+        m = gl.arange(0, BM, layout=gl.SliceLayout(0, SUMS))
+        at = partials + consumer.to(gl.int64) * (SPLIT * ROWS * BM) + (n[:, None] * BM + m[None, :])
+        gl.store(at + gl.program_id(1) * (ROWS * BM), acc)
+        barrier()
+        arrived = gl.atomic_add(counters + consumer, 1, sem="acq_rel")
+        if arrived == SPLIT - 1:
+            total = gl.load(at, cache_modifier=".cg")
+            for i in range(1, SPLIT):
+                total += gl.load(at + i * (ROWS * BM), cache_modifier=".cg")
+            _store(total, space, y, bias, row, column, rows, out_features, BM)
+            gl.store(counters + consumer, 0)
+
+
+@gluon.jit
+def hopper_kernel(
+    x, weight, meta, y, bias, partials, counters, rows, out_features, padded_out, all_turns, part_turns,
+    BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+):  # fmt: skip
+    # programs that run at the same time share rows of W, which are larger than x
+    blocks_down = gl.cdiv(rows, BM)
+    row = gl.program_id(0) % blocks_down * BM
+    column = gl.program_id(0) // blocks_down * (CONSUMERS * ROWS)
+    first = gl.program_id(1) * part_turns
+    turns = gl.minimum(part_turns, (all_turns - first + 1) // 2 * 2)
+
+    ring = gl.allocate_shared_memory(x.dtype, [STAGES, BM, STEP], x.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=CONSUMERS)
+    mbarrier.init(done.index(0), count=CONSUMERS)
+    fence_async_shared()  # TMA must see the barriers ready
+    gl.warp_specialize(
+        [
+            (_consume, (
+                weight, meta, y, bias, partials, counters, ring, ready, free, done, row, column, rows,
+                out_features, padded_out, all_turns, first, turns, 0, BITS, GROUP, SYM, BM, STAGES, SPLIT,
+            )),
+            (_consume, (
+                weight, meta, y, bias, partials, counters, ring, ready, free, done, row, column, rows,
+                out_features, padded_out, all_turns, first, turns, 1, BITS, GROUP, SYM, BM, STAGES, SPLIT,
+            )),
+            (_produce, (x, ring, ready, free, row, first, turns, BM, STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
