@@ -34,6 +34,8 @@ SHAPES = {
     "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
 }  # fmt: skip
 ROWS = (1, 4, 16, 32, 64, 128, 512, 2048)
+# Processes that check at the same time: compiling is what takes long
+PARTS = 8
 TINY_SHAPES, TINY_ROWS = {"tiny": (64, 128)}, (1, 33)
 
 
@@ -44,18 +46,22 @@ def main() -> int:
         "--seconds", type=float, default=440, help="what is not measured by then is left out, and named"
     )
     parser.add_argument("--tiny", action="store_true", help="a few small cases; also in triton's interpreter, on a CPU")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # one of PARTS, for main itself
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.tiny:
         print("no GPU here: --tiny with TRITON_INTERPRET=1 runs a few cases on the CPU", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     started = time.perf_counter()
+    if args.part is not None:
+        (args.out / f"part-{args.part}.json").write_text(json.dumps(check_all(device, args.tiny, args.part)))
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
     result = {"facts": facts(device), "ceilings": ceilings(device)}
     print(json.dumps(result, indent=1), flush=True)
-    result["correctness"] = check_all(device, args.tiny, started + 0.4 * args.seconds)
+    result["correctness"] = check_in_parts(args.out, args.tiny, 0.5 * args.seconds)
     result["timings"], result["left_out"] = time_all(device, args.tiny, started + args.seconds)
     result["seconds"] = time.perf_counter() - started
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n")
     show(result)
     wrong = [case for case in result["correctness"] if case["wrong"]]
@@ -117,11 +123,31 @@ def correctness_cases(tiny: bool):
                             yield layout, rows, "hopper", gemm_hopper.Config()
 
 
-def check_all(device: torch.device, tiny: bool, deadline: float) -> list[dict]:
+def check_in_parts(out: Path, tiny: bool, seconds: float) -> list[dict]:
+    """What all parts found. One that crashes, or is not through in time, is a wrong result."""
+    parts = range(1 if tiny else PARTS)
+    command = [sys.executable, __file__, "--out", str(out), *(["--tiny"] if tiny else [])]
+    running = [subprocess.Popen([*command, "--part", str(part)]) for part in parts]
+    results, deadline = [], time.perf_counter() + seconds
+    for part, process in zip(parts, running, strict=True):
+        try:
+            code = process.wait(max(1.0, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"not through after {seconds:.0f} s"
+        path = out / f"part-{part}.json"
+        if code == 0:
+            results += json.loads(path.read_text())
+        else:
+            results.append({"case": f"part {part}", "wrong": f"ended with {code}"})
+        path.unlink(missing_ok=True)
+    return results
+
+
+def check_all(device: torch.device, tiny: bool, part: int) -> list[dict]:
+    """Every PARTS-th case."""
     results, gpu = [], select.gpu_of(device)
-    for layout, rows, kernel, config in correctness_cases(tiny):
-        if time.perf_counter() > deadline:
-            break
+    for layout, rows, kernel, config in list(correctness_cases(tiny))[part :: 1 if tiny else PARTS]:
         weight = random_weight(layout, device)
         packed = pack(*weight, layout.bits)
         x = torch.randn(rows, layout.in_features, device=device).to(layout.dtype)

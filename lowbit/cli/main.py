@@ -75,7 +75,8 @@ def _root(
 ):
     level = os.environ.get("LOWBIT_LOG_LEVEL", "WARNING").upper()
     logging.basicConfig(format="lowbit: %(message)s")
-    logging.getLogger("lowbit").setLevel(level if level in logging.getLevelNamesMapping() else "WARNING")
+    for name in ("lowbit", "lowbit_kernels"):
+        logging.getLogger(name).setLevel(level if level in logging.getLevelNamesMapping() else "WARNING")
 
 
 def main() -> None:
