@@ -41,6 +41,7 @@ class Moments:
         self._weight = None if weight is None else weight.float().to(device)
         self._drift = zeros(in_features if weight is None else len(weight)) if drift else None
         self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._random = torch.Generator().manual_seed(0)
         self._thinned = 1  # every how many-th of them is kept by now
 
     def add(self, x: torch.Tensor, f: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> None:
@@ -64,8 +65,10 @@ class Moments:
         self._drift.addmm_(lacking.T, x)
 
     def _keep(self, x: torch.Tensor, f: torch.Tensor) -> None:
-        step = max(1, len(x) // _SAMPLED_OF_A_BATCH) * self._thinned
-        self._samples.append((x[::step].clone(), f[::step].clone()))
+        count = -(-len(x) // (max(1, len(x) // _SAMPLED_OF_A_BATCH) * self._thinned))
+        # at random: of every eighth token, say, too many are the first of a sequence, which attends to nothing
+        rows = torch.randperm(len(x), generator=self._random)[:count].sort()[0].to(x.device)
+        self._samples.append((x[rows], f[rows]))
         if sum(len(part) for part, _ in self._samples) > 4 * _SAMPLED:
             x, f = (torch.cat(parts) for parts in zip(*self._samples, strict=True))
             self._samples, self._thinned = [(x[::2].clone(), f[::2].clone())], 2 * self._thinned

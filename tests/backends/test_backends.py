@@ -22,7 +22,11 @@ SHAPES = [
 ROWS = (0, 1, 3, 17, 64, 130)  # on both sides of 16 and 96, where torch_cpu passes from one path to the other
 LAYOUTS = [Scheme(4, 32), Scheme(2, 128), Scheme(3, 64, False), Scheme(4, -1, False), Scheme(8, 64), Scheme(8, -1)]
 
-each_backend = pytest.mark.parametrize("name", BACKENDS)
+# Those that run on a CPU; tests/kernels/test_triton_backend.py has the other one
+HERE = [
+    n for n in BACKENDS if get_backend(n).refuse(Scheme(4, 128), torch.device("cpu"), torch.bfloat16, (64, 128)) is None
+]
+each_backend = pytest.mark.parametrize("name", HERE)
 each_layout = pytest.mark.parametrize("scheme", LAYOUTS, ids=lambda s: s.name)
 
 
@@ -69,6 +73,10 @@ def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
             assert error(y, exact[:rows], squares[:rows]) <= tolerance(dtype, in_features), (shape, rows)
         assert_same(backend.restore(buffers, scheme, shape), qweight)  # after use as before
     assert ran or name != "reference"
+
+
+def test_which_backends_run_on_a_cpu():
+    assert HERE == ["torch_cpu", "reference"]
 
 
 def test_torch_cpu_runs_what_it_is_for():
@@ -230,8 +238,8 @@ def test_each_reason_is_logged_once(caplog):
     for bits in (4, 4, 2, 4):
         choose(Scheme(bits, 32), torch.device("cpu"), torch.float32, (64, 64))
         choose(Scheme(bits, 32), torch.device("cpu"), torch.bfloat16, (64, 64))
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2
+    messages = [record.getMessage() for record in caplog.records if "backend triton" not in record.getMessage()]
+    assert len(messages) == 2 and len(caplog.records) == 4
     assert "torch_cpu passes over W4A16-G32 layers: runs bfloat16 and float16, not torch.float32" in messages[0]
     assert "W2A16-G32" in messages[1]
 

@@ -140,7 +140,7 @@ def test_hidden_states_that_one_process_lost(tmp_path):
     out = tmp_path / "out"
     start_and_kill(source, out, 2)
     for streams in job_of(out).glob("streams-*-1"):
-        (streams / "model.safetensors").unlink()
+        (streams / "model.safetensors").unlink(missing_ok=True)  # the kill came while it was being removed
     assert ended(start_ranks(source, out)) == [0, 0]
     told_by_ranks(out)
     assert ended(start_ranks(source, tmp_path / "whole")) == [0, 0]
