@@ -86,7 +86,11 @@ def _weights(what: str, scheme: str) -> list:
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in what.split(",")]
         if min(map(min, shapes)) < 1:
             raise UsageError(f"shapes are {what!r}; expected sizes from 1 on")
-        return [(Scheme.parse(scheme), shape) for shape in dict.fromkeys(shapes)]
+        parsed = Scheme.parse(scheme)
+        for shape in shapes:
+            if not parsed.fits(shape[1]):
+                raise UsageError(f"{parsed.name} does not fit {shape[1]} inputs: they are no multiple of the group")
+        return [(parsed, shape) for shape in dict.fromkeys(shapes)]
     layers = summarize(resolve(what))["layers"]
     if not layers:
         raise UsageError(f"{what} has no quantized layers: give it a quantized model, or shapes such as 4096x4096")
