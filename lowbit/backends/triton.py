@@ -40,7 +40,7 @@ def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device) -> st
         x = torch.randn(rows, layout.in_features, device=device).to(dtype)
         wanted = reference.linear(x.float(), *weight, bits)
         try:
-            y = ops.linear(x, *packed, None, bits, layout.group_size, sym, layout.out_features)
+            y = ops.linear(x, *packed, None, bits, layout.group_size, sym, dtype, layout.out_features)
         except Exception as error:  # of a compiler or a driver: whatever it is, there is another backend
             return f"its kernels fail on {device}: {type(error).__name__}: {first_line(error)}"
         error = float((y.float() - wanted).norm() / wanted.norm())
@@ -96,8 +96,9 @@ def linear(x, buffers, scheme, shape):
     if "order" in buffers:
         x = x[:, buffers["order"]]
     return torch.ops.lowbit_kernels.linear(
-        x, buffers["weight"], buffers["meta"], None, scheme.bits, _group_size(scheme, shape), scheme.sym, shape[0]
-    )
+        x, buffers["weight"], buffers["meta"], None,
+        scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, shape[0],
+    )  # fmt: skip
 
 
 def table_of(device) -> str:
@@ -107,7 +108,7 @@ def table_of(device) -> str:
     return str(select.user_table(select.gpu_of(torch.device(device))))
 
 
-def tune(scheme, shape: tuple[int, int], dtype, rows: int, device, on_candidate=lambda: None) -> dict:
+def tune(scheme, shape: tuple[int, int], dtype, rows: int, device) -> dict:
     """Find the fastest kernel for x [rows, in_features] and a weight (out_features, in_features), and remember it.
 
     {"kernel", "config", "us", "key", "dropped"}: dropped says which candidates failed, and why.
@@ -118,7 +119,7 @@ def tune(scheme, shape: tuple[int, int], dtype, rows: int, device, on_candidate=
 
     device = torch.device(device)
     layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, dtype, *shape)
-    kernel, config, us, dropped = fastest(layout, rows, device, on_candidate)
+    kernel, config, us, dropped = fastest(layout, rows, device)
     gpu, key = select.gpu_of(device), select.key(layout, rows)
     select.write_table(select.user_table(gpu), gpu, {key: (kernel, config, us)})
     return {"key": key, "kernel": kernel, "config": vars(config), "us": us, "dropped": dropped}

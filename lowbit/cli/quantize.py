@@ -50,7 +50,9 @@ def quantize(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=VALUE for the method: gptq has order, damping, drift, sweeps.", show_default=False),
+        typer.Option(
+            help="NAME=VALUE for the method: gptq has order, scale_search, damping, drift, sweeps.", show_default=False
+        ),
     ] = None,
     dataset: Annotated[
         str | None,

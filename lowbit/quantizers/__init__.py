@@ -2,7 +2,8 @@
 
 A quantizer module has `OPTIONS`, its options with their allowed values (a tuple, the first is the default, or
 `Between`), `needs(options)`, a tuple of the statistics it wants with them ("hessian", "missing"; empty: data-free), and
-`quantize(weight [N, K], stats: dict, scheme: Scheme, options: Mapping) -> (QuantWeight, notes: dict for the report)`.
+`quantize(weight [N, K], stats: dict, scheme: Scheme, options: Mapping) -> (QuantWeight, notes: dict for the report)`;
+it may take what it does not need any longer out of `stats`.
 """
 
 from dataclasses import dataclass

@@ -346,7 +346,13 @@ class _Problem:
         return gain.double()
 
     def _descend(self, codes, scales, zeros, error, pull, inner) -> torch.Tensor:
-        """One pass of coordinate descent: each code to the best value while all others stay."""
+        """One pass of coordinate descent: each code to the best value while all others stay. `pull` is used up."""
+        kernels = _kernels(codes.device)
+        if kernels is not None:
+            found, moved, gain = kernels.descend(codes, scales, zeros, pull, inner, self.scheme.levels)
+            codes.copy_(found)
+            error -= moved
+            return gain.double()
         gain = torch.zeros_like(scales)
         for start in range(0, len(codes), _BLOCK):
             span = slice(start, min(start + _BLOCK, len(codes)))
@@ -382,7 +388,7 @@ def _kernels(device: torch.device):
 
 
 def _differs(kernels, device: torch.device) -> str | None:
-    """How the columns of a small problem come out of the kernels otherwise than here, or None."""
+    """How a small problem comes out of the kernels otherwise than here, or None."""
     rng = torch.Generator().manual_seed(0)
     target, mixed = torch.randn(64, 96, generator=rng), torch.randn(64, 64, generator=rng)
     feedback, costs = _feedback(_factor(mixed @ mixed.T / 64 + torch.eye(64)))
@@ -392,7 +398,17 @@ def _differs(kernels, device: torch.device) -> str | None:
     moved = [tensor.to(device) for tensor in (target, feedback, costs, *grids)]
     codes, _, _, cost = (tensor.cpu() for tensor in kernels.columns(*moved, problem.scheme.levels))
     if not torch.allclose(cost, wanted[3], rtol=1e-2) or not (codes == wanted[0]).float().mean() > 0.99:
-        return f"the kernel's codes differ from the definition's on {device}"
+        return f"the codes that it finds column by column differ from the definition's on {device}"
+    codes, scales, zeros = (tensor.clone() for tensor in wanted[:3])
+    error, inner = target - _value(codes, scales, zeros), mixed @ mixed.T / 64 + torch.eye(64)
+    pull = inner @ error
+    moved = [tensor.to(device, copy=True) for tensor in (codes, scales, zeros, pull, inner)]
+    found, _, gain = (tensor.cpu() for tensor in kernels.descend(*moved, problem.scheme.levels))
+    wanted_gain = problem._descend(codes, scales, zeros, error, pull, inner)
+    if not (found == codes).float().mean() > 0.99 or not torch.allclose(
+        gain.double().sum(), wanted_gain.sum(), rtol=1e-2
+    ):
+        return f"the codes that it descends to differ from the definition's on {device}"
     return None
 
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit_kernels import ops, reference, select, skinny
+from lowbit_kernels import ops, reference, select
 from lowbit_kernels.layout import PER_CHANNEL, Layout, interleave_gate_up, pack
 from lowbit_kernels.tune import random_weight
 
@@ -27,7 +27,9 @@ def made(form):
 
 
 def run(x, weight, meta, layout, bias=None):
-    return ops.linear(x, weight, meta, bias, layout.bits, layout.group_size, layout.sym, layout.out_features)
+    return ops.linear(
+        x, weight, meta, bias, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features
+    )
 
 
 def relative(actual, wanted):
@@ -45,10 +47,11 @@ def test_linear_takes_any_input(form):
         torch.randn(layout.in_features, 4).to(layout.dtype).T,  # no row in one piece
         torch.randn(layout.in_features).to(layout.dtype),
         torch.randn(40, layout.in_features).to(layout.dtype),  # another kernel
-        torch.randn(2, layout.in_features),  # float32: through bfloat16
+        # through the dtype of the scales
+        torch.randn(2, layout.in_features),
+        torch.randn(2, layout.in_features).half(),
+        torch.randn(2, layout.in_features).bfloat16(),
     ):
-        if x.dtype == torch.float32 and layout.dtype != torch.bfloat16:
-            continue
         y = run(x, weight, meta, layout)
         assert y.shape == (*x.shape[:-1], layout.out_features) and y.dtype == x.dtype
         assert relative(y, x.to(layout.dtype).double() @ dense.T) < 8e-3
@@ -81,7 +84,7 @@ def gate_up_parts(form):
 def test_gate_up(rows):
     layout, packed, (gate, up) = gate_up_parts(FORMS[1])
     x = torch.randn(rows, layout.in_features).to(layout.dtype)
-    y = ops.gate_up(x, *packed, layout.bits, layout.group_size, layout.sym, layout.out_features)
+    y = ops.gate_up(x, *packed, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features)
     wanted = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
     assert y.shape == (rows, 48) and relative(y, wanted) < 8e-3
 
@@ -99,7 +102,9 @@ def test_experts():
     counts = [3, 0, 20, 1]
     start = torch.tensor([0, 3, 3, 23, 24], dtype=torch.int32)
     x = torch.randn(24, layout.in_features).to(layout.dtype)
-    y = ops.experts(x, weight, meta, start, layout.bits, layout.group_size, layout.sym, layout.out_features)
+    y = ops.experts(
+        x, weight, meta, start, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features
+    )
     wanted = torch.cat([part.double() @ d.T for part, d in zip(x.split(counts), dense, strict=True)])
     assert relative(y, wanted) < 8e-3
 
@@ -116,7 +121,7 @@ def test_gradients_of_the_input(rows):
     x = torch.randn(rows, layout.in_features).to(layout.dtype).requires_grad_()
     exact = x.detach().double().requires_grad_()
     grad = torch.randn(rows, 48).to(layout.dtype)
-    form = (layout.bits, layout.group_size, layout.sym, layout.out_features)
+    form = (layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features)
     ops.gate_up(x, *packed, *form).backward(grad)
     (torch.nn.functional.silu(exact @ gate.T) * (exact @ up.T)).backward(grad.double())
     assert relative(x.grad, exact.grad) < 1.5e-2
@@ -127,22 +132,24 @@ def test_gradients_through_experts():
     start = torch.tensor([0, 3, 3, 7, 8], dtype=torch.int32)
     x = torch.randn(8, layout.in_features).to(layout.dtype).requires_grad_()
     grad = torch.randn(8, layout.out_features).to(layout.dtype)
-    ops.experts(x, weight, meta, start, layout.bits, layout.group_size, layout.sym, layout.out_features).backward(grad)
+    ops.experts(
+        x, weight, meta, start, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features
+    ).backward(grad)
     wanted = torch.cat([g.double() @ d for g, d in zip(grad.split([3, 0, 4, 1]), dense, strict=True)])
     assert relative(x.grad, wanted) < 8e-3
 
 
 def test_opcheck():
     layout, _, weight, meta = made(FORMS[0])
-    form = (layout.bits, layout.group_size, layout.sym, layout.out_features)
+    form = (layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features)
     for rows in (0, 2):
         x = torch.randn(rows, layout.in_features).to(layout.dtype).requires_grad_(rows > 0)
         torch.library.opcheck(ops.linear.default, (x, weight, meta, None, *form))
     layout, packed, _ = gate_up_parts(FORMS[0])
-    torch.library.opcheck(ops.gate_up.default, (x, *packed, *form[:3], layout.out_features))
+    torch.library.opcheck(ops.gate_up.default, (x, *packed, *form[:4], layout.out_features))
     layout, weight, meta, _ = expert_parts(2)
     start = torch.tensor([0, 1, 2], dtype=torch.int32)
-    torch.library.opcheck(ops.experts.default, (x, weight, meta, start, *form[:3], layout.out_features))
+    torch.library.opcheck(ops.experts.default, (x, weight, meta, start, *form[:4], layout.out_features))
 
 
 def test_compiles_without_guards_on_rows():
@@ -169,10 +176,3 @@ def test_wrong_tensors_are_refused():
         run(x, weight, meta[:, :1], layout)
     with pytest.raises(ValueError, match="not a multiple of group_size"):
         run(x[:, :200], weight, meta, layout)
-
-
-def test_split_results_do_not_depend_on_the_order_of_programs():
-    layout, _, weight, meta = made(FORMS[0])
-    x = torch.randn(3, layout.in_features).to(layout.dtype)
-    one = skinny.launch(x, weight, meta, layout, skinny.Config(split=2))
-    assert torch.equal(one, skinny.launch(x, weight, meta, layout, skinny.Config(split=2)))

@@ -40,7 +40,7 @@ def test_the_rule_gives_what_can_be_launched(gpu, bits):
         for rows in (1, 8, 9, 32, 33, 512, 4095, 4096):
             kernel, config = select.rule(layout, rows, gpu)
             assert kernel == ("skinny" if rows <= 32 else "gemm" if rows < 4096 else "dense")
-            assert select.refuse(kernel, config, gpu) is None
+            assert select.refuse(kernel, config) is None
             if kernel != "dense":
                 assert layout.padded_out % config.block_n == 0
             if kernel == "skinny":
@@ -85,14 +85,15 @@ def test_entries_of_another_version_are_passed_over(entry, caplog):
     assert select.key(LAYOUT, 3) in caplog.text
 
 
-def test_what_triton_miscompiles_is_not_used(monkeypatch):
-    joined = gemm.Config(joined=4)
-    for version, safe in (("3.6.0", False), ("3.7.0", True), ("3.9.1", True)):
-        monkeypatch.setattr(select.triton, "__version__", version)
-        select.wgmma_is_safe.cache_clear()
-        assert (select.refuse("gemm", joined, H100) is None) is safe
-        assert select.refuse("gemm", joined, A100) is None and select.refuse("gemm", gemm.Config(), H100) is None
-    select.wgmma_is_safe.cache_clear()
+@pytest.mark.parametrize("joinable", [True, False])
+def test_what_triton_miscompiles_is_not_used(joinable, monkeypatch):
+    """Neither from a table that was made with another triton, nor as a candidate."""
+    monkeypatch.setattr(gemm, "JOINABLE", joinable)
+    gpu, joined = select.gpu_of(CPU), gemm.Config(block_n=64, block_m=64, joined=4)
+    select.write_table(select.user_table(gpu), gpu, {select.key(LAYOUT, 40): ("gemm", joined, 9.0)})
+    assert select.choose(LAYOUT, 40, CPU).reason == ("tuned here" if joinable else "by rule")
+    found = [config.joined for kernel, config in tune.candidates(LAYOUT, 40, H100) if kernel == "gemm"]
+    assert found and (max(found) == 4) is joinable
 
 
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.slug)

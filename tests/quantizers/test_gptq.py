@@ -465,14 +465,23 @@ def by_definition(target, feedback, costs, scales, zeros, levels):
     return problem._columns(target, feedback, costs, scales, zeros)
 
 
+def descent_by_definition(codes, scales, zeros, pull, inner, levels):
+    problem = gptq._Problem(pull, None, len(pull), Scheme(levels.bit_length() - 1, 16, False), torch.float32)
+    found, error = codes.clone(), torch.zeros_like(pull)
+    gain = problem._descend(found, scales, zeros, error, pull.clone(), inner)
+    return found, -error, gain.float()
+
+
 def test_a_kernel_that_differs_is_noticed():
-    def differs(columns):
-        return gptq._differs(types.SimpleNamespace(columns=columns), torch.device("cpu"))
+    def differs(columns=by_definition, descend=descent_by_definition):
+        return gptq._differs(types.SimpleNamespace(columns=columns, descend=descend), torch.device("cpu"))
 
-    def faulty(changed):
-        return lambda *args: tuple(changed(i, part) for i, part in enumerate(by_definition(*args)))
+    def faulty(function, changed):
+        return lambda *args: tuple(changed(i, part) for i, part in enumerate(function(*args)))
 
-    assert differs(by_definition) is None
-    assert "differ" in differs(faulty(lambda i, part: part + 1 if i == 0 else part))
-    assert "differ" in differs(faulty(lambda i, part: 2 * part if i == 3 else part))
+    assert differs() is None
+    assert "column" in differs(faulty(by_definition, lambda i, part: part + 1 if i == 0 else part))
+    assert "column" in differs(faulty(by_definition, lambda i, part: 2 * part if i == 3 else part))
+    assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: part + 1 if i == 0 else part))
+    assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: 2 * part if i == 2 else part))
     assert gptq._kernels(torch.device("cpu")) is None

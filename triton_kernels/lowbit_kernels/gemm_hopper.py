@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lowbit_kernels.decode import fragment, half_of, scaled
 from lowbit_kernels.layout import PER_CHANNEL, Layout
-from lowbit_kernels.skinny import Workspace, workspace_of
+from lowbit_kernels.skinny import Workspace, check_launch, workspace_of
 
 STEP = gl.constexpr(128)  # inputs of a turn: one K tile of four bits, two of eight
 ROWS = gl.constexpr(64)  # of W, what the four warps of a wgmma hold
@@ -105,28 +105,10 @@ def launch(
     first.
     """
     layout.check(weight, meta)
-    if x.ndim != 2 or x.shape[1] != layout.in_features or x.dtype != layout.dtype or x.stride(1) != 1:
-        raise ValueError(
-            f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}, "
-            f"expected {layout.dtype} [M, {layout.in_features}] with rows in one piece"
-        )
     rows = len(x)
-    if out is None:
-        out = torch.empty(rows, layout.out_features, dtype=x.dtype, device=x.device)
-    for name, tensor, shape in (
-        ("out", out, (rows, layout.out_features)),
-        ("bias", bias, (layout.out_features,)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}, "
-                f"expected contiguous {x.dtype} {list(shape)}"
-            )
-    for name, tensor in (("weight", weight), ("out", out), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}, expected one device")
+    out = check_launch(x, weight, layout, ROWS.value, bias, None, False, out, rows)
+    if out.dtype != x.dtype:
+        raise ValueError(f"out is {out.dtype}, expected {x.dtype}")
     if why := refusal(layout, config, x):
         raise ValueError(why)
     if rows == 0:

@@ -4,9 +4,10 @@
     lowbit_kernels::gate_up   y = SiLU(x Wg^T) * (x Wu^T), rows of both in turns of eight (layout.interleave_gate_up)
     lowbit_kernels::experts   rows of x sorted by expert, each times the matrix of its expert
 
-`x` may have any leading dimensions, any strides, no rows at all; another floating dtype than the scales' is cast to it,
-and the result back. How many rows there are decides on the kernel inside of the operator: a graph of torch.compile
-guards on nothing. Gradients go to x only, as LoRA wants it; they come from a dense copy made piece by piece.
+`x` may have any leading dimensions, any strides, no rows at all. `dtype` is that of the packed scales, which the packed
+tensors do not tell; x of another one is cast to it, and the result back. How many rows there are decides on the kernel
+inside of the operator: a graph of torch.compile guards on nothing. Gradients go to x only, as LoRA wants it; they come
+from a dense copy made piece by piece.
 """
 
 from itertools import pairwise
@@ -16,13 +17,13 @@ import torch
 from lowbit_kernels import gemm, gemm_hopper, select, skinny
 from lowbit_kernels.layout import Layout
 
-_FORM = "int bits, int group_size, bool sym, int out_features"
+_FORM = "int bits, int group_size, bool sym, ScalarType dtype, int out_features"
 _library = torch.library.Library("lowbit_kernels", "DEF")
 _library.define(f"linear(Tensor x, Tensor weight, Tensor meta, Tensor? bias, {_FORM}) -> Tensor")
 _library.define(f"gate_up(Tensor x, Tensor weight, Tensor meta, {_FORM}) -> Tensor")
 _library.define(f"experts(Tensor x, Tensor weight, Tensor meta, Tensor expert_start, {_FORM}) -> Tensor")
 # Of the gradients: out_features of the weight are those of grad
-_GRAD_FORM = "int bits, int group_size, bool sym, int in_features"
+_GRAD_FORM = "int bits, int group_size, bool sym, ScalarType dtype, int in_features"
 _library.define(f"grad_input(Tensor grad, Tensor weight, Tensor meta, {_GRAD_FORM}) -> Tensor")
 _library.define(
     f"experts_grad_input(Tensor grad, Tensor weight, Tensor meta, Tensor expert_start, {_GRAD_FORM}) -> Tensor"
@@ -31,11 +32,6 @@ _library.define(
 linear = torch.ops.lowbit_kernels.linear
 gate_up = torch.ops.lowbit_kernels.gate_up
 experts = torch.ops.lowbit_kernels.experts
-
-
-def kernel_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel computes in for x of `dtype`."""
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, meta: torch.Tensor, layout: Layout, bias, choice: select.Choice):
@@ -69,8 +65,8 @@ def _rows(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _linear(x, weight, meta, bias, bits, group_size, sym, out_features):
-    layout = Layout(bits, group_size, sym, kernel_dtype(x.dtype), out_features, x.shape[-1])
+def _linear(x, weight, meta, bias, bits, group_size, sym, dtype, out_features):
+    layout = Layout(bits, group_size, sym, dtype, out_features, x.shape[-1])
     rows = _rows(x, layout)
     if len(rows):
         bias = None if bias is None else bias.to(layout.dtype)
@@ -80,8 +76,8 @@ def _linear(x, weight, meta, bias, bits, group_size, sym, out_features):
     return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
-def _gate_up(x, weight, meta, bits, group_size, sym, out_features):
-    layout = Layout(bits, group_size, sym, kernel_dtype(x.dtype), out_features, x.shape[-1])
+def _gate_up(x, weight, meta, bits, group_size, sym, dtype, out_features):
+    layout = Layout(bits, group_size, sym, dtype, out_features, x.shape[-1])
     rows = _rows(x, layout)
     if len(rows) <= select.SKINNY_ROWS:
         config = skinny.default_config(layout, len(rows), 4 * select.gpu_of(x.device).processors)
@@ -91,8 +87,8 @@ def _gate_up(x, weight, meta, bits, group_size, sym, out_features):
     return y.view(*x.shape[:-1], out_features // 2).to(x.dtype)
 
 
-def _experts(x, weight, meta, expert_start, bits, group_size, sym, out_features):
-    layout = Layout(bits, group_size, sym, kernel_dtype(x.dtype), out_features, x.shape[-1])
+def _experts(x, weight, meta, expert_start, bits, group_size, sym, dtype, out_features):
+    layout = Layout(bits, group_size, sym, dtype, out_features, x.shape[-1])
     rows = _rows(x, layout)
     y = rows.new_empty(len(rows), out_features)
     if len(rows):
@@ -103,9 +99,9 @@ def _experts(x, weight, meta, expert_start, bits, group_size, sym, out_features)
     return y.to(x.dtype)
 
 
-def _grad_input(grad, weight, meta, bits, group_size, sym, in_features):
+def _grad_input(grad, weight, meta, bits, group_size, sym, dtype, in_features):
     """grad [..., N] @ W [N, K], summed in float32 over pieces of W."""
-    layout = Layout(bits, group_size, sym, kernel_dtype(grad.dtype), grad.shape[-1], in_features)
+    layout = Layout(bits, group_size, sym, dtype, grad.shape[-1], in_features)
     rows = grad.reshape(-1, layout.out_features).to(layout.dtype)
     total = torch.zeros(len(rows), in_features, dtype=torch.float32, device=grad.device)
     for part, piece in _pieces(weight, meta, layout, select.Dense().chunk):
@@ -113,12 +109,14 @@ def _grad_input(grad, weight, meta, bits, group_size, sym, in_features):
     return total.view(*grad.shape[:-1], in_features).to(grad.dtype)
 
 
-def _experts_grad_input(grad, weight, meta, expert_start, bits, group_size, sym, in_features):
+def _experts_grad_input(grad, weight, meta, expert_start, bits, group_size, sym, dtype, in_features):
     total = grad.new_zeros(len(grad), in_features)
     bounds = expert_start.tolist()
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
-            part = _grad_input(grad[start:stop], weight[expert], meta[expert], bits, group_size, sym, in_features)
+            part = _grad_input(
+                grad[start:stop], weight[expert], meta[expert], bits, group_size, sym, dtype, in_features
+            )
             total[start:stop] = part
     return total
 
@@ -135,40 +133,40 @@ for _name, _function in (
 
 
 @torch.library.register_fake("lowbit_kernels::linear", lib=_library)
-def _(x, weight, meta, bias, bits, group_size, sym, out_features):
+def _(x, weight, meta, bias, bits, group_size, sym, dtype, out_features):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("lowbit_kernels::gate_up", lib=_library)
-def _(x, weight, meta, bits, group_size, sym, out_features):
+def _(x, weight, meta, bits, group_size, sym, dtype, out_features):
     return x.new_empty(*x.shape[:-1], out_features // 2)
 
 
 @torch.library.register_fake("lowbit_kernels::experts", lib=_library)
-def _(x, weight, meta, expert_start, bits, group_size, sym, out_features):
+def _(x, weight, meta, expert_start, bits, group_size, sym, dtype, out_features):
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.register_fake("lowbit_kernels::grad_input", lib=_library)
-def _(grad, weight, meta, bits, group_size, sym, in_features):
+def _(grad, weight, meta, bits, group_size, sym, dtype, in_features):
     return grad.new_empty(*grad.shape[:-1], in_features)
 
 
 @torch.library.register_fake("lowbit_kernels::experts_grad_input", lib=_library)
-def _(grad, weight, meta, expert_start, bits, group_size, sym, in_features):
+def _(grad, weight, meta, expert_start, bits, group_size, sym, dtype, in_features):
     return grad.new_empty(grad.shape[0], in_features)
 
 
 def _keep(ctx, inputs, output):
     """What gradients need: the weight is read again, and by those of gate_up x is too."""
-    x, *tensors, bits, group_size, sym, out_features = inputs
+    x, *tensors, bits, group_size, sym, dtype, out_features = inputs
     ctx.save_for_backward(x, *tensors)
-    ctx.form, ctx.out_features, ctx.in_features = (bits, group_size, sym), out_features, x.shape[-1]
+    ctx.form, ctx.out_features, ctx.in_features = (bits, group_size, sym, dtype), out_features, x.shape[-1]
 
 
 def _linear_backward(ctx, grad):
     _, weight, meta, _ = ctx.saved_tensors
-    return torch.ops.lowbit_kernels.grad_input(grad, weight, meta, *ctx.form, ctx.in_features), *[None] * 7
+    return torch.ops.lowbit_kernels.grad_input(grad, weight, meta, *ctx.form, ctx.in_features), *[None] * 8
 
 
 def _gate_up_backward(ctx, grad):
@@ -179,13 +177,13 @@ def _gate_up_backward(ctx, grad):
     sigmoid = gate.sigmoid()
     parts = [grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid]
     of_both = torch.stack(parts, -2).flatten(-3).to(x.dtype)
-    return torch.ops.lowbit_kernels.grad_input(of_both, weight, meta, *ctx.form, ctx.in_features), *[None] * 6
+    return torch.ops.lowbit_kernels.grad_input(of_both, weight, meta, *ctx.form, ctx.in_features), *[None] * 7
 
 
 def _experts_backward(ctx, grad):
     _, weight, meta, start = ctx.saved_tensors
     found = torch.ops.lowbit_kernels.experts_grad_input(grad, weight, meta, start, *ctx.form, ctx.in_features)
-    return found, *[None] * 7
+    return found, *[None] * 8
 
 
 for _name, _backward in (("linear", _linear_backward), ("gate_up", _gate_up_backward), ("experts", _experts_backward)):

@@ -109,18 +109,11 @@ def rule(layout: Layout, rows: int, gpu: Gpu) -> tuple[str, object]:
     return "gemm", gemm.default_config(layout, rows)
 
 
-def refuse(kernel: str, config, gpu: Gpu) -> str | None:
+def refuse(kernel: str, config) -> str | None:
     """Why a table's entry is not to be used, or None: it may have been made with another triton."""
-    if kernel == "gemm" and config.joined > 1 and gpu.capability[0] == 9 and not wgmma_is_safe():
-        return f"triton {triton.__version__} miscompiles joined slices on Hopper (triton issue 9433)"
+    if kernel == "gemm" and config.joined > 1 and not gemm.JOINABLE:
+        return f"triton {triton.__version__} miscompiles joined slices (triton issue 9433)"
     return None
-
-
-@cache
-def wgmma_is_safe() -> bool:
-    """Whether operand registers of a wgmma in flight are safe from the next iteration: triton issue 9433, in 3.7."""
-    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
-    return (major, minor) >= (3, 7)
 
 
 def _from_tables(layout: Layout, rows: int, gpu: Gpu) -> Choice | None:
@@ -129,7 +122,7 @@ def _from_tables(layout: Layout, rows: int, gpu: Gpu) -> Choice | None:
         return None
     try:
         config = CONFIGS[entry["kernel"]](**entry["config"])
-        reason = refuse(entry["kernel"], config, gpu)
+        reason = refuse(entry["kernel"], config)
     except (KeyError, TypeError, ValueError) as error:  # of another version of this package
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:

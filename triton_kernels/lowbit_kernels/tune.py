@@ -4,7 +4,7 @@ The candidates are few: those that arithmetic leaves over. Each must compute the
 before its time counts: a fast kernel that a compiler broke loses here, not in somebody's model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -22,7 +22,7 @@ def candidates(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str
     if rows <= 2 * select.SKINNY_ROWS:
         yield from _skinny(layout, rows, gpu)
     if rows > 8:
-        yield from _gemm(layout, rows, gpu)
+        yield from _gemm(layout, rows)
     if rows > select.SKINNY_ROWS and gpu.capability == (9, 0):
         for block_m in (size for size in (64, 128, 256) if size <= 2 * rows):
             for split in (1, 2, 4) if block_m < 256 else (1,):
@@ -48,7 +48,7 @@ def _skinny(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, o
             )
 
 
-def _gemm(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
+def _gemm(layout: Layout, rows: int) -> Iterator[tuple[str, object]]:
     joined = [n for n in (1, 4) if n <= SLICES[layout.bits]]
     for block_m in (size for size in (16, 32, 64, 128, 256) if size <= max(16, 2 * rows)):
         for block_n, warps in ((64, 4), (128, 4), (128, 8)):
@@ -56,7 +56,7 @@ def _gemm(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, obj
                 continue
             for join in joined:
                 config = gemm.Config(block_n, block_m, join, 8, warps, 3)
-                if select.refuse("gemm", config, gpu) is None:
+                if select.refuse("gemm", config) is None:
                     yield "gemm", config
 
 
@@ -73,9 +73,7 @@ def random_weight(layout: Layout, device: torch.device, seed: int = 0) -> tuple[
     return codes, scales, None if layout.sym else integers(*shape)
 
 
-def fastest(
-    layout: Layout, rows: int, device: torch.device, on_candidate: Callable[[], None] = lambda: None
-) -> tuple[str, object, float, dict[str, str]]:
+def fastest(layout: Layout, rows: int, device: torch.device) -> tuple[str, object, float, dict[str, str]]:
     """(kernel, config, microseconds, candidate -> why it was dropped). Raises RuntimeError if none is left."""
     gpu = select.gpu_of(device)
     weight = random_weight(layout, device)
@@ -87,7 +85,6 @@ def fastest(
     wanted = reference.linear(x.float(), *weight, layout.bits)
     best, dropped = None, {}
     for kernel, config in candidates(layout, rows, gpu):
-        on_candidate()
         choice = select.Choice(kernel, config, "candidate")
         try:
             if reason := _wrong(x, weights[0], layout, choice, wanted):
