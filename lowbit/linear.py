@@ -1,5 +1,7 @@
 """LowbitLinear: a linear layer whose weight stays quantized."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -16,6 +18,9 @@ class LowbitLinear(nn.Module):
     It has two states. *Packed*: the tensors of a compressed-tensors checkpoint are its parameters (`weight_packed`,
     `weight_scale`, `weight_zero_point`, `weight_shape`), so that checkpoints load into it by name. *Prepared*:
     `prepare` has turned them into the buffers of a backend; `packed_tensors` gives the packed ones back, bit for bit.
+
+    act_order: inputs belong to groups as a further tensor says, `weight_g_idx`. Backends know nothing of it: they get
+    the inputs sorted by group, here.
     """
 
     def __init__(
@@ -26,13 +31,17 @@ class LowbitLinear(nn.Module):
         bias: bool,
         dtype: torch.dtype,
         backend: str | None = None,
+        act_order: bool = False,
     ):
         super().__init__()
         self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
         self.wanted_backend = backend
         self.transposed = False  # stands in for a Conv1D
         self.backend: str | None = None
-        for name, (shape, stored) in packed_format.shapes(scheme, out_features, in_features).items():
+        self.packed_shapes = packed_format.shapes(scheme, out_features, in_features)
+        if act_order:
+            self.packed_shapes["weight_g_idx"] = ((in_features,), torch.int32)
+        for name, (shape, stored) in self.packed_shapes.items():
             self._set_packed(name, torch.empty(shape, dtype=stored or dtype))
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype), requires_grad=False) if bias else None
 
@@ -48,8 +57,9 @@ class LowbitLinear(nn.Module):
                 bias is not None,
                 qweight.scales.dtype,
                 backend,
+                act_order=qweight.g_idx is not None,
             )
-        for name, tensor in packed_format.pack(qweight).items():
+        for name, tensor in _pack(qweight).items():
             layer._set_packed(name, tensor)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -77,15 +87,16 @@ class LowbitLinear(nn.Module):
         )  # register_parameter asks __getattr__ first
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors a compressed-tensors checkpoint holds for this layer."""
+        """The tensors a compressed-tensors checkpoint holds for this layer, and weight_g_idx where there is one."""
         if self.backend is None:
-            return {name: getattr(self, name).detach() for name in packed_format.suffixes(self.scheme)}
-        return packed_format.pack(self.quantized_weight())
+            return {name: getattr(self, name).detach() for name in self.packed_shapes}
+        return _pack(self.quantized_weight())
 
     def quantized_weight(self) -> QuantWeight:
         if self.backend is None:
             return packed_format.unpack_weight(self.packed_tensors(), self.scheme, self.out_features, self.in_features)
-        return get_backend(self.backend).restore(self._prepared(), self.scheme, self.shape)
+        qweight = get_backend(self.backend).restore(self._prepared(), self.scheme, self.shape)
+        return qweight if self.order is None else qweight.in_input_order(self.order)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[out_features, in_features] in `dtype` (default: the layer's)."""
@@ -98,15 +109,16 @@ class LowbitLinear(nn.Module):
         """Choose the backend for the device the layer is on and lay the weight out for it. Does nothing if done."""
         if self.backend is not None or self.weight_packed.device.type == "meta":
             return self
-        qweight = self.quantized_weight()
+        qweight, order = self.quantized_weight().in_group_order()
         device = qweight.codes.device
         self.dtype = qweight.scales.dtype
         backend = choose(self.scheme, device, self.dtype, self.shape, self.wanted_backend)
         buffers = get_backend(backend).prepare(qweight)
-        for name in packed_format.suffixes(self.scheme):
+        for name in self.packed_shapes:
             delattr(self, name)
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("order", order, persistent=False)
         self._prepared_names, self.backend = tuple(buffers), backend
         self._run = get_backend(backend).linear  # looked up once: torch.compile does not trace imports
         return self
@@ -115,7 +127,7 @@ class LowbitLinear(nn.Module):
         """Back to the packed state."""
         if self.backend is not None:
             packed = self.packed_tensors()
-            for name in self._prepared_names:
+            for name in (*self._prepared_names, "order"):
                 delattr(self, name)
             self.backend = None
             for name, tensor in packed.items():
@@ -151,6 +163,8 @@ class LowbitLinear(nn.Module):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         rows = x.reshape(-1, self.in_features).to(self.dtype)
+        if self.order is not None:
+            rows = rows[:, self.order]
         y = self._run(rows, self._prepared(), self.scheme, self.shape)
         if self.bias is not None:
             y = y + self.bias
@@ -161,3 +175,9 @@ class LowbitLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme.name}, backend={self.backend}"
         )
+
+
+def _pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
+    if qweight.g_idx is None:
+        return packed_format.pack(qweight)
+    return {**packed_format.pack(replace(qweight, g_idx=None)), "weight_g_idx": qweight.g_idx}

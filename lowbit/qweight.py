@@ -41,6 +41,20 @@ class QuantWeight:
         if self.g_idx is not None:
             raise ValueError(f"{reader} has no act-order: it cannot hold g_idx")
 
+    def in_group_order(self) -> tuple["QuantWeight", torch.Tensor | None]:
+        """This weight with its inputs sorted by group, and the order [K] in which it takes them: W x = W' x[order].
+        (itself, None) without a g_idx."""
+        if self.g_idx is None:
+            return self, None
+        order = torch.argsort(self.g_idx, stable=True)
+        return QuantWeight(self.codes[:, order], self.scales, self.scheme, self.zeros), order
+
+    def in_input_order(self, order: torch.Tensor) -> "QuantWeight":
+        """The inverse of `in_group_order`."""
+        back = torch.argsort(order)
+        g_idx = back // self.scheme.group_of(self.in_features)
+        return QuantWeight(self.codes[:, back], self.scales, self.scheme, self.zeros, g_idx.to(torch.int32))
+
     @property
     def out_features(self) -> int:
         return self.codes.shape[0]

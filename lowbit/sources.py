@@ -1,9 +1,10 @@
 """Which folder does MODEL mean: the embedded reference model, a local folder, or a repository on the Hub."""
 
+import os
 from importlib.resources import files
 from pathlib import Path
 
-from lowbit.errors import InputError, first_line
+from lowbit.errors import InputError, OutputError, first_line
 
 REFERENCE = "reference"
 # What quantizing or running a model needs; pickle weights and other frameworks' copies stay on the Hub
@@ -62,3 +63,10 @@ def load_config(folder: Path, trust_remote_code: bool = False):
         reason = first_line(error)
         hint = " (pass --trust-remote-code if you trust its author)" if "trust_remote_code" in str(error) else ""
         raise InputError(f"cannot read {folder / 'config.json'}: {reason}{hint}") from None
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raise OutputError if writing to `target` could touch the model that is read."""
+    source, target = source.resolve(), Path(os.path.realpath(target))
+    if source == target or source.is_relative_to(target) or target.is_relative_to(source):
+        raise OutputError(f"the output folder {target} and the model {source} overlap: choose another output folder")

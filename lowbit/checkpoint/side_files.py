@@ -17,7 +17,8 @@ _WEIGHT_SUFFIXES = (
     ".tflite",
     ".ot",
 )
-_WRITTEN_ANEW = ("config.json",)
+# Of what is written anew, in any of the formats
+_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json")
 
 
 def side_files(folder: Path) -> list[Path]:

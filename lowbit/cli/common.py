@@ -3,7 +3,8 @@
 import json
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,9 @@ BackendOption = Annotated[
     str | None, typer.Option(help="Run on this backend or fail (default: the first that can).", show_default=False)
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")]
+OutputOption = Annotated[Path | None, typer.Option("-o", "--output-dir", help="Folder to write.", show_default=False)]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+ShardSizeOption = Annotated[str, typer.Option(help="Largest weight file.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -43,6 +47,12 @@ def one_model(argument: str | None, option: str | None) -> str:
     if (argument is None) == (option is None):
         raise UsageError("expected one MODEL: a folder, a Hub id, or 'reference'")
     return argument if argument is not None else option
+
+
+def one_output(folder: Path | None) -> Path:
+    if folder is None:
+        raise UsageError("no output folder: pass -o DIR")
+    return folder
 
 
 def checked_dtype(name: str) -> str:
@@ -114,3 +124,15 @@ def progress(label: str, total: int, quiet: bool = False):
     with Progress(*columns, console=notes, transient=True, disable=quiet or not notes.is_terminal) as bar:
         task = bar.add_task(label, total=total, note="")
         yield lambda steps=1, note="": bar.update(task, advance=steps, note=note)
+
+
+@contextmanager
+def counted_progress(label: str, quiet: bool):
+    """Yields what, called with a number of steps, shows a bar and gives what advances it by one step of a name."""
+    with ExitStack() as stack:
+
+        def on_start(total: int):
+            advance = stack.enter_context(progress(label, total, quiet))
+            return lambda name: advance(1, name)
+
+        yield on_start

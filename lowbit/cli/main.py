@@ -21,6 +21,8 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 # name -> (module:function, one line of help). The help stands here so that `lowbit --help` imports nothing.
 COMMANDS = {
     "quantize": ("lowbit.cli.quantize:quantize", "Quantize a model into a folder that transformers and vLLM load."),
+    "convert": ("lowbit.cli.convert:convert", "Write a quantized model in another format, the same numbers."),
+    "dequantize": ("lowbit.cli.dequantize:dequantize", "Write a quantized model as a plain one."),
     "inspect": ("lowbit.cli.inspect:inspect", "Show what is quantized and how, from headers alone."),
     "eval": ("lowbit.cli.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),
     "generate": ("lowbit.cli.generate:generate", "Complete a prompt."),

@@ -11,12 +11,16 @@ from lowbit.cli.common import (
     JsonOption,
     ModelArgument,
     ModelOption,
+    OutputOption,
+    OverwriteOption,
     RevisionOption,
+    ShardSizeOption,
     TrustOption,
     console,
     interrupted_once,
     notes,
     one_model,
+    one_output,
     print_json,
     progress,
     quiet_transformers,
@@ -29,9 +33,7 @@ from lowbit.errors import UsageError
 def quantize(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    output_dir: Annotated[
-        Path | None, typer.Option("-o", "--output-dir", help="Folder to write.", show_default=False)
-    ] = None,
+    output_dir: OutputOption = None,
     scheme: Annotated[
         str | None, typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16).", show_default=False)
     ] = None,
@@ -86,9 +88,9 @@ def quantize(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Regex of modules to leave alone; repeatable.", show_default=False)
     ] = None,
-    format: Annotated[str, typer.Option(help="compressed-tensors.")] = "compressed-tensors",
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")] = False,
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
+    max_shard_size: ShardSizeOption = "5GB",
+    overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -102,8 +104,7 @@ def quantize(
     from lowbit.pipeline import quantize as run
 
     model = one_model(model, model_option)
-    if output_dir is None and not dry_run:
-        raise UsageError("no output folder: pass -o DIR")
+    target = Path("dry-run-output") if dry_run and output_dir is None else one_output(output_dir)
     if scheme is not None and bits is not None:
         raise UsageError("--scheme and --bits say the same thing: pass one of them")
     quiet_transformers()
@@ -116,7 +117,7 @@ def quantize(
 
         report = run(
             model,
-            output_dir or Path("dry-run-output"),
+            target,
             scheme=scheme or (f"W{bits}A16" if bits is not None else "W4A16"),
             group_size=group_size,
             sym=sym,

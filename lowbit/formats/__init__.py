@@ -2,10 +2,23 @@
 
 A format module has
 `SUFFIXES`: the tensor names that replace `weight`, in the order they are written;
-`pack(QuantWeight) -> dict[str, Tensor]` and `unpack_weight(tensors, scheme, out_features, in_features) -> QuantWeight`;
-`config(default, exceptions, ignored, targets) -> dict`;
-`detect(config) -> bool`; `schemes(config) -> SchemeMap`;
-`refuse(scheme) -> reason or None`.
+`ACT_ORDER`, `FUSED_EXPERTS`: whether it can hold a g_idx; fused 3-D expert parameters;
+`refuse(scheme, shape, default) -> reason or None`, for a weight of `shape` (out_features, in_features) in a checkpoint
+whose main scheme is `default`;
+`pack(QuantWeight) -> dict[str, Tensor]`, also of meta tensors;
+`config(default, exceptions, ignored) -> dict` (and `act_order=True` where it can hold one);
+`companions(config) -> dict[str, dict]`: JSON files that readers look for beside config.json;
+`detect(config) -> bool`; `parse(config)`, which says of a checkpoint
+    `lookup(names, class_name) -> Scheme or None`, of a module known under any of `names`;
+    `exhaustive`: modules that `lookup` finds are all stored quantized; `silent_on_symmetry`: only zeros tell;
+    `required(scheme)`: the suffixes that every quantized module has;
+    `shape(tensors, scheme) -> (out_features, in_features)`, None where they are stored;
+    `converted(tensors, scheme, shape)`: which suffixes of a weight's tensors are not those of compressed-tensors, or
+    not laid out as it is today -> theirs there;
+    `to_packed(suffix, tensor, scheme, shape) -> (suffix, tensor)`: one of those as compressed-tensors stores it.
+
+So what is read is always unpacked by `compressed_tensors.unpack_weight`: the tensors of that format, one for one, are
+what the layers of lowbit load.
 """
 
 from importlib import import_module
@@ -14,6 +27,8 @@ from lowbit.errors import InputError, UsageError
 
 FORMATS = {
     "compressed-tensors": "lowbit.formats.compressed_tensors",
+    "gptq": "lowbit.formats.gptq",
+    "awq": "lowbit.formats.awq",
 }
 
 

@@ -17,12 +17,14 @@ from lowbit.qweight import QuantWeight
 from lowbit.scheme import PER_CHANNEL, Scheme
 
 METHOD = "compressed-tensors"
+# Codes and scales of fused experts are stored as they are in memory where a family stores them fused
+ACT_ORDER, FUSED_EXPERTS = False, True
 SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 # The version of the layout we follow (dense 3-bit); readers show it and dispatch on nothing
 _LAYOUT_VERSION = "0.20.0"
 
 
-def refuse(scheme: Scheme) -> str | None:
+def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
     return None
 
 
@@ -73,7 +75,8 @@ def unpack_weight(
         if list(packed_zeros.shape) != expected:
             raise InputError(f"weight_zero_point has shape {list(packed_zeros.shape)}, expected {expected}")
         zeros = unpack(packed_zeros.T, scheme.bits, out_features).T.contiguous()
-    return QuantWeight(codes, tensors["weight_scale"], scheme, zeros)
+    # no file of this format has one: other formats' act-order, on its way into memory
+    return QuantWeight(codes, tensors["weight_scale"], scheme, zeros, tensors.get("weight_g_idx"))
 
 
 def _weight_args(scheme: Scheme) -> dict:
@@ -88,7 +91,7 @@ def _weight_args(scheme: Scheme) -> dict:
     }
 
 
-def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str], targets=("Linear",)) -> dict:
+def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str]) -> dict:
     """The `quantization_config` of a checkpoint.
 
     exceptions: module name -> Scheme where it differs from `default`. They become config groups that list exact names:
@@ -105,7 +108,7 @@ def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[
             "format": "pack-quantized",
         }
 
-    groups = {"group_0": group(targets, default)}
+    groups = {"group_0": group(["Linear"], default)}
     for scheme in sorted(set(exceptions.values()), key=lambda s: s.name):
         names = [name for name, other in exceptions.items() if other == scheme]
         groups[f"group_{len(groups)}"] = group(names, scheme)
@@ -154,6 +157,8 @@ class SchemeMap:
     """Which scheme each module of a checkpoint has, by the rules of compressed-tensors: ignore wins over targets;
     an exact name beats a regex (anchored at its start, tried in alphabetical order), which beats a class name."""
 
+    exhaustive, silent_on_symmetry = True, False
+
     def __init__(self, quantization_config: Mapping):
         status = quantization_config.get("quantization_status")
         if status != "compressed":
@@ -184,9 +189,40 @@ class SchemeMap:
         target = _first_match(self.targets, names, class_name)
         return None if target is None else self.targets[target]
 
+    def required(self, scheme: Scheme) -> tuple[str, ...]:
+        return suffixes(scheme)
 
-def schemes(quantization_config: Mapping) -> SchemeMap:
+    def shape(self, tensors: Mapping, scheme: Scheme) -> None:
+        """(out_features, in_features) are stored, in `weight_shape`."""
+
+    def converted(self, tensors: Mapping, scheme: Scheme, shape: tuple[int, int]) -> dict[str, str]:
+        """Before version 0.18, ten codes of 3 bits lay in a word, which lost two of its bits."""
+        width = tensors["weight_packed"].shape[-1]
+        if scheme.bits != 3 or width != -(-shape[1] // 10) or width == packed_width(shape[1], 3):
+            return {}
+        return {suffix: suffix for suffix in _STREAM_DIM if suffix in tensors}
+
+    def to_packed(
+        self, suffix: str, tensor: torch.Tensor, scheme: Scheme, shape: tuple[int, int]
+    ) -> tuple[str, torch.Tensor]:
+        if scheme.bits != 3:  # of another config group
+            return suffix, tensor
+        dim = _STREAM_DIM[suffix]
+        words = tensor.movedim(dim, 1)
+        codes = torch.stack([words >> 3 * place & 7 for place in range(10)], -1).flatten(1)[:, : shape[dim]]
+        return suffix, pack_bits(codes.to(torch.uint8), 3).movedim(1, dim).contiguous()
+
+
+# The dimension along which codes lie in words
+_STREAM_DIM = {"weight_packed": 1, "weight_zero_point": 0}
+
+
+def parse(quantization_config: Mapping) -> SchemeMap:
     return SchemeMap(quantization_config)
+
+
+def companions(quantization_config: dict) -> dict[str, dict]:
+    return {}
 
 
 def _first_match(targets: Iterable[str], names: list[str], class_name: str) -> str | None:

@@ -8,8 +8,8 @@ from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
 from lowbit.sources import load_config, resolve
 
-# Tensors that some writers add and that carry nothing: zero points of symmetric weights, identity g_idx
-_HARMLESS = ("weight_zero_point", "weight_g_idx")
+# Tensors that many writers add and that carry nothing: zero points of symmetric weights, g_idx in natural order
+_HARMLESS = ("_zero_point", "_g_idx")
 
 
 def loading_config(

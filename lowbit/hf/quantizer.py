@@ -4,6 +4,8 @@ On the fly, a dense tensor arrives under its own name, is quantized by `Quantize
 checkpoint, the packed tensors of compressed-tensors load into the modules by name.
 """
 
+from collections import Counter
+
 import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps, MergeModulelist, SplitModulelist, WeightConverter
@@ -14,8 +16,8 @@ from lowbit.discovery import CheckpointNames, Site, choose, find_sites
 from lowbit.errors import InputError
 from lowbit.experts import expert_weights, finish_experts, pack_experts, packed_name, quantize_experts, restore_experts
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.formats import detect_format, get_format
 from lowbit.hf.config import LowbitConfig
+from lowbit.hf.foreign import StoredModel, merges_experts
 from lowbit.linear import LowbitLinear
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Scheme
@@ -86,9 +88,14 @@ class LowbitQuantizer(HfQuantizer):
         self.names = CheckpointNames(model)
         self.damaged = []
         if self.pre_quantized:
-            self.chosen = self._from_checkpoint(model)
+            with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
+                self.stored = StoredModel(model, self.names, kwargs["checkpoint_files"])
+            self.chosen = {name: (found.site, found.scheme) for name, found in self.stored.sites.items()}
+            model._keys_to_ignore_on_load_unexpected.update(self.stored.idle)
         else:
-            self.chosen, self.left = choose(model, config.recipe)
+            self.chosen, _ = choose(model, config.recipe)
+        # named before they are replaced
+        self.left = [site.module for name, site in find_sites(model).items() if name not in self.chosen]
         if not self.chosen:
             raise InputError("nothing is quantized: no linear layer of the model matches the config")
         for site, scheme in self.chosen.values():
@@ -100,17 +107,6 @@ class LowbitQuantizer(HfQuantizer):
             else:
                 self._replace_linear(model, site, scheme, owner)
 
-    def _from_checkpoint(self, model) -> dict[str, tuple[Site, Scheme]]:
-        source = self.quantization_config.source
-        schemes = get_format(detect_format(source)).schemes(source)
-        chosen = {}
-        for name, site in find_sites(model).items():
-            # a Conv1D of lowbit's checkpoints is a Linear to every reader: it is stored as one
-            scheme = schemes.lookup(site.names, "Linear")
-            if scheme is not None:
-                chosen[name] = (site, scheme)
-        return chosen
-
     def _replace_linear(self, model, site: Site, scheme: Scheme, old: nn.Module) -> None:
         with torch.device("meta"):
             layer = LowbitLinear(
@@ -120,6 +116,7 @@ class LowbitQuantizer(HfQuantizer):
                 old.bias is not None,
                 self.dtype,
                 self.quantization_config.backend,
+                act_order=self.pre_quantized and self.stored.sites[site.parameter].act_order,
             )
             layer.transposed = site.transposed
             if not self.pre_quantized:
@@ -150,7 +147,9 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(conversion, WeightConverter):
                 operations = conversion.operations
                 conversion.operations = [_Merge(op.dim) if type(op) is MergeModulelist else op for op in operations]
-        return self._conversions
+        if not self.pre_quantized:
+            return self._conversions
+        return self.stored.conversions(self._conversions) + self._conversions
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.damaged:
@@ -159,15 +158,17 @@ class LowbitQuantizer(HfQuantizer):
             if _is_moved_by_accelerate(module):
                 continue
             if isinstance(module, LowbitLinear):
-                self._check_loaded(name, module, packed_format.suffixes(module.scheme))
+                self._check_loaded(name, module, module.packed_shapes)
                 _check_shapes(name, module)
                 module.prepare()
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
-        if not self.pre_quantized:
+        if not self.pre_quantized or not self.stored.is_native:
+            # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)
             self.quantization_config.source = self._saved_config()
+        self.stored = None
         return model
 
     def _check_loaded(self, name: str, module: nn.Module, parameters) -> None:
@@ -181,14 +182,22 @@ class LowbitQuantizer(HfQuantizer):
             )
 
     def _keep_expert_conversions(self, model) -> None:
-        """A dense checkpoint used none of the per-tensor merges of packed experts, but saving reverses them."""
-        kept = [conversion for conversion in self._conversions if conversion.was_used() or _merges_packed(conversion)]
+        """Saving reverses the merges of packed experts, of which a dense or foreign checkpoint used none."""
+        kept = [c for c in self._conversions if c.was_used() or _merges_packed(c) or merges_experts(c)]
         model._weight_conversions = kept or None
 
     def _saved_config(self) -> dict:
-        recipe = self.quantization_config.recipe
-        exceptions = {site.module: scheme for site, scheme in self.chosen.values() if scheme != recipe.scheme}
-        return packed_format.config(recipe.scheme, exceptions, [site.module for site, _ in self.left.values()])
+        usual, _ = Counter(scheme for _, scheme in self.chosen.values()).most_common(1)[0]
+        exceptions = {site.module: scheme for site, scheme in self.chosen.values() if scheme != usual}
+        return packed_format.config(usual, exceptions, self.left)
+
+    def get_state_dict_and_metadata(self, model):
+        for name, module in model.named_modules():
+            if isinstance(module, LowbitLinear) and "weight_g_idx" in module.packed_shapes:
+                raise InputError(
+                    f"{name} has act-order, which compressed-tensors cannot hold: copy the folder it was loaded from"
+                )
+        return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self):
         return True
@@ -231,7 +240,7 @@ class LowbitQuantizer(HfQuantizer):
 
 def _check_shapes(name: str, layer: LowbitLinear) -> None:
     """transformers before 5.23 does not look at the shapes of quantized parameters."""
-    for suffix, (shape, _) in packed_format.shapes(layer.scheme, layer.out_features, layer.in_features).items():
+    for suffix, (shape, _) in layer.packed_shapes.items():
         found = tuple(getattr(layer, suffix).shape)
         if found != shape:
             raise InputError(f"{name}.{suffix} has shape {list(found)} in the checkpoint, expected {list(shape)}")

@@ -1,5 +1,6 @@
-"""Quantizing a whole checkpoint: plan it from headers, then run the plan."""
+"""Whole checkpoints: quantized from a plan made of headers, converted, dequantized."""
 
+from lowbit.pipeline.convert import convert, dequantize
 from lowbit.pipeline.run import quantize
 
-__all__ = ["quantize"]
+__all__ = ["convert", "dequantize", "quantize"]

@@ -1,5 +1,7 @@
 """What a run will write, to the byte, from config and safetensors headers alone."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -104,7 +106,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
         step = _copy(info)
         if parameter in chosen:
             site, scheme = chosen[parameter]
-            step = _quantize(info, site, scheme, direct, fmt)
+            step = _quantize(info, site, scheme, direct, fmt, recipe.scheme)
         elif parameter in left:
             step = _copy(info, *left[parameter])
         if step.site is not None:
@@ -112,29 +114,40 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
         steps.append(step)
     _check_complete(reader, chosen, fulfilled)
     # a tied head is left alone and not stored, and still has to be named
-    ignored = dict.fromkeys(site.module for site, _ in left.values())
-    exceptions = {}
-    for step in fulfilled.values():
-        # a module may have another name in the checkpoint than in memory, and readers look for either
-        names = [step.site.module] if step.site.kind == "experts" else [step.site.module, step.base]
-        if step.scheme is None:
-            ignored.update(dict.fromkeys(names))
-        elif step.scheme != recipe.scheme:
-            exceptions.update(dict.fromkeys(names, step.scheme))
-    config = fmt.config(recipe.scheme, exceptions, ignored)
+    named = [(site, None, None) for site, _ in left.values()]
+    named += [(step.site, step.base, step.scheme) for step in fulfilled.values()]
+    config = fmt.config(recipe.scheme, *exceptions_and_ignored(named, recipe.scheme))
     return Plan(recipe, format_name, tuple(steps), config, left)
+
+
+def exceptions_and_ignored(
+    named: Iterable[tuple[Site, str | None, Scheme | None]], default: Scheme
+) -> tuple[dict[str, Scheme], list[str]]:
+    """What a config says of modules: each a site, its name in the checkpoint if stored, its scheme if quantized."""
+    exceptions, ignored = {}, {}
+    for site, base, scheme in named:
+        # a module may have another name in the checkpoint than in memory, and readers look for either
+        names = [site.module] if site.kind == "experts" or base is None else [site.module, base]
+        if scheme is None:
+            ignored.update(dict.fromkeys(names))
+        elif scheme != default:
+            exceptions.update(dict.fromkeys(names, scheme))
+    return exceptions, list(ignored)
 
 
 def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:
     return Step(info, (TensorInfo(info.name, info.dtype, info.shape),), site, None, reason)
 
 
-def _quantize(info: TensorInfo, site: Site, scheme: Scheme, direct: bool, fmt: ModuleType) -> Step:
-    reason = _cannot(info, site, direct) or fmt.refuse(scheme)
+def _quantize(info: TensorInfo, site: Site, scheme: Scheme, direct: bool, fmt: ModuleType, default: Scheme) -> Step:
+    reason = _cannot(info, site, direct)
+    if reason is None:
+        out_features, in_features = reversed(info.shape[-2:]) if site.transposed else info.shape[-2:]
+        reason = fmt.refuse(scheme, (out_features, in_features), default)
+    if reason is None and len(info.shape) == 3 and not fmt.FUSED_EXPERTS:
+        reason = f"its experts are stored as one tensor, which {fmt.METHOD} cannot hold"
     if reason:
         return _copy(info, site, reason)
-    rows, columns = info.shape[-2:]
-    out_features, in_features = (columns, rows) if site.transposed else (rows, columns)
     packed = fmt.pack(QuantWeight.meta(out_features, in_features, scheme, info.dtype))
     lead = info.shape[:-2]
     outputs = tuple(
@@ -169,4 +182,6 @@ def _check_complete(reader: CheckpointReader, chosen: dict, fulfilled: dict) -> 
             + ": the checkpoint does not belong to its config, or a shard is missing from the index"
         )
     if not any(step.scheme for step in fulfilled.values()):
-        raise InputError(f"nothing to quantize in {reader.folder}: no linear layer is left (check --ignore)")
+        reasons = Counter(step.reason for step in fulfilled.values() if step.site.parameter in chosen)
+        reason = reasons.most_common(1)[0][0] if reasons else "no linear layer is left (check --ignore)"
+        raise InputError(f"nothing to quantize in {reader.folder}: {reason}")

@@ -9,7 +9,6 @@ from pathlib import Path
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
-from lowbit.errors import OutputError
 from lowbit.pipeline.calibrate import Calibration, calibrate
 from lowbit.pipeline.job import clear_finished
 from lowbit.pipeline.plan import Plan, make_plan
@@ -18,7 +17,7 @@ from lowbit.pipeline.report import Report
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options, get_quantizer
 from lowbit.scheme import Recipe, Scheme
-from lowbit.sources import load_config, resolve
+from lowbit.sources import check_apart, load_config, resolve
 
 
 def quantize(
@@ -72,7 +71,7 @@ def quantize(
     started = time.perf_counter()
     source = resolve(model, revision)
     target = Path(os.path.abspath(output_dir))
-    _check_apart(source, target)
+    check_apart(source, target)
     reader = CheckpointReader(source)
     config = load_config(source, trust_remote_code)
     plan = make_plan(reader, skeleton(config, trust_remote_code), recipe, format)
@@ -119,9 +118,3 @@ def make_recipe(scheme, group_size, sym, method, options, overrides=(), ignore=(
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, lm_head)
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    source, target = source.resolve(), Path(os.path.realpath(target))
-    if source == target or source.is_relative_to(target) or target.is_relative_to(source):
-        raise OutputError(f"the output folder {target} and the model {source} overlap: choose another output folder")

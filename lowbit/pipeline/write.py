@@ -64,8 +64,15 @@ def _write(reader, plan: Plan, folder: Path, shard_bytes: int, report: Report, p
                 progress(step, "")
         written.result()
         writer.finish(plan.total_parameters)
-    config = {**reader.config, "quantization_config": plan.quantization_config}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_configs(folder, reader.config, fmt, plan.quantization_config)
+
+
+def write_configs(folder: Path, config: dict, fmt, quantization_config: dict) -> None:
+    """config.json with the quantization in it, and what else readers of the format look for."""
+    files = fmt.companions(quantization_config)
+    files["config.json"] = {**config, "quantization_config": quantization_config}
+    for name, data in files.items():
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_all(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:

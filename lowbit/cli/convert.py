@@ -1,0 +1,62 @@
+"""lowbit convert"""
+
+from typing import Annotated
+
+import typer
+
+from lowbit.cli.common import (
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    OutputOption,
+    OverwriteOption,
+    RevisionOption,
+    ShardSizeOption,
+    TrustOption,
+    console,
+    counted_progress,
+    interrupted_once,
+    one_model,
+    one_output,
+    print_json,
+    quiet_transformers,
+    size,
+)  # fmt: skip
+
+
+def convert(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    output_dir: OutputOption = None,
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
+    max_shard_size: ShardSizeOption = "5GB",
+    overwrite: OverwriteOption = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+):
+    """Write a quantized model in another format: the same numbers bit for bit, or a refusal that says why.
+
+    Codes, scales and zeros are read back from what was written and compared before the folder appears.
+    """
+    from lowbit.pipeline.convert import convert as run
+
+    name, target = one_model(model, model_option), one_output(output_dir)
+    quiet_transformers()
+    with interrupted_once(), counted_progress("converting", json) as on_start:
+        done = run(
+            name,
+            target,
+            format=format,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            on_start=on_start,
+        )
+    if json:
+        print_json(done.to_dict())
+        return
+    console.print(f"{done.source_format} -> {done.format}: {size(done.source_bytes)} -> {size(done.output_bytes)}")
+    console.print(f"{done.weights} quantized weights, read back: codes, scales, zeros and order are identical")
+    console.print(f"written to {done.output}")

@@ -1,0 +1,119 @@
+"""AWQ in its `gemm` version: the 4-bit layout of AutoAWQ.
+
+Tensors of a module X with weight [N, K]: `qweight` int32 [K, N/8], `qzeros` int32 [G, N/8], `scales` [G, N]. Each word
+holds eight columns of N, the even ones in its lower half. Zeros are always stored, symmetric ones too: readers expect
+them.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from lowbit.errors import InputError, UsageError
+from lowbit.formats.bitpack import pack as pack_bits
+from lowbit.formats.bitpack import unpack
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
+
+METHOD = "awq"
+SUFFIXES = ("qweight", "qzeros", "scales")
+ACT_ORDER, FUSED_EXPERTS = False, False
+_PACKED = dict(zip(SUFFIXES, ("weight_packed", "weight_zero_point", "weight_scale"), strict=True))
+_BITS = 4
+# The column of a word's eight that lies at each nibble
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_PLACES = tuple(_ORDER.index(column) for column in range(8))
+
+
+def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
+    if scheme.bits != _BITS:
+        return f"awq has {_BITS} bits, not {scheme.bits}"
+    if shape[0] % 8:
+        return f"awq packs 8 outputs together, which do not divide {shape[0]}"
+    if scheme.group_size != default.group_size:
+        return f"an awq checkpoint has one group_size for all layers: {default.group_size}, here {scheme.group_size}"
+    return None
+
+
+def _columns(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """[R, N], the eight columns of each word in another order."""
+    return tensor.unflatten(1, (-1, 8))[:, :, list(order)].flatten(1)
+
+
+def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
+    qweight.require_natural_order("awq")
+    zeros = qweight.zeros
+    if zeros is None:
+        zeros = torch.full_like(qweight.scales, qweight.scheme.middle, dtype=torch.uint8)
+    return {
+        "qweight": pack_bits(_columns(qweight.codes.T, _ORDER), _BITS),
+        "qzeros": pack_bits(_columns(zeros.T, _ORDER), _BITS),
+        "scales": qweight.scales.T.contiguous(),
+    }
+
+
+def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str]) -> dict:
+    """The `quantization_config` of a checkpoint. Exceptions differ in symmetry alone, which does not show."""
+    return {
+        "quant_method": METHOD,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(ignored) or None,
+    }
+
+
+def detect(quantization_config: Mapping) -> bool:
+    return quantization_config.get("quant_method") == METHOD
+
+
+def parse(quantization_config: Mapping) -> "StoredAWQ":
+    return StoredAWQ(quantization_config)
+
+
+class StoredAWQ:
+    """What the config of an AWQ checkpoint says: one scheme for whatever is stored quantized."""
+
+    exhaustive, silent_on_symmetry = False, True
+
+    def __init__(self, quantization_config: Mapping):
+        version = str(quantization_config.get("version", "gemm")).lower()
+        if version != "gemm":
+            raise InputError(f"awq version {version!r} cannot be read; expected 'gemm'")
+        bits = quantization_config.get("bits", quantization_config.get("w_bit"))
+        group_size = quantization_config.get("group_size", quantization_config.get("q_group_size"))
+        if bits != _BITS:
+            raise InputError(f"awq with {bits!r} bits cannot be read; expected {_BITS}")
+        try:
+            self._scheme = Scheme(bits, group_size, sym=False)
+        except UsageError as error:
+            raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
+
+    def lookup(self, names: Iterable[str], class_name: str) -> Scheme | None:
+        return self._scheme
+
+    def required(self, scheme: Scheme) -> tuple[str, ...]:
+        return SUFFIXES
+
+    def shape(self, tensors: Mapping, scheme: Scheme) -> tuple[int, int]:
+        in_features, words = tensors["qweight"].shape
+        return 8 * words, in_features
+
+    def converted(self, tensors: Mapping, scheme: Scheme, shape: tuple[int, int]) -> dict[str, str]:
+        return {suffix: _PACKED[suffix] for suffix in tensors}
+
+    def to_packed(
+        self, suffix: str, tensor: torch.Tensor, scheme: Scheme, shape: tuple[int, int]
+    ) -> tuple[str, torch.Tensor]:
+        """What compressed-tensors would store of one tensor: another axis for the codes, another order of columns."""
+        if suffix == "scales":
+            return _PACKED[suffix], tensor.T.contiguous()
+        values = _columns(unpack(tensor, _BITS, shape[0]), _PLACES)
+        if suffix == "qweight":
+            return _PACKED[suffix], pack_bits(values.T.contiguous(), _BITS)
+        return _PACKED[suffix], pack_bits(values, _BITS).T.contiguous()
+
+
+def companions(quantization_config: dict) -> dict[str, dict]:
+    return {}

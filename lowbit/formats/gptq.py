@@ -1,0 +1,150 @@
+"""GPTQ: the layout of AutoGPTQ and GPTQModel, in its two versions.
+
+Tensors of a module X with weight [N, K]: `qweight` int32 [K*bits/32, N] (a bit stream down K), `qzeros` int32
+[G, N*bits/32] (along N), `scales` [G, N], `g_idx` int32 [K], the group of each input. Version 1 (`checkpoint_format`
+"gptq") stores zero - 1, version 2 ("gptq_v2") the zero itself. Some readers of version 1 add that one to whole words,
+where a zero of 0 carries into its neighbour: symmetric weights, whose zeros are never 0, are written as version 1,
+which everybody reads, asymmetric ones as version 2.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from lowbit.errors import InputError, UsageError
+from lowbit.formats.bitpack import pack as pack_bits
+from lowbit.formats.bitpack import unpack
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
+
+METHOD = "gptq"
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+ACT_ORDER, FUSED_EXPERTS = True, False
+_PACKED = dict(zip(SUFFIXES, ("weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"), strict=True))
+
+
+def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
+    unit = 32 // math.gcd(scheme.bits, 32)
+    if shape[0] % unit or shape[1] % unit:
+        return f"gptq packs {unit} codes of {scheme.bits} bits together, which do not divide {shape[0]} x {shape[1]}"
+    if scheme.sym != default.sym:
+        return "a gptq checkpoint is symmetric as a whole or not at all"
+    return None
+
+
+def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
+    scheme, in_features = qweight.scheme, qweight.in_features
+    zeros, g_idx = qweight.zeros, qweight.g_idx
+    if zeros is None:
+        zeros = torch.full_like(qweight.scales, scheme.middle - 1, dtype=torch.uint8)  # version 1
+    if g_idx is None:
+        g_idx = torch.arange(in_features, device=qweight.codes.device) // scheme.group_of(in_features)
+    return {
+        "qweight": pack_bits(qweight.codes, scheme.bits).T.contiguous(),
+        "qzeros": pack_bits(zeros.T.contiguous(), scheme.bits),
+        "scales": qweight.scales.T.contiguous(),
+        "g_idx": g_idx.to(torch.int32),
+    }
+
+
+def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str], act_order: bool = False) -> dict:
+    """The `quantization_config` of a checkpoint; `dynamic` lists the modules that differ from `default` or are left."""
+    # an exact name each: `re.match` reads these in GPTQModel, vLLM and SGLang
+    dynamic = {f"-:^{re.escape(name)}$": {} for name in ignored}
+    for name, scheme in exceptions.items():
+        dynamic[f"+:^{re.escape(name)}$"] = {"bits": scheme.bits, "group_size": scheme.group_size}
+    version = "gptq" if default.sym else "gptq_v2"
+    return {
+        "quant_method": METHOD,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "sym": default.sym,
+        "desc_act": act_order,
+        "lm_head": False,
+        "checkpoint_format": version,
+        "format": version,
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+    }
+
+
+def detect(quantization_config: Mapping) -> bool:
+    return quantization_config.get("quant_method") == METHOD
+
+
+def parse(quantization_config: Mapping) -> "StoredGPTQ":
+    return StoredGPTQ(quantization_config)
+
+
+class StoredGPTQ:
+    """What the config of a GPTQ checkpoint says of modules that are stored quantized."""
+
+    exhaustive, silent_on_symmetry = False, False
+
+    def __init__(self, quantization_config: Mapping):
+        self.form = quantization_config.get("checkpoint_format") or quantization_config.get("format") or "gptq"
+        if self.form not in ("gptq", "gptq_v2"):
+            raise InputError(f"checkpoint_format {self.form!r} cannot be read; expected 'gptq' or 'gptq_v2'")
+        words = quantization_config.get("pack_dtype", "int32")
+        if str(words).removeprefix("torch.") != "int32":
+            raise InputError(f"pack_dtype {words!r} cannot be read; expected 'int32'")
+        self._config = quantization_config
+        dynamic = quantization_config.get("dynamic") or {}
+        if not isinstance(dynamic, Mapping):
+            raise InputError(f"dynamic is {dynamic!r}; expected a regex and its settings for each exception")
+        self._dynamic: list[tuple[re.Pattern, Scheme | None]] = []
+        for pattern, settings in dynamic.items():
+            skipped = pattern.startswith("-:")
+            scheme = None if skipped else self._scheme(settings or {})
+            try:
+                self._dynamic.append((re.compile(pattern.removeprefix("-:").removeprefix("+:")), scheme))
+            except re.error as error:
+                raise InputError(f"dynamic: {pattern!r} is not a regular expression: {error}") from None
+        self._default = self._scheme({})
+
+    def _scheme(self, settings: Mapping) -> Scheme:
+        bits, group_size, sym = (
+            settings.get(key, self._config.get(key, default))
+            for key, default in (("bits", None), ("group_size", 128), ("sym", True))
+        )
+        try:
+            return Scheme(bits, group_size, sym)
+        except UsageError as error:
+            raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
+
+    def lookup(self, names: Iterable[str], class_name: str) -> Scheme | None:
+        """The scheme of a module known under any of `names` if it is stored quantized; the first regex that matches
+        decides, as in GPTQModel."""
+        names = list(names)
+        for pattern, scheme in self._dynamic:
+            if any(pattern.match(name) for name in names):
+                return scheme
+        return self._default
+
+    def required(self, scheme: Scheme) -> tuple[str, ...]:
+        return SUFFIXES[:-1]  # g_idx is younger than the format
+
+    def shape(self, tensors: Mapping, scheme: Scheme) -> tuple[int, int]:
+        words, out_features = tensors["qweight"].shape
+        return out_features, words * 32 // scheme.bits
+
+    def converted(self, tensors: Mapping, scheme: Scheme, shape: tuple[int, int]) -> dict[str, str]:
+        return {suffix: _PACKED[suffix] for suffix in tensors}
+
+    def to_packed(
+        self, suffix: str, tensor: torch.Tensor, scheme: Scheme, shape: tuple[int, int]
+    ) -> tuple[str, torch.Tensor]:
+        """What compressed-tensors would store of one tensor: but for its version 1, the same bits transposed."""
+        if suffix == "g_idx":
+            return _PACKED[suffix], tensor
+        if suffix == "qzeros" and self.form == "gptq":
+            zeros = (unpack(tensor, scheme.bits, shape[0]) + 1).bitwise_and_(scheme.levels - 1)
+            tensor = pack_bits(zeros, scheme.bits)
+        return _PACKED[suffix], tensor.T.contiguous()
+
+
+def companions(quantization_config: dict) -> dict[str, dict]:
+    """Files that older readers look for beside config.json."""
+    return {"quantize_config.json": quantization_config}

@@ -1,0 +1,173 @@
+"""Quantized checkpoints on their way into lowbit's layers: which weights of the model they hold, and how tensors of
+another layout than that of compressed-tensors are converted while transformers loads them.
+
+Every tensor of GPTQ and AWQ is one of compressed-tensors, laid out differently. So each has a conversion of its own,
+and where transformers merges experts, it runs in front of the merge.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+
+from lowbit.checkpoint import CheckpointReader
+from lowbit.discovery import CheckpointNames, Site, find_sites
+from lowbit.errors import InputError
+from lowbit.experts import packed_name
+from lowbit.formats import compressed_tensors as packed_format
+from lowbit.scheme import Scheme
+from lowbit.stored import StoredWeight, StoredWeights
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """A weight of the model that a checkpoint holds quantized."""
+
+    site: Site
+    scheme: Scheme
+    act_order: bool = False
+
+
+class StoredModel:
+    """sites: parameter name -> StoredSite, of the checkpoint that `files` belong to.
+
+    Raises InputError for a checkpoint that is damaged or does not belong to `model`.
+    """
+
+    def __init__(self, model: nn.Module, names: CheckpointNames, files: list[str]):
+        self.names = names
+        self.stored = StoredWeights(CheckpointReader(Path(files[0]).parent))
+        sites = find_sites(model)
+        if self.stored.config.exhaustive:
+            # a Conv1D of lowbit's checkpoints is a Linear to every reader: it is stored as one
+            schemes = {name: self.stored.config.lookup(site.names, "Linear") for name, site in sites.items()}
+            self.sites = {name: StoredSite(sites[name], scheme) for name, scheme in schemes.items() if scheme}
+        else:
+            self.sites = {
+                name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
+            }
+        # suffixes of tensors that are laid out otherwise -> those that they become
+        self._converted: dict[str, str] = {}
+        for weight in self.stored.weights.values():
+            self._converted |= self.stored.config.converted(weight.tensors, weight.scheme, weight.shape)
+
+        # full names of packed parameters -> what they belong to
+        self.owner = {packed: found for found in self.sites.values() for packed in _packed_names(found.site)}
+
+    def merged(self, found: StoredSite) -> int:
+        """How many stored weights lie side by side in one matrix: 2 for the gate and up of an expert."""
+        return self.names.merged(found.site.parameter) if found.site.kind == "experts" else 1
+
+    def part(self, found: StoredSite) -> tuple[int, int]:
+        """(out_features, in_features) of one stored weight."""
+        return found.site.out_features // self.merged(found), found.site.in_features
+
+    def _by_parameter(self) -> dict[str, list[StoredWeight]]:
+        found = defaultdict(list)
+        for base, weight in self.stored.weights.items():
+            found[self.names.locate(f"{base}.weight")[0]].append(weight)
+        return found
+
+    @property
+    def idle(self) -> list[str]:
+        """Regexes of tensors that carry nothing here: zeros of symmetric weights, g_idx in natural order."""
+        return [] if self.is_native else [r"_zero_point$", r"_g_idx$"]
+
+    @property
+    def is_native(self) -> bool:
+        """All tensors load as they are."""
+        return not self._converted
+
+    def conversions(self, of_model: Iterable) -> list[WeightConverter]:
+        """To be put in front of the conversions of the model: the first that fits a tensor is the one that applies."""
+        merges, plain = [], []
+        for suffix, packed in self._converted.items():
+            before = [ToPacked(self, suffix)]
+            # only compressed-tensors stores shapes
+            after = [AddShape(self)] if suffix == "qweight" else []
+            plain.append(WeightConverter(rf"\.{suffix}$", f".{packed}", before + after))
+            for conversion in filter(merges_experts, of_model):
+                sources = [source.removesuffix("weight") + suffix for source in conversion.source_patterns]
+                targets = [packed_name(target, packed) for target in conversion.target_patterns]
+                merges.append(WeightConverter(sources, targets, [*before, *conversion.operations, *after]))
+        return merges + plain
+
+
+def _combined(site: Site, weights: list[StoredWeight]) -> StoredSite:
+    """One scheme for what is one parameter in memory: the experts of a layer, gate and up in each."""
+    first = weights[0]
+    for other in weights:
+        if (other.scheme.bits, other.scheme.group_size) != (first.scheme.bits, first.scheme.group_size):
+            raise InputError(
+                f"{other.base} is {other.scheme.name} and {first.base} {first.scheme.name}: experts need one scheme"
+            )
+        if other.act_order and site.kind == "experts":
+            raise InputError(f"{other.base} has act-order: lowbit runs experts without it only")
+    sym = all(weight.scheme.sym for weight in weights)
+    return StoredSite(site, replace(first.scheme, sym=sym), any(weight.act_order for weight in weights))
+
+
+def _packed_names(site: Site) -> list[str]:
+    suffixes = (*packed_format.SUFFIXES, "weight_g_idx")
+    if site.kind == "experts":
+        return [packed_name(site.parameter, suffix) for suffix in suffixes]
+    return [f"{site.module}.{suffix}" for suffix in suffixes]
+
+
+def merges_experts(conversion) -> bool:
+    """Whether transformers stacks dense tensors, one for each expert, into one parameter by it."""
+    return (
+        isinstance(conversion, WeightConverter)
+        and any(isinstance(operation, MergeModulelist) for operation in conversion.operations)
+        and all(source.endswith(".weight") for source in conversion.source_patterns)
+    )
+
+
+class _OfModel(ConversionOps):
+    """An operation that looks up which weight its tensors belong to."""
+
+    def __init__(self, model: StoredModel):
+        self._model = model
+
+    def __deepcopy__(self, memo):
+        return self  # transformers copies operations for every parameter; these have no state of their own
+
+
+class ToPacked(_OfModel):
+    """Tensors of stored weights -> those of compressed-tensors, one for one, under the same patterns."""
+
+    def __init__(self, model: StoredModel, suffix: str):
+        super().__init__(model)
+        self._suffix = suffix
+
+    def convert(self, input_dict, full_layer_name=None, target_patterns=None, **kwargs):
+        owner = self._model.owner[full_layer_name]
+        config = self._model.stored.config
+        converted = {}
+        for pattern, tensors in input_dict.items():
+            tensors = tensors if isinstance(tensors, list) else [tensors]
+            parts = [config.to_packed(self._suffix, t, owner.scheme, self._model.part(owner))[1] for t in tensors]
+            if owner.site.kind == "experts":
+                converted[pattern] = parts
+            else:
+                converted[target_patterns[0]] = parts[0]
+        return converted
+
+
+class AddShape(_OfModel):
+    """Adds the `weight_shape` that goes with a packed tensor."""
+
+    def convert(self, input_dict, full_layer_name=None, target_patterns=None, **kwargs):
+        (packed,) = input_dict.values()
+        packed = packed[0] if isinstance(packed, list) else packed
+        owner = self._model.owner[full_layer_name]
+        merged = self._model.merged(owner)
+        shape = torch.tensor(self._model.part(owner) * merged)
+        if owner.site.kind == "experts":
+            shape = shape.expand(len(packed), -1).contiguous()
+        name = target_patterns[0]
+        return {name: packed, f"{name.removesuffix('packed')}shape": shape}

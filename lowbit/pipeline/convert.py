@@ -1,0 +1,286 @@
+"""From one format to another, number by number: codes, scales, zeros and g_idx stay what they are.
+
+Nothing is quantized anew. What a format cannot hold is refused before anything is written, and what was written is read
+again and compared before it appears.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from lowbit.checkpoint.side_files import copy_side_files
+from lowbit.checkpoint.writer import StagedFolder, parse_size
+from lowbit.discovery import CheckpointNames, Site, find_sites, skeleton
+from lowbit.errors import InputError, OutputError, UsageError
+from lowbit.formats import get_format
+from lowbit.grid import dequantize as dense_matrix
+from lowbit.pipeline.plan import exceptions_and_ignored, output_name
+from lowbit.pipeline.write import read_checked, write_configs
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
+from lowbit.sources import check_apart, load_config, resolve
+from lowbit.stored import StoredWeight, StoredWeights
+
+# Called with the number of weights in all, may return what is called with the name of each that is done
+OnStart = Callable[[int], Callable[[str], None] | None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done. weights: how many were converted, each compared with its source."""
+
+    source_format: str
+    format: str
+    weights: int
+    source_bytes: int
+    output_bytes: int
+    output: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some tensors of the output, and what reads and computes them."""
+
+    name: str
+    outputs: tuple[TensorInfo, ...]
+    make: Callable[[], dict[str, torch.Tensor]]
+
+
+class _Source:
+    """A quantized folder, and the sites of its model that its weights belong to."""
+
+    def __init__(self, model, revision: str | None, trust_remote_code: bool):
+        self.folder = resolve(model, revision)
+        self.reader = CheckpointReader(self.folder)
+        self.stored = StoredWeights(self.reader)
+        if not self.stored.weights:
+            raise InputError(f"{self.folder} holds no quantized weights: expected a quantized model")
+        skeleton_model = skeleton(load_config(self.folder, trust_remote_code), trust_remote_code)
+        self._names, self._sites = CheckpointNames(skeleton_model), find_sites(skeleton_model)
+
+    def site(self, name: str) -> Site | None:
+        """Of the tensor set `name`."""
+        found = self._sites.get(self._names.locate(f"{name}.weight")[0])
+        return found or self._sites.get(self._names.locate(name)[0])
+
+    def named(self) -> list[tuple[Site, str | None, Scheme | None]]:
+        """All sites, their names in the checkpoint and their schemes, as `exceptions_and_ignored` wants them."""
+        weights = {base: weight.scheme for base, weight in self.stored.weights.items()}
+        plain = {info.name.removesuffix(".weight"): None for info in self.stored.plain}
+        found = [(site, base, scheme) for base, scheme in (plain | weights).items() if (site := self.site(base))]
+        seen = {site.parameter for site, _, _ in found}
+        return found + [(site, None, None) for name, site in self._sites.items() if name not in seen]
+
+
+def convert(
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    format: str,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_start: OnStart | None = None,
+) -> Conversion:
+    """Write a quantized model again in another format ("compressed-tensors", "gptq", "awq"): the same numbers, exactly.
+
+    Raises UsageError for a format that does not exist, InputError with the reason where it cannot hold the numbers,
+    OutputError when the folder cannot be written or reads back differently.
+    """
+    fmt, shard_bytes = get_format(format), parse_size(max_shard_size)
+    source = _Source(model, revision, trust_remote_code)
+    weights = source.stored.weights
+    usual, _ = Counter(weight.scheme for weight in weights.values()).most_common(1)[0]
+    for weight in weights.values():
+        if reason := _refusal(weight, fmt, usual):
+            raise InputError(f"{weight.base} cannot be stored as {format}: {reason}")
+    act_order = {"act_order": True} if any(weight.act_order for weight in weights.values()) else {}
+    config = fmt.config(usual, *exceptions_and_ignored(source.named(), usual), **act_order)
+    parts = [_packed_part(source.stored, weight, fmt) for weight in weights.values()]
+    parts += [_plain_part(source.reader, info) for info in source.stored.plain]
+
+    def finish(folder: Path) -> None:
+        write_configs(folder, source.reader.config, fmt, config)
+        _compare(source.stored, StoredWeights(CheckpointReader(folder)))
+
+    return _rewrite(source, parts, output_dir, format, shard_bytes, overwrite, on_start, finish)
+
+
+def dequantize(
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_start: OnStart | None = None,
+) -> Conversion:
+    """Write a quantized model as a plain one, of the weights that its codes stand for.
+
+    dtype: of all floating tensors, "bfloat16", "float16" or "float32"; by default each stays what it is, and weights
+    get the dtype of their scales. Raises as `convert` does; InputError too where a value is too large for dtype.
+    """
+    shard_bytes = parse_size(max_shard_size)
+    wanted = _dtype(dtype)
+    source = _Source(model, revision, trust_remote_code)
+    parts = [_dense_part(source, weight, wanted) for weight in source.stored.weights.values()]
+    parts += [_plain_part(source.reader, info, wanted) for info in source.stored.plain]
+    config = {key: value for key, value in source.reader.config.items() if key != "quantization_config"}
+    if wanted is not None:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"}
+        config["dtype"] = str(wanted).removeprefix("torch.")
+
+    def finish(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    return _rewrite(source, parts, output_dir, "plain", shard_bytes, overwrite, on_start, finish)
+
+
+def _dtype(name) -> torch.dtype | None:
+    allowed = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    short = str(name).removeprefix("torch.")
+    if name is not None and short not in allowed:
+        raise UsageError(f"dtype is {short!r}; allowed: {', '.join(allowed)}")
+    return None if name is None else allowed[short]
+
+
+def _refusal(weight: StoredWeight, fmt, usual: Scheme) -> str | None:
+    if weight.act_order and not fmt.ACT_ORDER:
+        return f"its inputs are in act-order (a g_idx), which {fmt.METHOD} has no place for"
+    if weight.experts and not fmt.FUSED_EXPERTS:
+        return f"its experts are stored as one tensor, which {fmt.METHOD} cannot hold"
+    return fmt.refuse(weight.scheme, weight.shape, usual)
+
+
+def _packed_part(stored: StoredWeights, weight: StoredWeight, fmt) -> _Part:
+    lead = (weight.experts,) if weight.experts else ()
+    meta = fmt.pack(QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype))
+    outputs = tuple(
+        TensorInfo(_name(weight, suffix), tensor.dtype, (*lead, *tensor.shape)) for suffix, tensor in meta.items()
+    )
+
+    def make():
+        packed = [fmt.pack(qweight) for qweight in stored.quantized(weight)]
+        return {
+            _name(weight, suffix): torch.stack([one[suffix] for one in packed]) if lead else packed[0][suffix]
+            for suffix in packed[0]
+        }
+
+    return _Part(weight.base, outputs, make)
+
+
+def _name(weight: StoredWeight, suffix: str) -> str:
+    return output_name(weight.base if weight.experts else f"{weight.base}.weight", suffix)
+
+
+def _plain_part(reader: CheckpointReader, info: TensorInfo, dtype: torch.dtype | None = None) -> _Part:
+    kept = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+
+    def make():
+        return {info.name: _cast(read_checked(reader, info.name), kept, info.name)}
+
+    return _Part(info.name, (TensorInfo(info.name, kept, info.shape),), make)
+
+
+def _dense_part(source: _Source, weight: StoredWeight, dtype: torch.dtype | None) -> _Part:
+    site, kept = source.site(weight.base), dtype or weight.dtype
+    if site is None:
+        raise InputError(f"{weight.base} is not a module of the model that config.json describes")
+    name = weight.base if weight.experts else f"{weight.base}.weight"
+    shape = weight.shape[::-1] if site.transposed else weight.shape
+    lead = (weight.experts,) if weight.experts else ()
+
+    def make():
+        matrices = [dense_matrix(qweight, torch.float32) for qweight in source.stored.quantized(weight)]
+        matrices = [matrix.T if site.transposed else matrix for matrix in matrices]
+        dense = torch.stack(matrices) if lead else matrices[0].contiguous()
+        return {name: _cast(dense, kept, name)}
+
+    return _Part(weight.base, (TensorInfo(name, kept, (*lead, *shape)),), make)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
+        largest = float(tensor.abs().max())
+        raise InputError(f"{name} has values of {largest:.3g}, too large for {dtype}: choose bfloat16 or float32")
+    return cast
+
+
+def _rewrite(
+    source: _Source,
+    parts: Iterable[_Part],
+    output_dir,
+    format: str,
+    shard_bytes: int,
+    overwrite: bool,
+    on_start: OnStart | None,
+    finish: Callable[[Path], None],
+) -> Conversion:
+    target = Path(os.path.abspath(output_dir))
+    check_apart(source.folder, target)
+    # in the order of the source, so that the tensors of a layer stay together
+    place = {name: number for number, name in enumerate(source.reader.tensors)}
+    first = {w.base: min(place[t.name] for t in w.tensors.values()) for w in source.stored.weights.values()}
+    parts = sorted(parts, key=lambda part: first.get(part.name, place.get(part.name)))
+    outputs = [info for part in parts for info in part.outputs]
+    with StagedFolder(target, overwrite) as staged:
+        done = on_start(len(parts)) if on_start else None
+        try:
+            with CheckpointWriter(staged.path, outputs, shard_bytes, {}) as writer:
+                copy_side_files(source.folder, staged.path)
+                for part in parts:
+                    for name, tensor in part.make().items():
+                        writer.write(name, tensor)
+                    if done:
+                        done(part.name)
+                writer.finish(_parameters(source.stored))
+            finish(staged.path)
+        except OSError as error:
+            raise OutputError(f"cannot write to {target}: {error.strerror or error}") from None
+        staged.commit()
+    return Conversion(
+        source.stored.format,
+        format,
+        len(source.stored.weights),
+        sum(info.nbytes for info in source.reader.tensors.values()),
+        sum(info.nbytes for info in outputs),
+        str(output_dir),
+    )
+
+
+def _parameters(stored: StoredWeights) -> int:
+    quantized = sum(w.shape[0] * w.shape[1] * max(w.experts, 1) for w in stored.weights.values())
+    return quantized + sum(info.numel for info in stored.plain)
+
+
+def _compare(source: StoredWeights, written: StoredWeights) -> None:
+    """Raise OutputError unless every weight reads back as the same numbers."""
+    for base, weight in source.weights.items():
+        for before, after in zip(source.quantized(weight), written.quantized(written.weights[base]), strict=True):
+            for what, first, second in (
+                ("codes", before.codes, after.codes),
+                ("scales", before.scales, after.scales),
+                ("zeros", _zeros(before), _zeros(after)),
+                ("g_idx", before.g_idx, after.g_idx),
+            ):
+                same = first is second if first is None or second is None else torch.equal(first, second)
+                if not same:
+                    raise OutputError(f"{base}: the {what} read back from the output differ: nothing was written")
+
+
+def _zeros(qweight: QuantWeight) -> torch.Tensor:
+    middle = torch.full_like(qweight.scales, qweight.scheme.middle, dtype=torch.uint8)
+    return middle if qweight.zeros is None else qweight.zeros

@@ -1,0 +1,154 @@
+"""The quantized weights of a checkpoint folder, whatever its format.
+
+Configs do not tell all: GPTQ and AWQ do not list what is quantized, their `sym` and `desc_act` are often wrong, and AWQ
+has no word for symmetric. Zeros and g_idx do tell; they are small, and are read.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import torch
+
+from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.errors import InputError
+from lowbit.formats import compressed_tensors as packed_format
+from lowbit.formats import detect_format, get_format
+from lowbit.formats.bitpack import unpack
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantized weight of `shape` (out_features, in_features); `tensors` are those of the file, by suffix.
+
+    experts: how many are stacked in each tensor, 0 for a plain one. act_order: its g_idx is not k // group_size.
+    """
+
+    base: str
+    tensors: dict[str, TensorInfo]
+    scheme: Scheme
+    shape: tuple[int, int]
+    experts: int = 0
+    act_order: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the scales."""
+        return next(t.dtype for t in self.tensors.values() if t.dtype.is_floating_point)
+
+
+class StoredWeights:
+    """format: its name, None if nothing is quantized. weights: base name -> StoredWeight. plain: all other tensors.
+
+    Raises InputError for tensors that are missing or fit neither each other nor the config.
+    """
+
+    def __init__(self, reader: CheckpointReader):
+        self.reader = reader
+        config = reader.config.get("quantization_config")
+        self.format = detect_format(config) if config else None
+        self.weights: dict[str, StoredWeight] = {}
+        self.plain: list[TensorInfo] = list(reader.tensors.values())
+        if self.format is None:
+            return
+        self._fmt = get_format(self.format)
+        self.config = self._fmt.parse(config)
+        grouped, self.plain = defaultdict(dict), []
+        for tensor in reader.tensors.values():
+            base, suffix = _split(tensor.name, self._fmt.SUFFIXES)
+            if suffix:
+                grouped[base][suffix] = tensor
+            else:
+                self.plain.append(tensor)
+        for base, tensors in grouped.items():
+            self.weights[base] = self._weight(base, tensors)
+        self._believe_zeros()
+
+    def quantized(self, weight: StoredWeight) -> list[QuantWeight]:
+        """Read a weight: one matrix, or one for each of its experts."""
+        tensors = {suffix: self.reader.tensor(info.name) for suffix, info in weight.tensors.items()}
+        if not weight.experts:
+            return [self._unpack(weight, tensors)]
+        each = ({suffix: tensor[e] for suffix, tensor in tensors.items()} for e in range(weight.experts))
+        return [self._unpack(weight, matrix) for matrix in each]
+
+    def _unpack(self, weight: StoredWeight, tensors: dict[str, torch.Tensor]) -> QuantWeight:
+        converted = self.config.converted(weight.tensors, weight.scheme, weight.shape)
+        packed = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in converted}
+        packed |= dict(self.config.to_packed(s, tensors[s], weight.scheme, weight.shape) for s in converted)
+        if not weight.act_order:
+            packed.pop("weight_g_idx", None)
+        return packed_format.unpack_weight(packed, weight.scheme, *weight.shape)
+
+    def _weight(self, base: str, tensors: dict[str, TensorInfo]) -> StoredWeight:
+        scheme = self.config.lookup([base], "Linear")
+        if scheme is None:
+            raise InputError(f"{base} is stored quantized, but the quantization_config leaves it out")
+        for suffix in self.config.required(scheme):
+            if suffix not in tensors:
+                raise InputError(f"{base}.{suffix} is not in the checkpoint: it is incomplete")
+        lead = tensors[self._fmt.SUFFIXES[0]].shape[:-2]
+        if len(lead) > self._fmt.FUSED_EXPERTS or len(tensors[self._fmt.SUFFIXES[0]].shape) < 2:
+            raise InputError(f"{base} is not stored as a matrix: the checkpoint is damaged, or not {self.format}")
+        shape = self.config.shape(tensors, scheme)
+        if shape is None:
+            shape = tuple(self.reader.tensor(tensors["weight_shape"].name).view(-1, 2)[0].tolist())
+        if min(shape) < 1 or not scheme.fits(shape[1]):
+            raise InputError(f"{base} is {list(shape)}, which group_size {scheme.group_size} does not divide")
+        weight = StoredWeight(base, tensors, scheme, shape, experts=lead[0] if lead else 0)
+        self._check_shapes(weight, lead)
+        return replace(weight, act_order=self._has_act_order(weight))
+
+    def _check_shapes(self, weight: StoredWeight, lead: tuple[int, ...]) -> None:
+        written = self._fmt.pack(QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype))
+        # of compressed-tensors, what is not laid out as it is written today has other shapes
+        older = self.config.converted(weight.tensors, weight.scheme, weight.shape) if self.config.exhaustive else {}
+        for suffix, info in weight.tensors.items():
+            expected = (*lead, *written[suffix].shape) if suffix in written else info.shape
+            if info.shape != expected and suffix not in older:
+                raise InputError(f"{info.name} has shape {list(info.shape)}, expected {list(expected)}")
+
+    def _has_act_order(self, weight: StoredWeight) -> bool:
+        if "g_idx" not in weight.tensors:
+            return False
+        info, (_, in_features) = weight.tensors["g_idx"], weight.shape
+        g_idx, group = self.reader.tensor(info.name).long(), weight.scheme.group_of(in_features)
+        if torch.equal(g_idx, torch.arange(in_features) // group):
+            return False
+        groups = in_features // group
+        if int(g_idx.min()) < 0 or (g_idx.bincount(minlength=groups) != group).any():
+            raise InputError(f"{info.name} does not put {group} inputs into each of {groups} groups: it is damaged")
+        return True
+
+    def _believe_zeros(self) -> None:
+        """Where zeros are stored in any case, they decide what is symmetric: those of a weight whose config says so,
+        and those of all weights where the config says nothing of it."""
+        middle = {base: self._has_middle_zeros(weight) for base, weight in self.weights.items()}
+        every = self.config.silent_on_symmetry and all(middle.values())
+        for base, weight in self.weights.items():
+            sym = every or (weight.scheme.sym and middle[base])
+            self.weights[base] = replace(weight, scheme=replace(weight.scheme, sym=sym))
+
+    def _has_middle_zeros(self, weight: StoredWeight) -> bool:
+        if "qzeros" not in weight.tensors:
+            return weight.scheme.sym
+        stored = self.reader.tensor(weight.tensors["qzeros"].name)
+        _, packed = self.config.to_packed("qzeros", stored, weight.scheme, weight.shape)
+        zeros = unpack(packed.T, weight.scheme.bits, weight.shape[0])
+        return bool((zeros == weight.scheme.middle).all())
+
+
+def _split(name: str, suffixes: tuple[str, ...]) -> tuple[str, str | None]:
+    """`x.weight_scale` -> (x, weight_scale); a fused `x.gate_up_proj_scale` -> (x.gate_up_proj, weight_scale)."""
+    for suffix in suffixes:
+        if name.endswith(f".{suffix}"):
+            return name.removesuffix(f".{suffix}"), suffix
+        fused = suffix.removeprefix("weight")
+        if "experts." in name and fused != suffix and name.endswith(f"proj{fused}"):
+            return name.removesuffix(fused), suffix
+    return name, None
