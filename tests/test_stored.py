@@ -102,9 +102,9 @@ DAMAGED = {
     "short g_idx": (lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"][:-1].clone()}), "expected [64]"),
     "no zeros": (lambda t: t.pop(f"{UP}.qzeros"), f"{UP}.qzeros is not in the checkpoint"),
     "no scales": (lambda t: t.pop(f"{UP}.scales"), f"{UP}.scales is not in the checkpoint"),
-    "odd inputs": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][:-1].clone()}), "group_size 32 does not divide"),
+    "odd inputs": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][:-1].clone()}), "32 does not divide"),
     "one dimension": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].flatten()}), "not stored as a matrix"),
-    "three dimensions": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][None].clone()}), "not stored as a matrix"),
+    "three": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][None].clone()}), "not stored as a matrix"),
     "few scales": (lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:1].clone()}), "scales"),
     "few zeros": (lambda t: t.update({f"{UP}.qzeros": t[f"{UP}.qzeros"][:1].clone()}), "qzeros"),
 }  # fmt: skip

@@ -55,3 +55,12 @@ def assert_same(actual: QuantWeight, expected: QuantWeight) -> None:
             assert got is None, field
         else:
             assert got.dtype == want.dtype and torch.equal(got, want), field
+
+
+def old_words(codes):
+    """[R, C] of 3 bits, ten to a word: compressed-tensors before 0.18."""
+    rows, columns = codes.shape
+    words = torch.zeros(rows, -(-columns // 10), dtype=torch.int32)
+    for c in range(columns):
+        words[:, c // 10] |= codes[:, c].int() << 3 * (c % 10)
+    return words

@@ -6,7 +6,6 @@ and where transformers merges experts, it runs in front of the merge.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,8 +81,8 @@ class StoredModel:
         """All tensors load as they are."""
         return not self._converted
 
-    def conversions(self, of_model: Iterable) -> list[WeightConverter]:
-        """To be put in front of the conversions of the model: the first that fits a tensor is the one that applies."""
+    def conversions(self, of_model: list) -> list:
+        """Those of the model, and before them the ones needed here: the first that fits a tensor applies."""
         merges, plain = [], []
         for suffix, packed in self._converted.items():
             before = [ToPacked(self, suffix)]
@@ -94,7 +93,9 @@ class StoredModel:
                 sources = [source.removesuffix("weight") + suffix for source in conversion.source_patterns]
                 targets = [packed_name(target, packed) for target in conversion.target_patterns]
                 merges.append(WeightConverter(sources, targets, [*before, *conversion.operations, *after]))
-        return merges + plain
+        made = merges + plain
+        replaced = {source for conversion in made for source in conversion.source_patterns}
+        return made + [c for c in of_model if replaced.isdisjoint(c.source_patterns)]
 
 
 def _combined(site: Site, weights: list[StoredWeight]) -> StoredSite:

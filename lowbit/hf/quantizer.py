@@ -149,7 +149,7 @@ class LowbitQuantizer(HfQuantizer):
                 conversion.operations = [_Merge(op.dim) if type(op) is MergeModulelist else op for op in operations]
         if not self.pre_quantized:
             return self._conversions
-        return self.stored.conversions(self._conversions) + self._conversions
+        return self.stored.conversions(self._conversions)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.damaged:

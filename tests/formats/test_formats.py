@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from weights import BITS, assert_same, random_quantized
+from weights import BITS, assert_same, old_words, random_quantized
 
 from lowbit.errors import InputError, UsageError
 from lowbit.formats import FORMATS, awq, compressed_tensors, detect_format, get_format, gptq
@@ -143,15 +143,6 @@ def test_act_order_survives():
     for module in (awq, compressed_tensors):
         with pytest.raises(ValueError, match="act-order"):
             module.pack(qweight)
-
-
-def old_words(codes):
-    """[R, C] of 3 bits, ten to a word: compressed-tensors before 0.18."""
-    rows, columns = codes.shape
-    words = torch.zeros(rows, -(-columns // 10), dtype=torch.int32)
-    for c in range(columns):
-        words[:, c // 10] |= codes[:, c].int() << 3 * (c % 10)
-    return words
 
 
 @pytest.mark.parametrize("sym", (True, False))
