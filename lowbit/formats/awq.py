@@ -5,6 +5,7 @@ holds eight columns of N, the even ones in its lower half. Zeros are always stor
 them.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -54,13 +55,16 @@ def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
 
 def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str]) -> dict:
     """The `quantization_config` of a checkpoint. Exceptions differ in symmetry alone, which does not show."""
+    ignored = list(ignored)
     return {
         "quant_method": METHOD,
         "bits": default.bits,
         "group_size": default.group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": list(ignored) or None,
+        "modules_to_not_convert": ignored or None,
+        # the same for GPTQModel, which reads no other word for it
+        "dynamic": {f"-:^{re.escape(name)}$": {} for name in ignored},
     }
 
 
