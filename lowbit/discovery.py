@@ -156,7 +156,7 @@ class CheckpointNames:
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_source = {source: c for c in self._converters for source in c.source_patterns}
-        self._state = model.state_dict()
+        self.state = model.state_dict()  # of the model's parameters
         self._prefix = model.base_model_prefix
 
     def locate(self, name: str) -> tuple[str, bool]:
@@ -164,8 +164,8 @@ class CheckpointNames:
         expert. Other tensors are computed from while loading, and cannot be quantized before that."""
         from transformers.core_model_loading import rename_source_key
 
-        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
-        if renamed not in self._state and name in self._state:
+        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
+        if renamed not in self.state and name in self.state:
             return name, True
         if source is None:
             return renamed, True
@@ -177,7 +177,7 @@ class CheckpointNames:
         are concatenated there (gate 0, up 1). None for any other tensor."""
         from transformers.core_model_loading import rename_source_key
 
-        _, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        _, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
         if source is None or not (number := re.search(r"\.(\d+)" + re.escape(source.rpartition("*")[2]) + "$", name)):
             return None
         return int(number[1]), self._by_source[source].source_patterns.index(source)

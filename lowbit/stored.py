@@ -56,11 +56,10 @@ class StoredWeights:
         self.plain: list[TensorInfo] = list(reader.tensors.values())
         if self.format is None:
             return
-        self._fmt = get_format(self.format)
-        self.config = self._fmt.parse(config)
+        self.config = self.fmt.parse(config)
         grouped, self.plain = defaultdict(dict), []
         for tensor in reader.tensors.values():
-            base, suffix = _split(tensor.name, self._fmt.SUFFIXES)
+            base, suffix = _split(tensor.name, self.fmt.SUFFIXES)
             if suffix:
                 grouped[base][suffix] = tensor
             else:
@@ -69,9 +68,17 @@ class StoredWeights:
             self.weights[base] = self._weight(base, tensors)
         self._believe_zeros()
 
+    @property
+    def fmt(self):
+        """The module of the format."""
+        return get_format(self.format)
+
     def quantized(self, weight: StoredWeight) -> list[QuantWeight]:
         """Read a weight: one matrix, or one for each of its experts."""
-        tensors = {suffix: self.reader.tensor(info.name) for suffix, info in weight.tensors.items()}
+        return self.unpacked(weight, {suffix: self.reader.tensor(info.name) for suffix, info in weight.tensors.items()})
+
+    def unpacked(self, weight: StoredWeight, tensors: dict[str, torch.Tensor]) -> list[QuantWeight]:
+        """The same, of tensors that were read already."""
         if not weight.experts:
             return [self._unpack(weight, tensors)]
         each = ({suffix: tensor[e] for suffix, tensor in tensors.items()} for e in range(weight.experts))
@@ -92,8 +99,8 @@ class StoredWeights:
         for suffix in self.config.required(scheme):
             if suffix not in tensors:
                 raise InputError(f"{base}.{suffix} is not in the checkpoint: it is incomplete")
-        lead = tensors[self._fmt.SUFFIXES[0]].shape[:-2]
-        if len(lead) > self._fmt.FUSED_EXPERTS or len(tensors[self._fmt.SUFFIXES[0]].shape) < 2:
+        lead = tensors[self.fmt.SUFFIXES[0]].shape[:-2]
+        if len(lead) > self.fmt.FUSED_EXPERTS or len(tensors[self.fmt.SUFFIXES[0]].shape) < 2:
             raise InputError(f"{base} is not stored as a matrix: the checkpoint is damaged, or not {self.format}")
         shape = self.config.shape(tensors, scheme)
         if shape is None:
@@ -105,7 +112,7 @@ class StoredWeights:
         return replace(weight, act_order=self._has_act_order(weight))
 
     def _check_shapes(self, weight: StoredWeight, lead: tuple[int, ...]) -> None:
-        written = self._fmt.pack(QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype))
+        written = self.fmt.pack(QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype))
         # of compressed-tensors, what is not laid out as it is written today has other shapes
         older = self.config.converted(weight.tensors, weight.scheme, weight.shape) if self.config.exhaustive else {}
         for suffix, info in weight.tensors.items():

@@ -17,7 +17,8 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class CheckpointReader:
     """The tensors of a model folder. Opening it reads headers only; every shard is checked to be whole.
 
-    tensors: name -> StoredTensor, in the order of the shards. files: the weight files.
+    tensors: name -> StoredTensor, in the order of the shards. files: the weight files. index_size: the bytes of all
+    tensors as the index says them, None if it does not. unlisted: tensors that are in no index though there is one.
     """
 
     def __init__(self, folder: str | Path):
@@ -42,12 +43,19 @@ class CheckpointReader:
                 self.tensors[tensor.name] = tensor
         self._check_index()
 
+    @property
+    def unlisted(self) -> list[str]:
+        return [] if self._weight_map is None else [name for name in self.tensors if name not in self._weight_map]
+
     def _shard_names(self) -> list[str]:
+        self.index_size: int | None = None
         if (self.folder / INDEX_NAME).is_file():
             index = _read_json(self.folder / INDEX_NAME)
             self._weight_map = index.get("weight_map")
             if not isinstance(self._weight_map, dict) or not self._weight_map:
                 raise InputError(f"{INDEX_NAME} in {self.folder} has no weight_map: download it again")
+            metadata = index.get("metadata")
+            self.index_size = metadata.get("total_size") if isinstance(metadata, dict) else None
             names = sorted(set(map(str, self._weight_map.values())))
             for name in names:
                 # an index comes from strangers: it may only name files beside it

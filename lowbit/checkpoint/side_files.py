@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from lowbit.checkpoint.manifest import MANIFEST_NAME
 from lowbit.checkpoint.reader import PICKLE_SUFFIXES
 
 # Weights in other formats are not side files: the quantized folder would be larger than the source
@@ -18,7 +19,7 @@ _WEIGHT_SUFFIXES = (
     ".ot",
 )
 # Of what is written anew, in any of the formats
-_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json")
+_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", MANIFEST_NAME)
 
 
 def side_files(folder: Path) -> list[Path]:

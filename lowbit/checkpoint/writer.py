@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint.layout import TensorInfo, build_header
+from lowbit.checkpoint.manifest import digest
 from lowbit.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from lowbit.errors import InputError, OutputError, UsageError
 
@@ -185,6 +186,7 @@ class CheckpointWriter:
         self._places: dict[str, tuple[int, int]] = {}
         self._files = []
         self.weight_map: dict[str, str] = {}
+        self.digests: dict[str, str] = {}  # of the bytes of each tensor that is written
         self.folder = folder
         try:
             self._open(shards, metadata)
@@ -221,9 +223,11 @@ class CheckpointWriter:
         if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned {planned.dtype} {planned.shape}")
         if not planned.nbytes:
+            self.digests[name] = digest(b"")
             return
         descriptor, offset = self._places[name]
         data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        self.digests[name] = digest(data)
         try:
             _write_at(descriptor, data, offset)
         except OSError as error:

@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": ("lowbit.cli.quantize:quantize", "Quantize a model into a folder that transformers and vLLM load."),
     "convert": ("lowbit.cli.convert:convert", "Write a quantized model in another format, the same numbers."),
     "dequantize": ("lowbit.cli.dequantize:dequantize", "Write a quantized model as a plain one."),
+    "verify": ("lowbit.cli.verify:verify", "Check a quantized folder before it is published."),
     "inspect": ("lowbit.cli.inspect:inspect", "Show what is quantized and how, from headers alone."),
     "eval": ("lowbit.cli.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),
     "generate": ("lowbit.cli.generate:generate", "Complete a prompt."),

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import CheckpointNames, Site, find_sites, skeleton
@@ -248,6 +249,7 @@ def _rewrite(
                         done(part.name)
                 writer.finish(_parameters(source.stored))
             finish(staged.path)
+            write_manifest(staged.path, writer.digests)
         except OSError as error:
             raise OutputError(f"cannot write to {target}: {error.strerror or error}") from None
         staged.commit()

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
+from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.errors import InputError, OutputError
@@ -65,6 +66,7 @@ def _write(reader, plan: Plan, folder: Path, shard_bytes: int, report: Report, p
         written.result()
         writer.finish(plan.total_parameters)
     write_configs(folder, reader.config, fmt, plan.quantization_config)
+    write_manifest(folder, writer.digests)
 
 
 def write_configs(folder: Path, config: dict, fmt, quantization_config: dict) -> None:

@@ -1,0 +1,61 @@
+"""The contents of a finished folder, by checksum: what changes later is found, and named.
+
+`lowbit_manifest.json`: {"tensors": {name: sha256 of its bytes}, "files": {name: sha256}}, hexadecimal. A card may be
+written and a report be added afterwards: README.md and lowbit_report.json are not in it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit.errors import InputError
+
+MANIFEST_NAME = "lowbit_manifest.json"
+_NOT_LISTED = (MANIFEST_NAME, "README.md", "lowbit_report.json")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    tensors: dict[str, str]
+    files: dict[str, str]
+
+
+def digest(data) -> str:
+    """sha256 of bytes, or of what has their buffer."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listed_files(folder: Path) -> list[Path]:
+    """Relative paths of what a manifest lists: no weights, nothing hidden."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and path.suffix != ".safetensors" and relative.name not in _NOT_LISTED:
+            found.append(relative)
+    return found
+
+
+def write_manifest(folder: Path, tensors: dict[str, str]) -> None:
+    """The last file that is written into a folder. tensors: name -> digest of its bytes."""
+    files = {relative.as_posix(): file_digest(folder / relative) for relative in listed_files(folder)}
+    data = {"tensors": tensors, "files": files}
+    (folder / MANIFEST_NAME).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None where there is none; raises InputError if it cannot be read."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Manifest(dict(data["tensors"]), dict(data["files"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}): download it again") from None

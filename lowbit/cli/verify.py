@@ -1,0 +1,68 @@
+"""lowbit verify"""
+
+from typing import Annotated
+
+import typer
+
+from lowbit.cli.common import (
+    DeviceMapOption,
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    TrustOption,
+    console,
+    default_device_map,
+    interrupted_once,
+    one_model,
+    print_json,
+    progress,
+    quiet_transformers,
+    table,
+)  # fmt: skip
+
+_WORDS = {True: "ok", False: "FAILED", None: "-"}
+
+
+def verify(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The model it was made from: every tensor is compared.", show_default=False)
+    ] = None,
+    run: Annotated[bool, typer.Option("--run/--no-run", help="Load the model and let it generate, too.")] = True,
+    max_unquantized: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of what could be quantized that may be left as it was.")
+    ] = 0.05,
+    device_map: DeviceMapOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+):
+    """Check a quantized folder before it is published: files, tensors, codes, tokenizer, a few generated tokens.
+
+    Exit code 1 if a check fails.
+    """
+    from lowbit.eval import verify as run_checks
+
+    name = one_model(model, model_option)
+    quiet_transformers()
+    with interrupted_once(), progress("verifying", 1, quiet=json) as advance:
+        done = run_checks(
+            name,
+            reference,
+            run=run,
+            max_unquantized=max_unquantized,
+            device_map=default_device_map(device_map),
+            trust_remote_code=trust_remote_code,
+            on_tensor=lambda _, total: advance(1 / total),
+        )
+    if json:
+        print_json(done.to_dict())
+    else:
+        rows = table("check", "", "found")
+        rows.columns[2].justify = "left"
+        for check in done.checks:
+            rows.add_row(check.name, _WORDS[check.ok], check.detail)
+        console.print(rows)
+        console.print(f"{name}: " + ("all checks passed" if done.ok else f"{len(done.failures)} check(s) failed"))
+    if not done.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,121 @@
+"""The release gate: what the files of a folder say (pipeline.verify), and what the model in it does when it runs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lowbit.calibration.data import token_stream
+from lowbit.checkpoint import CheckpointReader
+from lowbit.errors import LowbitError, first_line
+from lowbit.eval.compare import evaluate, starts_with_bos
+from lowbit.hf import load
+from lowbit.pipeline.verify import MAX_UNQUANTIZED, Check, static_checks
+from lowbit.sources import resolve
+from lowbit.stored import StoredWeights
+
+_TOKENS, _NEW_TOKENS = 256, 16
+# Mean KL to the reference, in nats, beyond which a model of so few bits is damaged rather than coarse
+_LARGEST_KL = {8: 0.1, 4: 0.5, 3: 2.0, 2: 5.0}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of a folder, in the order they were made. It passes if none failed."""
+
+    folder: str
+    checks: tuple[Check, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        return [f"{check.name}: {check.detail}" for check in self.checks if check.ok is False]
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def to_dict(self) -> dict:
+        checks = [asdict(check) for check in self.checks]
+        return {"folder": self.folder, "ok": self.ok, "checks": checks, "failures": self.failures}
+
+
+def verify(
+    folder: str | Path,
+    reference: str | Path | None = None,
+    *,
+    run: bool = True,
+    max_unquantized: float = MAX_UNQUANTIZED,
+    device_map=None,
+    trust_remote_code: bool = False,
+    on_check: Callable[[Check], None] = lambda check: None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> Verification:
+    """Is this quantized folder fit to be published? reference: the model it was made from, which it is compared with.
+    run: load it too, and let it generate. Raises InputError where folder or reference do not exist."""
+    path = resolve(folder)
+    source = None if reference is None else resolve(reference)
+    checks = []
+
+    def made() -> Iterator[Check]:
+        options = {"max_unquantized": max_unquantized, "trust_remote_code": trust_remote_code, "on_tensor": on_tensor}
+        yield from static_checks(path, source, **options)
+        if run and all(check.ok is not False for check in checks):
+            yield from _running_checks(path, source, device_map, trust_remote_code)
+        elif run:
+            yield Check("generates", None, "not run: the files have to be right first")
+
+    for check in made():
+        checks.append(check)
+        on_check(check)
+    return Verification(str(folder), tuple(checks))
+
+
+def _running_checks(path: Path, source: Path | None, device_map, trust_remote_code: bool) -> Iterator[Check]:
+    options = {"device_map": device_map, "trust_remote_code": trust_remote_code}
+    try:
+        model = load(path, **options)
+        yield _canary(model)
+    except LowbitError as error:
+        yield Check("generates", False, str(error))
+        return
+    if source is None:
+        yield Check("near the reference", None, "no --reference was given")
+        return
+    ids, bos = _some_tokens(path, model)
+    quality = evaluate(model, ids, reference=load(source, **options), bos=bos)
+    limit = _LARGEST_KL[min(weight.scheme.bits for weight in StoredWeights(CheckpointReader(path)).weights.values())]
+    measured = (
+        f"mean KL {quality.kl_mean:.4f} nats (expected below {limit}), top-1 agreement {quality.top1_agreement:.1%}"
+    )
+    yield Check("near the reference", quality.kl_mean < limit, f"{measured}, {quality.tokens} tokens")
+
+
+def _canary(model) -> Check:
+    """A few greedy tokens from a fixed beginning: finite logits, tokens of the vocabulary."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    start = torch.arange(1, 9).remainder(vocabulary).unsqueeze(0).to(model.device)
+    with torch.inference_mode():
+        logits = model(input_ids=start, use_cache=False).logits
+        if not torch.isfinite(logits).all():
+            return Check("generates", False, "the model gives NaN or infinite logits")
+        try:
+            made = model.generate(
+                input_ids=start, attention_mask=torch.ones_like(start), max_new_tokens=_NEW_TOKENS, do_sample=False
+            )
+        except Exception as error:  # of any model's own code
+            return Check("generates", False, f"generation fails: {first_line(error)}")
+    return Check("generates", True, f"{made.shape[1] - start.shape[1]} greedy tokens")
+
+
+def _some_tokens(path: Path, model) -> tuple[torch.Tensor, int | None]:
+    """Held-out text where the folder has a tokenizer; else tokens at random, which compare two models as well."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception:  # static_checks has said what is wrong with a tokenizer that is there
+        vocabulary = model.get_input_embeddings().num_embeddings
+        return torch.randint(vocabulary, (_TOKENS,), generator=torch.Generator().manual_seed(0)), None
+    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+    return token_stream(tokenizer, "stdlib", _TOKENS), bos

@@ -1,0 +1,333 @@
+"""The release gate on a saved folder: what can be told from its files, without running the model.
+
+Every check reads the folder as a stranger would, from the disk, and says in one line what it found. The first line of a
+failure names the tensor or file.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.layout import StoredTensor
+from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
+from lowbit.checkpoint.reader import INDEX_NAME
+from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
+from lowbit.errors import InputError, UsageError
+from lowbit.formats import compressed_tensors as packed_format
+from lowbit.grid import dequantize
+from lowbit.scheme import Recipe
+from lowbit.sources import load_config
+from lowbit.stored import StoredWeight, StoredWeights
+
+# Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
+MAX_UNQUANTIZED = 0.05
+# ||W - Q|| / ||W|| that no quantizer makes at so many bits; a weight of another model gives 1.4
+_LARGEST_ERROR = {2: 0.9, 3: 0.6, 4: 0.4, 8: 0.1}
+_LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question that was asked of a folder. ok None: it could not be asked, `detail` says why."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+class _Problems:
+    """What is wrong, as it is found; the first ones by name, all of them by number."""
+
+    def __init__(self):
+        self.found: list[str] = []
+
+    def add(self, problem: str) -> None:
+        self.found.append(problem)
+
+    def check(self, name: str, otherwise: str) -> Check:
+        if not self.found:
+            return Check(name, True, otherwise)
+        more = f" (and {len(self.found) - 1} more)" if len(self.found) > 1 else ""
+        return Check(name, False, self.found[0] + more)
+
+
+class Folder:
+    """A saved folder, opened once for all checks. Raises InputError if it cannot be opened at all."""
+
+    def __init__(self, path: Path, trust_remote_code: bool = False):
+        self.path = path
+        self.reader = CheckpointReader(path)
+        self.stored = StoredWeights(self.reader)
+        self.config = load_config(path, trust_remote_code)
+        self.model = skeleton(self.config, trust_remote_code)
+        self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
+        self.manifest: Manifest | None = read_manifest(path)
+
+    def parameter_of(self, name: str) -> str:
+        """The parameter that a stored tensor, or the base of a quantized weight, belongs to."""
+        for candidate in (f"{name}.weight", name):
+            found, _ = self.names.locate(candidate)
+            if found in self.state:
+                return found
+        return self.names.locate(name)[0]
+
+    @property
+    def state(self) -> dict:
+        """The parameters of the model by name."""
+        return self.names.state
+
+
+def static_checks(
+    path: Path,
+    reference: Path | None = None,
+    *,
+    max_unquantized: float = MAX_UNQUANTIZED,
+    trust_remote_code: bool = False,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Check]:
+    """Checks of the folder `path`, against the model it was made from where that is given. on_tensor(done, total) is
+    called as tensors are read, each once."""
+    try:
+        folder = Folder(path, trust_remote_code)
+    except InputError as error:
+        yield Check("opens", False, str(error))
+        return
+    if not folder.stored.weights:
+        yield Check("opens", False, f"{path} holds no quantized weights")
+        return
+    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {folder.stored.format}")
+    yield _index(folder)
+    yield _tensors(folder)
+    yield _ties(folder)
+    yield _budget(folder, max_unquantized)
+    yield from _contents(folder, on_tensor)
+    yield _side_files(folder, reference)
+    if reference is not None:
+        yield _source(folder, reference)
+
+
+def _index(folder: Folder) -> Check:
+    """The index says what the headers say, and no weight file lies beside those it names."""
+    problems = _Problems()
+    used = {file.name for file in folder.reader.files}
+    for file in sorted(folder.path.glob("*.safetensors")):
+        if file.name not in used:
+            problems.add(f"{file.name} is in the folder, but no index names it")
+    unlisted = folder.reader.unlisted
+    for name in unlisted:
+        problems.add(f"{name} is in {folder.reader.tensors[name].file.name}, but not in {INDEX_NAME}")
+    size = sum(tensor.nbytes for tensor in folder.reader.tensors.values())
+    said = folder.reader.index_size
+    if said is not None and said != size:
+        problems.add(f"{INDEX_NAME} says {said:,} bytes of tensors, the files hold {size:,}")
+    return problems.check("index", f"{len(folder.reader.tensors)} tensors, {size:,} bytes")
+
+
+def _tensors(folder: Folder) -> Check:
+    """Every parameter of the model is there, and nothing that it does not know."""
+    problems, found, parts = _Problems(), set(), {}
+    for base in folder.stored.weights:
+        parameter = folder.parameter_of(base)
+        parts[parameter] = parts.get(parameter, 0) + max(folder.stored.weights[base].experts, 1)
+        found.add(parameter)
+        if parameter not in folder.sites:
+            problems.add(f"{base} is stored quantized, but is no linear layer of the model")
+    found.update(folder.parameter_of(info.name) for info in folder.stored.plain)
+    ignored = getattr(folder.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    for parameter in sorted(found - folder.state.keys()):
+        if not any(re.search(pattern, parameter) for pattern in ignored):
+            problems.add(f"{parameter} is in the files, but the model has no such parameter")
+    tied = getattr(folder.model, "all_tied_weights_keys", {})
+    for parameter in folder.state:
+        if parameter not in found and tied.get(parameter) not in found:
+            problems.add(f"{parameter} is in no file")
+    for parameter, count in parts.items():
+        site = folder.sites.get(parameter)
+        wanted = site.experts * folder.names.merged(parameter) if site is not None and site.kind == "experts" else 1
+        if count not in (wanted, site.experts if site is not None else 1):
+            problems.add(f"{parameter} has {count} of {wanted} stored matrices of its experts")
+    return problems.check("tensors", f"{len(found)} parameters of the model, none missing, none unknown")
+
+
+def _ties(folder: Folder) -> Check:
+    tied = getattr(folder.model, "all_tied_weights_keys", {})
+    quantized = {folder.parameter_of(base): base for base in folder.stored.weights}
+    for name in (*tied, *tied.values()):
+        if name in quantized:
+            return Check("ties", False, f"{quantized[name]} is quantized, but tied to another weight of the model")
+    return Check("ties", True, f"{len(tied)} tied weights" if tied else "no tied weights")
+
+
+def _budget(folder: Folder, max_unquantized: float) -> Check:
+    """What could be quantized, is; what somebody asked to leave alone is not counted."""
+    wanted, _ = choose(folder.model, Recipe())
+    asked = _left_on_purpose(folder.path)
+    total, left, largest = 0, 0, ("", 0)
+    for weight in folder.stored.weights.values():
+        total += math.prod(weight.shape) * max(weight.experts, 1)
+    for info in folder.stored.plain:
+        if folder.parameter_of(info.name) in wanted and info.name not in asked:
+            total, left = total + info.numel, left + info.numel
+            largest = max(largest, (info.name, info.numel), key=lambda entry: entry[1])
+    share = left / max(total, 1)
+    if share > max_unquantized:
+        return Check(
+            "coverage", False, f"{largest[0]} and others are not quantized: {share:.1%} of what could be, more than "
+            f"{max_unquantized:.0%}"
+        )  # fmt: skip
+    return Check("coverage", True, f"{1 - share:.1%} of the weights of linear layers are quantized")
+
+
+def _left_on_purpose(path: Path) -> dict[str, str]:
+    """Tensors that the run which wrote the folder left alone, and why, as its report says."""
+    try:
+        return dict(json.loads((path / "lowbit_report.json").read_text(encoding="utf-8"))["left_alone"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
+    """Reads every tensor once: checksums, finite values, scales, and codes that survive unpacking and packing."""
+    sums, finite, scales, trips = _Problems(), _Problems(), _Problems(), _Problems()
+    recorded = None if folder.manifest is None else dict(folder.manifest.tensors)
+    done, total = 0, len(folder.reader.tensors)
+
+    def read(info: StoredTensor) -> torch.Tensor:
+        nonlocal done
+        tensor = folder.reader.tensor(info.name)
+        if recorded is not None:
+            expected = recorded.pop(info.name, None)
+            if expected is None:
+                sums.add(f"{info.name} was not there when the folder was written")
+            elif digest(tensor.view(-1).view(torch.uint8).numpy()) != expected:
+                sums.add(f"{info.name} in {info.file.name} is not what was written: its bytes changed")
+        done += 1
+        on_tensor(done, total)
+        return tensor
+
+    for info in folder.stored.plain:
+        tensor = read(info)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            finite.add(f"{info.name} holds NaN or infinite values")
+    for weight in folder.stored.weights.values():
+        tensors = {suffix: read(info) for suffix, info in weight.tensors.items()}
+        _scales(weight, tensors, scales)
+        _trip(folder, weight, tensors, trips)
+    for name in recorded or ():
+        sums.add(f"{name} was there when the folder was written, and is not now")
+    if recorded is None:
+        yield Check("checksums", None, "no lowbit_manifest.json: written by another tool, or an older lowbit")
+    else:
+        yield sums.check("checksums", f"{total} tensors are what was written")
+    yield finite.check("values", f"{len(folder.stored.plain)} plain tensors are finite")
+    yield scales.check("scales", "all finite, none zero, none negative but of symmetric weights")
+    yield trips.check("codes", f"{len(folder.stored.weights)} weights unpack and pack to the same bytes")
+
+
+def _scales(weight: StoredWeight, tensors: dict[str, torch.Tensor], problems: _Problems) -> None:
+    for suffix, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        name, values = weight.tensors[suffix].name, tensor.float()
+        if not torch.isfinite(values).all():
+            problems.add(f"{name} holds NaN or infinite values")
+        elif (values == 0).any():
+            problems.add(f"{name} holds zeros: those groups are lost")
+        elif not weight.scheme.sym and (values < 0).any():
+            # a symmetric grid has one more code on one side, and a negative scale says which
+            problems.add(f"{name} holds negative scales, which an asymmetric grid does not have")
+
+
+def _trip(folder: Folder, weight: StoredWeight, tensors: dict[str, torch.Tensor], problems: _Problems) -> None:
+    fmt = folder.stored.fmt
+    if fmt is packed_format and folder.stored.config.converted(weight.tensors, weight.scheme, weight.shape):
+        return  # of an older layout, which is read and never written
+    packed = [fmt.pack(qweight) for qweight in folder.stored.unpacked(weight, tensors)]
+    for suffix, info in weight.tensors.items():
+        again = [matrix[suffix] for matrix in packed if suffix in matrix]
+        if again and not torch.equal(torch.stack(again) if weight.experts else again[0], tensors[suffix]):
+            problems.add(f"{info.name} has bits outside of its codes, or codes that its config does not allow")
+
+
+def _side_files(folder: Folder, reference: Path | None) -> Check:
+    """Files that are listed and gone; a tokenizer that loads; what the model it was made from has."""
+    problems, changed = _Problems(), []
+    for name, expected in (folder.manifest.files if folder.manifest else {}).items():
+        if not (folder.path / name).is_file():
+            problems.add(f"{name} was there when the folder was written, and is not now")
+        elif file_digest(folder.path / name) != expected:
+            changed.append(name)
+    if reference is not None:
+        from lowbit.checkpoint.side_files import side_files
+
+        for relative in side_files(reference):
+            if not (folder.path / relative).is_file():
+                problems.add(f"{relative} of {reference.name} is missing")
+    if any((folder.path / name).is_file() for name in _TOKENIZERS):
+        problem = _tokenizer_problem(folder)
+        if problem:
+            problems.add(problem)
+    if "config.json" in changed:
+        problems.add("config.json was changed after the folder was written")
+    detail = f"changed since: {', '.join(changed)}" if changed else "tokenizer, configuration and licence are in place"
+    if not any((folder.path / name).is_file() for name in _LICENSES):
+        detail += "; no LICENSE file"
+    return problems.check("side files", detail)
+
+
+def _tokenizer_problem(folder: Folder) -> str | None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    try:
+        AutoTokenizer.from_pretrained(folder.path)
+    except Exception as error:  # of any tokenizer class
+        return f"the tokenizer does not load: {type(error).__name__}"
+    if (folder.path / "generation_config.json").is_file():
+        try:
+            GenerationConfig.from_pretrained(folder.path)
+        except Exception as error:
+            return f"generation_config.json does not load: {type(error).__name__}"
+    return None
+
+
+def _source(folder: Folder, reference: Path) -> Check:
+    """Every tensor of the source is here: the same, or quantized, and near to what it was."""
+    problems, source = _Problems(), CheckpointReader(reference)
+    if source.config.get("quantization_config"):
+        raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
+    plain = {info.name for info in folder.stored.plain}
+    for name, info in source.tensors.items():
+        base = name.removesuffix(".weight")
+        if name in plain:
+            here = folder.reader.tensors[name]
+            if (here.dtype, here.shape) != (info.dtype, info.shape) or not torch.equal(
+                folder.reader.tensor(name), source.tensor(name)
+            ):
+                problems.add(f"{name} is not what it is in {reference.name}")
+        elif base in folder.stored.weights:
+            error = _error(folder, folder.stored.weights[base], source.tensor(name))
+            limit = _LARGEST_ERROR[folder.stored.weights[base].scheme.bits]
+            if not error < limit:
+                problems.add(f"{base} is {error:.2f} away from {name} (relative error; expected below {limit})")
+        else:
+            problems.add(f"{name} of {reference.name} is missing")
+    for name in sorted(plain - source.tensors.keys()):
+        problems.add(f"{name} is not in {reference.name}")
+    return problems.check("source", f"{len(source.tensors)} tensors of {reference.name}: the same, or near")
+
+
+def _error(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> float:
+    site = folder.sites[folder.parameter_of(weight.base)]
+    dense = [dequantize(qweight, torch.float32) for qweight in folder.stored.quantized(weight)]
+    dense = [matrix.T if site.transposed else matrix for matrix in dense]
+    dense = torch.stack(dense) if weight.experts else dense[0]
+    if dense.shape != source.shape:
+        return math.inf
+    return float((dense - source.float()).norm() / source.float().norm().clamp_min(1e-30))
