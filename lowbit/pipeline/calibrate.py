@@ -143,7 +143,9 @@ class _LayerLoop:
         needs = get_quantizer(self.plan.recipe.method).needs(self.plan.recipe.options)
         models = (quantized, quantized.twin()) if "missing" in needs else (quantized,)
         steps = self._steps_by_layer(quantized)
-        report.expected_peak, held = expected_peak(steps, models), held_between_stages(steps, mine.numel(), models)
+        size, hidden = self.dtype.itemsize, quantized.model.config.get_text_config().hidden_size
+        report.expected_peak = expected_peak(steps, len(models), size)
+        held = held_between_stages(steps, mine.numel(), len(models), size, hidden)
         allowed = self.calibration.max_memory or peak_memory() + available_memory() // 2
         keep = report.expected_peak + held <= allowed
         report.expected_peak += held if keep else held // len(batches)

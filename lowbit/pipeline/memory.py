@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from lowbit.pipeline.layers import LayeredModel
 from lowbit.pipeline.plan import Step
 
 # float32 matrices the size of the weight that a solver holds at a time, and float64 matrices the size of its Hessian
@@ -51,26 +50,23 @@ def return_freed() -> None:
         trim(0)
 
 
-def expected_peak(steps: list[list[Step]], models: tuple[LayeredModel, ...]) -> int:
-    """Bytes: what is held now, the largest layer in each of the models and its stored form, and a solver at work on its
-    largest matrix; without what `held_between_stages` says."""
+def expected_peak(steps: list[list[Step]], streams: int, itemsize: int) -> int:
+    """Bytes: what is held now, the largest layer as each stream has it and its stored form, and a solver at work on its
+    largest matrix; without what `held_between_stages` says. itemsize: of the dtype that layers compute in."""
 
     def layer(group: list[Step]) -> int:
         weights = sum(step.source.numel for step in group)
         inputs = max((step.site.in_features for step in group), default=0)
         largest = max((step.site.in_features * step.site.out_features for step in group), default=0)
         return (
-            (len(models) * models[0].dtype.itemsize + 2) * weights
-            + 4 * _WEIGHTS_AT_A_TIME * largest
-            + 8 * _HESSIANS_AT_A_TIME * inputs**2
+            (streams * itemsize + 2) * weights + 4 * _WEIGHTS_AT_A_TIME * largest + 8 * _HESSIANS_AT_A_TIME * inputs**2
         )
 
     return peak_memory() + max(map(layer, steps), default=0)
 
 
-def held_between_stages(steps: list[list[Step]], tokens: int, models: tuple[LayeredModel, ...]) -> int:
+def held_between_stages(steps: list[list[Step]], tokens: int, streams: int, itemsize: int, hidden_size: int) -> int:
     """Bytes that the open walks of all streams hold at the widest point of a layer: its input, the residual, and what
     the widest linear is called with."""
     widest = max((step.site.in_features for group in steps for step in group), default=0)
-    hidden = models[0].model.config.get_text_config().hidden_size
-    return len(models) * tokens * (widest + 2 * hidden) * models[0].dtype.itemsize
+    return streams * tokens * (widest + 2 * hidden_size) * itemsize

@@ -2,8 +2,8 @@
 
     python scripts/interop/record.py CLIENTS_PYTHON
 
-CLIENTS_PYTHON is the interpreter of an environment with tests/interop/requirements.txt. Each file of tests has a process
-of its own: the clients patch each other's dependencies. Exit code 1 if a test failed.
+CLIENTS_PYTHON is the interpreter of an environment with tests/interop/requirements.txt. Each file of tests has a
+process of its own: the clients patch each other's dependencies. Exit code 1 if a test failed.
 """
 
 import datetime
