@@ -21,8 +21,8 @@ _PASSES = 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """peak_ram_bytes: of the process (calibrated runs on a GPU: of its memory). disk_bytes: of the output, and of a job's
-    finished layers beside it. seconds: an estimate, good to a factor of two."""
+    """peak_ram_bytes: of the process (calibrated runs on a GPU: of its memory). disk_bytes: of the output, and of the
+    finished layers that a job keeps beside it. seconds: an estimate, good to a factor of two."""
 
     peak_ram_bytes: int
     disk_bytes: int

@@ -60,7 +60,12 @@ def test_gptqmodel_runs_what_lowbit_writes(format, scheme, order, written, tmp_p
 
 
 @pytest.mark.parametrize("format, scheme, order", WRITTEN)
-def test_transformers_runs_what_lowbit_writes(format, scheme, order, written, tmp_path):
+def test_transformers_runs_what_lowbit_writes(format, scheme, order, written, tmp_path, request):
+    if scheme == Scheme(4, -1, False):
+        wrong = (
+            "the kernel that GPTQModel 7.6 chooses, TorchFusedLinear, gets its own checkpoints of this scheme wrong too"
+        )
+        request.applymarker(pytest.mark.xfail(reason=wrong, strict=True))
     pytest.importorskip("optimum")
     folder = written(format, scheme, order)
     client = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
