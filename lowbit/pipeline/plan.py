@@ -1,10 +1,12 @@
 """What a run will write, to the byte, from config and safetensors headers alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.discovery import CheckpointNames, Site, choose
@@ -98,7 +100,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     fmt = get_format(format_name)
     chosen, left = choose(model, recipe)
     checkpoint_names = CheckpointNames(model)
-    steps, fulfilled = [], {}
+    steps, fulfilled, elsewhere = [], {}, set()
     for info in reader.tensors.values():
         parameter, direct = checkpoint_names.locate(info.name)
         step = _copy(info)
@@ -107,22 +109,31 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
             step = _quantize(info, site, scheme, direct, fmt)
         elif parameter in left:
             step = _copy(info, *left[parameter])
+        elif len(info.shape) == 2 and parameter.endswith(".weight"):
+            elsewhere.update(name.removesuffix(".weight") for name in (parameter, info.name))
         if step.site is not None:
             fulfilled[parameter] = step
         steps.append(step)
     _check_complete(reader, chosen, fulfilled)
     # a tied head is left alone and not stored, and still has to be named
     ignored = dict.fromkeys(site.module for site, _ in left.values())
+    # what is no linear here may be one in another engine (routers of experts): named, it stays dense there, too
+    ignored.update(dict.fromkeys(sorted(elsewhere - _names_of(model, lambda module: isinstance(module, nn.Embedding)))))
+    head = _names_of(model, lambda module: module is model.get_output_embeddings())
     exceptions = {}
     for step in fulfilled.values():
         # a module may have another name in the checkpoint than in memory, and readers look for either
         names = [step.site.module] if step.site.kind == "experts" else [step.site.module, step.base]
         if step.scheme is None:
             ignored.update(dict.fromkeys(names))
-        elif step.scheme != recipe.scheme:
+        elif step.scheme != recipe.scheme or step.site.module in head:  # servers find a head by its name only
             exceptions.update(dict.fromkeys(names, step.scheme))
     config = fmt.config(recipe.scheme, exceptions, ignored)
     return Plan(recipe, format_name, tuple(steps), config, left)
+
+
+def _names_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> set[str]:
+    return {name for name, module in model.named_modules() if wanted(module)}
 
 
 def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:
