@@ -1,9 +1,11 @@
 """Serving rules: each row refuses what its engine refuses, and says which module, what it has and what is needed."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from folders import ROOT
 from models import ARCHITECTURES, tiny_config
 
 from lowbit.discovery import choose, find_sites, skeleton
@@ -243,3 +245,44 @@ def test_modules_of_a_model(model):
         assert module.scheme == fitted and module.expert == (site.kind == "experts")
         assert module.fused == (module.expert and stored_fused)
         assert module.merged == (2 if "gate_up_proj" in site.module and module.expert and not stored_fused else 1)
+
+
+# docs/serving.md
+
+
+def described(kernel) -> str:
+    said = [f"{kernel.name}:".lstrip(":")] if kernel.name else []
+    for bits, kind in ((kernel.sym, "symmetric"), (kernel.asym, "asymmetric")):
+        said += [f"{', '.join(map(str, bits))} bits {kind};"] if bits else []
+    if kernel.groups is not None:
+        said.append(f"groups of {', '.join(map(str, kernel.groups)).replace('-1', 'a channel')};")
+    for side in ("in_features", "out_features"):
+        multiple = getattr(kernel, side.removesuffix("features") + "multiple")
+        said += [f"{side} % {multiple} == 0;"] if multiple > 1 else []
+    said += [f"hidden size % {kernel.hidden} == 0;"] if kernel.hidden > 1 else []
+    return " ".join(said).rstrip(";")
+
+
+def table() -> str:
+    lines = ["| engine | format | linears | experts | `desc_act` | GPUs | known from |", "|---" * 7 + "|"]
+    for rule in RULES:
+        kernels = ["<br>".join(map(described, kernels)) for kernels in (rule.linear, rule.experts)]
+        cells = [
+            f"{rule.engine} {rule.version}".replace("lowbit this", "lowbit"), rule.format, kernels[0],
+            "the same" if kernels[0] == kernels[1] else kernels[1], "yes" if rule.act_order else "no",
+            ", ".join(map(str, rule.ranks)), "run" if rule.run else "read",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_the_page_shows_the_table():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert table() in page, f"docs/serving.md needs this table:\n{table()}"
+
+
+def test_code_of_the_page_runs(capsys):
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(code, {})
+    assert "vLLM 0.33 yes" in capsys.readouterr().out
