@@ -87,14 +87,16 @@ _SGLANG_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, in_multiple=128,
 _SGLANG_MARLIN_EXPERTS = replace(_SGLANG_MARLIN, in_multiple=64, out_multiple=128)
 
 _ANY = (Kernel("", _ALL, _ALL),)
-_CT_DEFAULT = (Kernel("", _ALL, ()),)
-_GPTQMODEL_GROUPS = (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)
+# transformers 5.23: quantizers/quantizer_compressed_tensors.py and integrations/compressed_tensors.py
+_TRANSFORMERS = (Kernel("", _ALL, ()),)
+# GPTQModel 7.6: nn_modules/qlinear/torch.py and torch_awq.py
+_GPTQMODEL = (Kernel("", _ALL, _ALL, (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),)
+_GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),)
 
 RULES = (
     Rule("lowbit", "this", "compressed-tensors", _ANY, _ANY, fuses=False, fused_experts=True, ranks=(1,),
          dtypes=("float16", "bfloat16", "float32"), run=True),
-    # integrations/compressed_tensors.py and quantizers/quantizer_compressed_tensors.py of transformers
-    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _CT_DEFAULT, _CT_DEFAULT,
+    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS, _TRANSFORMERS,
          fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
          note="dequantizes the whole model at its first call; asymmetric linears of one scheme load with "
               "quantization_config=CompressedTensorsConfig(dequantize=True)"),
@@ -103,9 +105,7 @@ RULES = (
     # compressed_tensors/schemes/compressed_tensors_wNa16.py and compressed_tensors_wNa16_moe.py, whose zero points of
     # experts are laid out wrongly (pull request 39510)
     Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN,), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),)),
-    # nn_modules/qlinear/torch.py of GPTQModel
-    Rule("GPTQModel", "7.6", "gptq", (Kernel("", _ALL, _ALL, _GPTQMODEL_GROUPS),),
-         (Kernel("", _ALL, _ALL, _GPTQMODEL_GROUPS),), act_order=True, fuses=False, ranks=(1,), run=True,
+    Rule("GPTQModel", "7.6", "gptq", _GPTQMODEL, _GPTQMODEL, act_order=True, fuses=False, ranks=(1,), run=True,
          note="asymmetric checkpoints only as gptq_v2"),
     # layers/quantization/auto_gptq.py; act-order is refused in layers/quantization/utils/gptq_utils.py
     Rule("vLLM", "0.33", "gptq", (replace(_VLLM_MARLIN, asym=()),),
@@ -113,9 +113,7 @@ RULES = (
     # gptq/gptq.py `GPTQMarlinConfig`; gptq/schemes/gptq_linear.py: the kernel for other schemes was removed
     Rule("SGLang", "0.5.23", "gptq", (replace(_SGLANG_MARLIN, asym=()),), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),),
          act_order=True),
-    # nn_modules/qlinear/torch_awq.py of GPTQModel
-    Rule("GPTQModel", "7.6", "awq", (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),),
-         (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),), fuses=False, ranks=(1,), run=True),
+    Rule("GPTQModel", "7.6", "awq", _GPTQMODEL_AWQ, _GPTQMODEL_AWQ, fuses=False, ranks=(1,), run=True),
     # layers/quantization/auto_awq.py; symmetric data is stored with its zero points, so it counts as asymmetric
     Rule("vLLM", "0.33", "awq", (replace(_VLLM_MARLIN, sym=(4,)), _VLLM_AWQ),
          (replace(_VLLM_MARLIN_EXPERTS, sym=(4,)), replace(_VLLM_WNA16_EXPERTS, sym=(4,)))),
