@@ -189,3 +189,8 @@ class CheckpointNames:
             if len(targets) == 1 and parameter.endswith(targets[0]) and len(converter.source_patterns) > 1:
                 return len(converter.source_patterns)
         return 1
+
+    def by_expert(self, parameter: str) -> bool:
+        """Whether a fused parameter is stored as tensors of each expert, not as it is."""
+        targets = [target for converter in self._converters for target in converter.target_patterns]
+        return any(parameter.endswith(target) for target in targets)

@@ -16,7 +16,7 @@ LINES = (
     {"grid"},
     {"reference"},
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
-    {"linear", "experts", "calibration", "sources", "stored"},
+    {"linear", "experts", "calibration", "sources", "stored", "serving"},
     {"pipeline", "hf"},
     {"eval", "generation", "publish"},
     {"cli"},

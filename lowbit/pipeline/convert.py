@@ -65,21 +65,29 @@ class _Source:
         self.stored = StoredWeights(self.reader)
         if not self.stored.weights:
             raise InputError(f"{self.folder} holds no quantized weights: expected a quantized model")
-        skeleton_model = skeleton(load_config(self.folder, trust_remote_code), trust_remote_code)
-        self._names, self._sites = CheckpointNames(skeleton_model), find_sites(skeleton_model)
+        self.model = skeleton(load_config(self.folder, trust_remote_code), trust_remote_code)
+        self._names, self._sites = CheckpointNames(self.model), find_sites(self.model)
 
     def site(self, name: str) -> Site | None:
         """Of the tensor set `name`."""
         found = self._sites.get(self._names.locate(f"{name}.weight")[0])
         return found or self._sites.get(self._names.locate(name)[0])
 
-    def named(self) -> list[tuple[Site, str | None, Scheme | None]]:
-        """All sites, their names in the checkpoint and their schemes, as `exceptions_and_ignored` wants them."""
-        weights = {base: weight.scheme for base, weight in self.stored.weights.items()}
-        plain = {info.name.removesuffix(".weight"): None for info in self.stored.plain}
-        found = [(site, base, scheme) for base, scheme in (plain | weights).items() if (site := self.site(base))]
-        seen = {site.parameter for site, _, _ in found}
-        return found + [(site, None, None) for name, site in self._sites.items() if name not in seen]
+    def in_config(self, default: Scheme) -> tuple[dict[str, Scheme], list[str]]:
+        """What a config of this model has to name."""
+        named, elsewhere = [], set()
+        for base, weight in self.stored.weights.items():
+            if site := self.site(base):
+                named.append((site, base, weight.scheme))
+        for info in self.stored.plain:
+            base, site = info.name.removesuffix(".weight"), self.site(info.name.removesuffix(".weight"))
+            if site is not None:
+                named.append((site, base, None))
+            elif len(info.shape) == 2 and base != info.name:
+                elsewhere |= {base, self._names.locate(info.name)[0].removesuffix(".weight")}
+        seen = {site.parameter for site, _, _ in named}
+        named += [(site, None, None) for name, site in self._sites.items() if name not in seen]
+        return exceptions_and_ignored(self.model, named, elsewhere, default)
 
 
 def convert(
@@ -106,7 +114,7 @@ def convert(
         if reason := _refusal(weight, fmt, usual):
             raise InputError(f"{weight.base} cannot be stored as {format}: {reason}")
     act_order = {"act_order": True} if any(weight.act_order for weight in weights.values()) else {}
-    config = fmt.config(usual, *exceptions_and_ignored(source.named(), usual), **act_order)
+    config = fmt.config(usual, *source.in_config(usual), **act_order)
     parts = [_packed_part(source.stored, weight, fmt) for weight in weights.values()]
     parts += [_plain_part(source.reader, info) for info in source.stored.plain]
 

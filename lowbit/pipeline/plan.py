@@ -7,6 +7,7 @@ from functools import cached_property
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.discovery import CheckpointNames, Site, choose
@@ -100,7 +101,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     fmt = get_format(format_name)
     chosen, left = choose(model, recipe)
     checkpoint_names = CheckpointNames(model)
-    steps, fulfilled = [], {}
+    steps, fulfilled, elsewhere = [], {}, set()
     for info in reader.tensors.values():
         parameter, direct = checkpoint_names.locate(info.name)
         step = _copy(info)
@@ -109,6 +110,8 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
             step = _quantize(info, site, scheme, direct, fmt, recipe.scheme)
         elif parameter in left:
             step = _copy(info, *left[parameter])
+        elif len(info.shape) == 2 and parameter.endswith(".weight"):
+            elsewhere.update(name.removesuffix(".weight") for name in (parameter, info.name))
         if step.site is not None:
             fulfilled[parameter] = step
         steps.append(step)
@@ -116,23 +119,34 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     # a tied head is left alone and not stored, and still has to be named
     named = [(site, None, None) for site, _ in left.values()]
     named += [(step.site, step.base, step.scheme) for step in fulfilled.values()]
-    config = fmt.config(recipe.scheme, *exceptions_and_ignored(named, recipe.scheme))
+    config = fmt.config(recipe.scheme, *exceptions_and_ignored(model, named, elsewhere, recipe.scheme))
     return Plan(recipe, format_name, tuple(steps), config, left)
 
 
 def exceptions_and_ignored(
-    named: Iterable[tuple[Site, str | None, Scheme | None]], default: Scheme
+    model: nn.Module,
+    named: Iterable[tuple[Site, str | None, Scheme | None]],
+    elsewhere: set[str],
+    default: Scheme,
 ) -> tuple[dict[str, Scheme], list[str]]:
-    """What a config says of modules: each a site, its name in the checkpoint if stored, its scheme if quantized."""
-    exceptions, ignored = {}, {}
+    """What a config says of modules. named: of linears, each a site, its name in the checkpoint if it is stored, its
+    scheme if it is quantized. elsewhere: names of other matrices: what is no linear here may be one in another engine
+    (routers of experts), and stays dense there if it is named."""
+    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    exceptions, ignored = {}, dict.fromkeys(sorted(elsewhere - embeddings))
     for site, base, scheme in named:
         # a module may have another name in the checkpoint than in memory, and readers look for either
         names = [site.module] if site.kind == "experts" or base is None else [site.module, base]
         if scheme is None:
             ignored.update(dict.fromkeys(names))
-        elif scheme != default:
+        elif scheme != default or model.get_submodule(_owner(site)) is head:  # servers find a head by its name only
             exceptions.update(dict.fromkeys(names, scheme))
     return exceptions, list(ignored)
+
+
+def _owner(site: Site) -> str:
+    return site.parameter.rpartition(".")[0]
 
 
 def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:

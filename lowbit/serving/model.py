@@ -1,0 +1,85 @@
+"""What engines care about, found in the model: which linears they merge into one, and which side of a matrix tensor
+parallelism divides."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lowbit.discovery import CheckpointNames, Site, find_sites
+from lowbit.scheme import Scheme
+from lowbit.serving.rules import COLUMN, ROW, Module
+
+
+class _SharedInputs(TorchFunctionMode):
+    """Collects which of `weights` (id -> name) multiply the same tensor, in the order of their use."""
+
+    def __init__(self, weights: dict[int, str]):
+        self._weights, self._inputs, self.groups = weights, {}, {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear and (name := self._weights.get(id(args[1]))) is not None:
+            self._inputs[id(args[0])] = args[0]  # alive, or another tensor could get its id
+            self.groups.setdefault(id(args[0]), []).append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def fused_units(model: nn.Module, sites: Mapping[str, Site]) -> list[tuple[str, ...]]:
+    """Names of the modules that engines merge: linears of one parent that multiply the same input (query, key and
+    value; gate and up), in the order of their use, and what the experts of a layer consist of.
+
+    model: of `discovery.skeleton`, in bfloat16 on the meta device, where a forward pass runs. Where a model cannot run
+    without numbers, what lies behind that point is not seen.
+    """
+    linears = {id(model.get_parameter(name)): site.module for name, site in sites.items() if site.kind == "linear"}
+    mode = _SharedInputs(linears)
+    with torch.no_grad(), suppress(Exception), mode:  # a model without numbers, or without its pictures, fails anywhere
+        model(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    units: dict[tuple, list[str]] = {}
+    for shared, names in mode.groups.items():
+        for name in dict.fromkeys(names):
+            units.setdefault((shared, _parent(name)), []).append(name)
+    for site in sites.values():
+        if site.kind == "experts":
+            units.setdefault(("experts", _parent(site.module)), []).append(site.module)
+    return [tuple(names) for names in units.values() if len(names) > 1]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def splits(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str | None]:
+    """Module name -> COLUMN, ROW or None, from the tensor parallel plan of transformers. Where a parent has no linear
+    in the plan: its last one by rows, those before it by columns (Megatron-LM)."""
+    plan = {
+        re.compile(re.escape(pattern).replace(r"\*", r"\d+")): COLUMN if "colwise" in style else ROW
+        for pattern, style in (getattr(model, "_tp_plan", None) or {}).items()
+        if "colwise" in style or "rowwise" in style
+    }
+    found: dict[str, str | None] = {}
+    parents: dict[str, list[str]] = {}
+    for site in sites.values():
+        found[site.module] = next((split for pattern, split in plan.items() if pattern.fullmatch(site.module)), None)
+        parents.setdefault(_parent(site.module), []).append(site.module)
+    for names in parents.values():
+        if len(names) > 1 and not any(found[name] for name in names):
+            found.update(dict.fromkeys(names[:-1], COLUMN) | {names[-1]: ROW})
+    return found
+
+
+def modules_of(model: nn.Module, chosen: Mapping[str, tuple[Site, Scheme]]) -> dict[str, Module]:
+    """What `discovery.choose` has chosen, as engines see it: module name -> Module. model: of `discovery.skeleton`."""
+    names = CheckpointNames(model)
+    split = splits(model, find_sites(model))
+    modules = {}
+    for name, (site, scheme) in chosen.items():
+        module = Module(scheme, site.out_features, site.in_features, split=split[site.module])
+        if site.kind == "experts":
+            module = replace(module, expert=True, merged=names.merged(name), fused=not names.by_expert(name))
+        modules[site.module] = module
+    return modules

@@ -1,0 +1,130 @@
+"""What engines take, as one table: a row for each engine and format, from the engine's source or from runs of it."""
+
+from dataclasses import dataclass, replace
+
+from lowbit.scheme import PER_CHANNEL, Scheme
+
+RANKS = (1, 2, 4, 8)  # sizes of tensor parallelism that a verdict is about
+COLUMN, ROW = "column", "row"
+
+
+@dataclass(frozen=True)
+class Module:
+    """A quantized weight [out_features, in_features] as an engine sees it.
+
+    split: what tensor parallelism divides, COLUMN (out_features) or ROW (in_features); None: each rank holds it whole.
+    merged: how many equal linears lie one below the other in it (gate and up of experts: 2). fused: it is stored as one
+    3-D tensor of all experts of a layer.
+    """
+
+    scheme: Scheme
+    out_features: int
+    in_features: int
+    act_order: bool = False
+    split: str | None = None
+    merged: int = 1
+    expert: bool = False
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel multiplies: bits by symmetry, group sizes (None: each that divides in_features), multiples that the
+    sides of a rank's matrix have to be of; hidden: the same of that side of an expert which ranks do not divide."""
+
+    name: str
+    sym: tuple[int, ...]
+    asym: tuple[int, ...]
+    groups: tuple[int, ...] | None = None
+    in_multiple: int = 1
+    out_multiple: int = 1
+    hidden: int = 1
+    capability: tuple[int, int] | None = None  # of the GPU, at least; None: runs without one
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an engine takes of a format: the first kernel that fits a module runs it.
+
+    fuses: linears that multiply the same input become one, so they need one scheme, or all stay dense; so do the
+    experts of a layer. fused_experts: reads experts that are stored as one tensor. ranks: sizes of tensor parallelism.
+    run: it was run by this project; otherwise its source was read.
+    """
+
+    engine: str
+    version: str
+    format: str
+    linear: tuple[Kernel, ...]
+    experts: tuple[Kernel, ...]
+    act_order: bool = False
+    fuses: bool = True
+    fused_experts: bool = False
+    ranks: tuple[int, ...] = RANKS
+    dtypes: tuple[str, ...] = ("float16", "bfloat16")
+    run: bool = False
+    note: str = ""
+
+
+_ALL, _MARLIN_GROUPS = (2, 3, 4, 8), (PER_CHANNEL, 32, 64, 128)
+
+# vLLM 0.33.0, paths below vllm/model_executor. The order of kernels: kernels/linear/__init__.py `_POSSIBLE_KERNELS`.
+# Marlin pads its tiles (kernels/linear/mixed_precision/marlin.py), Humming takes what is left (humming.py beside it);
+# capability: layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py
+_VLLM_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, capability=(7, 5))
+_VLLM_HUMMING = Kernel("Humming", _ALL, _ALL, capability=(7, 5))
+# layers/quantization/utils/marlin_utils.py `check_moe_marlin_supports_config`; other kernels of experts take groups
+# only (layers/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe_wna16.py)
+_VLLM_MARLIN_EXPERTS = replace(_VLLM_MARLIN, hidden=128)
+_VLLM_HUMMING_EXPERTS = replace(_VLLM_HUMMING, groups=(16, 32, 64, 128, 256, 512, 1024))
+# layers/quantization/moe_wna16.py: 4 and 8 bits of GPTQ, 4 of AWQ; groups are halved until they divide, down to 32
+_VLLM_WNA16_EXPERTS = Kernel("WNA16", (4, 8), (4,), (32, 64, 128, 256, 512, 1024), capability=(7, 5))
+# layers/quantization/auto_awq.py `AutoAWQLinearMethod`
+_VLLM_AWQ = Kernel("AWQ", (4,), (4,), (16, 32, 64, 128, 256, 512, 1024), out_multiple=8, capability=(7, 5))
+
+# SGLang 0.5.23, paths below sglang/srt/layers/quantization: marlin_utils.py `verify_marlin_supports_shape`, and for
+# experts `check_moe_marlin_supports_layer` there
+_SGLANG_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, in_multiple=128, out_multiple=64, capability=(8, 0))
+_SGLANG_MARLIN_EXPERTS = replace(_SGLANG_MARLIN, in_multiple=64, out_multiple=128)
+
+_ANY = (Kernel("", _ALL, _ALL),)
+# transformers 5.23: quantizers/quantizer_compressed_tensors.py and integrations/compressed_tensors.py
+_TRANSFORMERS = (Kernel("", _ALL, ()),)
+# GPTQModel 7.6: nn_modules/qlinear/torch.py and torch_awq.py
+_GPTQMODEL = (Kernel("", _ALL, _ALL, (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),)
+_GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),)
+
+RULES = (
+    Rule("lowbit", "this", "compressed-tensors", _ANY, _ANY, fuses=False, fused_experts=True, ranks=(1,),
+         dtypes=("float16", "bfloat16", "float32"), run=True),
+    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS, _TRANSFORMERS,
+         fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
+         note="dequantizes the whole model at its first call; asymmetric linears of one scheme load with "
+              "quantization_config=CompressedTensorsConfig(dequantize=True)"),
+    Rule("vLLM", "0.33", "compressed-tensors", (_VLLM_MARLIN, _VLLM_HUMMING),
+         (_VLLM_MARLIN_EXPERTS, _VLLM_HUMMING_EXPERTS)),
+    # compressed_tensors/schemes/compressed_tensors_wNa16.py and compressed_tensors_wNa16_moe.py, whose zero points of
+    # experts are laid out wrongly (pull request 39510)
+    Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN,), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),)),
+    Rule("GPTQModel", "7.6", "gptq", _GPTQMODEL, _GPTQMODEL, act_order=True, fuses=False, ranks=(1,), run=True,
+         note="asymmetric checkpoints only as gptq_v2"),
+    # layers/quantization/auto_gptq.py; act-order is refused in layers/quantization/utils/gptq_utils.py
+    Rule("vLLM", "0.33", "gptq", (replace(_VLLM_MARLIN, asym=()),),
+         (replace(_VLLM_MARLIN_EXPERTS, asym=()), replace(_VLLM_WNA16_EXPERTS, asym=()))),
+    # gptq/gptq.py `GPTQMarlinConfig`; gptq/schemes/gptq_linear.py: the kernel for other schemes was removed
+    Rule("SGLang", "0.5.23", "gptq", (replace(_SGLANG_MARLIN, asym=()),), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),),
+         act_order=True),
+    Rule("GPTQModel", "7.6", "awq", _GPTQMODEL_AWQ, _GPTQMODEL_AWQ, fuses=False, ranks=(1,), run=True),
+    # layers/quantization/auto_awq.py; symmetric data is stored with its zero points, so it counts as asymmetric
+    Rule("vLLM", "0.33", "awq", (replace(_VLLM_MARLIN, sym=(4,)), _VLLM_AWQ),
+         (replace(_VLLM_MARLIN_EXPERTS, sym=(4,)), replace(_VLLM_WNA16_EXPERTS, sym=(4,)))),
+    # awq/awq.py `AWQMarlinConfig`
+    Rule("SGLang", "0.5.23", "awq", (replace(_SGLANG_MARLIN, sym=(4,)),), (replace(_SGLANG_MARLIN_EXPERTS, sym=(4,)),)),
+)  # fmt: skip
+
+# Scheme -> the sides along which a format packs codes or zero points into int32 words: where a matrix is cut or joined
+# along one of them, every part has to be whole words
+PACKED = {
+    "compressed-tensors": lambda scheme: ("in_features",) if scheme.sym else ("in_features", "out_features"),
+    "gptq": lambda scheme: ("in_features", "out_features"),
+    "awq": lambda scheme: ("out_features",),
+}
