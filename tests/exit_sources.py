@@ -1,11 +1,14 @@
 """A compressed-tensors folder as the exits read it, and the float32 matrices that it stands for."""
 
 import torch
+from folders import read_json, write_json
 from models import ARCHITECTURES, save_tiny
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.checkpoint import CheckpointReader
-from lowbit.discovery import skeleton
+from lowbit.discovery import CheckpointNames, find_sites, skeleton
 from lowbit.formats import compressed_tensors as ct
 from lowbit.grid import dequantize
 from lowbit.pipeline.exits import ExitSource
@@ -18,11 +21,14 @@ def open_source(folder) -> ExitSource:
     config = load_config(folder)
     schemes = ct.schemes(config.quantization_config)
     del config.quantization_config
+    model = skeleton(config)
+    sites, names = find_sites(model), CheckpointNames(model)
     quantized, dense, shapes = {}, {}, {}
     for name, info in reader.tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix == "weight_packed":
-            scheme = schemes.lookup([module], "Linear")
+            site = sites[names.locate(f"{module}.weight")[0]]
+            scheme = schemes.lookup([module, *site.names], "Linear")
             shapes[module] = reader.tensor(f"{module}.weight_shape").tolist()
             dtype = reader.tensors[f"{module}.weight_scale"].dtype
             quantized[module] = QuantWeight.meta(*shapes[module], scheme, dtype)
@@ -34,7 +40,7 @@ def open_source(folder) -> ExitSource:
         tensors = {suffix: reader.tensor(f"{module}.{suffix}") for suffix in ct.suffixes(scheme)}
         return ct.unpack_weight(tensors, scheme, *shapes[module])
 
-    return ExitSource(folder, config, skeleton(config), quantized, dense, read, reader.tensor)
+    return ExitSource(folder, config, model, quantized, dense, read, reader.tensor)
 
 
 def quantized_source(folder, name="llama", scheme="W4A16-G32", dtype=torch.bfloat16, options=None, **changes):
@@ -51,3 +57,14 @@ def dequantized(source: ExitSource) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint by its dense name, float32."""
     weights = {f"{name}.weight": dequantize(source.read(name), torch.float32) for name in source.quantized}
     return weights | {name: source.tensor(name).float() for name in source.dense}
+
+
+def dense_model(source: ExitSource, folder):
+    """The transformers model of the dequantized weights, float32."""
+    folder.mkdir()
+    config = read_json(source.folder / "config.json")
+    del config["quantization_config"]
+    write_json(folder / "config.json", config | {"dtype": "float32"})
+    tensors = {name: tensor.contiguous() for name, tensor in dequantized(source).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(folder)
