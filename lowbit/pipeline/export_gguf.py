@@ -19,6 +19,8 @@ from lowbit.pipeline.exits import Entry, ExitSource, OnPlan, entries, refuse_tra
 from lowbit.pipeline.gguf_architecture import Architecture, Arrangement, import_gguf
 from lowbit.pipeline.gguf_vocabulary import add_vocabulary
 
+# What llama.cpp's own converter keeps in float32 beside norms and biases: routers
+_FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
 _DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -73,8 +75,8 @@ def _place(source: ExitSource, entry: Entry, architecture: Architecture) -> _Ten
         arrangement = architecture.arrangement(name, shape)
         if entry.dtype not in _DENSE:
             raise InputError(f"{entry.name} is stored as {entry.dtype}, expected bfloat16, float16 or float32")
-        # norms and biases are float32 for llama.cpp whatever else is not
-        kind = "F32" if len(shape) == 1 or arrangement.offset else _DENSE[entry.dtype]
+        wide = len(shape) == 1 or arrangement.offset or name.endswith(_FLOAT32)
+        kind = "F32" if wide else _DENSE[entry.dtype]
         return _Tensor(entry, name, kind, arrangement, shape)
     if reason := blocks.refuse(entry.scheme, entry.shape[1]):
         raise InputError(f"{entry.name}: {reason}")

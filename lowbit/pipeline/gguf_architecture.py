@@ -25,6 +25,8 @@ _GENERAL_KEYS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
+# Settings that no file says: llama.cpp takes them for equal to another one
+_IMPLIED = {"query_pre_attn_scalar": "head_dim"}
 # Settings of training, of generation, and those that others (layer_types, the shape of a tensor) repeat
 _HARMLESS = re.compile(
     r".*dropout.*|.*_token_id|initializer_range|use_cache|pretraining_tp|router_aux_loss_coef|output_router_logits"
@@ -63,6 +65,8 @@ class Architecture:
 
         gguf = import_gguf()
         self.config = source.config
+        if self.config.get_text_config() is not self.config:
+            raise InputError(f"model type {self.config.model_type!r} is more than a language model, which GGUF holds")
         key = self.config.model_type.removesuffix("_text")
         known = {_plain(name): arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         arch = known.get(_plain(key))
@@ -93,7 +97,7 @@ class Architecture:
         rows = np.arange(shape[0], dtype=np.float64).reshape(-1, *(1 for _ in shape[1:]))
         probe = np.broadcast_to(rows, (shape[0], *(2 for _ in shape[1:]))).copy()
         offset, numbered = self._read(np.zeros_like(probe), name), self._read(probe, name)
-        if numbered is not None and offset is not None and len(numbered):
+        if numbered is not None and offset is not None and np.isfinite(offset).all():
             constant = offset.flat[0]
             order = numbered.reshape(shape[0], -1)[:, 0] - constant
             same = np.array_equal(numbered, np.broadcast_to((order + constant).reshape(rows.shape), probe.shape))
@@ -167,6 +171,12 @@ class Architecture:
         read = type(self.config)(**(said | self._assumed | {"tie_word_embeddings": tied})).to_dict()
         trivial = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
         lost = []
+        for setting, other in _IMPLIED.items():
+            value, implied = getattr(self.config, setting, None), getattr(self.config, other, None)
+            if value is not None and value != implied:
+                raise InputError(
+                    f"{setting} is {value!r} in config.json, llama.cpp takes {other}, which is {implied!r}"
+                )
         for setting, value in self.config.to_dict().items():
             if setting in trivial or _HARMLESS.fullmatch(setting) or _same(value, read.get(setting)):
                 continue

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,17 +10,18 @@ import torch
 from exit_sources import dense_model, dequantized, quantized_source
 from folders import contents, read_json, save_tokenizer, write_json
 from models import token_ids
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.pipeline.export_gguf import export_gguf
+from lowbit.pipeline.gguf_architecture import Architecture, Arrangement
 
 gguf = pytest.importorskip("gguf")
 
 # Architectures that transformers reads from GGUF, and what its reader's defaults or rules ask of the config
 ARCHITECTURES = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "gemma2": {}, "gemma3": {}, "phi3": {}, "qwen2_moe": {},
-    "qwen3_moe": {"norm_topk_prob": True},
+    "llama": {}, "qwen2": {}, "qwen3": {}, "gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}, "phi3": {},
+    "qwen2_moe": {}, "qwen3_moe": {"norm_topk_prob": True},
 }  # fmt: skip
 SCHEMES = {"W4A16-G32": "Q4_0", "W3A16_ASYM-G64": "Q4_1", "W4A16_ASYM-G32": "Q8_0", "W8A16-G128": "Q8_0"}
 
@@ -70,7 +72,8 @@ def metadata(file):
 
 
 def test_metadata_is_the_config(tmp_path):
-    source = quantized_source(tmp_path, "qwen3_moe", norm_topk_prob=True, rope_parameters={"rope_theta": 5e5})
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    source = quantized_source(tmp_path, "qwen3_moe", norm_topk_prob=True, rope_parameters=rope)
     export_gguf(source, tmp_path / "tiny.gguf")
     actual = metadata(tmp_path / "tiny.gguf")
     expected = {
@@ -83,6 +86,8 @@ def test_metadata_is_the_config(tmp_path):
         "tokenizer.ggml.eos_token_id": 2,
     }  # fmt: skip
     assert {key: actual[key] for key in expected} == expected
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    assert kinds["blk.0.ffn_gate_inp.weight"] == "F32" and kinds["blk.1.ffn_up_exps.weight"] == "Q4_0"
 
 
 def test_scaled_rope_becomes_factors(tmp_path):
@@ -174,6 +179,7 @@ def test_a_tokenizer_of_another_model(tmp_path):
         ("llama", "W4A16-G32", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
         ("qwen3_moe", "W4A16-G32", {"norm_topk_prob": False}, "norm_topk_prob is False in config.json, .* take True"),
         ("qwen2", "W4A16-G32", {"hidden_act": "gelu"}, "hidden_act is 'gelu' in config.json"),
+        ("gemma2", "W4A16-G32", {"head_dim": 32}, "query_pre_attn_scalar is 256 .* takes head_dim, which is 32"),
         ("mixtral", "W4A16-G32", {}, "model type 'mixtral' is not one that both"),
         ("gpt2", "W4A16-G32", {}, "h.0.attn.c_attn is stored transposed"),
     ],
@@ -192,6 +198,52 @@ def test_scales_that_fp16_does_not_hold_are_named_and_leave_nothing(tmp_path):
     with pytest.raises(InputError, match=r"^model.layers.0.mlp.down_proj: the scale \S+ is not exact in float16"):
         export_gguf(source, tmp_path / "made" / "model.gguf")
     assert contents(tmp_path) == before
+
+
+class Processor:
+    """Stands in for one of transformers' processors, which change tensors while they are read."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def process(self, weights, name, **_):
+        return SimpleNamespace(weights=self.change(weights), name=name)
+
+
+def test_what_a_reader_does_is_found_by_trying_it(tmp_path):
+    architecture = Architecture(quantized_source(tmp_path))
+    architecture._processor = Processor(lambda w: np.roll(w, 2, axis=0) - 1)
+    found = architecture.arrangement("any", (7, 5))
+    assert found.order.tolist() == [2, 3, 4, 5, 6, 0, 1] and found.offset == -1
+    architecture._processor = Processor(lambda w: np.expand_dims(w, 1))
+    assert architecture.arrangement("any", (7, 5)) == Arrangement()
+
+
+CHANGES = {
+    "transposed": lambda w: w.T, "columns": lambda w: w * np.arange(2), "log": lambda w: np.log(-w),
+    "scaled": lambda w: 2 * w, "repeated": lambda w: np.concatenate([w[:4], w[:3]]),
+    "shifted in part": lambda w: w + np.arange(7)[:, None], "of one shape": lambda w: w.reshape(7, 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_transformation_that_cannot_be_undone(change, tmp_path):
+    architecture = Architecture(quantized_source(tmp_path))
+    architecture._processor = Processor(CHANGES[change])
+    with pytest.raises(InputError, match=r"blk.0.some.weight (is read through|cannot be traced)"):
+        architecture.arrangement("blk.0.some.weight", (7, 5))
+
+
+def test_a_name_that_transformers_reads_as_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map", lambda *_: {})
+    with pytest.raises(InputError, match=r"is blk.0.ffn_down in a GGUF file, which transformers reads into None"):
+        export_gguf(quantized_source(tmp_path), tmp_path / "model.gguf")
+
+
+def test_more_than_a_language_model(tmp_path):
+    source = replace(quantized_source(tmp_path), config=Gemma3Config())
+    with pytest.raises(InputError, match="model type 'gemma3' is more than a language model"):
+        export_gguf(source, tmp_path / "model.gguf")
 
 
 def test_a_tensor_that_the_architecture_does_not_have(tmp_path):
