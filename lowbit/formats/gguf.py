@@ -1,0 +1,93 @@
+"""GGML blocks of 32 weights: Q4_0, Q4_1 and Q8_0, the types of a GGUF file that can hold our numbers. Write only.
+
+Each block is an fp16 scale d and 32 integers q of consecutive inputs:
+Q4_0, 18 bytes:  w = (q - 8) * d;   Q4_1, 20 bytes:  w = q * d + m with an fp16 minimum m;   Q8_0, 34 bytes:  w = q * d
+with int8 q. Byte i of a block of nibbles holds the integers i (low) and i + 16 (high).
+
+A group of 64 inputs is two blocks of one scale, and so on; a narrower code is an integer of a wider type. Both cost
+bytes and change no number. Which type holds an asymmetric weight is for its numbers to say.
+"""
+
+import torch
+
+from lowbit.errors import InputError
+from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
+
+BLOCK = 32
+
+
+def refuse(scheme: Scheme, in_features: int) -> str | None:
+    group = scheme.group_of(in_features)
+    if group % BLOCK:
+        return f"GGML has one scale for {BLOCK} inputs, and groups of {group} inputs are no multiple of that"
+    return None
+
+
+def symmetric_type(scheme: Scheme) -> str:
+    return "Q4_0" if scheme.bits <= 4 else "Q8_0"
+
+
+def asymmetric_type(qweight: QuantWeight) -> str:
+    """The smallest type that holds the weight exactly. Raises InputError if there is none."""
+    if qweight.scheme.bits <= 4:
+        # Q8_0 holds every difference of two codes, Q4_1 only some minima
+        return "Q4_1" if _is_half(_minima(qweight)) else "Q8_0"
+    values = _values(qweight)
+    if values.amin() < -128 or values.amax() > 127:
+        raise InputError(
+            f"code - zero lies in [{int(values.amin())}, {int(values.amax())}]; Q8_0 holds [-128, 127]: "
+            "quantize to 8 bits symmetrically"
+        )
+    return "Q8_0"
+
+
+def pack(qweight: QuantWeight, block: str) -> torch.Tensor:
+    """uint8 [N, K / 32 * bytes of a block]. Raises InputError for a scale that fp16 does not hold."""
+    qweight.require_natural_order("GGML")
+    repeats = qweight.in_features // BLOCK // qweight.scales.shape[1]
+    parts = [_bytes(_half(qweight.scales, "scale"), repeats)]
+    if block == "Q8_0":
+        parts.append(_blocks(_values(qweight).to(torch.int8).view(torch.uint8)))
+    else:
+        if block == "Q4_1":
+            parts.append(_bytes(_half(_minima(qweight), "minimum"), repeats))
+        codes = qweight.codes if block == "Q4_1" else (_values(qweight) + 8).to(torch.uint8)
+        low, high = _blocks(codes).chunk(2, dim=-1)
+        parts.append(low | high << 4)
+    return torch.cat(parts, dim=-1).flatten(1)
+
+
+def _values(qweight: QuantWeight) -> torch.Tensor:
+    """code - zero, int16 [N, K]."""
+    codes = qweight.codes.to(torch.int16)
+    if qweight.zeros is None:
+        return codes.sub_(qweight.scheme.middle)
+    groups = codes.view(*qweight.zeros.shape, -1)
+    return groups.sub_(qweight.zeros.unsqueeze(-1)).view(codes.shape)
+
+
+def _minima(qweight: QuantWeight) -> torch.Tensor:
+    """float64 [N, G], exact."""
+    return qweight.scales.double() * -qweight.zeros.double()
+
+
+def _is_half(numbers: torch.Tensor) -> bool:
+    return torch.equal(numbers.half().double(), numbers.double())
+
+
+def _half(numbers: torch.Tensor, what: str) -> torch.Tensor:
+    half = numbers.half()
+    wrong = numbers[half.double() != numbers.double()]
+    if len(wrong):
+        raise InputError(f"the {what} {float(wrong[0]):.9g} is not exact in float16, which GGML stores")
+    return half
+
+
+def _blocks(integers: torch.Tensor) -> torch.Tensor:
+    return integers.view(len(integers), -1, BLOCK)
+
+
+def _bytes(half: torch.Tensor, repeats: int) -> torch.Tensor:
+    """fp16 [N, G] -> uint8 [N, G * repeats, 2]"""
+    return half.repeat_interleave(repeats, dim=1).unsqueeze(-1).view(torch.uint8)
