@@ -7,40 +7,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.checkpoint import CheckpointReader
-from lowbit.discovery import CheckpointNames, find_sites, skeleton
-from lowbit.formats import compressed_tensors as ct
 from lowbit.grid import dequantize
 from lowbit.pipeline.exits import ExitSource
-from lowbit.qweight import QuantWeight
-from lowbit.sources import load_config
+from lowbit.pipeline.source import QuantizedFolder
 
 
 def open_source(folder) -> ExitSource:
-    reader = CheckpointReader(folder)
-    config = load_config(folder)
-    schemes = ct.schemes(config.quantization_config)
-    del config.quantization_config
-    model = skeleton(config)
-    sites, names = find_sites(model), CheckpointNames(model)
-    quantized, dense, shapes = {}, {}, {}
-    for name, info in reader.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix == "weight_packed":
-            site = sites[names.locate(f"{module}.weight")[0]]
-            scheme = schemes.lookup([module, *site.names], "Linear")
-            shapes[module] = reader.tensor(f"{module}.weight_shape").tolist()
-            dtype = reader.tensors[f"{module}.weight_scale"].dtype
-            quantized[module] = QuantWeight.meta(*shapes[module], scheme, dtype)
-        elif suffix not in ct.SUFFIXES:
-            dense[name] = info
-
-    def read(module):
-        scheme = quantized[module].scheme
-        tensors = {suffix: reader.tensor(f"{module}.{suffix}") for suffix in ct.suffixes(scheme)}
-        return ct.unpack_weight(tensors, scheme, *shapes[module])
-
-    return ExitSource(folder, config, model, quantized, dense, read, reader.tensor)
+    return QuantizedFolder(folder).as_exit()
 
 
 def quantized_source(folder, name="llama", scheme="W4A16-G32", dtype=torch.bfloat16, options=None, **changes):

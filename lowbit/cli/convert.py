@@ -28,7 +28,7 @@ def convert(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     output_dir: OutputOption = None,
-    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, mlx, gguf.")] = "compressed-tensors",
     max_shard_size: ShardSizeOption = "5GB",
     overwrite: OverwriteOption = False,
     revision: RevisionOption = None,
@@ -58,5 +58,7 @@ def convert(
         print_json(done.to_dict())
         return
     console.print(f"{done.source_format} -> {done.format}: {size(done.source_bytes)} -> {size(done.output_bytes)}")
-    console.print(f"{done.weights} quantized weights, read back: codes, scales, zeros and order are identical")
+    console.print(f"{done.weights} quantized weights: every number is the same")
+    for note in done.notes:
+        console.print(note)
     console.print(f"written to {done.output}")

@@ -17,16 +17,21 @@ from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, parse_size
-from lowbit.discovery import CheckpointNames, Site, find_sites, skeleton
 from lowbit.errors import InputError, OutputError, UsageError
-from lowbit.formats import get_format
+from lowbit.formats import FORMATS, get_format
 from lowbit.grid import dequantize as dense_matrix
-from lowbit.pipeline.plan import exceptions_and_ignored, output_name
+from lowbit.pipeline.export_gguf import export_gguf
+from lowbit.pipeline.export_mlx import export_mlx
+from lowbit.pipeline.plan import output_name
+from lowbit.pipeline.source import QuantizedFolder
 from lowbit.pipeline.write import read_checked, write_configs
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
-from lowbit.sources import check_apart, load_config, resolve
+from lowbit.sources import check_apart
 from lowbit.stored import StoredWeight, StoredWeights
+
+# Formats of other tools, which lowbit writes and does not read
+EXITS = ("mlx", "gguf")
 
 # Called with the number of weights in all, may return what is called with the name of each that is done
 OnStart = Callable[[int], Callable[[str], None] | None]
@@ -34,7 +39,7 @@ OnStart = Callable[[int], Callable[[str], None] | None]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done. weights: how many were converted, each compared with its source."""
+    """What was done. weights: how many were converted. notes: what to know of the output, a line each."""
 
     source_format: str
     format: str
@@ -42,6 +47,7 @@ class Conversion:
     source_bytes: int
     output_bytes: int
     output: str
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -56,40 +62,6 @@ class _Part:
     make: Callable[[], dict[str, torch.Tensor]]
 
 
-class _Source:
-    """A quantized folder, and the sites of its model that its weights belong to."""
-
-    def __init__(self, model, revision: str | None, trust_remote_code: bool):
-        self.folder = resolve(model, revision)
-        self.reader = CheckpointReader(self.folder)
-        self.stored = StoredWeights(self.reader)
-        if not self.stored.weights:
-            raise InputError(f"{self.folder} holds no quantized weights: expected a quantized model")
-        self.model = skeleton(load_config(self.folder, trust_remote_code), trust_remote_code)
-        self._names, self._sites = CheckpointNames(self.model), find_sites(self.model)
-
-    def site(self, name: str) -> Site | None:
-        """Of the tensor set `name`."""
-        found = self._sites.get(self._names.locate(f"{name}.weight")[0])
-        return found or self._sites.get(self._names.locate(name)[0])
-
-    def in_config(self, default: Scheme) -> tuple[dict[str, Scheme], list[str]]:
-        """What a config of this model has to name."""
-        named, elsewhere = [], set()
-        for base, weight in self.stored.weights.items():
-            if site := self.site(base):
-                named.append((site, base, weight.scheme))
-        for info in self.stored.plain:
-            base, site = info.name.removesuffix(".weight"), self.site(info.name.removesuffix(".weight"))
-            if site is not None:
-                named.append((site, base, None))
-            elif len(info.shape) == 2 and base != info.name:
-                elsewhere |= {base, self._names.locate(info.name)[0].removesuffix(".weight")}
-        seen = {site.parameter for site, _, _ in named}
-        named += [(site, None, None) for name, site in self._sites.items() if name not in seen]
-        return exceptions_and_ignored(self.model, named, elsewhere, default)
-
-
 def convert(
     model: str | Path,
     output_dir: str | Path,
@@ -101,14 +73,22 @@ def convert(
     trust_remote_code: bool = False,
     on_start: OnStart | None = None,
 ) -> Conversion:
-    """Write a quantized model again in another format ("compressed-tensors", "gptq", "awq"): the same numbers, exactly.
+    """Write a quantized model again in another format: the same numbers, exactly.
+
+    format: "compressed-tensors", "gptq" or "awq", which lowbit reads too; or an exit, "mlx" (a folder for mlx-lm) or
+    "gguf" (one file: `output_dir` itself if it ends in .gguf, else named after the model in it; one shard).
 
     Raises UsageError for a format that does not exist, InputError with the reason where it cannot hold the numbers,
     OutputError when the folder cannot be written or reads back differently.
     """
-    fmt, shard_bytes = get_format(format), parse_size(max_shard_size)
-    source = _Source(model, revision, trust_remote_code)
-    weights = source.stored.weights
+    if format not in (*FORMATS, *EXITS):
+        raise UsageError(f"format {format!r} is not known; allowed: {', '.join((*FORMATS, *EXITS))}")
+    shard_bytes = parse_size(max_shard_size)
+    source = QuantizedFolder(model, revision, trust_remote_code)
+    check_apart(source.folder, Path(os.path.abspath(output_dir)))
+    if format in EXITS:
+        return _leave(source, Path(output_dir), format, max_shard_size, overwrite, on_start)
+    fmt, weights = get_format(format), source.stored.weights
     usual, _ = Counter(weight.scheme for weight in weights.values()).most_common(1)[0]
     for weight in weights.values():
         if reason := _refusal(weight, fmt, usual):
@@ -123,6 +103,34 @@ def convert(
         _compare(source.stored, StoredWeights(CheckpointReader(folder)))
 
     return _rewrite(source, parts, output_dir, format, shard_bytes, overwrite, on_start, finish)
+
+
+def _leave(source: QuantizedFolder, output: Path, format: str, max_shard_size, overwrite: bool, on_start) -> Conversion:
+    """By an exit, which checks for itself that the numbers fit."""
+
+    def on_plan(plan):
+        done = on_start(len(plan)) if on_start else None
+        return (lambda entry, note: done(entry.name)) if done else None
+
+    if format == "mlx":
+        notes = export_mlx(
+            source.as_exit(), output, max_shard_size=max_shard_size, overwrite=overwrite, on_plan=on_plan
+        )
+        written = [file for file in output.iterdir() if file.suffix == ".safetensors"]
+    else:
+        if output.suffix != ".gguf":
+            output = output / f"{source.folder.resolve().name}.gguf"
+        notes = export_gguf(source.as_exit(), output, overwrite=overwrite, on_plan=on_plan)
+        written = [output]
+    return Conversion(
+        source.stored.format,
+        format,
+        len(source.stored.weights),
+        sum(info.nbytes for info in source.reader.tensors.values()),
+        sum(file.stat().st_size for file in written),
+        str(output),
+        tuple(notes),
+    )
 
 
 def dequantize(
@@ -143,7 +151,8 @@ def dequantize(
     """
     shard_bytes = parse_size(max_shard_size)
     wanted = _dtype(dtype)
-    source = _Source(model, revision, trust_remote_code)
+    source = QuantizedFolder(model, revision, trust_remote_code)
+    check_apart(source.folder, Path(os.path.abspath(output_dir)))
     parts = [_dense_part(source, weight, wanted) for weight in source.stored.weights.values()]
     parts += [_plain_part(source.reader, info, wanted) for info in source.stored.plain]
     config = {key: value for key, value in source.reader.config.items() if key != "quantization_config"}
@@ -203,7 +212,7 @@ def _plain_part(reader: CheckpointReader, info: TensorInfo, dtype: torch.dtype |
     return _Part(info.name, (TensorInfo(info.name, kept, info.shape),), make)
 
 
-def _dense_part(source: _Source, weight: StoredWeight, dtype: torch.dtype | None) -> _Part:
+def _dense_part(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtype | None) -> _Part:
     site, kept = source.site(weight.base), dtype or weight.dtype
     if site is None:
         raise InputError(f"{weight.base} is not a module of the model that config.json describes")
@@ -229,7 +238,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 def _rewrite(
-    source: _Source,
+    source: QuantizedFolder,
     parts: Iterable[_Part],
     output_dir,
     format: str,
@@ -239,7 +248,6 @@ def _rewrite(
     finish: Callable[[Path], None],
 ) -> Conversion:
     target = Path(os.path.abspath(output_dir))
-    check_apart(source.folder, target)
     # in the order of the source, so that the tensors of a layer stay together
     place = {name: number for number, name in enumerate(source.reader.tensors)}
     first = {w.base: min(place[t.name] for t in w.tensors.values()) for w in source.stored.weights.values()}

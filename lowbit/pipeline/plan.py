@@ -118,7 +118,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     _check_complete(reader, chosen, fulfilled)
     # a tied head is left alone and not stored, and still has to be named
     named = [(site, None, None) for site, _ in left.values()]
-    named += [(step.site, step.base, step.scheme) for step in fulfilled.values()]
+    named += [(step.site, step.base, step.scheme) for step in steps if step.site is not None]
     config = fmt.config(recipe.scheme, *exceptions_and_ignored(model, named, elsewhere, recipe.scheme))
     return Plan(recipe, format_name, tuple(steps), config, left)
 
@@ -137,7 +137,7 @@ def exceptions_and_ignored(
     exceptions, ignored = {}, dict.fromkeys(sorted(elsewhere - embeddings))
     for site, base, scheme in named:
         # a module may have another name in the checkpoint than in memory, and readers look for either
-        names = [site.module] if site.kind == "experts" or base is None else [site.module, base]
+        names = [site.module] if base is None else [site.module, base]
         if scheme is None:
             ignored.update(dict.fromkeys(names))
         elif scheme != default or model.get_submodule(_owner(site)) is head:  # servers find a head by its name only

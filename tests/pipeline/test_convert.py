@@ -163,6 +163,22 @@ def test_overflow_is_named(quantize, tmp_path):
     assert not (tmp_path / "fp16").exists()
 
 
+def test_exits(quantize, tmp_path):
+    """By way of the same function; what they hold is proved in test_export_mlx and test_export_gguf."""
+    source = quantize(Scheme(4, 32))
+    done = lowbit.convert(source, tmp_path / "mlx", format="mlx")
+    assert done.weights == 14 and read_json(tmp_path / "mlx" / "config.json")["quantization"]["bits"] == 4
+    assert done.output_bytes == (tmp_path / "mlx" / "model.safetensors").stat().st_size
+    lowbit.convert(source, tmp_path / "x.gguf", format="gguf")
+    assert (tmp_path / "x.gguf").read_bytes()[:4] == b"GGUF"
+    done = lowbit.convert(source, tmp_path / "folder", format="gguf")
+    assert (tmp_path / "folder" / "q.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
+    assert done.output == str(tmp_path / "folder" / "q.gguf")
+    with pytest.raises(InputError, match="groups"):
+        lowbit.convert(quantize(Scheme(4, 16), name="g16"), tmp_path / "y", format="mlx")
+    assert not (tmp_path / "y").exists()
+
+
 def test_fused_experts_are_refused(quantize, tmp_path):
     source = quantize(Scheme(4, 32), source=save_tiny(tmp_path / "dense", "gpt_oss"))
     with pytest.raises(InputError, match="its experts are stored as one tensor, which gptq cannot hold"):
