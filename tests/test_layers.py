@@ -16,7 +16,7 @@ LINES = (
     {"grid"},
     {"reference"},
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
-    {"linear", "experts", "calibration", "sources"},
+    {"linear", "experts", "calibration", "sources", "contents"},
     {"pipeline", "hf"},
     {"eval", "generation", "publish"},
     {"cli"},

@@ -78,7 +78,7 @@ def _counts(rows: str) -> list[int]:
 
 def _weights(what: str, scheme: str) -> list:
     """Distinct (Scheme, (out_features, in_features)): the shapes in `what`, or of a model's quantized layers."""
-    from lowbit.cli.inspect import summarize
+    from lowbit.contents import summarize
     from lowbit.scheme import Scheme
     from lowbit.sources import resolve
 
