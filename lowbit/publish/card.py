@@ -152,7 +152,7 @@ def _part_row(part: dict) -> tuple[str, ...]:
 
 def _left_alone(facts: Facts) -> list[str]:
     """With the reasons of the report; without one, the names that the config says to ignore."""
-    if "left_alone" in facts.report:
+    if facts.report.get("left_alone") is not None:
         return _grouped(facts.report["left_alone"])
     ignored = (facts.config.get("quantization_config") or {}).get("ignore") or ()
     return _grouped(dict.fromkeys(ignored, ""))

@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "Repository not found", X_Error_Code="RepoNotFound")
         repo = self.hub.repos[repo_id]
         match action:
-            case "":
+            case "" | "revision/main":
                 self.answer(200, self.describe(repo_id, repo))
             case "preupload/main":
                 self.answer(200, {"files": [_mode(repo, file) for file in json.loads(body)["files"]]})
