@@ -18,7 +18,8 @@ LINES = (
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
     {"linear", "experts", "calibration", "sources", "stored", "serving"},
     {"pipeline", "hf"},
-    {"eval", "generation", "publish"},
+    {"eval", "generation"},
+    {"publish"},  # what the release gate of eval lets through
     {"cli"},
 )
 LINE_OF = {unit: number for number, units in enumerate(LINES) for unit in units}

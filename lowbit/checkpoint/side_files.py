@@ -7,7 +7,7 @@ from lowbit.checkpoint.manifest import MANIFEST_NAME
 from lowbit.checkpoint.reader import PICKLE_SUFFIXES
 
 # Weights in other formats are not side files: the quantized folder would be larger than the source
-_WEIGHT_SUFFIXES = (
+WEIGHT_SUFFIXES = (
     *PICKLE_SUFFIXES,
     ".safetensors",
     ".gguf",
@@ -28,7 +28,7 @@ def side_files(folder: Path) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if hidden or not path.is_file() or path.suffix.lower() in _WEIGHT_SUFFIXES:
+        if hidden or not path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
             continue
         if relative.as_posix() in _WRITTEN_ANEW or path.name.endswith((".safetensors.index.json", ".bin.index.json")):
             continue

@@ -1,8 +1,5 @@
 """lowbit inspect"""
 
-import math
-from collections import defaultdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +15,7 @@ def inspect(
 ):
     """Show what is quantized and how, from headers alone."""
     from lowbit.sources import resolve
+    from lowbit.stored import summarize
 
     summary = summarize(resolve(one_model(model, model_option)))
     if json:
@@ -43,41 +41,3 @@ def inspect(
         for layer in summary["layers"]:
             rows.add_row(layer["name"], layer["scheme"], str(layer["shape"]), size(layer["bytes"]))
         console.print(rows)
-
-
-def summarize(folder: Path) -> dict:
-    """Parts of a checkpoint (each scheme, and what is not quantized) with parameters, bytes and bits per weight."""
-    from lowbit.checkpoint import CheckpointReader
-    from lowbit.stored import StoredWeights
-
-    reader = CheckpointReader(folder)
-    stored = StoredWeights(reader)
-    parts, layers = defaultdict(lambda: [0, 0, 0]), []
-    for base, weight in stored.weights.items():
-        shape = (weight.experts, *weight.shape) if weight.experts else weight.shape
-        scheme = weight.scheme.name + (", act-order" if weight.act_order else "")
-        layers.append({"name": base, "scheme": scheme, "shape": list(shape), "bytes": weight.nbytes})
-        _add(parts[scheme], math.prod(shape), weight.nbytes)
-    for tensor in stored.plain:
-        _add(parts[str(tensor.dtype).removeprefix("torch.")], tensor.numel, tensor.nbytes)
-    totals = [sum(column) for column in zip(*parts.values(), strict=True)]
-    return {
-        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type", "unknown")])[0],
-        "format": stored.format,
-        "files": len(reader.files),
-        "parameters": totals[1],
-        "bytes": totals[2],
-        "bits_per_weight": 8 * totals[2] / max(totals[1], 1),
-        "parts": [
-            {"name": name, "tensors": count, "parameters": parameters, "bytes": stored,
-             "bits_per_weight": 8 * stored / max(parameters, 1)}
-            for name, (count, parameters, stored) in sorted(parts.items())
-        ],
-        "layers": layers,
-    }  # fmt: skip
-
-
-def _add(part: list[int], parameters: int, stored: int) -> None:
-    part[0] += 1
-    part[1] += parameters
-    part[2] += stored

@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": ("lowbit.cli.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),
     "generate": ("lowbit.cli.generate:generate", "Complete a prompt."),
     "chat": ("lowbit.cli.chat:chat", "Talk to a model."),
+    "push": ("lowbit.cli.push:push", "Write the model card and upload a quantized folder to the Hub."),
     "tune": ("lowbit.cli.tune:tune", "Find the fastest kernels for a model on this GPU."),
     "doctor": ("lowbit.cli.doctor:doctor", "Show versions, devices, and which backends run here."),
 }

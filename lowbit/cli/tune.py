@@ -78,9 +78,9 @@ def _counts(rows: str) -> list[int]:
 
 def _weights(what: str, scheme: str) -> list:
     """Distinct (Scheme, (out_features, in_features)): the shapes in `what`, or of a model's quantized layers."""
-    from lowbit.cli.inspect import summarize
     from lowbit.scheme import Scheme
     from lowbit.sources import resolve
+    from lowbit.stored import summarize
 
     if _SHAPES.fullmatch(what):
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in what.split(",")]

@@ -1,0 +1,166 @@
+"""What is known about a quantized folder: its headers, `lowbit_report.json`, and the card of the base model.
+
+Folders of other tools have no report, and models of one's own have no card: whatever is missing is None or empty, and
+nothing is made up in its place.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from lowbit.errors import InputError, LowbitError, UsageError, first_line
+from lowbit.scheme import Recipe, Scheme
+from lowbit.stored import summarize
+
+REPORT_NAME = "lowbit_report.json"
+CARD_NAME = "README.md"
+QUANTIZED = "quantized"  # what `base_model_relation` says of a model like ours
+# A model in the Hub's cache: models--org--name/snapshots/<revision>
+_CACHED = re.compile(r"models--(?P<name>[^/]+)/snapshots/")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """summary: of the headers. report: `lowbit_report.json`, or {}. config: config.json. recipe: of the report.
+
+    card: metadata of the README.md in the folder, which is the card of the base model unless it says of itself that it
+    is a quantization (`is_own_card`). base_model: a Hub id. quality: perplexity and so on, as `lowbit eval` prints it.
+    """
+
+    folder: Path
+    summary: dict
+    report: dict
+    config: dict
+    recipe: Recipe | None
+    card: ModelCardData
+    base_model: str | None
+    quality: dict | None
+
+    @classmethod
+    def of(cls, folder: Path, base_model: str | None = None, quality: dict | None = None) -> "Facts":
+        """base_model and quality win over what the folder says. Raises InputError for files that cannot be read."""
+        if not folder.is_dir():
+            raise InputError(f"no such folder: {folder} (expected a quantized model that is there)")
+        summary = summarize(folder)
+        if not summary["layers"]:
+            raise InputError(f"nothing is quantized in {folder}: `hf upload` publishes it as it is")
+        report = read_object(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
+        config, card = read_object(folder / "config.json"), _card(folder)
+        if base_model is not None and not is_hub_id(base_model):
+            raise UsageError(f"base model is {base_model!r}; expected a Hub id such as org/name")
+        base_model = base_model or _base_model(report, card, config)
+        return cls(folder, summary, report, config, _recipe(report), card, base_model, quality or report.get("quality"))
+
+    @property
+    def is_own_card(self) -> bool:
+        return _describes_quantization(self.card)
+
+    @property
+    def has_base_card(self) -> bool:
+        return (self.folder / CARD_NAME).is_file() and not self.is_own_card
+
+    @property
+    def base_name(self) -> str | None:
+        source = self.base_model or self.report.get("source")
+        return Path(source).name if source else None
+
+    @property
+    def quantized_parts(self) -> list[dict]:
+        """The parts of `summary` that are schemes, the one with the most parameters first."""
+        stored = {layer["scheme"] for layer in self.summary["layers"]}
+        parts = [part for part in self.summary["parts"] if part["name"] in stored]
+        return sorted(parts, key=lambda part: -part["parameters"])
+
+    @property
+    def scheme(self) -> Scheme:
+        """Of the recipe; where there is none, of most quantized parameters."""
+        return self.recipe.scheme if self.recipe else Scheme.parse(self.quantized_parts[0]["name"])
+
+    @property
+    def quantized_bits(self) -> float:
+        """Stored bits for each quantized parameter: codes, scales and zeros."""
+        parts = self.quantized_parts
+        return 8 * sum(part["bytes"] for part in parts) / sum(part["parameters"] for part in parts)
+
+    @property
+    def suggested_name(self) -> str:
+        """{base}-W4A16-G128[-GPTQ], {base}-bpw4.25 where the recipe mixes schemes; the folder's where the base is not
+        known."""
+        if self.base_name is None:
+            return self.folder.resolve().name
+        if self.recipe and self.recipe.overrides:
+            return f"{self.base_name}-bpw{self.quantized_bits:.2f}"
+        method = f"-{self.recipe.method.upper()}" if self.recipe and self.recipe.method != "rtn" else ""
+        return f"{self.base_name}-{self.scheme.name}{method}"
+
+
+def read_object(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no JSON object but a {type(data).__name__}")
+    return data
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads like org/name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub id of a model that was named by its id, or by its folder in the Hub's cache."""
+    if cached := _CACHED.search(source):
+        return cached["name"].replace("--", "/")
+    # a local folder of that name is what `resolve` took
+    return source if is_hub_id(source) and not Path(source).is_dir() else None
+
+
+def _card(folder: Path) -> ModelCardData:
+    path = folder / CARD_NAME
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return ModelCardData()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
+    if not text.startswith("---"):
+        return ModelCardData()
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data
+    except Exception as error:  # the YAML of strangers: its parser has errors of its own
+        raise InputError(f"the metadata of {path} cannot be read: {first_line(error)}") from None
+
+
+def _describes_quantization(card: ModelCardData) -> bool:
+    return card.get("base_model_relation") == QUANTIZED
+
+
+def _base_model(report: dict, card: ModelCardData, config: dict) -> str | None:
+    """From the card where it is the folder's own, the report, or what older transformers left in config.json."""
+    if _describes_quantization(card):
+        base = card.get("base_model")
+        return base[0] if isinstance(base, list) else base
+    source = report.get("source") or config.get("_name_or_path")
+    return hub_id(source) if isinstance(source, str) and source else None
+
+
+def _recipe(report: dict) -> Recipe | None:
+    if not report.get("recipe"):
+        return None
+    try:
+        return Recipe.from_dict(report["recipe"])
+    except (LowbitError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the recipe in {REPORT_NAME} is not understood: {first_line(error)}") from None

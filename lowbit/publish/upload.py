@@ -1,0 +1,164 @@
+"""Uploading a quantized folder to the Hub.
+
+One commit holds all of it, so a repository shows the whole model or nothing. Large files are sent before that, under
+the hash of their content: what has arrived is not sent again when a push that was stopped is repeated.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+
+from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.reader import INDEX_NAME
+from lowbit.checkpoint.side_files import WEIGHT_SUFFIXES, side_files
+from lowbit.errors import InputError, LowbitError, OutputError, UsageError, first_line
+from lowbit.publish.card import BASE_CARD_NAME, model_card
+from lowbit.publish.facts import CARD_NAME, REPORT_NAME, Facts, is_hub_id
+
+_LOGIN = "run `hf auth login` with a token that may write to it"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published, or would be. files: path in the repository -> where its content is.
+
+    changed: whether a commit was made; a repository that held all of it already is left as it is.
+    """
+
+    repo_id: str
+    card: str
+    files: dict[str, Path | bytes]
+    private: bool
+    url: str | None = None
+    changed: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in self.files.items()
+        }
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    private: bool = True,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    base_model: str | None = None,
+    quality: dict | None = None,
+    card: str | None = None,
+) -> Publication:
+    """Publish a quantized folder as `repo`: "org/name", or "org/" for a name after the base model and the scheme.
+
+    private: refuse a repository that others can see; with False, a private one becomes public once all is there.
+    overwrite: replace the weights that the repository holds. base_model: Hub id of the model that was quantized.
+    quality: measurements as `lowbit eval --json` prints them. card: text of the model card, in place of the one that is
+    written from the folder. dry_run: stay away from the network.
+
+    Raises UsageError (names), InputError (the folder: it cannot be read, or fails `lowbit verify`) and OutputError (all
+    that the Hub refuses, or does not get).
+    """
+    folder = Path(folder)
+    facts = Facts.of(folder, base_model, quality)
+    repo_id = _repo_id(repo, facts)
+    text = str(model_card(facts, repo_id)) if card is None else card
+    planned = Publication(repo_id, text, _files(facts, text), private)
+    if dry_run:
+        return planned
+    _check_access(repo_id)
+    _check_verified(folder)
+    with _hub_errors(repo_id):
+        return _upload(planned, overwrite)
+
+
+def _repo_id(repo: str, facts: Facts) -> str:
+    repo_id = repo + facts.suggested_name if repo.endswith("/") else repo
+    if not is_hub_id(repo_id):
+        raise UsageError(f"repository is {repo_id!r}; expected NAMESPACE/NAME, or NAMESPACE/ to have it named")
+    return repo_id
+
+
+def _files(facts: Facts, card: str) -> dict[str, Path | bytes]:
+    """Those of the model, not all that lies in the folder; the base model's card makes room for the new one."""
+    names = {file.name for file in CheckpointReader(facts.folder).files}
+    names |= {path.as_posix() for path in side_files(facts.folder)}
+    names |= {name for name in ("config.json", INDEX_NAME, REPORT_NAME) if (facts.folder / name).is_file()}
+    found = {name: facts.folder / name for name in sorted(names)}
+    readme = found.pop(CARD_NAME, None)
+    if facts.has_base_card:
+        found[BASE_CARD_NAME] = readme
+    return {CARD_NAME: card.encode(), **found}
+
+
+def _check_access(repo_id: str) -> None:
+    """What can be known before the folder is verified, which takes long."""
+    if constants.HF_HUB_OFFLINE:
+        raise OutputError(f"cannot push to {repo_id}: HF_HUB_OFFLINE is set (--dry-run works offline)")
+    if get_token() is None:
+        raise OutputError(f"cannot push to {repo_id}: not logged in to the Hub, {_LOGIN}")
+
+
+def _check_verified(folder: Path) -> None:
+    from lowbit.eval import verify  # which loads transformers
+
+    result = verify(folder)
+    if not result.ok:
+        more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
+        raise InputError(f"{folder} fails `lowbit verify`, not pushing it: {result.failures[0]}{more}")
+
+
+def _upload(planned: Publication, overwrite: bool) -> Publication:
+    api, repo_id = HfApi(), planned.repo_id
+    url = api.create_repo(repo_id, private=planned.private, exist_ok=True)
+    before = api.model_info(repo_id, files_metadata=True)
+    if planned.private and not before.private:
+        raise OutputError(f"{repo_id} exists and is public: pass --public, or choose another name")
+    additions = {name: CommitOperationAdd(name, content) for name, content in planned.files.items()}
+    others = [sibling.rfilename for sibling in before.siblings or () if _is_other_weight(sibling, additions)]
+    if others and not overwrite:
+        raise OutputError(
+            f"{repo_id} holds other weights already ({others[0]}): choose another name, or pass --overwrite"
+        )
+    stale = [CommitOperationDelete(name) for name in others if name not in additions]
+    commit = api.create_commit(
+        repo_id, [*additions.values(), *stale], commit_message=f"Upload {repo_id.split('/')[1]} with lowbit"
+    )
+    if before.private and not planned.private:
+        api.update_repo_settings(repo_id, private=False)
+    return Publication(
+        repo_id, planned.card, planned.files, planned.private, str(url), changed=commit.oid != before.sha
+    )
+
+
+def _is_other_weight(sibling, additions: dict[str, CommitOperationAdd]) -> bool:
+    """Whether a file of the repository is weights, or their index, that the folder does not have."""
+    name = sibling.rfilename
+    if not name.lower().endswith((*WEIGHT_SUFFIXES, ".index.json")):
+        return False
+    if name not in additions or sibling.lfs is None:
+        return name not in additions
+    own = additions[name].upload_info
+    return sibling.lfs.size != own.size or sibling.lfs.sha256 != own.sha256.hex()
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """One line for whatever huggingface_hub raises: its own errors, those of its HTTP library, and of its threads."""
+    try:
+        yield
+    except LowbitError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise OutputError(f"the Hub refuses to write to {repo_id} ({status}): {_LOGIN}") from None
+        raise OutputError(
+            f"cannot push to {repo_id}: {first_line(cause)}; "
+            "the same command goes on where it stopped: what has arrived is not sent again"
+        ) from None

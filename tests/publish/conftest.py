@@ -1,0 +1,107 @@
+"""A Hub to push to, and a quantized folder in several shards."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from folders import save_chat_model, write_json
+from hub import running_hub
+
+import lowbit
+import lowbit.eval
+from lowbit.scheme import Recipe, Scheme
+
+BASE_CARD = """---
+license: other
+license_name: acme-1
+license_link: LICENSE.txt
+language: [en]
+tags: [chat]
+pipeline_tag: text-generation
+base_model: acme/Tiny-Pretrained
+---
+# Tiny
+
+Knows little.
+"""
+REPORT = {
+    "lowbit": "0.1.0",
+    "date": "2026-11-30",
+    "source": "acme/Tiny",
+    "source_revision": "0123abcd",
+    "recipe": Recipe(Scheme(4, 32), "gptq", {"damping": "0.05"}).to_dict(),
+    "format": "compressed-tensors",
+    "command": "lowbit quantize acme/Tiny -o tiny --method gptq",
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "machine": "a machine, 2 threads",
+    "seconds": 83.4,
+    "peak_memory": 1_250_000_000,
+    "source_bytes": 2_470_000_000,
+    "output_bytes": 1_030_000_000,
+    "parameters": 134_464,
+    "bits_per_weight": 4.5,
+    "quantized_share": 0.83,
+    "left_alone": {
+        "lm_head.weight": "output embedding",
+        "model.layers.0.mlp.gate.weight": "router",
+        "model.layers.1.mlp.gate.weight": "router",
+    },
+    "fallbacks": {"model.layers.0.mlp.down_proj.weight": "W4A16-G16"},
+    "calibration": {"source": "NeelNanda/pile-10k, train", "samples": 16, "tokens": 32768},
+    "layers": [],
+    "quality": {
+        "dataset": "wikitext2", "tokens": 4000, "perplexity": 18.2341, "reference_perplexity": 17.7,
+        "kl_mean": 0.01384, "kl_p99": 0.1, "top1_agreement": 0.923,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory) -> Path:
+    """A quantized folder with neither report nor card, in several shards. Not to be changed."""
+    folder = tmp_path_factory.mktemp("publish")
+    save_chat_model(folder / "tiny")
+    lowbit.quantize(folder / "tiny", folder / "tiny-4bit", group_size=32, max_shard_size="30KB")
+    assert len(list((folder / "tiny-4bit").glob("*.safetensors"))) >= 3
+    return folder / "tiny-4bit"
+
+
+@pytest.fixture
+def bare(plain, tmp_path) -> Path:
+    """The same, to be changed: what another tool writes."""
+    folder = shutil.copytree(plain, tmp_path / "bare")
+    (folder / "lowbit_report.json").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture
+def folder(bare, tmp_path) -> Path:
+    """With the report and the card of the base model, which mentions a licence that is not here."""
+    folder = shutil.copytree(bare, tmp_path / "tiny-4bit")
+    write_json(folder / "lowbit_report.json", REPORT)
+    (folder / "README.md").write_text(BASE_CARD)
+    return folder
+
+
+@dataclass
+class Found:
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+
+@pytest.fixture
+def verification(monkeypatch) -> Found:
+    """What `lowbit verify` finds."""
+    found = Found()
+    monkeypatch.setattr(lowbit.eval, "verify", lambda folder: found)
+    return found
+
+
+@pytest.fixture
+def hub(monkeypatch, verification):
+    with running_hub(monkeypatch) as hub:
+        yield hub
