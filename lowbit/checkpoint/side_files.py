@@ -19,7 +19,7 @@ WEIGHT_SUFFIXES = (
     ".ot",
 )
 # Of what is written anew, in any of the formats
-_WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", MANIFEST_NAME)
+WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", MANIFEST_NAME)
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -30,7 +30,7 @@ def side_files(folder: Path) -> list[Path]:
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
         if hidden or not path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
             continue
-        if relative.as_posix() in _WRITTEN_ANEW or path.name.endswith((".safetensors.index.json", ".bin.index.json")):
+        if relative.as_posix() in WRITTEN_ANEW or path.name.endswith((".safetensors.index.json", ".bin.index.json")):
             continue
         if path.is_symlink() and not _inside(path.resolve(), folder):
             continue

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import BASE_CARD, REPORT
+from facts import BASE_CARD, REPORT
 from folders import ROOT, edit_config, read_json, stored_tensors, write_json
 from huggingface_hub import ModelCard
 from models import save_tiny
