@@ -17,7 +17,9 @@ _WEIGHT_SUFFIXES = (
     ".tflite",
     ".ot",
 )
-_WRITTEN_ANEW = ("config.json",)
+# What a run did: it says nothing about a model that is made from its output
+REPORT_NAME = "lowbit_report.json"
+_WRITTEN_ANEW = ("config.json", REPORT_NAME)
 
 
 def side_files(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": ("lowbit.cli.quantize:quantize", "Quantize a model into a folder that transformers and vLLM load."),
     "inspect": ("lowbit.cli.inspect:inspect", "Show what is quantized and how, from headers alone."),
     "eval": ("lowbit.cli.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),
+    "report": ("lowbit.cli.report:report", "Show what a quantize run did as one HTML page."),
     "generate": ("lowbit.cli.generate:generate", "Complete a prompt."),
     "chat": ("lowbit.cli.chat:chat", "Talk to a model."),
     "tune": ("lowbit.cli.tune:tune", "Find the fastest kernels for a model on this GPU."),

@@ -1,0 +1,1 @@
+"""What others see of a quantized model: the page of a run."""
