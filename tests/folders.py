@@ -93,9 +93,19 @@ def edit_tensors(folder, change) -> None:
 
 
 def contents(folder) -> dict[str, bytes]:
-    """Relative path -> bytes of every file below a folder, hidden ones too; b"" for a folder."""
+    """Relative path -> bytes of every file below a folder, hidden ones too; b"" for a folder. Of the report of a run
+    only what the same run has again: not when it was, how long it took, and what was typed."""
     found = sorted(Path(folder).rglob("*"))
-    return {p.relative_to(folder).as_posix(): b"" if p.is_dir() else p.read_bytes() for p in found}
+    return {p.relative_to(folder).as_posix(): b"" if p.is_dir() else _read(p) for p in found}
+
+
+def _read(path) -> bytes:
+    data = path.read_bytes()
+    if path.name != "lowbit_report.json" or not data.startswith(b"{\n"):  # nor is it what a run writes
+        return data
+    report = json.loads(data)
+    layers = [[layer.get(key) for key in ("name", "expert", "scheme", "bytes")] for layer in report["layers"]]
+    return json.dumps([report["recipe"], report["parts"], report["left_alone"], layers]).encode()
 
 
 def stored_tensors(folder) -> dict[str, torch.Tensor]:

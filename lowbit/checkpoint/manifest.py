@@ -12,7 +12,8 @@ from pathlib import Path
 from lowbit.errors import InputError
 
 MANIFEST_NAME = "lowbit_manifest.json"
-_NOT_LISTED = (MANIFEST_NAME, "README.md", "lowbit_report.json")
+REPORT_NAME = "lowbit_report.json"
+_NOT_LISTED = (MANIFEST_NAME, REPORT_NAME, "README.md")
 
 
 @dataclass(frozen=True)

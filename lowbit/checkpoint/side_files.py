@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from lowbit.checkpoint.manifest import MANIFEST_NAME
+from lowbit.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME
 from lowbit.checkpoint.reader import PICKLE_SUFFIXES
 
 # Weights in other formats are not side files: the quantized folder would be larger than the source
@@ -18,8 +18,8 @@ WEIGHT_SUFFIXES = (
     ".tflite",
     ".ot",
 )
-# Of what is written anew, in any of the formats
-WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", MANIFEST_NAME)
+# In any of the formats; a report says nothing about a model that is made from the output of its run
+WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", MANIFEST_NAME, REPORT_NAME)
 
 
 def side_files(folder: Path) -> list[Path]:

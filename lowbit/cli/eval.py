@@ -22,6 +22,8 @@ from lowbit.cli.common import (
     quiet_transformers,
     table,
 )  # fmt: skip
+from lowbit.errors import UsageError
+from lowbit.sources import REFERENCE
 
 
 def evaluate(
@@ -44,17 +46,26 @@ def evaluate(
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
     trust_remote_code: TrustOption = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Record the result in the report of the quantized folder MODEL.")
+    ] = False,
     json: JsonOption = False,
 ):
-    """Measure perplexity, and KL divergence to a reference model, on the same tokens."""
+    """Measure perplexity, and KL divergence to a reference model, on the same tokens.
+
+    With --save the result goes into MODEL/lowbit_report.json, where `lowbit report` and the model card find it.
+    """
     from lowbit.calibration.data import token_stream
     from lowbit.eval import evaluate as measure
     from lowbit.eval.compare import starts_with_bos
     from lowbit.generation.stream import load_tokenizer
     from lowbit.hf import load
+    from lowbit.pipeline.report import load_report, now, save_report
 
     name, dtype = one_model(model, model_option), checked_dtype(dtype)
     quiet_transformers()
+    if save:
+        load_report(_own_folder(name))  # what cannot be recorded is said before it is measured
     tokenizer = load_tokenizer(name, trust_remote_code)
     stream = token_stream(tokenizer, dataset, num_tokens)
     options = {"device_map": default_device_map(device_map), "dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -65,9 +76,25 @@ def evaluate(
         done = measure(
             loaded, stream, reference=other, seqlen=seqlen, bos=bos, on_window=lambda _, total: advance(1 / total)
         )
+    result = {"reference": reference, "dataset": dataset, **done.to_dict()}
     if json:
-        print_json({"model": name, "reference": reference, "dataset": dataset, **done.to_dict()})
-        return
+        print_json({"model": name, **result})
+    else:
+        _show(name, reference, dataset, done)
+    if save:
+        folder = _own_folder(name)
+        save_report(folder, {**load_report(folder), "quality": {**result, "date": now()}})
+
+
+def _own_folder(name: str) -> Path:
+    """The folder that MODEL is. Raises UsageError for one that belongs to the Hub's cache, or to lowbit."""
+    folder = Path(name).expanduser()
+    if name == REFERENCE or not folder.is_dir():
+        raise UsageError(f"--save writes into the folder of the model: pass a quantized folder, not {name}")
+    return folder
+
+
+def _show(name: str, reference: str | None, dataset: str, done) -> None:
     rows = table("", *(Path(which).name for which in (name, reference) if which is not None))
     if reference is None:
         rows.add_row("perplexity", f"{done.perplexity:.3f}")

@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": ("lowbit.cli.verify:verify", "Check a quantized folder before it is published."),
     "inspect": ("lowbit.cli.inspect:inspect", "Show what is quantized and how, from headers alone."),
     "eval": ("lowbit.cli.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),
+    "report": ("lowbit.cli.report:report", "Show what a quantize run did as one HTML page."),
     "generate": ("lowbit.cli.generate:generate", "Complete a prompt."),
     "chat": ("lowbit.cli.chat:chat", "Talk to a model."),
     "push": ("lowbit.cli.push:push", "Write the model card and upload a quantized folder to the Hub."),

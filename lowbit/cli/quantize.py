@@ -1,6 +1,8 @@
 """lowbit quantize"""
 
 import os
+import shlex
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -138,6 +140,7 @@ def quantize(
             dry_run=dry_run,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            command=typed_command(),
             on_plan=on_plan,
             announce=lambda line: notes.print(line, markup=False),
         )
@@ -146,7 +149,14 @@ def quantize(
     if json:
         print_json(report.to_dict())
     else:
-        _show(report, dry_run)
+        _show(report, dry_run, output_dir)
+
+
+def typed_command() -> str:
+    """What was typed, to be typed again."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    program = ["lowbit"] if processes == "1" else ["torchrun", "--nproc-per-node", processes, "-m", "lowbit"]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _options(texts: list[str] | None, scale_search: str | None) -> dict[str, str]:
@@ -166,7 +176,7 @@ def _override(text: str) -> tuple[str, str]:
     return pattern, scheme
 
 
-def _show(report, dry_run: bool) -> None:
+def _show(report, dry_run: bool, output_dir: Path | None) -> None:
     rows = table("", "before", "after")
     rows.add_row("weights", size(report.source_bytes), size(report.output_bytes))
     rows.add_row("bits per quantized weight", "", f"{report.bits_per_weight:.2f}")
@@ -185,7 +195,7 @@ def _show(report, dry_run: bool) -> None:
         console.print("left alone:")
         for name, reason in report.left_alone.items():
             console.print(f"  {name}: {reason}")
-    console.print("dry run: nothing was written" if dry_run else f"written to {report.output}")
+    console.print("dry run: nothing was written" if dry_run else f"written to {output_dir}")
 
 
 def _error(report) -> str:

@@ -156,6 +156,7 @@ class _LayerLoop:
         finished = self._resume(steps, samples)
         for entry in self.job.layers:
             _report_layer(report, entry["report"])
+            report.seconds += entry["report"]["seconds"]  # of an earlier run
         streams = NoStreams()
         if finished < len(steps):
             streams = self._streams(finished, models, steps, batches)

@@ -18,6 +18,7 @@ from lowbit.pipeline.layers import LayeredModel
 from lowbit.pipeline.memory import return_freed
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.pipeline.ranks import Ranks
+from lowbit.pipeline.report import layer_entry, weight_error
 from lowbit.pipeline.streams import Streams, StreamsWriter
 from lowbit.pipeline.targets import Target, targets
 from lowbit.quantizers import get_quantizer
@@ -126,19 +127,20 @@ def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, 
     of the report."""
     todo = targets(steps, tensors, run.quantized.names, run.quantized.model)
     for number, stage in enumerate(run.find_stages(list(todo))):
-        for together, moments, note in _measured(run, number, stage, todo, ranks):
+        for together, moments, routed in _measured(run, number, stage, todo, ranks):
             kinds = _alike(together)
             for alike in kinds:
-                _quantize_together(alike, moments, note, plan, run, ranks, done, last=alike is kinds[-1])
+                _quantize_together(alike, moments, routed, plan, run, ranks, done, last=alike is kinds[-1])
         for name in stage.parameters:
             del todo[name]
     for name in list(todo):  # never used in the forward pass: nothing was measured
         for target in todo[name]:
-            _quantize_together([target], None, "no token reached it", plan, run, ranks, done, last=True)
+            _quantize_together([target], None, None, plan, run, ranks, done, last=True)
 
 
 def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], ranks: Ranks):
-    """(targets that share an input, its Moments, a note) for each input of a stage."""
+    """(targets that share an input, its Moments, how many tokens a router sent there or None) for each input of a
+    stage."""
     drift = len(run.models) > 1
     if stage.experts is None:
         together = [target for name in stage.parameters for target in todo[name]]
@@ -150,7 +152,7 @@ def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Tar
         return_freed()
         moments.merge(ranks.sum)
         moments.finish()
-        yield together, moments, ""
+        yield together, moments, None
         return
     inputs = [_of_experts(*arrived) for *arrived, _ in run.arrivals(number)]
     modules = [model.model.get_submodule(stage.experts) for model in (run.models[0], run.models[-1])]
@@ -173,8 +175,7 @@ def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Tar
                     ))  # fmt: skip
             moments.merge(ranks.sum)
             moments.finish()
-            note = f"cold expert: {int(seen[expert])} tokens of its own, topped up" if missing else ""
-            yield together, moments, note
+            yield together, moments, int(seen[expert])
 
 
 def _of_experts(quantized: tuple, original: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -203,16 +204,16 @@ def _alike(together: list[Target]) -> list[list[Target]]:
 
 
 def _quantize_together(
-    alike: list[Target], moments: Moments | None, note: str, plan: Plan, run: LayerRun, ranks: Ranks, done: Done,
-    last: bool,
+    alike: list[Target], moments: Moments | None, routed: int | None, plan: Plan, run: LayerRun, ranks: Ranks,
+    done: Done, last: bool,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
+    note = _note(moments, routed)
     scheme, weight = alike[0].step.scheme, torch.cat([target.weight for target in alike])
     share = ranks.share_of(len(weight))
     mine = weight[share].to(run.quantized.device)
     if moments is None or not moments.tokens:
         quantizer, options, stats = get_quantizer("rtn"), {"scale_search": "mse"}, {}
-        note = note or "no token reached it"
     else:
         quantizer, options = get_quantizer(plan.recipe.method), plan.recipe.options
         stats = {"hessian": moments.hessian, "missing": moments.missing(weight, share)}
@@ -225,8 +226,8 @@ def _quantize_together(
     for target, rows in zip(alike, _consecutive(alike), strict=True):
         qweight = _rows(whole, rows)
         entry = {
-            "name": target.step.source.name,
-            "scheme": scheme.name,
+            **layer_entry(target.step, target.expert),
+            "error": weight_error(target.weight, qweight),
             "tokens": moments.tokens if moments else 0,
             "damping": notes[0].get("damping"),
             "objective": _objective(notes, rows),
@@ -237,9 +238,15 @@ def _quantize_together(
         if len(run.models) == 1:
             entry["output_error_to_original"] = None
         if target.expert is not None:
-            entry["expert"] = target.expert
+            entry |= {"expert": target.expert, "routed": routed}
         target.view(run.quantized.model).copy_(dequantize(qweight, torch.float32))
         done(target, qweight, entry)
+
+
+def _note(moments: Moments | None, routed: int | None) -> str:
+    if routed is not None and routed < _FEWEST_TOKENS:
+        return f"cold expert: {routed} tokens of its own, topped up"
+    return "" if moments is not None and moments.tokens else "no token reached it"
 
 
 def _consecutive(alike: list[Target]) -> Iterator[slice]:

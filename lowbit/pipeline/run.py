@@ -11,9 +11,10 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
 from lowbit.pipeline.calibrate import Calibration, calibrate
 from lowbit.pipeline.job import clear_finished
+from lowbit.pipeline.memory import peak_memory
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.ranks import Ranks
-from lowbit.pipeline.report import Report
+from lowbit.pipeline.report import Report, save_report
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options, get_quantizer
 from lowbit.scheme import Recipe, Scheme
@@ -44,6 +45,7 @@ def quantize(
     dry_run: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    command: str | None = None,
     on_plan: Callable[[Plan], Progress | None] | None = None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -52,8 +54,8 @@ def quantize(
     model: a folder, a Hub id, or "reference" (the embedded model). scheme: a Scheme or a name such as "W4A16";
     group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches.
     ignore: regexes of modules to leave alone; routers always are, and the output embedding unless lm_head.
-    dry_run: plan and report, write nothing. on_plan: called with the Plan, may return a progress callback.
-    announce: called with lines a user should read.
+    dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
+    with the Plan, may return a progress callback. announce: called with lines a user should read.
 
     Methods that need data ("gptq") go through the model layer by layer with the calibration samples: dataset (a name of
     `datasets`, a file, "self", or token ids [samples, seqlen]), num_samples, seqlen, seed. What they have finished is
@@ -75,7 +77,7 @@ def quantize(
     reader = CheckpointReader(source)
     config = load_config(source, trust_remote_code)
     plan = make_plan(reader, skeleton(config, trust_remote_code), recipe, format)
-    report = Report.of(plan, source=str(model), output=str(output_dir))
+    report = Report.of(plan, str(model), source, command)
     if dry_run:
         if on_plan:
             on_plan(plan)
@@ -90,12 +92,13 @@ def quantize(
                 job = calibrate(reader, config, plan, target, overwrite, calibration, ranks, report, progress, announce)
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)
+            report.seconds += time.perf_counter() - started
+            report.peak_memory = max(report.peak_memory, peak_memory())
+            if ranks.first:
+                save_report(staged.path, report.to_dict())
                 if job is not None:
-                    report.seconds = time.perf_counter() - started
-                    report.write(target)
                     job.about_to_move(staged.path)
                 staged.commit()
-        report.seconds = time.perf_counter() - started
         ranks.wait()  # the first one has read all that the job holds
         if job is not None and ranks.first:
             job.finish()

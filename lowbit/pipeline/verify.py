@@ -4,7 +4,6 @@ Every check reads the folder as a stranger would, from the disk, and says in one
 failure names the tensor or file.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
 from lowbit.errors import InputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.grid import dequantize
+from lowbit.pipeline.report import load_report
 from lowbit.scheme import Recipe
 from lowbit.sources import load_config
 from lowbit.stored import StoredWeight, StoredWeights
@@ -186,11 +186,12 @@ def _budget(folder: Folder, max_unquantized: float) -> Check:
 
 
 def _left_on_purpose(path: Path) -> dict[str, str]:
-    """Tensors that the run which wrote the folder left alone, and why, as its report says."""
+    """Tensors that the run which wrote the folder left alone, and why, where it has a report."""
     try:
-        return dict(json.loads((path / "lowbit_report.json").read_text(encoding="utf-8"))["left_alone"])
-    except (OSError, ValueError, KeyError, TypeError):
+        left = load_report(path).get("left_alone")
+    except InputError:
         return {}
+    return left if isinstance(left, dict) else {}
 
 
 def _contents(folder: Folder, on_tensor) -> Iterator[Check]:

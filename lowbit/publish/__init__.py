@@ -1,4 +1,4 @@
-"""Publishing a quantized folder on the Hub: its model card, and the upload."""
+"""What others see of a quantized model: its card on the Hub, and the page of the run that made it."""
 
 from lowbit.publish.card import model_card
 from lowbit.publish.facts import Facts

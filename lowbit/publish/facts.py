@@ -13,11 +13,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.scheme import Recipe, Scheme
 from lowbit.stored import summarize
 
-REPORT_NAME = "lowbit_report.json"
 CARD_NAME = "README.md"
 QUANTIZED = "quantized"  # what `base_model_relation` says of a model like ours
 # A model in the Hub's cache: models--org--name/snapshots/<revision>

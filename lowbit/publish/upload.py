@@ -16,7 +16,7 @@ from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.checkpoint.side_files import WEIGHT_SUFFIXES, WRITTEN_ANEW, side_files
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError, first_line
 from lowbit.publish.card import BASE_CARD_NAME, model_card
-from lowbit.publish.facts import CARD_NAME, REPORT_NAME, Facts, is_hub_id
+from lowbit.publish.facts import CARD_NAME, Facts, is_hub_id
 
 _LOGIN = "run `hf auth login` with a token that may write to it"
 
@@ -87,7 +87,7 @@ def _files(facts: Facts, card: str) -> dict[str, Path | bytes]:
     """Those of the model, not all that lies in the folder; the base model's card makes room for the new one."""
     names = {file.name for file in CheckpointReader(facts.folder).files}
     names |= {path.as_posix() for path in side_files(facts.folder)}
-    names |= {name for name in (*WRITTEN_ANEW, INDEX_NAME, REPORT_NAME) if (facts.folder / name).is_file()}
+    names |= {name for name in (*WRITTEN_ANEW, INDEX_NAME) if (facts.folder / name).is_file()}
     found = {name: facts.folder / name for name in sorted(names)}
     readme = found.pop(CARD_NAME, None)
     if facts.has_base_card:

@@ -12,7 +12,8 @@ CARRIED = [
     "modeling_custom.py", "configuration_custom.py", "code/helper.py", "assets/logo.png", "a folder/and more/x.txt",
 ]  # fmt: skip
 LEFT_BEHIND = [
-    "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
+    "config.json", "lowbit_report.json",
+    "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
     "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin", "optimizer.pt",
     "consolidated.00.pth", "x.ckpt", "x.pkl", "model.gguf", "onnx/model.onnx", "onnx/model.onnx_data", "tf_model.h5",
     "flax_model.msgpack", "rust_model.ot", "model.tflite", "sub/pytorch_model.bin", ".gitattributes", ".git/HEAD",

@@ -46,7 +46,7 @@ def test_text(done, chat_model, text_file, tmp_path):
         assert words in outcome.out
     shown = outcome.out.split("largest output errors")[1].split("left alone")[0].splitlines()
     rows = [row.split() for row in shown if "W4A16-G32" in row]  # a name may go on in the next line
-    report = read_json(tmp_path / "out.report.json")
+    report = read_json(tmp_path / "out" / "lowbit_report.json")
     worst = sorted(report["layers"], key=lambda layer: -layer["output_error"])[:5]
     for (name, _, *numbers), layer in zip(rows, worst, strict=True):
         errors = [f"{layer[key]:.4f}" for key in ("output_error", "output_error_to_original")]
@@ -59,7 +59,7 @@ def test_text(done, chat_model, text_file, tmp_path):
 def test_json(done, chat_model, text_file, tmp_path):
     outcome = done("quantize", chat_model, "-o", tmp_path / "out", *SMALL, "--dataset", text_file, "--json")
     report = json.loads(outcome.out, parse_constant=pytest.fail)
-    assert report == read_json(tmp_path / "out.report.json") | {"seconds": report["seconds"]}
+    assert report == read_json(tmp_path / "out" / "lowbit_report.json")
     assert report["calibration"] == {"source": "text.txt", "samples": 6, "tokens": 192}
     assert report["recipe"]["method"] == "gptq" and report["recipe"]["options"]["damping"] == 0.03
     assert len(report["layers"]) == report["quantized_tensors"] == 14
@@ -71,7 +71,7 @@ def test_json(done, chat_model, text_file, tmp_path):
 def test_cold_experts_are_shown(done, tmp_path, ids_file):
     source = save_tiny(tmp_path / "moe", "mixtral", vocab_size=320)
     outcome = done("quantize", source, "-o", tmp_path / "out", *SMALL, "--dataset", ids_file)
-    layers = read_json(tmp_path / "out.report.json")["layers"]
+    layers = read_json(tmp_path / "out" / "lowbit_report.json")["layers"]
     cold = [layer for layer in layers if layer["note"].startswith("cold expert")]
     assert cold  # 192 tokens, two experts each, of four
     shown = " ".join(outcome.out.split())
@@ -205,7 +205,7 @@ def test_nan_in_a_layer(cli, source, text_file, tmp_path):
     outcome = cli(*command)
     assert outcome.code == 1 and "source.model.safetensors" in outcome.err and "--overwrite" in outcome.err
     assert cli(*command, "--overwrite").code == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "out.report.json", "text.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
 def test_full_disk(cli, chat_model, text_file, tmp_path, monkeypatch):
@@ -227,7 +227,7 @@ def test_full_disk(cli, chat_model, text_file, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     outcome = cli(*command)
     assert outcome.code == 0 and "going on from layer 2 of 2" in outcome.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.report.json", "text.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 # How it is stopped
@@ -256,7 +256,7 @@ def test_interrupted_and_gone_on_with(done, chat_model, text_file, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.job", "text.txt"]
     outcome = done(*arguments)
     assert "going on from layer 2 of 2" in outcome.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.report.json", "text.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 def test_a_finished_output_is_not_touched(refused, done, chat_model, ids_file, tmp_path):
@@ -282,5 +282,5 @@ def test_other_settings_are_refused(cli, refused, done, source, ids_file, tmp_pa
         assert outcome.code == 1 and last.startswith("lowbit: error:") and says in last and "--overwrite" in last
     outcome = done(*command, "--redo", r".*layers\.1", "--option", "damping=0.2")
     assert "going on from layer 2 of 2" in outcome.err
-    layers = read_json(tmp_path / "out.report.json")["layers"]
+    layers = read_json(tmp_path / "out" / "lowbit_report.json")["layers"]
     assert {(layer["name"].split(".")[2], layer["damping"]) for layer in layers} == {("0", 0.03), ("1", 0.2)}

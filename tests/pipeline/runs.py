@@ -209,4 +209,4 @@ def told_by_ranks(output: Path, world: int = 2) -> list[dict]:
 def assert_finished(output: Path, expected: dict[str, bytes], beside=()) -> None:
     """The output is `expected` to the byte, and nothing of the work is left beside it."""
     assert contents(output) == expected
-    assert names(output.parent) == sorted([output.name, f"{output.name}.report.json", *beside])
+    assert names(output.parent) == sorted([output.name, *beside])

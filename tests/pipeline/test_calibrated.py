@@ -56,7 +56,7 @@ def computed(monkeypatch):
 def test_every_architecture(architecture, tmp_path, computed):
     source = save_tiny(tmp_path / "source", architecture)
     report = gptq(source, tmp_path / "out", dataset=MANY)
-    assert names(tmp_path) == ["out", "out.report.json", "source"]
+    assert names(tmp_path) == ["out", "source"]
     lowbit.quantize(source, tmp_path / "rtn", group_size=16, options={"scale_search": "mse"})
     wanted = logits(tiny_model(architecture), MANY)
     loaded = logits(lowbit.load(tmp_path / "out"), MANY)

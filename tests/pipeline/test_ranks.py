@@ -45,8 +45,8 @@ def test_two_processes_are_one(architecture, samples, tmp_path):
     out.parent.mkdir()
     assert ended(start_ranks(source, out, dataset=ids)) == [0, 0]
     first, second = told_by_ranks(out)
-    assert names(out.parent) == ["out", "out.report.json"]
-    assert json.loads((out.parent / "out.report.json").read_text())["layers"] == first["layers"]
+    assert names(out.parent) == ["out"]
+    assert json.loads((out / "lowbit_report.json").read_text())["layers"] == first["layers"]
     assert without_times(first) == without_times(second)
 
     expected = json.loads(json.dumps(alone.to_dict()))
@@ -132,7 +132,7 @@ def test_killed_and_gone_on_with(tmp_path):
     assert ended(start_ranks(source, out)) == [0, 0]
     told_by_ranks(out)
     assert contents(out) == contents(tmp_path / "whole" / "out")
-    assert names(out.parent) == ["out", "out.report.json"]
+    assert names(out.parent) == ["out"]
 
 
 def test_hidden_states_that_one_process_lost(tmp_path):

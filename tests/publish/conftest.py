@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from folders import save_chat_model, write_json
 from facts import BASE_CARD, REPORT
+from folders import save_chat_model, write_json
 from hub import running_hub
 
 import lowbit
 import lowbit.eval
+
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory) -> Path:

@@ -1,0 +1,66 @@
+"""What to try with a weight that came out badly: options of `lowbit quantize`, and what they cost."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lowbit.errors import UsageError
+from lowbit.publish.page_facts import Layer
+from lowbit.scheme import BITS, PER_CHANNEL, Scheme
+
+# No smaller groups than this are proposed: to halve them again costs half a bit for each weight
+_SMALL_GROUP = 32
+# What a calibrated run calls a cold expert
+FEW_TOKENS = 256
+_LARGEST_RAISE = 8
+
+
+@dataclass(frozen=True)
+class Advice:
+    """why: a few words. options: to be added to the command. extra_bytes: what the output grows by, if it does."""
+
+    why: str
+    options: str
+    extra_bytes: float | None = None
+
+
+def advice(layer: Layer, samples: float | None, weights: float | None) -> Iterator[Advice]:
+    """What to try, the cheapest first. samples: of the calibration. weights: that the options concern, all experts'."""
+    if layer.note.startswith("rtn:"):
+        yield Advice("the method gave up on it: more damping", "--option damping=0.1")
+    seen = layer.tokens if layer.routed is None else layer.routed
+    if samples and seen is not None and seen < FEW_TOKENS:
+        more = min(_LARGEST_RAISE, -(-FEW_TOKENS // max(int(seen), 1)))
+        yield Advice(f"it saw {seen:,.0f} tokens of its own: more samples", f"--num-samples {samples * more:.0f}")
+    try:
+        scheme = Scheme.parse(layer.scheme)
+    except UsageError:
+        return
+    if not 0 < scheme.group_size <= _SMALL_GROUP:
+        finer = replace(scheme, group_size=_SMALL_GROUP)
+        yield _override("smaller groups", layer, scheme, finer, weights)
+    more_bits = [bits for bits in BITS if bits > scheme.bits]
+    if more_bits:
+        wider = replace(scheme, bits=more_bits[0])
+        yield _override(f"{wider.bits} bits", layer, scheme, wider, weights)
+    if scheme.bits == max(BITS):
+        yield Advice("leave it as it was", f"--ignore {shlex.quote(_pattern(layer))}")
+
+
+def _override(why: str, layer: Layer, now: Scheme, then: Scheme, weights: float | None) -> Advice:
+    options = f"--override {shlex.quote(f'{_pattern(layer)}={then.name}')}"
+    if weights is None or layer.shape is None:
+        return Advice(why, options)
+    more_bits = _stored_bits(then, layer.shape[-1]) - _stored_bits(now, layer.shape[-1])
+    return Advice(why, options, more_bits * weights / 8)
+
+
+def _pattern(layer: Layer) -> str:
+    return re.escape(layer.module)
+
+
+def _stored_bits(scheme: Scheme, in_features: float) -> float:
+    """For each weight, with a 16-bit scale and a zero point for each group."""
+    per_group = 16 + (0 if scheme.sym else scheme.bits)
+    return scheme.bits + per_group / (in_features if scheme.group_size == PER_CHANNEL else scheme.group_size)
