@@ -168,7 +168,7 @@ def reference_training() -> str:
 def gpu_check() -> str:
     """Of each case what lowbit runs, in microseconds, and how many times faster that is than others."""
     if not (RESULTS / "gpu_check.json").exists():
-        return "Not yet measured: no GPU has run the kernels. `bash scripts/gpu_check.sh` is how to."
+        return "Not yet measured: no GPU has run the kernels. `bash scripts/gpu_check.sh` measures them."
     data = result("gpu_check")
     cells = {}
     for entry in data["timings"]:
@@ -181,7 +181,7 @@ def gpu_check() -> str:
     rows = [[name, *(cells.get((name, m), "") for m in columns)] for name in dict.fromkeys(name for name, _ in cells)]
     facts, wrong = data["facts"], sum(bool(case["wrong"]) for case in data["correctness"])
     copies, multiplies = (data["ceilings"][name] / 1e12 for name in ("copy_bytes_per_s", "bf16_flops"))
-    header = ["us (over bf16 in cuBLAS, over the best packed peer)", *map(_rows, columns)]
+    header = ["us (over bf16 in cuBLAS, over the best other peer)", *map(_rows, columns)]
     return markdown(header, rows) + (
         f"\n\n{facts['date'][:10]}, {facts['device']} (copies {copies:.2f} TB/s, multiplies {multiplies:.0f} TFLOP/s), "
         f"torch {facts['torch']}, triton {facts['triton']}; {len(data['correctness'])} cases compared with float64, "

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from lowbit_kernels import layout
 
-# It multiplies bf16 as if the bit patterns were integers, and truncates on the way there: `dot` and `round_to` know
+# The interpreter multiplies bit patterns of bf16 as integers, and truncates on the way there: see `dot` and `round_to`
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 AMD = torch.version.hip is not None
 PTX = not AMD and not triton.knobs.runtime.interpret  # what launchers pass
