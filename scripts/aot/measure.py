@@ -34,14 +34,13 @@ def compiled(call: Call, target: str):
         for name, kind in call.types.items()
         if kind.endswith(":16") or (kind.startswith("*") and not kind.endswith(":1"))
     }
-    if target.startswith("gfx"):
-        gpu = GPUTarget("hip", target, 64)
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    nvidia = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32) if nvidia else GPUTarget("hip", target, 64)
+    constants = call.constants | ({"PTX": nvidia} if "PTX" in names else {})
     source = ASTSource
     if call.gluon:
         from triton.experimental.gluon._runtime import GluonASTSource as source
-    return triton.compile(source(call.function, types, call.constants, multiples), target=gpu, options=call.options)
+    return triton.compile(source(call.function, types, constants, multiples), target=gpu, options=call.options)
 
 
 def tool(name: str, *options: str, cubin: bytes) -> str:
@@ -89,14 +88,19 @@ def measure(call: Call, target: str, bits: int, block_m: int) -> dict[str, Any]:
     }
 
 
-def compiles(call: Call, target: str) -> str:
-    """ "yes", or why not, in a few words."""
+def compiles(call: Call, target: str, multiplies: bool) -> str:
+    """ "yes", or why not, in a few words. What runs on AMD but would be slow is no either."""
     try:
         result = compiled(call, target)
     except Exception as error:  # whatever a compiler throws is the answer
         return (str(error).strip().splitlines() or [type(error).__name__])[-1][:120]
     if result.metadata.shared > SHARED_LIMIT[target]:
         return f"needs {result.metadata.shared} bytes of shared memory, has {SHARED_LIMIT[target]}"
+    if "amdgcn" in result.asm:
+        if multiplies and "v_mfma" not in result.asm["amdgcn"]:
+            return "without matrix instructions"
+        if spills := int(re.search(r"\.vgpr_spill_count:\s+(\d+)", result.asm["amdgcn"]).group(1)):
+            return f"spills {spills} registers"
     return "yes"
 
 
@@ -104,7 +108,7 @@ def report(shipped: Shipped, also: bool = False) -> dict[str, Any]:
     made = call(shipped)
     record = {target: measure(made, target, shipped.bits, shipped.block_m) for target in shipped.targets}
     if also and shipped.also:
-        record["compiles"] = {target: compiles(made, target) for target in shipped.also}
+        record["compiles"] = {target: compiles(made, target, shipped.multiplies) for target in shipped.also}
     return record
 
 

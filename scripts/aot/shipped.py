@@ -6,9 +6,9 @@ from typing import Any
 
 PER_CHANNEL = -1
 MEASURED = ("sm_80", "sm_90")
-# Kernels that decode packed weights do so in PTX, which no AMD GPU has
 NVIDIA = ("sm_86", "sm_89", "sm_100", "sm_120")
-ANY = (*NVIDIA, "gfx942")
+AMD = ("gfx942",)
+ANY = (*NVIDIA, *AMD)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ SHIPPED = (
     Shipped("skinny", 4, 128, True, "fp16", 8, 64, 4, 2, 3),
     Shipped("skinny", 4, PER_CHANNEL, True, "bf16", 8, 64, 1, 2, 3),
     Shipped("skinny", 4, 128, True, "bf16", 8, 32, 4, 1, 3),
-    Shipped("skinny", 4, 128, True, "bf16", 16, 64, 4, 2, 3),
+    Shipped("skinny", 4, 128, True, "bf16", 16, 64, 4, 2, 3, also=ANY),
     Shipped("skinny", 4, 128, True, "bf16", 16, 128, 4, 4, 3),
     Shipped("skinny", 4, 128, True, "bf16", 32, 64, 4, 2, 3),
     Shipped("skinny", 4, 128, True, "bf16", 32, 128, 4, 4, 3),
@@ -82,10 +82,17 @@ SHIPPED = (
     Shipped("skinny", 8, 128, False, "bf16", 8, 64, 4, 2, 3),
     Shipped("skinny", 3, 128, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
     Shipped("skinny", 2, 128, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
-    Shipped("gemm", 4, 128, True, "bf16", 64, 128, 1, 4, 3, also=NVIDIA),
+    Shipped("skinny", 8, 128, False, "bf16", 16, 64, 4, 2, 3, targets=(), also=AMD),
+    Shipped("skinny", 3, 128, True, "bf16", 16, 64, 4, 2, 3, targets=(), also=AMD),
+    Shipped("skinny", 2, 128, False, "fp16", 16, 64, 4, 2, 3, targets=(), also=AMD),
+    Shipped("gemm", 4, 128, True, "bf16", 64, 128, 1, 4, 3, also=ANY),
     Shipped("gemm", 4, 128, True, "bf16", 128, 128, 1, 8, 3),
     Shipped("gemm", 4, 128, False, "bf16", 128, 128, 1, 8, 3),
     Shipped("gemm", 8, PER_CHANNEL, True, "bf16", 128, 128, 1, 8, 3),
+    Shipped("gemm", 4, 128, False, "bf16", 128, 128, 1, 8, 2, targets=(), also=AMD),
+    Shipped("gemm", 8, PER_CHANNEL, True, "fp16", 128, 128, 1, 8, 2, targets=(), also=AMD),
+    Shipped("gemm", 3, 128, True, "bf16", 32, 128, 1, 4, 2, targets=(), also=AMD),
+    Shipped("gemm", 2, 128, False, "bf16", 64, 128, 1, 4, 2, targets=(), also=AMD),
     Shipped("gemm", 4, 128, True, "bf16", 128, 128, 1, 8, 3, joined=4, targets=("sm_90",), since=(3, 7)),
     Shipped("hopper", 4, 128, True, "bf16", 64, 128, 4, 8, 4, targets=("sm_90",)),
     Shipped("hopper", 4, 128, True, "bf16", 128, 128, 1, 8, 4, targets=("sm_90",)),
@@ -96,7 +103,7 @@ SHIPPED = (
     Shipped("hopper", 4, 128, False, "bf16", 256, 128, 1, 8, 3, targets=("sm_90",)),
     Shipped("hopper", 8, PER_CHANNEL, True, "bf16", 128, 128, 1, 8, 4, targets=("sm_90",)),
     Shipped("hopper", 8, 128, False, "bf16", 64, 128, 4, 8, 4, targets=("sm_90",)),
-    Shipped("dequantize", 4, 128, True, "bf16", 0, 64, 1, 4, 1, also=NVIDIA),
+    Shipped("dequantize", 4, 128, True, "bf16", 0, 64, 1, 4, 1, also=ANY),
     Shipped("gptq_columns", 4, 128, False, "fp32", 0, 0, 1, 1, 1, also=ANY),
     Shipped("gptq_descend", 4, 128, False, "fp32", 0, 0, 1, 1, 1, also=ANY),
 )
@@ -121,7 +128,7 @@ def skinny(shipped: Shipped) -> Call:
     constants = {
         "BITS": shipped.bits, "GROUP_SIZE": shipped.group, "SYM": shipped.sym, "GATE_UP": False, "EVEN_K": True,
         "BN": shipped.block_n, "BM": shipped.block_m, "SPLIT": shipped.split,
-        "TILES": max(256 // (32 * SLICES[shipped.bits]), 1), "EMU": False,
+        "TILES": max(256 // (32 * SLICES[shipped.bits]), 1),
     }  # fmt: skip
     options = {"num_warps": shipped.warps, "num_stages": shipped.stages, "enable_fp_fusion": True}
     return Call(skinny_kernel, types, constants, options)
@@ -137,7 +144,7 @@ def gemm(shipped: Shipped) -> Call:
     }  # fmt: skip
     constants = {
         "BITS": shipped.bits, "GROUP_SIZE": shipped.group, "SYM": shipped.sym, "GATE_UP": False, "EVEN_K": True,
-        "BN": shipped.block_n, "BM": shipped.block_m, "GROUP_M": 8, "JOINED": shipped.joined, "EMU": False,
+        "BN": shipped.block_n, "BM": shipped.block_m, "GROUP_M": 8, "JOINED": shipped.joined,
     }  # fmt: skip
     options = {"num_warps": shipped.warps, "num_stages": shipped.stages, "enable_fp_fusion": True}
     return Call(gemm_kernel, types, constants, options)
@@ -151,7 +158,7 @@ def dequantize(shipped: Shipped) -> Call:
         "in_features": "i32:16", "k_tiles": "i32", "padded_out": "i32:16",
     }  # fmt: skip
     constants = {
-        "BITS": shipped.bits, "GROUP_SIZE": shipped.group, "SYM": shipped.sym, "BN": shipped.block_n, "EMU": False
+        "BITS": shipped.bits, "GROUP_SIZE": shipped.group, "SYM": shipped.sym, "BN": shipped.block_n
     }  # fmt: skip
     return Call(dequantize_kernel, types, constants, {"num_warps": shipped.warps, "enable_fp_fusion": True})
 

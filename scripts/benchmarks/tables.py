@@ -1,4 +1,4 @@
-"""Render the tables of README.md and model_cards/ from results/*.json: between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Render the tables of the documents below from results/*.json: between `<!-- NAME -->` and `<!-- /NAME -->`.
 
     python scripts/benchmarks/tables.py [--check]
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("README.md", "model_cards/reference.md")
+DOCUMENTS = ("README.md", "triton_kernels/README.md", "model_cards/reference.md")
 
 
 def result(name: str) -> dict:
@@ -165,7 +165,77 @@ def reference_training() -> str:
     return markdown(["", ""], [[name, value] for name, value in rows])
 
 
-TABLES = {f.__name__: f for f in (quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, reference_training)}
+def gpu_check() -> str:
+    """Of each case what lowbit runs, in microseconds, and how many times faster that is than others."""
+    if not (RESULTS / "gpu_check.json").exists():
+        return "Not yet measured: no GPU has run the kernels. `bash scripts/gpu_check.sh` measures them."
+    data = result("gpu_check")
+    cells = {}
+    for entry in data["timings"]:
+        mine = next(iter(entry["lowbit"].values())).get("us")
+        others = {name: peer["us"] for name, peer in entry["peers"].items() if "us" in peer}
+        dense = others.pop("cublas", None)
+        ratios = [f"{us / mine:.2f}x" if mine and us else "-" for us in (dense, min(others.values(), default=None))]
+        cells[entry["shape"], entry["rows"]] = f"{mine:.1f} ({', '.join(ratios)})" if mine else "failed"
+    columns = sorted({rows for _, rows in cells})
+    rows = [[name, *(cells.get((name, m), "") for m in columns)] for name in dict.fromkeys(name for name, _ in cells)]
+    facts, wrong = data["facts"], sum(bool(case["wrong"]) for case in data["correctness"])
+    copies, multiplies = (data["ceilings"][name] / 1e12 for name in ("copy_bytes_per_s", "bf16_flops"))
+    header = ["us (over bf16 in cuBLAS, over the best other peer)", *map(_rows, columns)]
+    return markdown(header, rows) + (
+        f"\n\n{facts['date'][:10]}, {facts['device']} (copies {copies:.2f} TB/s, multiplies {multiplies:.0f} TFLOP/s), "
+        f"torch {facts['torch']}, triton {facts['triton']}; {len(data['correctness'])} cases compared with float64, "
+        f"{wrong} wrong; `bash scripts/gpu_check.sh`"
+    )
+
+
+def _rows(number: int) -> str:
+    return f"{number} row{'s' * (number > 1)}"
+
+
+# Bytes per second that a copy reads and writes, as seen on such cards; both multiply bf16 at about this rate, and issue
+# instructions for so many lanes per second
+_COPIES = {"H100": 3.0e12, "H200": 4.3e12}
+_FLOPS, _LANES = 790e12, 132 * 128 * 1.755e9
+# Part of those that a good kernel reaches
+_REACHED = 0.85
+_LINEARS = {
+    "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
+    "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
+}  # fmt: skip
+_KERNEL_OF_ROWS = {
+    1: "skinny-w4-g128-sym-bf16-m8-n64-split4-warps2-stages3",
+    64: "gemm-w4-g128-sym-bf16-m64-n128-split1-warps4-stages3",
+    128: "gemm-w4-g128-sym-bf16-m128-n128-split1-warps8-stages3",
+}
+
+
+def gpu_predictions() -> str:
+    """W4, groups of 128: the slowest of moving bytes, multiplying, and issuing the instructions of the machine code."""
+    report = json.loads((ROOT / "tests" / "kernels" / "aot_report.json").read_text())["3.6.0"]
+    instructions = {m: report[name]["sm_90"]["instructions_per_weight"] for m, name in _KERNEL_OF_ROWS.items()}
+
+    def cell(weights: int, activations: int, rows: int, copies: float) -> str:
+        multiplying = 2 * rows * weights / _FLOPS
+        reading = (weights * (4 + 16 / 128) / 8 + 2 * rows * activations) / copies
+        ours = max(max(reading, multiplying) / _REACHED, weights * instructions[rows] / _LANES)
+        dense = max((2 * weights + 2 * rows * activations) / copies, multiplying)
+        return f"{ours * 1e6:.1f} ({dense / ours:.1f}x)"
+
+    rows = [
+        [f"{name} {n}x{k}", *(cell(n * k, n + k, m, copies) for copies in _COPIES.values() for m in instructions)]
+        for name, (n, k) in _LINEARS.items()
+    ]
+    columns = [f"{gpu}, {_rows(m)}" for gpu in _COPIES for m in instructions]
+    return markdown(["**predicted** us (over ideal bf16)", *columns], rows)
+
+
+TABLES = {
+    f.__name__: f
+    for f in (
+        quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, gpu_check, gpu_predictions, reference_training
+    )
+}  # fmt: skip
 
 
 def rendered(text: str) -> str:

@@ -1,6 +1,7 @@
 """Kernels as machine code: compiled for GPUs that are not here, and what the report would say of bad ones."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,49 @@ def test_bad_kernels_are_flagged(tmp_path):
     assert "instructions per weight, recorded 1.0" in slow
     assert "spills" in few_registers
     assert "bytes of weight at a time, expected 16" in misaligned
+
+
+AMD = """
+from aot import measure, shipped
+
+for one in shipped.find(["skinny-w4-g128-sym-bf16-m16-n64-", "gemm-w8-channel-sym-fp16-", "dequantize"]):
+    print(measure.compiles(shipped.call(one), "gfx942", multiplies=True))
+"""
+
+
+@needs_triton
+def test_kernels_compile_for_amd(tmp_path):
+    done = run("-c", AMD, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    skinny, gemm, dequantize = done.stdout.splitlines()
+    assert skinny == gemm == "yes" and dequantize == "without matrix instructions"
+
+
+@needs_triton
+def test_defaults_on_amd_are_what_is_compiled_for_it(monkeypatch):
+    from lowbit_kernels import gemm, skinny
+    from lowbit_kernels.layout import Layout
+
+    monkeypatch.setattr(gemm, "AMD", True)
+    monkeypatch.setattr(skinny, "FEWEST_ROWS", 16)
+    compiled = [one for one in shipped.SHIPPED if one.kernel in ("skinny", "gemm") and one.also == shipped.AMD]
+    assert {(one.kernel, one.bits) for one in compiled} >= {(k, bits) for k in ("skinny", "gemm") for bits in (2, 3, 8)}
+    for one in compiled:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[one.dtype]
+        layout = Layout(one.bits, one.group, one.sym, dtype, 4096, 4096)
+        config = skinny.default_config(layout, 1) if one.kernel == "skinny" else gemm.default_config(layout, 512)
+        given = config.block_n, config.block_m, config.warps, config.stages
+        assert given == (one.block_n, one.block_m, one.warps, one.stages)
+
+
+def test_report_is_of_what_is_shipped():
+    report = json.loads((ROOT / "tests" / "kernels" / "aot_report.json").read_text())
+    for version, records in report.items():
+        known = [one for one in shipped.SHIPPED if one.since <= tuple(map(int, version.split(".")[:2]))]
+        assert list(records) == [one.id for one in known]
+        for one in known:
+            compiles = records[one.id].pop("compiles", {})
+            assert set(records[one.id]) == set(one.targets) and compiles == dict.fromkeys(one.also, "yes")
 
 
 def listing(*instructions):

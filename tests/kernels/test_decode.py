@@ -1,13 +1,19 @@
-"""The PTX of every decoding, executed here over all halfwords: what the kernels compile is what is proved."""
+"""The PTX of every decoding, executed here over all halfwords: what the kernels compile is what is proved. What other
+GPUs compile is run beside it, and gives the same bits."""
 
 import re
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="kernels need triton")
 
-from lowbit_kernels.decode import fragment_ptx, scale_ptx, slices_of
+import triton
+import triton.language as tl
+from packed import DTYPES
+
+from lowbit_kernels.decode import fragment, fragment_ptx, scale_ptx, scaled, slices_of
 from lowbit_kernels.layout import SLICES, fields, zero_offset
 
 HALFWORDS = np.arange(65536, dtype=np.uint32)
@@ -70,6 +76,38 @@ def execute(text, *inputs):
     return registers["$0"]
 
 
+@triton.jit
+def fragment_kernel(
+    h0, h1, h2, summands, out, P: tl.constexpr, BITS: tl.constexpr, SYM: tl.constexpr, SIZE: tl.constexpr
+):
+    """Grid (summands,): slice P of SIZE halfwords, decoded without PTX, with each summand in turn."""
+    i = tl.arange(0, SIZE)
+    z = tl.program_id(0)
+    planes = (tl.load(h0 + i), tl.load(h1 + i), tl.load(h2 + i))
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    a = fragment(planes[0], planes[1], planes[2], tl.load(summands + z), P, BITS, SYM, DTYPE, False)
+    tl.store(out + z * SIZE + i, a)
+
+
+@triton.jit
+def scaled_kernel(a, scale, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, scaled(tl.load(a + i), tl.load(scale + i), out.dtype.element_ty, False))
+
+
+def tensor(halves, dtype, device):
+    """16-bit patterns as a tensor."""
+    return torch.from_numpy(halves.astype(np.uint16).view(np.int16)).to(device).view(dtype)
+
+
+def without_ptx(planes, summands, bits, p, sym, dtype, device):
+    """uint32 [summands, halfwords]: 16-bit patterns of what `fragment` makes of one plane or three."""
+    planes = [tensor(plane, torch.int16, device) for plane in (planes * 3)[:3]]
+    out = torch.empty(len(summands), len(HALFWORDS), dtype=DTYPES[dtype], device=device)
+    fragment_kernel[(len(summands),)](*planes, tensor(summands, out.dtype, device), out, p, bits, sym, len(HALFWORDS))
+    return out.view(torch.int16).cpu().numpy().view(np.uint16).astype(np.uint32)
+
+
 def codes_of(planes, bits, p):
     """The codes that halfwords hold by the layout's table, the planes in the order in which `fields` names them."""
     code = sum(
@@ -81,7 +119,7 @@ def codes_of(planes, bits, p):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("bits", SLICES)
-def test_every_halfword_and_zero_point(bits, dtype):
+def test_every_halfword_and_zero_point(bits, dtype, device):
     offset = zero_offset(bits, dtype == "fp16")
     generator = np.random.default_rng(0)
     assert slices_of(bits) == SLICES[bits]
@@ -90,21 +128,30 @@ def test_every_halfword_and_zero_point(bits, dtype):
         low = [HALFWORDS, *(generator.permutation(HALFWORDS) for _ in fields(bits, p)[1:])]
         high = [OTHERS, *(generator.permutation(HALFWORDS) for _ in fields(bits, p)[1:])]
         registers = [a | b << 16 for a, b in zip(low, high, strict=True)]
+        summands = patterns(-(np.arange(2.0**bits) + offset), dtype)
+        some = [*range(0, 2**bits, max(2**bits // 16, 1)), 2**bits - 1]
+        portable = dict(zip(some, without_ptx(low, summands[some], bits, p, False, dtype, device), strict=True))
+        portable[None] = without_ptx(low, summands[:1], bits, p, True, dtype, device)[0]
         for zero in (None, *range(2**bits)):
-            summand = [] if zero is None else [patterns(np.array([-float(zero + offset)]), dtype) * 0x10001]
+            summand = [] if zero is None else [summands[zero] * 0x10001]
             result = execute(fragment_ptx(bits, p, zero is None, dtype), *registers, *summand)
+            assert zero not in portable or (result & 0xFFFF == portable[zero]).all(), (bits, p, zero)
             for half, planes in ((result & 0xFFFF, low), (result >> 16, high)):
                 expected = codes_of(planes, bits, p) - (2 ** (bits - 1) if zero is None else zero)
                 assert (values(half, dtype) == expected).all(), (bits, p, zero)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_scale_rounds_once(dtype):
+def test_scale_rounds_once(dtype, device):
     codes = np.arange(-255, 256, dtype=np.float64)
     for scale in values(np.array([0x0000, 0x3F80, 0x3C23, 0x2E66, 0x1234]), dtype):
         a, b = patterns(codes, dtype), patterns(np.full_like(codes, scale), dtype)
         result = execute(scale_ptx(dtype), a | a << 16, b | b << 16)
         assert (result == patterns(codes * scale, dtype) * 0x10001).all()
+        operands = (tensor(np.append(x, 0), DTYPES[dtype], device) for x in (a, b))
+        out = torch.empty(len(a) + 1, dtype=DTYPES[dtype], device=device)
+        scaled_kernel[(1,)](*operands, out, len(out))
+        assert torch.equal(out[:-1], tensor(result & 0xFFFF, out.dtype, device))
 
 
 def test_instructions_per_weight():

@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
 
+import tables  # noqa: E402
 
 # The command, with the kernels on the CPU
 TUNE = "from lowbit.backends import triton; triton.INTERPRETED = True; from lowbit.cli import main; main()"
@@ -23,7 +25,7 @@ def environment(**more):
             "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}  # fmt: skip
 
 
-def test_gpu_check(tmp_path):
+def test_gpu_check(tmp_path, monkeypatch):
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--tiny", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -35,6 +37,19 @@ def test_gpu_check(tmp_path):
         assert all("us" in times for times in entry["lowbit"].values()), entry
         assert "us" in entry["peers"]["cublas"] and "reason" in entry["peers"]["gemlite"]
     assert "0 wrong" in done.stdout
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.gpu_check().startswith("Not yet measured")
+    fast, broken = result["timings"]
+    us = next(iter(fast["lowbit"].values()))["us"]
+    fast["peers"] |= {"cublas": {"us": 3 * us}, "gemlite": {"us": 2 * us}, "tinygemm": {"us": 4 * us}}
+    broken["lowbit"] = {"gemm": {"reason": "does not compile"}}
+    result["correctness"][0]["wrong"] = "relative error 1"
+    (tmp_path / "gpu_check.json").write_text(json.dumps(result))
+    header, _, row, _, source = tables.gpu_check().splitlines()
+    assert header.endswith("| 1 row | 33 rows |")
+    assert row == f"| w4 tiny | {us:.1f} (3.00x, 2.00x) | failed |"
+    assert "3 cases compared with float64, 1 wrong" in source
 
 
 def test_tune(tmp_path):

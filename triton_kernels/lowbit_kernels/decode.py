@@ -5,16 +5,20 @@ A code becomes a float by being written into the mantissa of a fixed exponent: 0
 way is an integer its format can hold. The PTX works on two halfwords at a time and is elementwise, so it is right in
 whatever register layout the compiler picks. tests/kernels/test_decode.py executes its very text.
 
-EMU: triton's interpreter has no inline assembly, and bf16 arithmetic there is wrong. The same fields are then read with
-integer operations and all arithmetic is float32, rounded by hand where the GPU rounds.
+PTX: GPUs of other makers have no such assembly, nor has triton's interpreter. They read the same fields with plain
+operations on integers and float32, which give the same numbers to the last bit.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from lowbit_kernels import layout
 
-INTERPRETED = triton.knobs.runtime.interpret  # what launchers pass as EMU
+# The interpreter multiplies bit patterns of bf16 as integers, and truncates on the way there: see `dot` and `round_to`
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+AMD = torch.version.hip is not None
+PTX = not AMD and not triton.knobs.runtime.interpret  # what launchers pass
 
 fields = triton.constexpr_function(layout.fields)
 zero_offset = triton.constexpr_function(layout.zero_offset)
@@ -71,12 +75,20 @@ def scale_ptx(dtype):
 
 
 @triton.jit
-def round_to(v, DTYPE: tl.constexpr, EMU: tl.constexpr):
-    """float32 -> DTYPE, to nearest even. The interpreter truncates on the way to bf16."""
-    if EMU and DTYPE.is_bf16():
+def round_to(v, DTYPE: tl.constexpr):
+    """float32 -> DTYPE, to nearest even."""
+    if INTERPRETED and DTYPE.is_bf16():
         u = v.to(tl.int32, bitcast=True)
-        u = (u + 0x7FFF + ((u >> 16) & 1)) >> 16
-        return u.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return exactly((u + 0x7FFF + ((u >> 16) & 1)).to(tl.float32, bitcast=True), DTYPE)
+    else:
+        return v.to(DTYPE)
+
+
+@triton.jit
+def exactly(v, DTYPE: tl.constexpr):
+    """float32 numbers that DTYPE can hold, as DTYPE. For bf16 their upper halves: many a GPU rounds in six steps."""
+    if DTYPE.is_bf16():
+        return (v.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return v.to(DTYPE)
 
@@ -150,26 +162,16 @@ def load_plane(pointer, NB: tl.constexpr):
 
 @triton.jit
 def fragment(
-    h0, h1, h2, summand, P: tl.constexpr, BITS: tl.constexpr, SYM: tl.constexpr, DTYPE: tl.constexpr, EMU: tl.constexpr
+    h0, h1, h2, summand, P: tl.constexpr, BITS: tl.constexpr, SYM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
 ):
     """Slice P of a tile as code - zero.
 
     h0, h1, h2: int16 planes (three bits; else h0 thrice). summand: -(zero + zero_offset) in DTYPE, of the same shape;
     unused if SYM.
-    Returns the shape of h0 in DTYPE, under EMU in float32.
+    Returns the shape of h0 in DTYPE.
     """
     PARTS: tl.constexpr = fields(BITS, P)
-    if EMU:
-        code = _bits(h0, h1, h2, PARTS[0])
-        for i in tl.static_range(1, len(PARTS)):
-            code |= _bits(h0, h1, h2, PARTS[i])
-        if BITS == 8:
-            code ^= 128
-        if SYM:
-            return code.to(tl.float32) - (1 << (BITS - 1))
-        else:
-            return code.to(tl.float32) + (summand.to(tl.float32) + zero_offset(BITS, DTYPE.is_fp16()))
-    else:
+    if PTX:
         ASM: tl.constexpr = fragment_ptx(BITS, P, SYM, DTYPE.name)
         if len(PARTS) == 3:
             if SYM:
@@ -184,24 +186,36 @@ def fragment(
                 return tl.inline_asm_elementwise(ASM, "=r,r", [h], dtype=DTYPE.value, is_pure=True, pack=2)
             else:
                 return tl.inline_asm_elementwise(ASM, "=r,r,r", [h, summand], dtype=DTYPE.value, is_pure=True, pack=2)
+    else:
+        code = 0
+        for i in tl.static_range(len(PARTS)):
+            h = _plane(h0, h1, h2, PARTS[i][0]).to(tl.int32)
+            code |= (h >> (PARTS[i][1] - PARTS[i][2])) & (((1 << PARTS[i][3]) - 1) << PARTS[i][2])
+        if BITS == 8:
+            code ^= 128
+        if SYM:
+            return exactly(code.to(tl.float32) - (1 << (BITS - 1)), DTYPE)
+        else:
+            offset: tl.constexpr = zero_offset(BITS, DTYPE.is_fp16())
+            return exactly(code.to(tl.float32) + (summand.to(tl.float32) + offset), DTYPE)
 
 
 @triton.jit
-def scaled(a, scale, DTYPE: tl.constexpr, EMU: tl.constexpr):
-    """a * scale in DTYPE, the scale given like a; under EMU float32 numbers that DTYPE can hold."""
-    if EMU:
-        return round_to(a * scale.to(tl.float32), DTYPE, EMU).to(tl.float32)
-    else:
+def scaled(a, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """a * scale in DTYPE, the scale given like a."""
+    if PTX:
         return tl.inline_asm_elementwise(
             scale_ptx(DTYPE.name), "=r,r,r", [a, scale], dtype=DTYPE.value, is_pure=True, pack=2
         )
+    else:
+        return round_to(a.to(tl.float32) * scale.to(tl.float32), DTYPE)
 
 
 @triton.jit
-def dot(w, x, acc, EMU: tl.constexpr):
+def dot(w, x, acc):
     """acc float32 [BN, BM] + w [BN, BK] @ x [BM, BK]^T."""
-    if EMU:
-        return tl.dot(w, tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
+    if INTERPRETED:
+        return tl.dot(w.to(tl.float32), tl.trans(x.to(tl.float32)), acc, input_precision="ieee")
     else:
         return tl.dot(w, tl.trans(x), acc)
 
@@ -214,10 +228,3 @@ def _plane(h0, h1, h2, WHICH: tl.constexpr):
         return h1
     else:
         return h2
-
-
-@triton.jit
-def _bits(h0, h1, h2, PART: tl.constexpr):
-    """The bits of the code that one entry of `fields` names, in their place."""
-    h = _plane(h0, h1, h2, PART[0]).to(tl.int32)
-    return (h >> (PART[1] - PART[2])) & (((1 << PART[3]) - 1) << PART[2])

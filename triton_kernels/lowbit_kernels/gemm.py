@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels.decode import (
+    AMD,
     INTERPRETED,
+    PTX,
     as_matrix,
     dot,
     first_group,
@@ -22,7 +24,6 @@ from lowbit_kernels.decode import (
     load_plane,
     load_words,
     per_row,
-    round_to,
     scaled,
     slices_of,
     slices_per_group,
@@ -65,17 +66,19 @@ class Config:
 
 def default_config(layout: Layout, rows: int) -> Config:
     """A start: square blocks, smaller ones where they would stand mostly empty or, of the long K tiles of two and three
-    bits, not fit into shared memory."""
+    bits, not fit into shared memory, which is smallest on AMD."""
     block_n = 128 if layout.padded_out % 128 == 0 else 64
     block_m = 64 if rows <= 64 or layout.bits == 3 else 128
+    if AMD:
+        block_m = min(block_m, 128 * 128 // layout.tile)
     warps = 8 if block_n * block_m > 64 * 128 else 4
-    return Config(block_n=block_n, block_m=block_m, warps=warps, stages=2 if layout.tile > 128 else 3)
+    return Config(block_n=block_n, block_m=block_m, warps=warps, stages=2 if AMD or layout.tile > 128 else 3)
 
 
 @triton.jit
 def decoded(
     h0, h1, h2, word, group, S: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr,
-    NB: tl.constexpr, DTYPE: tl.constexpr, EMU: tl.constexpr,
+    NB: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Slice S of a K tile in the shape of its planes: (code - zero) * scale, or per channel code - zero.
 
@@ -84,30 +87,30 @@ def decoded(
     PER_GROUP: tl.constexpr = slices_per_group(slices_of(BITS), GROUP_SIZE)
     PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
     summand = h0 if SYM else per_row(half_of(word[S // PER_GROUP], 1, DTYPE), NB)
-    a = fragment(h0, h1, h2, summand, S, BITS, SYM, DTYPE, EMU)
+    a = fragment(h0, h1, h2, summand, S, BITS, SYM, DTYPE, PTX)
     if GROUP_SIZE > 0:
         which = S // PER_GROUP % PER_WORD if slices_of(BITS) > PER_GROUP else group % PER_WORD
         scale = half_of(word[S // PER_GROUP // PER_WORD], which, DTYPE)
-        a = scaled(a, per_row(scale, NB), DTYPE, EMU)
+        a = scaled(a, per_row(scale, NB), DTYPE, PTX)
     return a
 
 
 @triton.jit
 def _joined(
     h0, h1, h2, word, group, S: tl.constexpr, JOINED: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-    SYM: tl.constexpr, NB: tl.constexpr, DTYPE: tl.constexpr, EMU: tl.constexpr,
+    SYM: tl.constexpr, NB: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Slices S to S + JOINED of a K tile as a matrix [16 * NB, 32 * JOINED]."""
-    a = decoded(h0, h1, h2, word, group, S, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+    a = decoded(h0, h1, h2, word, group, S, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
     if JOINED == 1:
         return as_matrix(a, NB)
     else:  # not left out: triton compiles what follows an `if`, even after a return
-        b = decoded(h0, h1, h2, word, group, S + 1, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+        b = decoded(h0, h1, h2, word, group, S + 1, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
         if JOINED == 2:  # from kb, nb, g, c, kh, rh, e, slice
             return tl.reshape(tl.permute(tl.join(a, b), (1, 5, 2, 7, 0, 4, 3, 6)), (NB * 16, 64))
         else:
-            c = decoded(h0, h1, h2, word, group, S + 2, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
-            d = decoded(h0, h1, h2, word, group, S + 3, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+            c = decoded(h0, h1, h2, word, group, S + 2, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+            d = decoded(h0, h1, h2, word, group, S + 3, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
             abcd = tl.join(tl.join(a, c), tl.join(b, d))  # ..., upper bit of the slice, lower bit
             return tl.reshape(tl.permute(abcd, (1, 5, 2, 7, 8, 0, 4, 3, 6)), (NB * 16, 128))
 
@@ -117,7 +120,7 @@ def gemm_kernel(
     x, weight, meta, y, bias, residual,
     rows, in_features, out_features, x_stride, k_tiles, padded_out,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, JOINED: tl.constexpr, EMU: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr, JOINED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid [padded_out / BN * rows / BM]: GROUP_M row tiles pass over all columns before the next GROUP_M do."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -158,21 +161,21 @@ def gemm_kernel(
                 xs = tl.load(xp + s * 32)
             else:
                 xs = tl.load(xp + s * 32, mask=(k < in_features - (kt * SLICES_PER_TILE + s) * 32)[None, :], other=0.0)
-            a = _joined(h0, h1, h2, word, group, s, JOINED, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
-            acc = dot(a, xs, acc, EMU)
+            a = _joined(h0, h1, h2, word, group, s, JOINED, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+            acc = dot(a, xs, acc)
         if GROUP_SIZE > 0:
             word = next_word
         wp += PLANES * 512
         xp += SLICES_PER_TILE * 32
     if GROUP_SIZE < 0:
         acc = acc * half_as_float32(word[0], 0, DTYPE)[:, None]
-    finish(acc, y, bias, residual, pn, rm, rm < rows, out_features, BN, BM, GATE_UP, EMU)
+    finish(acc, y, bias, residual, pn, rm, rm < rows, out_features, BN, BM, GATE_UP)
 
 
 @triton.jit
 def dequantize_kernel(
     weight, meta, out, first_row, last_row, in_features, k_tiles, padded_out,
-    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, BN: tl.constexpr, EMU: tl.constexpr,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows / BN, k_tiles): one K tile of BN rows from first_row on."""
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -195,11 +198,11 @@ def dequantize_kernel(
     k = kt * (SLICES_PER_TILE * 32) + tl.arange(0, 32)
     op = out + (rn - first_row).to(tl.int64)[:, None] * in_features + k[None, :]
     for s in tl.static_range(SLICES_PER_TILE):
-        a = decoded(h0, h1, h2, word, group, s, BITS, GROUP_SIZE, SYM, NB, DTYPE, EMU)
+        a = decoded(h0, h1, h2, word, group, s, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
         if GROUP_SIZE < 0:
-            a = scaled(a, per_row(half_of(word[0], 0, DTYPE), NB), DTYPE, EMU)
+            a = scaled(a, per_row(half_of(word[0], 0, DTYPE), NB), DTYPE, PTX)
         mask = (rn < last_row)[:, None] & (k < in_features - s * 32)[None, :]
-        tl.store(op + s * 32, round_to(as_matrix(a, NB), DTYPE, EMU), mask=mask)
+        tl.store(op + s * 32, as_matrix(a, NB), mask=mask)
 
 
 def launch(
@@ -232,7 +235,7 @@ def launch(
             rows, layout.in_features, layout.out_features, x.stride(0), layout.tiles, layout.padded_out,
             BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, GATE_UP=gate_up,
             EVEN_K=layout.in_features == layout.padded_in, BN=config.block_n, BM=config.block_m,
-            GROUP_M=config.group_m, JOINED=config.joined, EMU=INTERPRETED,
+            GROUP_M=config.group_m, JOINED=config.joined, PTX=PTX,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -260,7 +263,7 @@ def dequantize(
     with torch.cuda.device_of(weight):
         dequantize_kernel[(triton.cdiv(rows, ROWS), layout.tiles)](
             weight, meta, out, start, start + rows, layout.in_features, layout.tiles, layout.padded_out,
-            BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, BN=ROWS, EMU=INTERPRETED,
+            BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, BN=ROWS, PTX=PTX,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -182,7 +182,7 @@ def _slice(
     else:
         scale = half_of(words[NUMBER], 0, DTYPE)
         summand = half_of(words[NUMBER], 1, DTYPE)
-    return scaled(fragment(codes, codes, codes, summand, P, BITS, SYM, DTYPE, False), scale, DTYPE, False)
+    return scaled(fragment(codes, codes, codes, summand, P, BITS, SYM, DTYPE, True), scale, DTYPE, True)
 
 
 @gluon.jit

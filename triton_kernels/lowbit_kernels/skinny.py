@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels.decode import (
-    INTERPRETED,
+    AMD,
+    PTX,
     as_matrix,
     dot,
     first_group,
@@ -30,6 +31,9 @@ from lowbit_kernels.decode import (
     words_per_iteration,
 )
 from lowbit_kernels.layout import Layout
+
+# Rows of x that a matrix instruction takes at least: fewer would be multiplied without one, far slower
+FEWEST_ROWS = 16 if AMD else 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def default_config(layout: Layout, rows: int, programs: int = 528) -> Config:
     """A start: iterations of 256 inputs where the K tiles allow it, and about `programs` programs by splitting."""
     most = {8: 4, 4: 2}.get(layout.bits, 1)
     tiles = next(t for t in (4, 2, 1) if t <= most and layout.tiles % t == 0)
-    block_m = 8 if rows <= 8 else 16 if rows <= 16 else 32
+    block_m = max(FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32)
     column_tiles = layout.padded_out // 64 * -(-rows // block_m)
     split = max(1, min(layout.tiles // tiles // 2, programs // column_tiles, 16))
     return Config(block_m=block_m, split=split, tiles=tiles)
@@ -72,7 +76,7 @@ def skinny_kernel(
     x, weight, meta, y, bias, residual, partials, counters, row_tiles, gather,
     rows, in_features, out_features, x_stride, k_tiles, padded_out, words,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, EMU: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (padded_out / BN, SPLIT, row tiles). None for bias, residual, row_tiles (dense) and gather (x in order)."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -138,8 +142,8 @@ def skinny_kernel(
                 mask = mask & (k < in_features - (it * SLICES + s) * 32)[None, :]
             xs = tl.load(xp + s * 32, mask=mask, other=0.0)
             summand = h0 if SYM else per_row(half_of(word[s // PER_GROUP], 1, DTYPE), NB)
-            a = fragment(h0, h1, h2, summand, s % PER_TILE, BITS, SYM, DTYPE, EMU)
-            part = dot(as_matrix(a, NB), xs, part, EMU)
+            a = fragment(h0, h1, h2, summand, s % PER_TILE, BITS, SYM, DTYPE, PTX)
+            part = dot(as_matrix(a, NB), xs, part)
             if (s + 1) % PER_GROUP == 0:
                 if GROUP_SIZE < 0:
                     acc += part
@@ -156,7 +160,7 @@ def skinny_kernel(
         acc = acc * half_as_float32(word[0], 0, DTYPE)[:, None]
 
     if SPLIT == 1:
-        finish(acc, y, bias, residual, pn, rm, row_ok, out_features, BN, BM, GATE_UP, EMU)
+        finish(acc, y, bias, residual, pn, rm, row_ok, out_features, BN, BM, GATE_UP)
     else:
         tile = pm * tl.num_programs(0) + pn
         pp = (
@@ -172,14 +176,14 @@ def skinny_kernel(
             total = tl.load(pp, cache_modifier=".cg")
             for i in tl.static_range(1, SPLIT):
                 total += tl.load(pp + i * (BN * BM), cache_modifier=".cg")
-            finish(total, y, bias, residual, pn, rm, row_ok, out_features, BN, BM, GATE_UP, EMU)
+            finish(total, y, bias, residual, pn, rm, row_ok, out_features, BN, BM, GATE_UP)
             tl.store(counters + tile, 0)  # ready for the next launch
 
 
 @triton.jit
 def finish(
     acc, y, bias, residual, pn, rm, row_ok, out_features,
-    BN: tl.constexpr, BM: tl.constexpr, GATE_UP: tl.constexpr, EMU: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, GATE_UP: tl.constexpr,
 ):  # fmt: skip
     """Bias, SiLU(gate) * up and residual in float32, one rounding, and the store of y [rows, features]."""
     if bias is not None:
@@ -196,7 +200,7 @@ def finish(
     mask = row_ok[None, :] & (ro < features)[:, None]
     if residual is not None:
         acc += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offset, round_to(acc, y.dtype.element_ty, EMU), mask=mask)
+    tl.store(y + offset, round_to(acc, y.dtype.element_ty), mask=mask)
 
 
 class Workspace:
@@ -359,7 +363,7 @@ def _launch(x, weight, meta, layout, config, bias, residual, gate_up, out, works
             rows, layout.in_features, layout.out_features, x.stride(0), layout.tiles, layout.padded_out, layout.words,
             BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, GATE_UP=gate_up,
             EVEN_K=layout.in_features == layout.padded_in, BN=config.block_n, BM=config.block_m, SPLIT=split,
-            TILES=config.tiles, EMU=INTERPRETED,
+            TILES=config.tiles, PTX=PTX,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ def candidates(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str
 
 
 def _skinny(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
-    block_m = 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+    block_m = max(skinny.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64)
     most = {8: 4, 4: 2}.get(layout.bits, 1)
     tiles = next(t for t in (4, 2, 1) if t <= most and layout.tiles % t == 0)
     for block_n, warps in ((32, 1), (64, 2), (64, 4), (128, 4)):
