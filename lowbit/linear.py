@@ -151,9 +151,7 @@ class LowbitLinear(nn.Module):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         rows = x.reshape(-1, self.in_features).to(self.dtype)
-        y = self._run(rows, self._prepared(), self.scheme, self.shape)
-        if self.bias is not None:
-            y = y + self.bias
+        y = self._run(rows, self._prepared(), self.scheme, self.shape, self.bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
