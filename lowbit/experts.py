@@ -1,14 +1,20 @@
 """Fused experts whose matrices stay quantized, for any experts module of transformers.
 
-transformers keeps the experts of a layer as 3-D parameters `gate_up_proj` and `down_proj` and indexes them by expert in
-its eager forward. So the forward stays as its authors wrote it: only the parameter is replaced, by `ExpertWeights`, an
-object that dequantizes the matrix of an expert when it is indexed. The packed tensors are parameters of the same module
-under the names that transformers merges per-expert checkpoint tensors into: `gate_up_proj_packed`, ...
+transformers keeps the experts of a layer as 3-D parameters, `gate_up_proj` (or `up_proj`) and `down_proj`. Quantized, a
+parameter is replaced by `ExpertWeights`, and the module's class by one that is a `QuantizedExperts` too. Like a
+LowbitLinear, such a module has two states. *Packed*: the tensors of a checkpoint are its parameters, under the names
+that transformers merges per-expert tensors into (`gate_up_proj_packed`, ...), and the eager forward of its authors
+indexes `ExpertWeights` by expert, which dequantizes that matrix. *Prepared*: the buffers of a backend have taken their
+place, and the forward multiplies the rows of all experts at once. What no backend can run stays packed.
 """
+
+from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import nn
 
+from lowbit.backends import choose_for_experts, get_backend
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.grid import dequantize
 from lowbit.qweight import QuantWeight
@@ -20,26 +26,53 @@ def packed_name(parameter: str, suffix: str) -> str:
     return parameter + suffix.removeprefix("weight")
 
 
+def _stacked(parts: Iterable[dict[str, torch.Tensor]], count: int) -> dict[str, torch.Tensor]:
+    """[count, ...] of each tensor. Beside the result there is one part at a time, if `parts` is lazy."""
+    stacked = {}
+    for number, part in enumerate(parts):
+        for name, tensor in part.items():
+            if name not in stacked:
+                stacked[name] = tensor.new_empty(count, *tensor.shape)
+            stacked[name][number] = tensor
+    return stacked
+
+
 class ExpertWeights:
-    """Stands in for a 3-D expert parameter: `weights[e]` is the dense matrix of expert e, laid out as before."""
+    """Stands in for a 3-D expert parameter: `weights[e]` is the dense matrix of expert e, laid out as before.
+
+    shape: (experts, out_features, in_features). backend: the name of that whose buffers hold them, None if packed.
+    """
 
     # transformers leaves what it takes for loaded out of its weight initialisation
     _is_hf_initialized = True
 
     def __init__(
-        self, module: nn.Module, parameter: str, scheme: Scheme, shape: tuple[int, int, int], transposed: bool, dtype
+        self, module: nn.Module, parameter: str, scheme: Scheme, shape: tuple[int, int, int], transposed: bool
     ):
-        # the dict rather than the module: it follows .to() and deepcopy, and makes no module its own child
-        self._tensors = module._parameters
-        self.parameter, self.scheme, self.transposed, self.dtype = parameter, scheme, transposed, dtype
-        self.experts, self.out_features, self.in_features = shape
+        # the dicts rather than the module: they follow .to() and deepcopy, and make no module its own child
+        self._parameters, self._buffers = module._parameters, module._buffers
+        self.parameter, self.scheme, self.transposed, self.shape = parameter, scheme, transposed, shape
+        self.backend: str | None = None
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {s: self._tensors[packed_name(self.parameter, s)] for s in packed_format.suffixes(self.scheme)}
+    def packed(self) -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint by suffix, [experts, ...]."""
+        if self.backend is None:
+            suffixes = packed_format.suffixes(self.scheme)
+            return {suffix: self._parameters[packed_name(self.parameter, suffix)] for suffix in suffixes}
+        parts = (packed_format.pack(self.quantized(expert)) for expert in range(len(self)))
+        # the shapes of what was merged were kept
+        return _stacked(parts, len(self)) | {"weight_shape": self._parameters[f"{self.parameter}_shape"]}
+
+    def prepared(self) -> dict[str, torch.Tensor]:
+        """The buffers of the backend, [experts, ...]."""
+        return {name: self._buffers[f"{self.parameter}_{name}"] for name in self.buffer_names}
 
     def quantized(self, expert: int) -> QuantWeight:
-        tensors = {suffix: tensor[expert] for suffix, tensor in self.tensors().items()}
-        return packed_format.unpack_weight(tensors, self.scheme, self.out_features, self.in_features)
+        tensors = self.packed() if self.backend is None else self.prepared()
+        tensors = {name: tensor[expert] for name, tensor in tensors.items()}
+        if self.backend is None:
+            return packed_format.unpack_weight(tensors, self.scheme, *self.shape[1:])
+        return get_backend(self.backend).restore(tensors, self.scheme, self.shape[1:])
 
     def __getitem__(self, expert) -> torch.Tensor:
         return self._dense(int(expert), None)
@@ -49,11 +82,117 @@ class ExpertWeights:
         return weight.T if self.transposed else weight
 
     def __len__(self) -> int:
-        return self.experts
+        return self.shape[0]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The 3-D parameter as it was before quantization, up to its rounding."""
-        return torch.stack([self._dense(expert, dtype) for expert in range(self.experts)])
+        return torch.stack([self._dense(expert, dtype) for expert in range(len(self))])
+
+
+class QuantizedExperts(nn.Module):
+    """What the class of an experts module gains when its parameters are quantized."""
+
+    _expert_weights: dict[str, ExpertWeights]
+    wanted_backend: str | None = None
+    loaded = False  # whether `prepare` was called: before, loaders look for the packed parameters
+
+    @property
+    def is_prepared(self) -> bool:
+        return all(weights.backend is not None for weights in self._expert_weights.values())
+
+    def prepare(self, wanted: str | None = None) -> "QuantizedExperts":
+        """Lay the weights out for a backend, `wanted` or an error, else the first that can run them; after loading,
+        and again after each move. Does nothing if done, or if there is no backend for all of them."""
+        self.loaded, self.wanted_backend = True, wanted
+        names = {"gate_up_proj" if self.has_gate else "up_proj", "down_proj"}
+        if self.is_prepared or names != self._expert_weights.keys():
+            return self
+        chosen = {}
+        for name, weights in self._expert_weights.items():
+            scales = weights.packed()["weight_scale"]
+            if scales.device.type == "meta":
+                return self
+            chosen[name] = choose_for_experts(weights.scheme, scales.device, scales.dtype, weights.shape, wanted)
+        if None not in chosen.values():
+            for name, backend in chosen.items():
+                self._prepare(self._expert_weights[name], backend)
+        return self
+
+    def _prepare(self, weights: ExpertWeights, backend: str) -> None:
+        run = get_backend(backend)
+        buffers = _stacked((run.prepare(weights.quantized(expert)) for expert in range(len(weights))), len(weights))
+        for suffix in packed_format.suffixes(weights.scheme):
+            if suffix != "weight_shape":
+                del self._parameters[packed_name(weights.parameter, suffix)]
+        for name, buffer in buffers.items():
+            self.register_buffer(f"{weights.parameter}_{name}", buffer, persistent=False)
+        weights.backend, weights.buffer_names = backend, tuple(buffers)
+        weights.multiply = run.experts  # looked up once: torch.compile does not trace imports
+
+    def unprepare(self) -> "QuantizedExperts":
+        """Back to the packed state."""
+        for weights in self._expert_weights.values():
+            if weights.backend is not None:
+                packed = weights.packed()
+                for name in weights.buffer_names:
+                    delattr(self, f"{weights.parameter}_{name}")
+                weights.backend = None
+                for suffix, tensor in packed.items():
+                    parameter = nn.Parameter(tensor, requires_grad=False)
+                    self.register_parameter(packed_name(weights.parameter, suffix), parameter)
+        return self
+
+    def _apply(self, fn, recurse=True):
+        # A backend's layout belongs to one device and dtype: .to() and .half() move the packed tensors instead
+        self.unprepare()
+        super()._apply(fn, recurse)
+        return self.prepare(self.wanted_backend) if self.loaded else self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for weights in self._expert_weights.values():
+            for suffix, tensor in weights.packed().items():
+                destination[prefix + packed_name(weights.parameter, suffix)] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.unprepare()
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.loaded:
+            self.prepare(self.wanted_backend)
+
+    def forward(self, *args, **kwargs):
+        return (self._grouped_forward if self.is_prepared else super().forward)(*args, **kwargs)
+
+    def _grouped_forward(self, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+        """What transformers' `grouped_mm_experts_forward` computes, with a backend's product.
+
+        hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]. An index beyond the experts is one that
+        expert parallelism has put on another machine, and adds nothing. Nothing waits for the GPU.
+        """
+        expert, order = top_k_index.flatten().sort()
+        bounds = torch.arange(len(self._expert_weights["down_proj"]) + 1, dtype=expert.dtype, device=expert.device)
+        start = torch.searchsorted(expert, bounds, out_int32=True)
+        rows = hidden_states[order // top_k_index.shape[-1]]
+        if self.has_gate:
+            rows = self._apply_gate(self._product("gate_up_proj", rows, start))
+        else:
+            rows = self.act_fn(self._product("up_proj", rows, start))
+        rows = self._product("down_proj", rows, start)
+        if getattr(self, "has_post_expert_norm", False):  # unknown to transformers 5.17
+            rows = self.post_expert_norm(rows)
+        rows = rows * top_k_weights.flatten()[order, None]
+        rows = torch.empty_like(rows).index_copy_(0, order, rows)
+        return rows.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+
+    def _product(self, parameter: str, rows: torch.Tensor, expert_start: torch.Tensor) -> torch.Tensor:
+        weights = self._expert_weights[parameter]
+        bias = getattr(self, f"{parameter}_bias") if self.has_bias else None
+        return weights.multiply(rows, weights.prepared(), expert_start, weights.scheme, weights.shape, bias)
+
+
+@cache
+def _quantized_class(experts_class: type) -> type:
+    return type(f"Quantized{experts_class.__name__}", (QuantizedExperts, experts_class), {})
 
 
 def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: torch.dtype, merged: int = 1) -> None:
@@ -70,11 +209,12 @@ def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: t
             shape = (2 * merged,)
         tensor = torch.empty((experts, *shape), dtype=stored or dtype, device=dense.device)
         module.register_parameter(packed_name(parameter, suffix), nn.Parameter(tensor, requires_grad=False))
-    weights = ExpertWeights(
-        module, parameter, scheme, (experts, out_features, in_features), module.is_transposed, dtype
-    )
-    module.__dict__.setdefault("_expert_weights", {})[parameter] = weights
-    # the other implementations multiply with the whole parameter at once; the eager one takes expert after expert
+    if not isinstance(module, QuantizedExperts):
+        module.__class__ = _quantized_class(type(module))
+        module._expert_weights = {}
+    shape = (experts, out_features, in_features)
+    module._expert_weights[parameter] = ExpertWeights(module, parameter, scheme, shape, module.is_transposed)
+    # of a packed module: the other implementations multiply with the whole parameter at once
     module.config._experts_implementation = "eager"
 
 
@@ -82,8 +222,8 @@ def pack_experts(
     weights: torch.Tensor, scheme: Scheme, transposed: bool, merged: int, quantize
 ) -> dict[str, torch.Tensor]:
     """Quantize a dense 3-D parameter with `quantize(matrix [N, K]) -> QuantWeight`; packed tensors by suffix."""
-    packed = [packed_format.pack(quantize(w.T.contiguous() if transposed else w)) for w in weights]
-    stacked = {suffix: torch.stack([part[suffix] for part in packed]) for suffix in packed[0]}
+    parts = (packed_format.pack(quantize(w.T.contiguous() if transposed else w)) for w in weights)
+    stacked = _stacked(parts, len(weights))
     shapes = stacked["weight_shape"].clone()
     shapes[:, 0] //= merged
     stacked["weight_shape"] = shapes.repeat(1, merged)
@@ -98,15 +238,18 @@ def finish_experts(module: nn.Module, parameter: str) -> None:
 
 def expert_weights(module: nn.Module) -> dict[str, ExpertWeights]:
     """The quantized parameters of a module by name; empty if it is not a quantized experts module."""
-    return module.__dict__.get("_expert_weights", {})
+    return module._expert_weights if isinstance(module, QuantizedExperts) else {}
 
 
 def restore_experts(module: nn.Module, dtype: torch.dtype) -> None:
-    """Back to dense 3-D parameters."""
-    for parameter, weights in expert_weights(module).items():
+    """Back to dense 3-D parameters and the class it was."""
+    if not isinstance(module, QuantizedExperts):
+        return
+    for parameter, weights in module.unprepare()._expert_weights.items():
         dense = weights.dequantize(dtype)
         for suffix in packed_format.suffixes(weights.scheme):
             del module._parameters[packed_name(parameter, suffix)]
         module.__dict__.pop(parameter, None)
         module.register_parameter(parameter, nn.Parameter(dense, requires_grad=False))
-    module.__dict__.pop("_expert_weights", None)
+    del module._expert_weights
+    module.__class__ = type(module).__bases__[1]

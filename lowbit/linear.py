@@ -165,9 +165,7 @@ class LowbitLinear(nn.Module):
         rows = x.reshape(-1, self.in_features).to(self.dtype)
         if self.order is not None:
             rows = rows[:, self.order]
-        y = self._run(rows, self._prepared(), self.scheme, self.shape)
-        if self.bias is not None:
-            y = y + self.bias
+        y = self._run(rows, self._prepared(), self.scheme, self.shape, self.bias)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -2,10 +2,17 @@
 
 A backend module has
 `refuse(scheme, device, dtype, shape) -> reason or None`  with shape (out_features, in_features), dtype of x;
-`prepare(QuantWeight) -> dict[str, Tensor]`, the buffers in the layout its kernels want;
+`prepare(QuantWeight) -> dict[str, Tensor]`, the buffers in the layout its kernels want; there is no g_idx, layers
+sort their inputs by group;
 `restore(buffers, scheme, shape) -> QuantWeight`, the exact inverse;
-`linear(x, buffers, scheme, shape) -> y`, x [M, in_features] in the dtype of the scales, differentiable in x;
+`linear(x, buffers, scheme, shape, bias=None) -> y`, x [M, in_features] in the dtype of the scales, bias
+[out_features]; differentiable in x and bias;
 `available() -> reason or None`, whether it can run anything on this machine at all.
+
+One that can multiply rows by the matrices of several experts at once also has
+`experts(x, buffers, expert_start, scheme, shape, bias=None) -> y`, x [M, in_features] sorted by expert, expert e having
+the rows [expert_start[e], expert_start[e + 1]) of it (int32 [E + 1]; rows after the last give zeros), buffers and bias
+[E, ...] as `prepare` gives them for each expert; its `refuse` is asked with shape (E, out_features, in_features) then.
 """
 
 import logging
@@ -39,19 +46,35 @@ def choose(
 
     Each distinct reason for passing over a backend is logged once.
     """
-    if wanted is not None:
-        reason = get_backend(wanted).refuse(scheme, device, dtype, shape)
-        if reason:
-            raise BackendError(
-                f"backend {wanted} cannot run {scheme.name} {list(shape)} in {dtype} on {device}: {reason}"
-            )
-        return wanted
-    for name in BACKENDS:
-        reason = get_backend(name).refuse(scheme, device, dtype, shape)
+    name = _first("linear", scheme, device, dtype, shape, wanted)
+    if name is None:
+        raise BackendError(f"no backend can run {scheme.name} {list(shape)} in {dtype} on {device}")
+    return name
+
+
+def choose_for_experts(
+    scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], wanted: str | None = None
+) -> str | None:
+    """The same for a stack of matrices, shape (experts, out_features, in_features). None where no backend multiplies
+    by one: they are dequantized one by one then."""
+    return _first("experts", scheme, device, dtype, shape, wanted)
+
+
+def _first(operation: str, scheme, device, dtype, shape, wanted: str | None) -> str | None:
+    layers = {"linear": "layers", "experts": "experts"}[operation]
+    for name in BACKENDS if wanted is None else [wanted]:
+        backend = get_backend(name)
+        if not hasattr(backend, operation):
+            continue
+        reason = backend.refuse(scheme, device, dtype, shape)
         if reason is None:
             return name
-        _log_once(f"backend {name} passes over {scheme.name} layers: {reason}")
-    raise BackendError(f"no backend can run {scheme.name} {list(shape)} in {dtype} on {device}")
+        if wanted is not None:
+            raise BackendError(
+                f"backend {name} cannot run {scheme.name} {list(shape)} in {dtype} on {device}: {reason}"
+            )
+        _log_once(f"backend {name} passes over {scheme.name} {layers}: {reason}")
+    return None
 
 
 @cache

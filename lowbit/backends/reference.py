@@ -25,5 +25,5 @@ def restore(buffers, scheme, shape):
     return QuantWeight(buffers["codes"], buffers["scales"], scheme, buffers.get("zeros"))
 
 
-def linear(x, buffers, scheme, shape):
-    return reference_linear(x, restore(buffers, scheme, shape))
+def linear(x, buffers, scheme, shape, bias=None):
+    return reference_linear(x, restore(buffers, scheme, shape), None if bias is None else bias.to(x.dtype))

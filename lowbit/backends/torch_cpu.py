@@ -183,38 +183,49 @@ def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if native[dtype]() else torch.float32
 
 
-def _dense(x, buffers, scheme, shape):
+def _dense(x, buffers, scheme, shape, bias):
     dtype = gemm_dtype(x.dtype)
     wide, y = x.to(dtype), x.new_empty(x.shape[0], shape[0])
     for start, stop, weight in _blocks(buffers, scheme, shape, dtype):
-        y[:, start:stop] = wide @ weight.T
+        part = None if bias is None else bias[start:stop].to(dtype)
+        y[:, start:stop] = torch.nn.functional.linear(wide, weight, part)
     return y
 
 
-def linear(x, buffers, scheme, shape):
+def linear(x, buffers, scheme, shape, bias=None):
     tensors = [buffers[name] for name in _keys(scheme)]
-    return torch.ops.lowbit.linear_torch_cpu(x, tensors, scheme.bits, scheme.group_size, scheme.sym, shape[0])
+    return torch.ops.lowbit.linear_torch_cpu(x, tensors, bias, scheme.bits, scheme.group_size, scheme.sym, shape[0])
 
 
 @torch.library.custom_op("lowbit::linear_torch_cpu", mutates_args=())
 def _linear_op(
-    x: torch.Tensor, tensors: list[torch.Tensor], bits: int, group_size: int, sym: bool, out_features: int
+    x: torch.Tensor,
+    tensors: list[torch.Tensor],
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    out_features: int,
 ) -> torch.Tensor:
     scheme, shape = Scheme(bits, group_size, sym), (out_features, x.shape[1])
     buffers = dict(zip(_keys(scheme), tensors, strict=True))
     if not x.shape[0]:
         return x.new_empty(0, out_features)
     crossover = _CROSSOVER_FP32 if gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
-    return (_packed if x.shape[0] < crossover else _dense)(x.contiguous(), buffers, scheme, shape)
+    x = x.contiguous()
+    if x.shape[0] >= crossover:
+        return _dense(x, buffers, scheme, shape, bias)
+    y = _packed(x, buffers, scheme, shape)
+    return y if bias is None else y.add_(bias)  # the packed kernels take none: its addition rounds once more
 
 
 @_linear_op.register_fake
-def _(x, tensors, bits, group_size, sym, out_features):
+def _(x, tensors, bias, bits, group_size, sym, out_features):
     return x.new_empty(x.shape[0], out_features)
 
 
 def _keep_for_backward(ctx, inputs, output):
-    x, tensors, bits, group_size, sym, out_features = inputs
+    x, tensors, _, bits, group_size, sym, out_features = inputs
     ctx.save_for_backward(*tensors)
     ctx.scheme, ctx.shape = Scheme(bits, group_size, sym), (out_features, x.shape[1])
 
@@ -226,7 +237,8 @@ def _backward(ctx, grad):
     total = grad.new_zeros(grad.shape[0], ctx.shape[1], dtype=torch.float32)
     for start, stop, weight in _blocks(buffers, ctx.scheme, ctx.shape, dtype):
         total += grad[:, start:stop].to(dtype) @ weight
-    return total.to(grad.dtype), [None] * len(ctx.saved_tensors), None, None, None, None
+    of_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+    return total.to(grad.dtype), [None] * len(ctx.saved_tensors), of_bias, None, None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_keep_for_backward)

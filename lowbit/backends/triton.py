@@ -26,9 +26,12 @@ def available() -> str | None:
 
 
 @cache
-def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device, experts: bool) -> str | None:
     """Why the kernels are not to be trusted on `device`, or None: a small product of each is compared with plain torch.
-    A compiler or a GPU that nobody has tried them on costs speed then, not correctness."""
+    A compiler or a GPU that nobody has tried them on costs speed then, not correctness.
+
+    experts: try those for a stack of matrices (here of one) instead of those for one.
+    """
     from lowbit_kernels import ops, reference
     from lowbit_kernels.layout import Layout, pack
     from lowbit_kernels.tune import random_weight
@@ -36,11 +39,16 @@ def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device) -> st
     layout = Layout(bits, 128, sym, dtype, *_TRIAL_SHAPE)
     weight = random_weight(layout, device)
     packed = pack(*weight, bits)
+    form = (bits, layout.group_size, sym, dtype, layout.out_features)
     for rows in _TRIAL_ROWS:
         x = torch.randn(rows, layout.in_features, device=device).to(dtype)
         wanted = reference.linear(x.float(), *weight, bits)
         try:
-            y = ops.linear(x, *packed, None, bits, layout.group_size, sym, dtype, layout.out_features)
+            if experts:
+                start = torch.tensor([0, rows], dtype=torch.int32, device=device)
+                y = ops.experts(x, *(tensor[None] for tensor in packed), start, None, *form)
+            else:
+                y = ops.linear(x, *packed, None, *form)
         except Exception as error:  # of a compiler or a driver: whatever it is, there is another backend
             return f"its kernels fail on {device}: {type(error).__name__}: {first_line(error)}"
         error = float((y.float() - wanted).norm() / wanted.norm())
@@ -58,23 +66,18 @@ def refuse(scheme, device, dtype, shape):
     if dtype not in _DTYPES:
         return f"runs bfloat16 and float16, not {dtype}"
     group = scheme.group_size
-    if group != PER_CHANNEL and scheme.groups(shape[1]) > 1 and group % _GROUP_MULTIPLE:
+    if group != PER_CHANNEL and scheme.groups(shape[-1]) > 1 and group % _GROUP_MULTIPLE:
         return f"group_size {group} is not a multiple of {_GROUP_MULTIPLE}"
-    return _trial(scheme.bits, scheme.sym, dtype, torch.device(device))
+    return _trial(scheme.bits, scheme.sym, dtype, torch.device(device), experts=len(shape) == 3)
 
 
 def prepare(qweight: QuantWeight):
-    """Act-order is undone once, here: inputs are sorted by group, and x will be gathered in that order."""
     from lowbit_kernels.layout import pack
 
-    codes, buffers = qweight.codes, {}
-    if qweight.g_idx is not None:
-        order = torch.argsort(qweight.g_idx, stable=True)
-        codes = codes[:, order]
-        buffers = {"order": order, "g_idx": qweight.g_idx}
-    weight, meta = pack(codes, qweight.scales, qweight.zeros, qweight.scheme.bits)
+    qweight.require_natural_order("the triton backend")
+    weight, meta = pack(qweight.codes, qweight.scales, qweight.zeros, qweight.scheme.bits)
     # without elements: for `restore` to know the dtype of the scales
-    return {"weight": weight, "meta": meta, "scales_like": qweight.scales.new_empty(0), **buffers}
+    return {"weight": weight, "meta": meta, "scales_like": qweight.scales.new_empty(0)}
 
 
 def restore(buffers, scheme, shape):
@@ -82,22 +85,25 @@ def restore(buffers, scheme, shape):
 
     layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, *shape)
     codes, scales, zeros = unpack(buffers["weight"], buffers["meta"], layout)
-    if "order" in buffers:
-        codes = codes[:, torch.argsort(buffers["order"])]
-    return QuantWeight(codes, scales, scheme, zeros, buffers.get("g_idx"))
+    return QuantWeight(codes, scales, scheme, zeros)
 
 
 def _group_size(scheme, shape) -> int:
     """A group that is the whole row is a scale per row, whatever it is called."""
-    return scheme.group_size if scheme.groups(shape[1]) > 1 else PER_CHANNEL
+    return scheme.group_size if scheme.groups(shape[-1]) > 1 else PER_CHANNEL
 
 
-def linear(x, buffers, scheme, shape):
-    if "order" in buffers:
-        x = x[:, buffers["order"]]
+def linear(x, buffers, scheme, shape, bias=None):
     return torch.ops.lowbit_kernels.linear(
-        x, buffers["weight"], buffers["meta"], None,
+        x, buffers["weight"], buffers["meta"], bias,
         scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, shape[0],
+    )  # fmt: skip
+
+
+def experts(x, buffers, expert_start, scheme, shape, bias=None):
+    return torch.ops.lowbit_kernels.experts(
+        x, buffers["weight"], buffers["meta"], expert_start, bias,
+        scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, shape[-2],
     )  # fmt: skip
 
 
@@ -106,6 +112,29 @@ def table_of(device) -> str:
     from lowbit_kernels import select
 
     return str(select.user_table(select.gpu_of(torch.device(device))))
+
+
+def tables(device) -> dict[str, dict]:
+    """The tables of kernels for a GPU: "shipped table" and "tuned here", which wins -> {"path", "entries": count}."""
+    from lowbit_kernels import select
+
+    files = select.tables(select.gpu_of(torch.device(device)))
+    return {origin: {"path": str(path), "entries": len(select.read_table(path))} for origin, path in files.items()}
+
+
+def explain(scheme, shape: tuple[int, ...], dtype, rows: int, device) -> dict:
+    """{"kernel", "config", "reason"}: what multiplies x [rows, in_features] by a weight (out_features, in_features),
+    or, sorted by expert, by (experts, out_features, in_features), and why."""
+    from lowbit_kernels import select
+    from lowbit_kernels.layout import Layout
+
+    device = torch.device(device)
+    layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, dtype, *shape[-2:])
+    if len(shape) == 3:
+        choice = select.choose_for_experts(layout, rows, shape[0], device)
+    else:
+        choice = select.choose(layout, rows, device)
+    return {"kernel": choice.kernel, "config": vars(choice.config), "reason": choice.reason}
 
 
 def tune(scheme, shape: tuple[int, int], dtype, rows: int, device) -> dict:

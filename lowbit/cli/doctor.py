@@ -2,39 +2,80 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
 
 from lowbit.cli.common import JsonOption, console, print_json, table
+from lowbit.errors import UsageError
 
 _PACKAGES = (
     "lowbit", "torch", "transformers", "safetensors", "accelerate", "huggingface_hub", "triton", "datasets",
     "compressed-tensors", "peft",
 )  # fmt: skip
+# Tokens at a time: decoding, a small batch, reading a prompt
+_ROWS = (1, 16, 512)
 
 
-def doctor(json: JsonOption = False):
-    """Show versions, devices, and which backends run here and why others do not."""
-    findings = examine()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Show the kernels for this quantized model too.", show_default=False),
+    ] = None,
+    json: JsonOption = False,
+):
+    """Show versions, devices, which backends run here, and why others do not; and each GPU's tables of tuned kernels.
+
+    With MODEL, also which kernel runs each of its shapes of layers, for 1, 16 and 512 rows, and why.
+    """
+    findings = examine(model)
     if json:
         print_json(findings)
         return
     versions = table("package", "version")
     for name, found in findings["packages"].items():
         versions.add_row(name, found or "not installed")
-    console.print(versions)
     devices = table("device", "")
     for name, text in findings["devices"].items():
         devices.add_row(name, text)
-    console.print()
-    console.print(devices)
     backends = table("backend", "")
     for name, reason in findings["backends"].items():
         backends.add_row(name, reason or "runs here")
+    for shown in (versions, devices, backends):
+        console.print(shown)
+        console.print()
+    if findings["tables"]:
+        _show_tables(findings["tables"])
+    else:
+        console.print("no kernels are chosen here: " + (findings["backends"]["triton"] or "there is no GPU"))
+    if findings.get("kernels"):
+        _show_kernels(findings["kernels"])
+
+
+def _show_tables(tables: dict[str, dict]) -> None:
+    shown = table("tuned kernels", "entries", "file")
+    for device, files in tables.items():
+        for origin, found in files.items():
+            shown.add_row(f"{device} {origin}", str(found["entries"]), found["path"])
+    console.print(shown)
+    if not any(found["entries"] for files in tables.values() for found in files.values()):
+        console.print("no entries: a rule chooses; `lowbit tune MODEL` measures")
+
+
+def _show_kernels(kernels: list[dict]) -> None:
+    shown = table("layer", "device", "rows", "kernel", "why", "configuration")
+    for found in kernels:
+        layer = f"{found['scheme']} {'x'.join(map(str, found['shape']))}"
+        config = " ".join(f"{name}={value}" for name, value in found["config"].items())
+        rows = [str(found["rows"]), found["kernel"]] if found["kernel"] else ["any", "none"]
+        shown.add_row(layer, found["device"], *rows, found["reason"], config)
     console.print()
-    console.print(backends)
+    console.print(shown)
 
 
-def examine() -> dict:
-    """packages: name -> version or None. devices: name -> description. backends: name -> reason why not, or None."""
+def examine(model: str | None = None) -> dict:
+    """packages: name -> version or None. devices: name -> description. backends: name -> reason why not, or None.
+    tables: GPU -> origin -> {"path", "entries"}. kernels: see `kernels_of`, only with a model."""
     import torch
 
     from lowbit.backends import BACKENDS, get_backend
@@ -43,12 +84,55 @@ def examine() -> dict:
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, sm_{facts.major}{facts.minor}"
-    return {
+    backends = {name: get_backend(name).available() for name in BACKENDS}
+    gpus = [name for name in devices if name != "cpu" and backends["triton"] is None]
+    findings = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": devices,
-        "backends": {name: get_backend(name).available() for name in BACKENDS},
+        "backends": backends,
+        "tables": {gpu: get_backend("triton").tables(gpu) for gpu in gpus},
     }
+    return findings if model is None else findings | {"kernels": kernels_of(model, gpus)}
+
+
+def kernels_of(model: str, devices: list[str]) -> list[dict]:
+    """{"scheme", "shape", "device", "rows", "kernel", "config", "reason"} for each distinct layer of a quantized model,
+    device and number of rows. shape: [out_features, in_features], of fused experts [experts, ...], whose rows are those
+    of all experts together. Where no kernel runs a layer, kernel and rows are None and the reason says why.
+    """
+    from lowbit.backends import get_backend
+
+    triton, found = get_backend("triton"), []
+    layers, dtype = _layers(model)
+    for scheme, shape in layers:
+        for device in devices:
+            case = {"scheme": scheme.name, "shape": list(shape), "device": device}
+            if reason := triton.refuse(scheme, device, dtype, shape):
+                found.append({**case, "rows": None, "kernel": None, "config": {}, "reason": reason})
+                continue
+            found += [{**case, "rows": rows, **triton.explain(scheme, shape, dtype, rows, device)} for rows in _ROWS]
+    return found
+
+
+def _layers(model: str) -> tuple[list, "torch.dtype"]:  # noqa: F821 - imported where it is used
+    """Distinct (Scheme, shape) of the quantized layers as they are once loaded, and the dtype they run in."""
+    from lowbit.discovery import find_sites, skeleton
+    from lowbit.formats import detect_format, get_format
+    from lowbit.hf import loading_config
+
+    config = loading_config(model)
+    if getattr(config, "quantization_config", None) is None:
+        raise UsageError(f"{model} is not quantized: kernels are chosen for quantized layers")
+    source = config.quantization_config["source"]
+    schemes = get_format(detect_format(source)).schemes(source)
+    built = skeleton(config)
+    layers = {}
+    for site in find_sites(built).values():
+        if scheme := schemes.lookup(site.names, "Linear"):
+            shape = (site.out_features, site.in_features)
+            layers[scheme, (site.experts, *shape) if site.kind == "experts" else shape] = None
+    return list(layers), built.dtype
 
 
 def _version(package: str) -> str | None:

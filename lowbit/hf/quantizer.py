@@ -14,7 +14,15 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites
 from lowbit.errors import InputError
-from lowbit.experts import expert_weights, finish_experts, pack_experts, packed_name, quantize_experts, restore_experts
+from lowbit.experts import (
+    QuantizedExperts,
+    expert_weights,
+    finish_experts,
+    pack_experts,
+    packed_name,
+    quantize_experts,
+    restore_experts,
+)
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.foreign import StoredModel, merges_experts
@@ -164,6 +172,8 @@ class LowbitQuantizer(HfQuantizer):
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
+            if isinstance(module, QuantizedExperts):
+                module.prepare(self.quantization_config.backend)
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)

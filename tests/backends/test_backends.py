@@ -108,6 +108,26 @@ def test_inputs_with_a_mean(name, scheme, dtype):
 
 @each_layout
 @each_backend
+def test_bias(name, scheme, nan_poison):
+    backend, shape = get_backend(name), (80, 256)
+    for dtype in DTYPES.values():
+        if backend.refuse(scheme, torch.device("cpu"), dtype, shape):
+            continue
+        qweight = random_quantized(scheme, *shape, dtype)
+        buffers = backend.prepare(qweight)
+        bias = torch.randn(80).to(dtype).requires_grad_()
+        for rows in (0, 1, 17, 130):
+            x = torch.randn(rows, 256).to(dtype)
+            exact, squares = sums(x, matrix(qweight))
+            y = backend.linear(x, buffers, scheme, shape, bias)
+            assert y.dtype == dtype
+            assert error(y, exact + bias.double(), squares) <= tolerance(dtype, 256), (dtype, rows)
+        y.sum().backward()
+        assert torch.equal(bias.grad, torch.full_like(bias, rows))
+
+
+@each_layout
+@each_backend
 def test_gradient_of_the_input(name, scheme, nan_poison):
     backend, shape = get_backend(name), (80, 256)
     for dtype in DTYPES.values():

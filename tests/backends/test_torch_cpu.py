@@ -103,5 +103,6 @@ def test_operator_is_declared_as_it_behaves(layout):
     for requires_grad in (False, True):
         x = torch.randn(3, 512).bfloat16().requires_grad_(requires_grad)
         tensors = [buffers[key] for key in torch_cpu._keys(scheme)]
-        arguments = (x, tensors, scheme.bits, scheme.group_size, scheme.sym, 16)
+        bias = torch.randn(16).bfloat16().requires_grad_() if requires_grad else None
+        arguments = (x, tensors, bias, scheme.bits, scheme.group_size, scheme.sym, 16)
         torch.library.opcheck(torch.ops.lowbit.linear_torch_cpu.default, arguments)

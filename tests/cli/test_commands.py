@@ -316,23 +316,6 @@ def test_generate_on_a_backend(json_of, quantized, backend):
     assert result["tokens"] == 4
 
 
-# doctor
-
-
-def test_doctor_json(json_of):
-    from lowbit.backends import BACKENDS
-
-    found = json_of("doctor")
-    assert found["packages"]["torch"] == torch.__version__ and "transformers" in found["packages"]
-    assert found["backends"].keys() == BACKENDS.keys() and found["backends"]["reference"] is None
-    assert "cpu" in found["devices"] and found["python"].startswith("3.")
-
-
-def test_doctor_for_people(done):
-    out = done("doctor").out
-    assert torch.__version__ in out and "runs here" in out
-
-
 # Real models
 
 

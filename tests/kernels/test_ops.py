@@ -65,6 +65,9 @@ def test_bias_is_added_by_every_kernel():
     x = torch.randn(40, layout.in_features).to(layout.dtype)
     wanted = x.double() @ dense.T + bias.double()
     assert relative(run(x, weight, meta, layout, bias), wanted) < 8e-3
+    run(x, weight, meta, layout, bias.requires_grad_()).sum().backward()
+    assert torch.equal(bias.grad, torch.full_like(bias, len(x)))
+    bias = bias.detach()
     assert relative(run(x[:3], weight, meta, layout, bias), wanted[:3]) < 8e-3
     dense_pieces = select.Choice("dense", select.Dense(chunk=64 * 2 * layout.in_features), "")
     assert relative(ops.run(x, weight, meta, layout, bias, dense_pieces), wanted) < 8e-3
@@ -97,16 +100,20 @@ def expert_parts(experts=4):
     return layout, torch.stack([p[0] for p in packed]), torch.stack([p[1] for p in packed]), dense
 
 
-def test_experts():
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts(biased):
     layout, weight, meta, dense = expert_parts()
     counts = [3, 0, 20, 1]
     start = torch.tensor([0, 3, 3, 23, 24], dtype=torch.int32)
-    x = torch.randn(24, layout.in_features).to(layout.dtype)
+    x = torch.randn(24 + 2, layout.in_features).to(layout.dtype)  # two rows are no expert's
+    bias = torch.randn(4, layout.out_features).to(layout.dtype) if biased else None
     y = ops.experts(
-        x, weight, meta, start, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features
+        x, weight, meta, start, bias, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features
     )
-    wanted = torch.cat([part.double() @ d.T for part, d in zip(x.split(counts), dense, strict=True)])
-    assert relative(y, wanted) < 8e-3
+    wanted = torch.cat([part.double() @ d.T for part, d in zip(x[:24].split(counts), dense, strict=True)])
+    if biased:
+        wanted += bias.double().repeat_interleave(torch.tensor(counts), 0)
+    assert relative(y[:24], wanted) < 8e-3 and not y[24:].any()
 
 
 @pytest.mark.parametrize("rows", [3, 40])
@@ -130,13 +137,16 @@ def test_gradients_of_the_input(rows):
 def test_gradients_through_experts():
     layout, weight, meta, dense = expert_parts()
     start = torch.tensor([0, 3, 3, 7, 8], dtype=torch.int32)
-    x = torch.randn(8, layout.in_features).to(layout.dtype).requires_grad_()
-    grad = torch.randn(8, layout.out_features).to(layout.dtype)
+    x = torch.randn(9, layout.in_features).to(layout.dtype).requires_grad_()  # the last row is no expert's
+    grad = torch.randn(9, layout.out_features).to(layout.dtype)
+    bias = torch.zeros(4, layout.out_features, dtype=layout.dtype, requires_grad=True)
     ops.experts(
-        x, weight, meta, start, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features
+        x, weight, meta, start, bias, layout.bits, layout.group_size, layout.sym, layout.dtype, layout.out_features
     ).backward(grad)
-    wanted = torch.cat([g.double() @ d for g, d in zip(grad.split([3, 0, 4, 1]), dense, strict=True)])
-    assert relative(x.grad, wanted) < 8e-3
+    parts = grad[:8].double().split([3, 0, 4, 1])
+    assert relative(x.grad[:8], torch.cat([g @ d for g, d in zip(parts, dense, strict=True)])) < 8e-3
+    assert not x.grad[8].any()
+    assert relative(bias.grad, torch.stack([g.sum(0) for g in parts])) < 8e-3
 
 
 def test_opcheck():
@@ -149,7 +159,8 @@ def test_opcheck():
     torch.library.opcheck(ops.gate_up.default, (x, *packed, *form[:4], layout.out_features))
     layout, weight, meta, _ = expert_parts(2)
     start = torch.tensor([0, 1, 2], dtype=torch.int32)
-    torch.library.opcheck(ops.experts.default, (x, weight, meta, start, *form[:4], layout.out_features))
+    bias = torch.randn(2, layout.out_features).to(layout.dtype).requires_grad_()
+    torch.library.opcheck(ops.experts.default, (x, weight, meta, start, bias, *form[:4], layout.out_features))
 
 
 def test_compiles_without_guards_on_rows():

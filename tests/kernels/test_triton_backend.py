@@ -56,10 +56,10 @@ def test_act_order(sym):
     qweight = QuantWeight(plain.codes, plain.scales, scheme, plain.zeros, g_idx)
     zeros = torch.full_like(plain.scales, 8.0) if sym else plain.zeros
     dense = (plain.codes.double() - zeros.double()[:, g_idx.long()]) * plain.scales.double()[:, g_idx.long()]
-    buffers = triton.prepare(qweight)
+    layer = LowbitLinear.from_quantized(qweight, backend="triton")
     x = torch.randn(5, 128).to(torch.bfloat16)
-    assert relative(triton.linear(x, buffers, scheme, shape), x.double() @ dense.T) < 8e-3
-    restored = triton.restore(buffers, scheme, shape)
+    assert relative(layer(x), x.double() @ dense.T) < 8e-3
+    restored = layer.quantized_weight()
     assert torch.equal(restored.g_idx, g_idx)
     assert torch.equal(restored.codes, plain.codes) and torch.equal(restored.scales, plain.scales)
 

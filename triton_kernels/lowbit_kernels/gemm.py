@@ -30,7 +30,7 @@ from lowbit_kernels.decode import (
     words_per_iteration,
 )
 from lowbit_kernels.layout import ROWS, SLICES, Layout
-from lowbit_kernels.skinny import check_launch, check_tensor, finish
+from lowbit_kernels.skinny import check_config, check_launch, check_tensor, finish
 
 # Triton 3.6 overwrites operand registers of wgmmas that are still running where one dot takes several slices (triton
 # issue 9433); the machine code that 3.9 makes was checked and is right.
@@ -52,16 +52,8 @@ class Config:
     stages: int = 3
 
     def __post_init__(self):
-        for name, allowed in (
-            ("block_n", (16, 32, 64, 128, 256)),
-            ("block_m", (16, 32, 64, 128, 256)),
-            ("joined", (1, 2, 4)),
-            ("warps", (1, 2, 4, 8)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected one of {allowed}")
-        if self.group_m < 1 or self.stages < 1:
-            raise ValueError(f"group_m is {self.group_m} and stages {self.stages}, expected at least 1")
+        check_config(self, block_n=(16, 32, 64, 128, 256), block_m=(16, 32, 64, 128, 256), group_m=1, stages=1)
+        check_config(self, joined=(1, 2, 4), warps=(1, 2, 4, 8))
 
 
 def default_config(layout: Layout, rows: int) -> Config:

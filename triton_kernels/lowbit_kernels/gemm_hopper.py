@@ -34,7 +34,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lowbit_kernels.decode import fragment, half_of, scaled
 from lowbit_kernels.layout import PER_CHANNEL, Layout
-from lowbit_kernels.skinny import Workspace, check_launch, workspace_of
+from lowbit_kernels.skinny import Workspace, check_config, check_launch, workspace_of
 
 STEP = gl.constexpr(128)  # inputs of a turn: one K tile of four bits, two of eight
 ROWS = gl.constexpr(64)  # of W, what the four warps of a wgmma hold
@@ -59,10 +59,7 @@ class Config:
     split: int = 1
 
     def __post_init__(self):
-        if self.block_m not in (64, 128, 256):
-            raise ValueError(f"block_m is {self.block_m}, expected 64, 128 or 256")
-        if self.stages < 2 or self.split < 1:
-            raise ValueError(f"stages is {self.stages} and split {self.split}, expected at least 2 and 1")
+        check_config(self, block_m=(64, 128, 256), stages=2, split=1)
         if self.stages * self.block_m * STEP.value * 2 > SHARED_MEMORY:
             raise ValueError(f"stages is {self.stages}, too many for block_m {self.block_m} in shared memory")
         if self.block_m == 256 and self.split > 1:

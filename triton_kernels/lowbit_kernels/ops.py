@@ -2,12 +2,12 @@
 
     lowbit_kernels::linear    y = x W^T + bias
     lowbit_kernels::gate_up   y = SiLU(x Wg^T) * (x Wu^T), rows of both in turns of eight (layout.interleave_gate_up)
-    lowbit_kernels::experts   rows of x sorted by expert, each times the matrix of its expert
+    lowbit_kernels::experts   rows of x sorted by expert, each times the matrix of its expert, + its bias [E, N]
 
 `x` may have any leading dimensions, any strides, no rows at all. `dtype` is that of the packed scales, which the packed
 tensors do not tell; x of another one is cast to it, and the result back. How many rows there are decides on the kernel
-inside of the operator: a graph of torch.compile guards on nothing. Gradients go to x only, as LoRA wants it; they come
-from a dense copy made piece by piece.
+inside of the operator: a graph of torch.compile guards on nothing. Gradients go to a bias and, as LoRA wants it, to x,
+by a dense copy made piece by piece.
 """
 
 from itertools import pairwise
@@ -21,7 +21,7 @@ _FORM = "int bits, int group_size, bool sym, ScalarType dtype, int out_features"
 _library = torch.library.Library("lowbit_kernels", "DEF")
 _library.define(f"linear(Tensor x, Tensor weight, Tensor meta, Tensor? bias, {_FORM}) -> Tensor")
 _library.define(f"gate_up(Tensor x, Tensor weight, Tensor meta, {_FORM}) -> Tensor")
-_library.define(f"experts(Tensor x, Tensor weight, Tensor meta, Tensor expert_start, {_FORM}) -> Tensor")
+_library.define(f"experts(Tensor x, Tensor weight, Tensor meta, Tensor expert_start, Tensor? bias, {_FORM}) -> Tensor")
 # Of the gradients: out_features of the weight are those of grad
 _GRAD_FORM = "int bits, int group_size, bool sym, ScalarType dtype, int in_features"
 _library.define(f"grad_input(Tensor grad, Tensor weight, Tensor meta, {_GRAD_FORM}) -> Tensor")
@@ -87,15 +87,17 @@ def _gate_up(x, weight, meta, bits, group_size, sym, dtype, out_features):
     return y.view(*x.shape[:-1], out_features // 2).to(x.dtype)
 
 
-def _experts(x, weight, meta, expert_start, bits, group_size, sym, dtype, out_features):
+def _experts(x, weight, meta, expert_start, bias, bits, group_size, sym, dtype, out_features):
+    """expert_start int32 [E + 1]: expert e has the rows [expert_start[e], expert_start[e + 1]). Rows that come after
+    those of the last, as expert parallelism leaves the rows of other machines' experts, give zeros."""
     layout = Layout(bits, group_size, sym, dtype, out_features, x.shape[-1])
     rows = _rows(x, layout)
-    y = rows.new_empty(len(rows), out_features)
+    y = rows.new_zeros(len(rows), out_features)
     if len(rows):
-        # on average; experts with more rows are several tiles
-        config = skinny.default_config(layout, -(-len(rows) // len(weight)), 4 * select.gpu_of(x.device).processors)
+        bias = None if bias is None else bias.to(layout.dtype)
+        config = select.choose_for_experts(layout, len(rows), len(weight), x.device).config
         tiles = skinny.expert_tiles(expert_start, len(rows), config.block_m)
-        skinny.launch_experts(rows, weight, meta, layout, config, tiles, out=y)
+        skinny.launch_experts(rows, weight, meta, layout, config, tiles, bias=bias, out=y)
     return y.to(x.dtype)
 
 
@@ -143,7 +145,7 @@ def _(x, weight, meta, bits, group_size, sym, dtype, out_features):
 
 
 @torch.library.register_fake("lowbit_kernels::experts", lib=_library)
-def _(x, weight, meta, expert_start, bits, group_size, sym, dtype, out_features):
+def _(x, weight, meta, expert_start, bias, bits, group_size, sym, dtype, out_features):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -166,7 +168,9 @@ def _keep(ctx, inputs, output):
 
 def _linear_backward(ctx, grad):
     _, weight, meta, _ = ctx.saved_tensors
-    return torch.ops.lowbit_kernels.grad_input(grad, weight, meta, *ctx.form, ctx.in_features), *[None] * 8
+    of_x = torch.ops.lowbit_kernels.grad_input(grad, weight, meta, *ctx.form, ctx.in_features)
+    of_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    return of_x, None, None, of_bias, *[None] * 5
 
 
 def _gate_up_backward(ctx, grad):
@@ -181,9 +185,14 @@ def _gate_up_backward(ctx, grad):
 
 
 def _experts_backward(ctx, grad):
-    _, weight, meta, start = ctx.saved_tensors
-    found = torch.ops.lowbit_kernels.experts_grad_input(grad, weight, meta, start, *ctx.form, ctx.in_features)
-    return found, *[None] * 8
+    _, weight, meta, start, _ = ctx.saved_tensors
+    of_x = torch.ops.lowbit_kernels.experts_grad_input(grad, weight, meta, start, *ctx.form, ctx.in_features)
+    of_bias = None
+    if ctx.needs_input_grad[4]:
+        expert = torch.searchsorted(start[1:], torch.arange(len(grad), device=grad.device), right=True)
+        # one more, for rows that are no expert's
+        of_bias = grad.new_zeros(len(start), grad.shape[-1]).index_add(0, expert, grad)[:-1]
+    return of_x, None, None, None, of_bias, *[None] * 5
 
 
 for _name, _backward in (("linear", _linear_backward), ("gate_up", _gate_up_backward), ("experts", _experts_backward)):

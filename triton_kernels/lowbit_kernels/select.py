@@ -95,8 +95,26 @@ def choose(layout: Layout, rows: int, device: torch.device) -> Choice:
 def _choose(layout: Layout, rows: int, device: torch.device) -> Choice:
     gpu = gpu_of(device)
     choice = _from_tables(layout, rows, gpu) or Choice(*rule(layout, rows, gpu), "by rule")
-    logger.debug("%s on %s: %s %s, %s", key(layout, rows), gpu.name, choice.kernel, choice.config, choice.reason)
+    _log(layout, rows, gpu, choice)
     return choice
+
+
+def choose_for_experts(layout: Layout, rows: int, experts: int, device: torch.device) -> Choice:
+    """The choice for x [rows, in_features] sorted by expert, `layout` that of one: always the decode kernel, which
+    alone knows experts, for the rows that one has on average. More of them are several tiles."""
+    return _choose_for_experts(layout, bucket(-(-rows // experts)), device)
+
+
+@lru_cache(maxsize=4096)
+def _choose_for_experts(layout: Layout, rows: int, device: torch.device) -> Choice:
+    gpu = gpu_of(device)
+    choice = Choice("skinny", skinny.default_config(layout, rows, programs=4 * gpu.processors), "by rule for experts")
+    _log(layout, rows, gpu, choice)
+    return choice
+
+
+def _log(layout: Layout, rows: int, gpu: Gpu, choice: Choice) -> None:
+    logger.debug("%s on %s: %s %s, %s", key(layout, rows), gpu.name, choice.kernel, choice.config, choice.reason)
 
 
 def rule(layout: Layout, rows: int, gpu: Gpu) -> tuple[str, object]:
@@ -133,11 +151,16 @@ def _from_tables(layout: Layout, rows: int, gpu: Gpu) -> Choice | None:
 
 @cache
 def table(gpu: Gpu) -> dict[str, dict]:
-    """key -> {"kernel", "config", "us", "from"} of the shipped table and the user's."""
+    """key -> {"kernel", "config", "us", "from"} of all tables."""
     entries: dict[str, dict] = {}
-    for path, origin in ((shipped_table(gpu), "shipped table"), (user_table(gpu), "tuned here")):
+    for origin, path in tables(gpu).items():
         entries |= {k: entry | {"from": origin} for k, entry in read_table(path).items()}
     return entries
+
+
+def tables(gpu: Gpu) -> dict[str, Path]:
+    """Where an entry comes from -> the file, which need not exist. The later one wins."""
+    return {"shipped table": shipped_table(gpu), "tuned here": user_table(gpu)}
 
 
 def shipped_table(gpu: Gpu) -> Path:

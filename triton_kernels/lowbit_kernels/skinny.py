@@ -36,6 +36,16 @@ from lowbit_kernels.layout import Layout
 FEWEST_ROWS = 16 if AMD else 8
 
 
+def check_config(config, **expected: tuple[int, ...] | int) -> None:
+    """Raise ValueError unless each field named is one of a tuple, or at least a number."""
+    for name, wanted in expected.items():
+        value = getattr(config, name)
+        if isinstance(wanted, int) and value < wanted:
+            raise ValueError(f"{name} is {value}, expected at least {wanted}")
+        if isinstance(wanted, tuple) and value not in wanted:
+            raise ValueError(f"{name} is {value}, expected one of {wanted}")
+
+
 @dataclass(frozen=True)
 class Config:
     """block_n: out_features of a program, block_m: rows, split: programs that share the inputs of an output tile,
@@ -49,16 +59,8 @@ class Config:
     stages: int = 3
 
     def __post_init__(self):
-        for name, allowed in (
-            ("block_n", (16, 32, 64, 128, 256)),
-            ("block_m", (8, 16, 32, 64)),
-            ("tiles", (1, 2, 4)),
-            ("warps", (1, 2, 4, 8)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected one of {allowed}")
-        if self.split < 1 or self.stages < 1:
-            raise ValueError(f"split is {self.split} and stages {self.stages}, expected at least 1")
+        check_config(self, block_n=(16, 32, 64, 128, 256), block_m=(8, 16, 32, 64), split=1, stages=1)
+        check_config(self, tiles=(1, 2, 4), warps=(1, 2, 4, 8))
 
 
 def default_config(layout: Layout, rows: int, programs: int = 528) -> Config:
