@@ -48,13 +48,10 @@ class Site:
 
 
 def model_class(config, trust_remote_code: bool = False):
-    """The class of transformers that a config names, or the auto class that knows it: of text, then of images and text.
-
-    Encoder-decoder models and models that see are found so too.
-    """
+    """The class of transformers that a config names, else the auto class of what writes text that knows the config."""
     import transformers
 
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    architecture = str((getattr(config, "architectures", None) or [""])[0])
     remote = trust_remote_code and getattr(config, "auto_map", None)
     if not remote and (named := getattr(transformers, architecture, None)) is not None:
         return named
@@ -94,9 +91,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The 3-D parameters of a module that holds experts: one that counts them, by whatever name, as their first
-    dimension does."""
-    counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int}
+    """The 3-D parameters of a module that holds experts: one that counts as many of them, by whatever name, as their
+    first dimension is long."""
+    kind = type(module).__name__.lower()
+    counts = {value for name, value in vars(module).items() if "expert" in name + kind and type(value) is int}
     found = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     return found if counts & {p.shape[0] for p in found.values()} else {}
 
@@ -170,13 +168,13 @@ def _takes_no_text(module: nn.Module, config) -> bool:
     modalities = getattr(module, "input_modalities", "text")
     if "text" not in ([modalities] if isinstance(modalities, str) else modalities):
         return True
-    others = (getattr(config, "vision_config", None), getattr(config, "audio_config", None))
-    return getattr(module, "config", None) in [other for other in others if other is not None]
+    own = getattr(module, "config", None)
+    return own is not None and any(own is getattr(config, name, None) for name in ("vision_config", "audio_config"))
 
 
 def _routers(model: nn.Module, sites: dict[str, Site]) -> set[str]:
-    """Linears beside experts, alone in a module or not, with an output for each expert (and for some that do nothing).
-    The experts are fused, or a list of modules."""
+    """Linears with an output for each of the experts beside them, which are fused or a list of modules. They may be
+    alone in a module of their own."""
     counts: dict[str, set[int]] = {}
     for name, module in model.named_modules():
         block = name.rpartition(".")[0]

@@ -80,6 +80,9 @@ def round_trip(model, inputs: dict[str, torch.Tensor], folder: Path) -> dict:
         config = lowbit.LowbitConfig(SCHEME.bits, SCHEME.group_size)
         fly = type(model).from_pretrained(folder / "dense", quantization_config=config)
         assert torch.equal(logits(fly, inputs), actual), "the logits differ from those of the checkpoint"
+        stage = "save that"
+        fly.save_pretrained(folder / "fly")
+        assert torch.equal(logits(lowbit.load(folder / "fly"), inputs), actual), "the logits differ"
     except Exception as error:
         raise RuntimeError(f"{stage}: {type(error).__name__}: {error}") from error
     return {"share": share, "error": error, "to_original": relative_error(actual, logits(model, inputs))}

@@ -17,9 +17,9 @@ class LowbitConfig(QuantizationConfigMixin):
         AutoModelForCausalLM.from_pretrained(id, quantization_config=LowbitConfig(bits=4, group_size=128))
 
     bits: 2, 3, 4, 8. group_size: 16 ... 1024, or -1 per channel. sym: symmetric grid. scale_search: "minmax" or "mse".
-    ignore: regexes of module names to leave alone. include_vision: of a model that sees or hears, quantize all of it,
-    not its language model alone. backend: the name of the one to run on, an error if it cannot; by default each layer
-    takes the first that can. source: the `quantization_config` of a quantized checkpoint.
+    ignore: regexes of module names to leave alone. backend: the name of the one to run on, an error if it cannot;
+    by default each layer takes the first that can. source: the `quantization_config` of a quantized checkpoint.
+    include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
 
     `to_dict` gives the config of the format that is saved (compressed-tensors), never one of lowbit's own.
     """
@@ -31,9 +31,9 @@ class LowbitConfig(QuantizationConfigMixin):
         sym: bool = True,
         scale_search: str = "minmax",
         ignore: Iterable[str] = (),
-        include_vision: bool = False,
         backend: str | None = None,
         source: dict | None = None,
+        include_vision: bool = False,
         **unknown,
     ):
         if unknown:

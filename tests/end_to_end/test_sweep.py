@@ -5,11 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
-from rounds import quantizable, quantized_share, round_trip
-from tiny import ATTEMPTS, model_types, tiny_model_that_runs, tiny_skeleton
+import torch
+from models import relative_error
+from rounds import SCHEME, quantizable, quantized_share, round_trip
+from tiny import ATTEMPTS, logits, model_types, tiny_model_that_runs, tiny_skeleton
 
 import lowbit
 from lowbit.discovery import choose
+from lowbit.linear import LowbitLinear
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results" / "architectures.json"
 CAUSAL, SEQ2SEQ, VISION = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
@@ -25,7 +28,6 @@ ROUNDS = {
     "jamba": CAUSAL,  # mamba, attention and experts
     "t5": SEQ2SEQ,  # encoder and decoder
     "switch_transformers": SEQ2SEQ,  # a list of experts
-    "llava": VISION,
     "t5gemma2": VISION,  # vision inside the encoder
 }
 
@@ -45,7 +47,7 @@ def test_linears_of_every_language_model_are_found():
     count = 0
     for model_type, model in skeletons():
         wanted = quantizable(model)
-        chosen, _ = choose(model, lowbit.Recipe(lowbit.Scheme(4, 32)))
+        chosen, _ = choose(model, lowbit.Recipe(SCHEME))
         share = quantized_share(wanted, chosen)
         count += 1
         if share < 0.95 or not wanted.keys() >= chosen.keys():
@@ -62,14 +64,23 @@ def test_round(model_type, tmp_path):
     assert facts["share"] >= 0.95 and facts["to_original"] < 0.7
 
 
-def test_vision_is_quantized_on_demand():
-    model = tiny_skeleton(VISION, "llava")
-    recipe = lowbit.Recipe(lowbit.Scheme(4, 32), include_vision=True)
-    without, left = choose(model, lowbit.Recipe(lowbit.Scheme(4, 32)))
-    everything, _ = choose(model, recipe)
-    more = {name.partition(".language")[0].split(".")[1] for name in everything.keys() - without.keys()}
-    assert more == {"vision_tower", "multi_modal_projector"} and without.keys() < everything.keys()
-    assert {reason for _, reason in left.values()} == {"outside of the language model", "output embedding"}
+@pytest.mark.parametrize("include_vision", [False, True])
+def test_what_sees_is_quantized_on_demand(include_vision, tmp_path):
+    model, inputs = tiny_model_that_runs(VISION, "llava")
+    image = torch.full((1, (32 // model.config.vision_config.patch_size) ** 2), model.config.image_token_id)
+    inputs = {"input_ids": torch.cat([image, inputs["input_ids"]], 1), "pixel_values": torch.randn(1, 3, 32, 32)}
+    model.save_pretrained(tmp_path / "dense")
+    lowbit.quantize(tmp_path / "dense", tmp_path / "out", scheme=SCHEME, include_vision=include_vision)
+    quantized = lowbit.load(tmp_path / "out")
+    parts = {name.split(".")[1] for name, m in quantized.named_modules() if isinstance(m, LowbitLinear)}
+    assert parts == {"language_model"} | ({"vision_tower", "multi_modal_projector"} if include_vision else set())
+    actual = logits(quantized, inputs)
+    fly = type(model).from_pretrained(
+        tmp_path / "dense",
+        quantization_config=lowbit.LowbitConfig(SCHEME.bits, SCHEME.group_size, include_vision=include_vision),
+    )
+    assert torch.equal(logits(fly, inputs), actual)
+    assert relative_error(actual, logits(quantized.dequantize(), inputs)) < 1e-5
 
 
 def test_results_are_of_all_architectures():
