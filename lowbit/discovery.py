@@ -5,7 +5,9 @@ parameter of an experts module (one matrix per expert). Sites are found on a mod
 checkpoint names through the same renaming rules that transformers applies when it loads.
 """
 
+import copy
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -29,6 +31,7 @@ class Site:
     in_features: int
     transposed: bool = False  # stored as [in_features, out_features]
     experts: int = 0
+    routed: bool = False  # experts that are called with hidden states, the experts of each token and their weights
 
     @property
     def module(self) -> str:
@@ -44,27 +47,64 @@ class Site:
         return (self.parameter, owner, *(f"{owner}.0.{part}" for part in parts))
 
 
-def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None) -> nn.Module:
-    """The model that a transformers config describes, on the meta device: modules and shapes, no memory."""
+def model_class(config, trust_remote_code: bool = False):
+    """The class of transformers that a config names, else the auto class of what writes text that knows the config."""
     import transformers
 
-    architecture = (getattr(config, "architectures", None) or [None])[0]
-    model_class = getattr(transformers, str(architecture or ""), None)
+    architecture = str((getattr(config, "architectures", None) or [""])[0])
+    remote = trust_remote_code and getattr(config, "auto_map", None)
+    if not remote and (named := getattr(transformers, architecture, None)) is not None:
+        return named
+    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"):
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping:
+            return auto
+    return transformers.AutoModelForCausalLM
+
+
+def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None) -> nn.Module:
+    """The model that a transformers config describes, on the meta device: modules and shapes, no memory."""
+    found = model_class(config, trust_remote_code)
     chosen = {} if dtype is None else {"dtype": dtype}
     try:
         with nullcontext() if device is None else torch.device(device):
-            if model_class is not None:
-                return model_class._from_config(config, **chosen)
-            auto = transformers.AutoModelForCausalLM
-            return auto.from_config(config, trust_remote_code=trust_remote_code, **chosen)
+            if hasattr(found, "_from_config"):
+                return found._from_config(config, **chosen)
+            return found.from_config(config, trust_remote_code=trust_remote_code, **chosen)
     except Exception as error:  # sizes that make no sense fail anywhere
-        name = architecture or config.model_type
+        name = (getattr(config, "architectures", None) or [config.model_type])[0]
         raise InputError(f"transformers cannot build {name}: {first_line(error)}") from None
 
 
-def _is_experts(module: nn.Module) -> bool:
-    """transformers marks fused experts with the layout of their parameters."""
-    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
+def _is_linear(module: nn.Module) -> bool:
+    """An nn.Linear, or a subclass of it that computes the same: tried on a small weight."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    probe, x = copy.copy(module), torch.arange(6.0, device="cpu").view(2, 3)
+    weight, bias = torch.arange(12.0, device="cpu").view(4, 3).sin(), torch.arange(4.0, device="cpu")
+    probe._parameters = {"weight": weight, "bias": None if module.bias is None else bias}
+    try:
+        with torch.no_grad():
+            return torch.allclose(probe(x), nn.functional.linear(x, **probe._parameters))
+    except Exception:  # whatever else it wants, it is more than a linear
+        return False
+
+
+def _expert_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D parameters of a module that holds experts: one that counts as many of them, by whatever name, as their
+    first dimension is long."""
+    kind = type(module).__name__.lower()
+    counts = {value for name, value in vars(module).items() if "expert" in name + kind and type(value) is int}
+    found = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    return found if counts & {p.shape[0] for p in found.values()} else {}
+
+
+def _is_transposed(module: nn.Module, parameters: list[nn.Parameter]) -> bool:
+    """Whether experts are stored as [in_features, out_features]. transformers marks most; elsewhere the last parameter
+    tells, which puts out what the first one takes in."""
+    first, last = parameters[0], parameters[-1]
+    by_shape = first.shape[1] == last.shape[2] and first.shape[2] != last.shape[1]
+    return getattr(module, "is_transposed", by_shape)
 
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
@@ -74,47 +114,113 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     sites = {}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        if type(module) is nn.Linear or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward):
+        if _is_linear(module):
             sites[prefix + "weight"] = Site(prefix + "weight", "linear", module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             rows, columns = module.weight.shape
             sites[prefix + "weight"] = Site(prefix + "weight", "conv1d", columns, rows, transposed=True)
-        elif _is_experts(module):
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3:
-                    experts, rows, columns = parameter.shape
-                    out_features, in_features = (columns, rows) if module.is_transposed else (rows, columns)
-                    sites[prefix + leaf] = Site(
-                        prefix + leaf, "experts", out_features, in_features, module.is_transposed, experts
-                    )
+        elif parameters := _expert_parameters(module):
+            transposed, routed = _is_transposed(module, list(parameters.values())), hasattr(module, "is_transposed")
+            for leaf, parameter in parameters.items():
+                experts, rows, columns = parameter.shape
+                out_features, in_features = (columns, rows) if transposed else (rows, columns)
+                sites[prefix + leaf] = Site(
+                    prefix + leaf, "experts", out_features, in_features, transposed, experts, routed
+                )
     return sites
 
 
-def _left_alone(model: nn.Module, sites: dict[str, Site], lm_head: bool) -> dict[str, str]:
+def _language_model(model: nn.Module, sites: dict[str, Site]) -> Callable[[str], bool]:
+    """Tells of a parameter whether it belongs to the language model, rather than to what sees, hears or projects.
+
+    transformers says what each model inside of the model takes in. Where one takes no text, the language model is what
+    holds the input embeddings and the layers behind them, and the decoder, without the parts in which such a one is.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    towers = [f"{name}." for module, name in names.items() if name and _takes_no_text(module, model.config)]
+    if not towers:
+        return lambda parameter: True
+    lists = [f"{name}." for module, name in names.items() if isinstance(module, nn.ModuleList) and len(module)]
+    layers = [name for name in lists if any(site.startswith(name) for site in sites)]
+    decoder = names.get(model.get_decoder(), "")
+    try:
+        root = names.get(model.get_input_embeddings(), "")
+    except NotImplementedError:  # what transformers raises for a model that it does not know them of
+        root = decoder
+
+    def holds(name: str, parts: list[str]) -> bool:
+        return any(part.startswith(f"{name}.") for part in parts)
+
+    while root and not holds(root, layers):
+        root = root.rpartition(".")[0]
+    while (parent := root.rpartition(".")[0]) and not holds(parent, towers):
+        root = parent
+    roots = [root] if not decoder or f"{root}.".startswith(f"{decoder}.") else [root, decoder]
+    inside = tuple(f"{name}." if name else "" for name in roots)
+    outside = tuple(
+        f"{start}{tower[len(start) :].partition('.')[0]}."
+        for start in inside for tower in towers if tower.startswith(start)
+    )  # fmt: skip
+    return lambda parameter: parameter.startswith(inside) and not parameter.startswith(outside)
+
+
+def _takes_no_text(module: nn.Module, config) -> bool:
+    modalities = getattr(module, "input_modalities", "text")
+    if "text" not in ([modalities] if isinstance(modalities, str) else modalities):
+        return True
+    own = getattr(module, "config", None)
+    return own is not None and any(own is getattr(config, name, None) for name in ("vision_config", "audio_config"))
+
+
+def _routers(model: nn.Module, sites: dict[str, Site]) -> set[str]:
+    """Linears with an output for each of the experts beside them, which are fused or a list of modules. They may be
+    alone in a module of their own."""
+    counts: dict[str, set[int]] = {}
+    for name, module in model.named_modules():
+        block = name.rpartition(".")[0]
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
+            counts.setdefault(block, set()).add(len(module))
+        elif parameters := _expert_parameters(module):
+            counts.setdefault(block, set()).update(p.shape[0] for p in parameters.values())
+    alone: dict[str, list[str]] = {}
+    for site in sites.values():
+        alone.setdefault(site.module.rpartition(".")[0], []).append(site.parameter)
+    found = set()
+    for site in sites.values():
+        owner = site.module.rpartition(".")[0]
+        blocks = {owner} if len(alone[owner]) > 1 else {owner, owner.rpartition(".")[0]}
+        if site.kind == "linear" and any(site.out_features in counts.get(block, ()) for block in blocks):
+            found.add(site.parameter)
+    return found
+
+
+def _head_of(module: nn.Module) -> nn.Module | None:
+    return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+
+
+def _left_alone(model: nn.Module, sites: dict[str, Site], recipe: Recipe) -> dict[str, str]:
     """Parameter name -> why it is not quantized. Raises UsageError for a head that shall be and is tied."""
     reasons = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if lm_head and (head is None or model.config.get_text_config().tie_word_embeddings):
+    if recipe.lm_head and (_head_of(model) is None or model.config.get_text_config().tie_word_embeddings):
         raise UsageError("the output embedding cannot be quantized: the model has none of its own (tied weights)")
-    expert_counts = {}
-    for name, module in model.named_modules():
-        if head is not None and module is head and not lm_head:
-            reasons[f"{name}.weight"] = "output embedding"
-        if _is_experts(module):
-            expert_counts[name.rpartition(".")[0]] = module.num_experts
+    if not recipe.lm_head:
+        heads = {_head_of(module) for module in model.modules()} - {None}  # also of a model inside of the model
+        reasons = {f"{name}.weight": "output embedding" for name, module in model.named_modules() if module in heads}
+    in_language, routers = _language_model(model, sites), _routers(model, sites)
     for site in sites.values():
-        parent = site.module.rpartition(".")[0]
-        if site.kind == "linear" and site.out_features == expert_counts.get(parent):
+        if site.parameter in routers:
             reasons[site.parameter] = "router"
         elif site.kind == "linear" and site.out_features < _FEWEST_OUTPUTS:
             reasons[site.parameter] = f"gate with {site.out_features} outputs"
+        elif not recipe.include_vision and site.parameter not in reasons and not in_language(site.parameter):
+            reasons[site.parameter] = "outside of the language model"
     return reasons
 
 
 def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Scheme]], dict[str, tuple[Site, str]]]:
     """What `recipe` quantizes, and what it leaves alone: parameter name -> (Site, Scheme) and -> (Site, reason)."""
     sites = find_sites(model)
-    default_reasons = _left_alone(model, sites, recipe.lm_head)
+    default_reasons = _left_alone(model, sites, recipe)
     chosen, left = {}, {}
     for name, site in sites.items():
         pattern = recipe.ignored_by(*site.names)
@@ -129,8 +235,15 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Sche
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The repeated layers that hold most of the model's quantizable weights, and their name: layers, not experts, since
-    a list inside of another one's children is never the outermost."""
+    a list inside of another one's children is never the outermost. Raises InputError for a model without."""
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{type(model).__name__} has an encoder and a decoder, and calibration goes through a decoder alone: "
+            "use --method rtn"
+        )
     sites = find_sites(model)
+    in_language = _language_model(model, sites)
+    sites = {name: site for name, site in sites.items() if in_language(name)}
     best, most = None, 0
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):

@@ -84,6 +84,16 @@ class ExpertWeights:
     def __len__(self) -> int:
         return self.shape[0]
 
+    # Some modules multiply with the whole parameter at once: there it is dense, for as long as that takes
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return function(*(a.dequantize() if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+    def __getattr__(self, name):
+        if name.startswith("_") or not hasattr(torch.Tensor, name):
+            raise AttributeError(name)
+        return getattr(self.dequantize(), name)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The 3-D parameter as it was before quantization, up to its rounding."""
         return torch.stack([self._dense(expert, dtype) for expert in range(len(self))])
@@ -215,7 +225,8 @@ def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: t
     shape = (experts, out_features, in_features)
     module._expert_weights[parameter] = ExpertWeights(module, parameter, scheme, shape, module.is_transposed)
     # of a packed module: the other implementations multiply with the whole parameter at once
-    module.config._experts_implementation = "eager"
+    if hasattr(module, "config"):
+        module.config._experts_implementation = "eager"
 
 
 def pack_experts(

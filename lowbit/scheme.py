@@ -89,7 +89,8 @@ class Recipe:
 
     overrides: (regex, Scheme) pairs, the first one that matches a module name (from its start) wins over `scheme`.
     ignore: regexes of module names that stay in the source dtype, matched from the start of the name.
-    options: of the method, by name. lm_head: quantize the output embedding too.
+    options: of the method, by name. lm_head: quantize the output embedding too. include_vision: of a model that sees or
+    hears, quantize all of it, not its language model alone.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -98,6 +99,7 @@ class Recipe:
     overrides: tuple[tuple[str, Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
     lm_head: bool = False
+    include_vision: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "options", dict(self.options))
@@ -129,6 +131,7 @@ class Recipe:
             "overrides": [[pattern, asdict(scheme)] for pattern, scheme in self.overrides],
             "ignore": list(self.ignore),
             "lm_head": self.lm_head,
+            "include_vision": self.include_vision,
         }
 
     @classmethod
@@ -141,4 +144,5 @@ class Recipe:
             overrides,
             data.get("ignore", ()),
             data.get("lm_head", False),
+            data.get("include_vision", False),
         )

@@ -77,6 +77,12 @@ def quantize(
         ),
     ] = None,
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding too.")] = False,
+    include_vision: Annotated[
+        bool,
+        typer.Option(
+            "--include-vision", help="Of a model that sees or hears, quantize all of it, not its language model alone."
+        ),
+    ] = False,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +134,7 @@ def quantize(
             overrides=[_override(text) for text in override or ()],
             ignore=ignore or (),
             lm_head=lm_head,
+            include_vision=include_vision,
             dataset=dataset,
             num_samples=num_samples,
             seqlen=seqlen,

@@ -19,6 +19,7 @@ class LowbitConfig(QuantizationConfigMixin):
     bits: 2, 3, 4, 8. group_size: 16 ... 1024, or -1 per channel. sym: symmetric grid. scale_search: "minmax" or "mse".
     ignore: regexes of module names to leave alone. backend: the name of the one to run on, an error if it cannot;
     by default each layer takes the first that can. source: the `quantization_config` of a quantized checkpoint.
+    include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
 
     `to_dict` gives the config of the format that is saved (compressed-tensors), never one of lowbit's own.
     """
@@ -32,6 +33,7 @@ class LowbitConfig(QuantizationConfigMixin):
         ignore: Iterable[str] = (),
         backend: str | None = None,
         source: dict | None = None,
+        include_vision: bool = False,
         **unknown,
     ):
         if unknown:
@@ -43,6 +45,7 @@ class LowbitConfig(QuantizationConfigMixin):
             "rtn",
             options,
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+            include_vision=include_vision,
         )
         self.backend = backend
         self.source = source

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lowbit.backends import get_backend
 from lowbit.checkpoint import CheckpointReader
+from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
 from lowbit.sources import load_config, resolve
@@ -43,15 +44,13 @@ def load(
     device_map, dtype and further keywords are those of `from_pretrained`. backend: run on this one or fail.
     Raises InputError if a tensor is missing, unexpected or of another shape: nothing is ever filled in.
     """
-    from transformers import AutoModelForCausalLM
-
     if backend is not None:
         get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
     folder = resolve(path, revision)
     CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class(config, trust_remote_code).from_pretrained(
             folder,
             config=config,
             device_map=device_map,

@@ -8,7 +8,13 @@ from collections import Counter
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps, MergeModulelist, SplitModulelist, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    SplitModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -56,9 +62,22 @@ class QuantizeOnLoad(ConversionOps):
         return {f"{site.module}.{suffix}": part for suffix, part in packed.items()}
 
 
-def _merges_packed(conversion) -> bool:
-    sources = conversion._original_source_patterns
-    return isinstance(conversion, WeightConverter) and sources[0].endswith(packed_format.SUFFIXES)
+_PACKED = tuple(suffix.removeprefix("weight") for suffix in packed_format.SUFFIXES)
+
+
+def _is_of_packed(conversion) -> bool:
+    return conversion._original_source_patterns[0].endswith(_PACKED)
+
+
+def _renamings_of_packed(conversion, parameters) -> list[WeightRenaming]:
+    """What renames the packed tensors of `parameters` as `conversion` renames the dense ones."""
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    if type(conversion) is not WeightRenaming or not any(name.endswith(targets[0]) for name in parameters):
+        return []
+    made = [WeightRenaming([s + suffix for s in sources], [t + suffix for t in targets]) for suffix in _PACKED]
+    for renaming in made:
+        renaming.scope_prefix, renaming.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
+    return made
 
 
 class _Split(SplitModulelist):
@@ -109,6 +128,7 @@ class LowbitQuantizer(HfQuantizer):
         for site, scheme in self.chosen.values():
             owner, leaf = get_module_from_name(model, site.parameter)
             if site.kind == "experts":
+                owner.is_transposed = site.transposed  # not all experts are marked
                 quantize_experts(owner, leaf, scheme, self.dtype, self.names.merged(site.parameter))
                 if self.pre_quantized:
                     finish_experts(owner, leaf)
@@ -150,7 +170,8 @@ class LowbitQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions, *model):
         # transformers 5.17 to 5.20 do not pass the model
-        self._conversions = super().update_weight_conversions(weight_conversions, *model)
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        self._conversions = [r for c in conversions for r in (c, *_renamings_of_packed(c, self.chosen))]
         for conversion in self._conversions:
             if isinstance(conversion, WeightConverter):
                 operations = conversion.operations
@@ -193,7 +214,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def _keep_expert_conversions(self, model) -> None:
         """Saving reverses the merges of packed experts, of which a dense or foreign checkpoint used none."""
-        kept = [c for c in self._conversions if c.was_used() or _merges_packed(c) or merges_experts(c)]
+        kept = [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)]
         model._weight_conversions = kept or None
 
     def _saved_config(self) -> dict:
@@ -229,7 +250,8 @@ class LowbitQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         from transformers.pytorch_utils import Conv1D
 
-        dtype = dtype or self.dtype
+        # saving a model leaves the dtype of its config as a name
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.dtype
         for name, module in list(model.named_modules()):
             restore_experts(module, dtype)
             if not isinstance(module, LowbitLinear):

@@ -231,6 +231,8 @@ class _LayerLoop:
         layers: list[list[Step]] = [[] for _ in model.layers]
         head = []
         for step in self.plan.quantized:
+            if step.site.kind == "experts" and not step.site.routed:
+                continue  # nothing is known of how tokens get to these experts: they are quantized without data
             parameter, _ = model.names.locate(step.source.name)
             number = model.layer_of(parameter)
             if number is not None:

@@ -33,6 +33,7 @@ def quantize(
     overrides: Iterable[tuple[str, str | Scheme]] = (),
     ignore: Iterable[str] = (),
     lm_head: bool = False,
+    include_vision: bool = False,
     dataset=None,
     num_samples: int = 128,
     seqlen: int = 2048,
@@ -53,7 +54,8 @@ def quantize(
 
     model: a folder, a Hub id, or "reference" (the embedded model). scheme: a Scheme or a name such as "W4A16";
     group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches.
-    ignore: regexes of modules to leave alone; routers always are, and the output embedding unless lm_head.
+    ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head, and what a model
+    sees, hears or projects with unless include_vision.
     dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
     with the Plan, may return a progress callback. announce: called with lines a user should read.
 
@@ -66,7 +68,7 @@ def quantize(
 
     Raises UsageError (options that cannot work), InputError (the checkpoint), OutputError (the output folder).
     """
-    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head)
+    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision)
     memory = None if max_memory is None else parse_size(max_memory)
     calibration = Calibration(dataset, num_samples, seqlen, seed, redo, memory, trust_remote_code)
     shard_bytes = parse_size(max_shard_size)
@@ -114,10 +116,12 @@ def _nothing(step) -> None:
     return None
 
 
-def make_recipe(scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False) -> Recipe:
+def make_recipe(
+    scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False
+) -> Recipe:
     """A Recipe from what a user types; raises UsageError for anything that is not allowed."""
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     base = Scheme(base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym)
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, lm_head)
+    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, lm_head, include_vision)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("README.md", "triton_kernels/README.md", "model_cards/reference.md")
+DOCUMENTS = ("README.md", "triton_kernels/README.md", "model_cards/reference.md", "docs/architectures.md")
 
 
 def result(name: str) -> dict:
@@ -230,10 +230,40 @@ def gpu_predictions() -> str:
     return markdown(["**predicted** us (over ideal bf16)", *columns], rows)
 
 
+_TASKS = {
+    "AutoModelForCausalLM": "text",
+    "AutoModelForSeq2SeqLM": "encoder-decoder",
+    "AutoModelForImageTextToText": "images and text",
+}
+
+
+def architectures() -> str:
+    data = result("architectures")
+    rows = []
+    for task, name in _TASKS.items():
+        status = [row["status"] for row in data["rows"] if row["task"] == task]
+        rows.append([f"{name} (`{task}`)", str(len(status)), str(len(status) - status.count("not built")),
+                     str(status.count("ok"))])  # fmt: skip
+    rows.append(["all", str(data["model_types"]), str(data["built"]), str(data["ok"])])
+    rows.append(["distinct architectures", "", str(data["architectures"]), str(data["architectures_ok"])])
+    return markdown(["", "model types", "built small", "whole round"], rows) + source(data, "architectures")
+
+
+def architecture_names() -> str:
+    data = result("architectures")
+    names = sorted({row["architecture"] for row in data["rows"] if row["status"] == "ok"}, key=str.lower)
+    others = [
+        [f"{row['model_type']} (`{row['task']}`)", row["status"], row["reason"].replace("|", "\\|")]
+        for row in data["rows"] if row["status"] != "ok"
+    ]  # fmt: skip
+    return f"{', '.join(names)}.\n\n{markdown(['model type', '', 'reason'], others)}" + source(data, "architectures")
+
+
 TABLES = {
     f.__name__: f
     for f in (
-        quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, gpu_check, gpu_predictions, reference_training
+        architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, gpu_check,
+        gpu_predictions, reference_training,
     )
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import ARCHITECTURES, relative_error, save_tiny, token_ids
+from tiny import tiny_model_that_runs
 from transformers import AutoModelForCausalLM
 
 import lowbit
@@ -49,3 +50,16 @@ def test_on_the_fly_equals_offline_and_saves_the_same_checkpoint(name, tmp_path)
         model.save_pretrained(tmp_path / folder)
         saved = lowbit.load(tmp_path / folder)
         assert torch.equal(logits(saved), logits(offline))
+
+
+def test_experts_that_are_called_in_their_own_way_are_rounded(tmp_path):
+    model, _ = tiny_model_that_runs("AutoModelForCausalLM", "jetmoe")
+    model.save_pretrained(tmp_path / "dense")
+    report = lowbit.quantize(
+        tmp_path / "dense", tmp_path / "out", scheme=SCHEME, method="gptq", dataset=token_ids(96).view(3, 32)
+    )
+    calibrated = {layer["name"] for layer in report.layers if "output_error" in layer}
+    rounded = {layer["name"] for layer in report.layers} - calibrated
+    assert len(calibrated) == 2 and all(name.endswith("kv_proj.weight") for name in calibrated)
+    assert len(rounded) == 8 and all("linear" in name for name in rounded)
+    assert relative_error(logits(lowbit.load(tmp_path / "out")), logits(model)) < 0.5
