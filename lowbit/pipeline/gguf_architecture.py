@@ -67,7 +67,7 @@ class Architecture:
         gguf = import_gguf()
         self.config = source.config
         if self.config.get_text_config() is not self.config:
-            raise InputError(f"model type {self.config.model_type!r} is more than a language model, which GGUF holds")
+            raise InputError(f"model type {self.config.model_type!r} is not a language model alone: expected text only")
         key = self.config.model_type.removesuffix("_text")
         known = {_plain(name): arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         arch = known.get(_plain(key))
