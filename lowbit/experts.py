@@ -114,8 +114,9 @@ class QuantizedExperts(nn.Module):
         """Lay the weights out for a backend, `wanted` or an error, else the first that can run them; after loading,
         and again after each move. Does nothing if done, or if there is no backend for all of them."""
         self.loaded, self.wanted_backend = True, wanted
-        names = {"gate_up_proj" if self.has_gate else "up_proj", "down_proj"}
-        if self.is_prepared or names != self._expert_weights.keys():
+        if self.is_prepared or not hasattr(self, "has_gate"):  # a module that transformers' experts interface knows
+            return self
+        if self._expert_weights.keys() != {"gate_up_proj" if self.has_gate else "up_proj", "down_proj"}:
             return self
         chosen = {}
         for name, weights in self._expert_weights.items():

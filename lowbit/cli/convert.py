@@ -31,6 +31,13 @@ def convert(
     format: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, mlx, gguf.")] = "compressed-tensors",
     max_shard_size: ShardSizeOption = "5GB",
     overwrite: OverwriteOption = False,
+    pre: Annotated[
+        str | None,
+        typer.Option(
+            help="Of gguf: llama.cpp's name of the tokenizer's splitting rules, where they are not found.",
+            show_default=False,
+        ),
+    ] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -52,6 +59,7 @@ def convert(
             overwrite=overwrite,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            pre=pre,
             on_start=on_start,
         )
     if json:

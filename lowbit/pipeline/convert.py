@@ -71,23 +71,29 @@ def convert(
     overwrite: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    pre: str | None = None,
     on_start: OnStart | None = None,
 ) -> Conversion:
     """Write a quantized model again in another format: the same numbers, exactly.
 
     format: "compressed-tensors", "gptq" or "awq", which lowbit reads too; or an exit, "mlx" (a folder for mlx-lm) or
-    "gguf" (one file: `output_dir` itself if it ends in .gguf, else named after the model in it; one shard).
+    "gguf" (one file: `output_dir` itself if it ends in .gguf, else named after the model in it; one shard). pre: of gguf,
+    llama.cpp's name of the tokenizer's splitting rules, where they are not found.
 
     Raises UsageError for a format that does not exist, InputError with the reason where it cannot hold the numbers,
     OutputError when the folder cannot be written or reads back differently.
     """
     if format not in (*FORMATS, *EXITS):
         raise UsageError(f"format {format!r} is not known; allowed: {', '.join((*FORMATS, *EXITS))}")
+    if pre is not None and format != "gguf":
+        raise UsageError(f"pre is an option of gguf, not of {format}")
     shard_bytes = parse_size(max_shard_size)
     source = QuantizedFolder(model, revision, trust_remote_code)
     check_apart(source.folder, Path(os.path.abspath(output_dir)))
-    if format in EXITS:
-        return _leave(source, Path(output_dir), format, max_shard_size, overwrite, on_start)
+    if format == "gguf":
+        return _to_gguf(source, Path(output_dir), pre, overwrite, on_start)
+    if format == "mlx":
+        return _to_mlx(source, Path(output_dir), max_shard_size, overwrite, on_start)
     fmt, weights = get_format(format), source.stored.weights
     usual, _ = Counter(weight.scheme for weight in weights.values()).most_common(1)[0]
     for weight in weights.values():
@@ -105,32 +111,37 @@ def convert(
     return _rewrite(source, parts, output_dir, format, shard_bytes, overwrite, on_start, finish)
 
 
-def _leave(source: QuantizedFolder, output: Path, format: str, max_shard_size, overwrite: bool, on_start) -> Conversion:
-    """By an exit, which checks for itself that the numbers fit."""
+def _to_mlx(source: QuantizedFolder, output: Path, max_shard_size, overwrite: bool, on_start) -> Conversion:
+    notes = export_mlx(
+        source.as_exit(),
+        output,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        on_plan=_by_entry(on_start),
+    )
+    written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    return _conversion(source, "mlx", written, output, notes)
 
+
+def _to_gguf(source: QuantizedFolder, output: Path, pre: str | None, overwrite: bool, on_start) -> Conversion:
+    if output.suffix != ".gguf":
+        output = output / f"{source.folder.resolve().name}.gguf"
+    notes = export_gguf(source.as_exit(), output, pre=pre, overwrite=overwrite, on_plan=_by_entry(on_start))
+    return _conversion(source, "gguf", output.stat().st_size, output, notes)
+
+
+def _by_entry(on_start: OnStart | None):
     def on_plan(plan):
         done = on_start(len(plan)) if on_start else None
         return (lambda entry, note: done(entry.name)) if done else None
 
-    if format == "mlx":
-        notes = export_mlx(
-            source.as_exit(), output, max_shard_size=max_shard_size, overwrite=overwrite, on_plan=on_plan
-        )
-        written = [file for file in output.iterdir() if file.suffix == ".safetensors"]
-    else:
-        if output.suffix != ".gguf":
-            output = output / f"{source.folder.resolve().name}.gguf"
-        notes = export_gguf(source.as_exit(), output, overwrite=overwrite, on_plan=on_plan)
-        written = [output]
-    return Conversion(
-        source.stored.format,
-        format,
-        len(source.stored.weights),
-        sum(info.nbytes for info in source.reader.tensors.values()),
-        sum(file.stat().st_size for file in written),
-        str(output),
-        tuple(notes),
-    )
+    return on_plan
+
+
+def _conversion(source: QuantizedFolder, format: str, output_bytes: int, output, notes=()) -> Conversion:
+    source_bytes = sum(info.nbytes for info in source.reader.tensors.values())
+    weights = len(source.stored.weights)
+    return Conversion(source.stored.format, format, weights, source_bytes, output_bytes, str(output), tuple(notes))
 
 
 def dequantize(
@@ -269,14 +280,7 @@ def _rewrite(
         except OSError as error:
             raise OutputError(f"cannot write to {target}: {error.strerror or error}") from None
         staged.commit()
-    return Conversion(
-        source.stored.format,
-        format,
-        len(source.stored.weights),
-        sum(info.nbytes for info in source.reader.tensors.values()),
-        sum(info.nbytes for info in outputs),
-        str(output_dir),
-    )
+    return _conversion(source, format, sum(info.nbytes for info in outputs), output_dir)
 
 
 def _parameters(stored: StoredWeights) -> int:

@@ -163,6 +163,7 @@ def _data(source: ExitSource, tensor: _Tensor) -> np.ndarray:
 def _dense(source: ExitSource, tensor: _Tensor, name: str) -> torch.Tensor:
     values = source.tensor(name)
     if tensor.type == "F32":
+        # where a file has 1 + w for a norm, float32 rounds it as the model does that computes it
         values = values.float() - tensor.arrangement.offset
     return values if tensor.entry.stacked else values.view(tensor.shape)
 

@@ -19,12 +19,13 @@ from lowbit.pipeline.exits import Entry, ExitSource
 _GENERAL_KEYS = {
     "attention.key_length": "head_dim",
     "attention.value_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
+# The gguf package's table has `rope_freqs` for more, whose loaders in llama.cpp stop at a tensor that they do not know
+_TAKES_ROPE_FACTORS = "llama"
 # Settings that no file says: llama.cpp takes them for equal to another one
 _IMPLIED = {"query_pre_attn_scalar": "head_dim"}
 # Settings of training, of generation, and those that others (layer_types, the shape of a tensor) repeat
@@ -66,7 +67,7 @@ class Architecture:
         gguf = import_gguf()
         self.config = source.config
         if self.config.get_text_config() is not self.config:
-            raise InputError(f"model type {self.config.model_type!r} is more than a language model, which GGUF holds")
+            raise InputError(f"model type {self.config.model_type!r} is not a language model alone: expected text only")
         key = self.config.model_type.removesuffix("_text")
         known = {_plain(name): arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         arch = known.get(_plain(key))
@@ -77,7 +78,6 @@ class Architecture:
             raise InputError(f"transformers has no rules for model type {key!r} that could be followed backwards")
         self._keys = {k: attribute for k, attribute in GGUF_CONFIG_MAPPING[key].items() if attribute}
         self._assumed = GGUF_CONFIG_DEFAULTS_MAPPING.get(key, {})
-        self.has_rope_factors = gguf.MODEL_TENSOR.ROPE_FREQS in gguf.MODEL_TENSORS[arch]
         self._names = gguf.get_tensor_name_map(arch, self.config.num_hidden_layers)
         self._processor = TENSOR_PROCESSORS.get(self.name, TensorProcessor)(config=self.config.to_dict())
         self._read_into = get_gguf_hf_weights_map(source.skeleton, self._processor)
@@ -99,10 +99,11 @@ class Architecture:
         offset, numbered = self._read(np.zeros_like(probe), name), self._read(probe, name)
         if numbered is not None and offset is not None and np.isfinite(offset).all():
             constant = offset.flat[0]
-            order = numbered.reshape(shape[0], -1)[:, 0] - constant
-            same = np.array_equal(numbered, np.broadcast_to((order + constant).reshape(rows.shape), probe.shape))
-            if same and (offset == constant).all() and np.array_equal(np.sort(order), np.arange(shape[0])):
-                moved = not np.array_equal(order, np.arange(shape[0]))
+            columns = numbered.reshape(shape[0], -1) - constant
+            order, unmoved = columns[:, 0], np.arange(shape[0])
+            whole_rows = (columns == order[:, None]).all() and (offset == constant).all()
+            if whole_rows and np.array_equal(np.sort(order), unmoved):
+                moved = not np.array_equal(order, unmoved)
                 return Arrangement(np.argsort(order) if moved else None, float(constant))
         raise InputError(f"{name} is read through a transformation that cannot be undone on blocks")
 
@@ -122,6 +123,8 @@ class Architecture:
         values = {key: self._setting(attribute) for key, attribute in keys.items()}
         if "rope.dimension_count" not in keys and (share := self._rope.get("partial_rotary_factor", 1)) != 1:
             values["rope.dimension_count"] = int(self._head_dim * share)
+        if self._rope_type == "linear":
+            values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(self._rope["factor"])}
         return {key: value for key, value in values.items() if value is not None}
 
     @property
@@ -145,17 +148,20 @@ class Architecture:
     def _setting(self, attribute: str):
         return getattr(self.config, attribute, None) if attribute != "rope_theta" else self._rope.get(attribute)
 
+    @property
+    def _rope_type(self) -> str:
+        return self._rope.get("rope_type", "default")
+
     def rope_factors(self) -> np.ndarray | None:
-        """float32 [head_dim / 2], by which the frequencies of a scaled rope are divided; None if it is not scaled."""
+        """float32 [head_dim / 2], by which the frequencies of a rope like Llama 3's are divided; None for simpler ones.
+        Raises InputError for a rope that can be said neither by them nor by metadata."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        kind = self._rope.get("rope_type", "default")
-        if kind == "default":
+        if self._rope_type in ("default", "linear"):
             return None
-        scaled, attention_factor = ROPE_INIT_FUNCTIONS[kind](self.config, "cpu")
-        if not self.has_rope_factors or attention_factor != 1 or kind in ("dynamic", "longrope"):
-            raise InputError(f"rope_type {kind!r} cannot be said in a GGUF file of architecture {self.name}")
-        scaled = scaled.double().numpy()
+        if self._rope_type != "llama3" or self.name != _TAKES_ROPE_FACTORS:
+            raise InputError(f"rope_type {self._rope_type!r} cannot be said in a GGUF file of architecture {self.name}")
+        scaled = ROPE_INIT_FUNCTIONS["llama3"](self.config, "cpu")[0].double().numpy()
         plain = self._rope["rope_theta"] ** -(np.arange(len(scaled)) / len(scaled))
         return (plain / scaled).astype(np.float32)
 
@@ -164,32 +170,35 @@ class Architecture:
 
         tied: no output matrix is written. Raises InputError for settings that nobody would read back.
         """
-        from transformers import PreTrainedConfig
-
-        said = {attribute: self._setting(attribute) for attribute in self._keys.values()}
-        said = {attribute: value for attribute, value in said.items() if value is not None}
-        read = type(self.config)(**(said | self._assumed | {"tie_word_embeddings": tied})).to_dict()
-        trivial = set(PreTrainedConfig().to_dict()) - {"tie_word_embeddings"}
-        lost = []
         for setting, other in _IMPLIED.items():
             value, implied = getattr(self.config, setting, None), getattr(self.config, other, None)
             if value is not None and value != implied:
                 raise InputError(
                     f"{setting} is {value!r} in config.json, llama.cpp takes {other}, which is {implied!r}"
                 )
-        for setting, value in self.config.to_dict().items():
-            if setting in trivial or _HARMLESS.fullmatch(setting) or _same(value, read.get(setting)):
-                continue
-            if setting == "head_dim" and read.get(setting) is None and value == self._usual_head_dim:
-                continue
-            known_to_llama_cpp = setting in self._general.values() or setting == "rope_parameters"
-            if not known_to_llama_cpp or setting in self._assumed:
+        config, read = self.config.to_dict(), self._read_back(tied)
+        lost = [setting for setting in config if self._is_lost(setting, config[setting], read.get(setting))]
+        for setting in lost:
+            one_rope = setting == "rope_parameters" and "rope_theta" in config[setting]
+            if setting in self._assumed or not (one_rope or setting in self._general.values()):
                 raise InputError(
-                    f"{setting} is {value!r} in config.json, which a GGUF file of architecture {self.name} cannot say "
-                    f"(its readers take {read.get(setting)!r})"
+                    f"{setting} is {config[setting]!r} in config.json, which a GGUF file of architecture {self.name} "
+                    f"cannot say (its readers take {read.get(setting)!r})"
                 )
-            lost.append(setting)
         return lost
+
+    def _read_back(self, tied: bool) -> dict:
+        """The config that transformers makes of the metadata."""
+        said = {attribute: self._setting(attribute) for attribute in self._keys.values()}
+        said = {attribute: value for attribute, value in said.items() if value is not None}
+        return type(self.config)(**(said | self._assumed | {"tie_word_embeddings": tied})).to_dict()
+
+    def _is_lost(self, setting: str, value, read) -> bool:
+        from transformers import PreTrainedConfig
+
+        if setting in PreTrainedConfig().to_dict() or _HARMLESS.fullmatch(setting) or _same(value, read):
+            return False
+        return setting != "head_dim" or read is not None or value != self._usual_head_dim
 
 
 def _plain(name: str) -> str:

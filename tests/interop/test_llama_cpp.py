@@ -16,12 +16,13 @@ pytest.importorskip("gguf")
 
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+_LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 # (architecture, scheme, changes of the config)
 CASES = [
     ("llama", "W4A16-G32", {}), ("llama", "W8A16-G128", {"rope_parameters": _LLAMA3_ROPE}),
-    ("qwen2", "W3A16_ASYM-G64", {}), ("qwen3", "W4A16-G128", {}), ("gemma2", "W8A16-G32", {"head_dim": 256}),
-    ("gemma3", "W4A16_ASYM-G32", {"head_dim": 256}), ("phi3", "W8A16-G32", {}), ("qwen2_moe", "W8A16-G64", {}),
-    ("qwen3_moe", "W4A16-G32", {"norm_topk_prob": True}),
+    ("qwen2", "W3A16_ASYM-G64", {"rope_parameters": _LINEAR_ROPE}), ("qwen3", "W4A16-G128", {}),
+    ("gemma2", "W8A16-G32", {"head_dim": 256}), ("gemma3", "W4A16_ASYM-G32", {"head_dim": 256}),
+    ("phi3", "W8A16-G32", {}), ("qwen2_moe", "W8A16-G64", {}), ("qwen3_moe", "W4A16-G32", {"norm_topk_prob": True}),
 ]  # fmt: skip
 _TEXT = "the quick brown fox, it's 12345\n\n dogs"
 

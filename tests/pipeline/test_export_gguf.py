@@ -10,7 +10,8 @@ import torch
 from exit_sources import dense_model, dequantized, quantized_source
 from folders import contents, read_json, save_tokenizer, write_json
 from models import token_ids
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, modeling_gguf_pytorch_utils
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.pipeline.export_gguf import export_gguf
@@ -23,6 +24,14 @@ ARCHITECTURES = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}, "phi3": {},
     "qwen2_moe": {}, "qwen3_moe": {"norm_topk_prob": True},
 }  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+TWO_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+}
 SCHEMES = {"W4A16-G32": "Q4_0", "W3A16_ASYM-G64": "Q4_1", "W4A16_ASYM-G32": "Q8_0", "W8A16-G128": "Q8_0"}
 
 
@@ -92,9 +101,7 @@ def test_metadata_is_the_config(tmp_path):
 
 def test_scaled_rope_becomes_factors(tmp_path):
     """Llama 3's rule, against the frequencies that transformers computes."""
-    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}  # fmt: skip
-    source = quantized_source(tmp_path, "llama", rope_parameters=rope)
+    source = quantized_source(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
     notes = export_gguf(source, tmp_path / "model.gguf")
     assert any("its own defaults for rope_parameters" in note for note in notes)
     factors = next(t.data for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors if t.name == "rope_freqs.weight")
@@ -102,6 +109,15 @@ def test_scaled_rope_becomes_factors(tmp_path):
     frequencies = 1e4 ** -(torch.arange(0, 32, 2).double() / 32) / torch.from_numpy(np.array(factors)).double()
     torch.testing.assert_close(frequencies.float(), model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
     assert len(set(factors.tolist())) > 2  # some frequencies are scaled, some in part, some not
+
+
+def test_linear_rope_becomes_metadata(tmp_path):
+    source = quantized_source(
+        tmp_path, "qwen2", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4}
+    )
+    assert any("its own defaults for rope_parameters" in note for note in export_gguf(source, tmp_path / "model.gguf"))
+    fields = metadata(tmp_path / "model.gguf")
+    assert fields["qwen2.rope.scaling.type"] == "linear" and fields["qwen2.rope.scaling.factor"] == 4
 
 
 # --- vocabularies ---
@@ -136,10 +152,12 @@ def set_split(folder, regex):
 
 
 def test_splitting_rules_are_found_by_their_regex(tmp_path):
-    table = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    splits = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", None)
+    if splits is None:
+        pytest.skip("this transformers has no table of splitting rules")
     source = quantized_source(tmp_path, "qwen2", vocab_size=320)
     save_tokenizer(source.folder)
-    set_split(source.folder, table.GGUF_PRE_TOKENIZER_SPLITS["qwen2"])
+    set_split(source.folder, splits["qwen2"])
     assert export_gguf(source, tmp_path / "known.gguf") == []
     assert metadata(tmp_path / "known.gguf")["tokenizer.ggml.pre"] == "qwen2"
     set_split(source.folder, r"\d|\w+")
@@ -177,9 +195,12 @@ def test_a_tokenizer_of_another_model(tmp_path):
         ("llama", "W8A16_ASYM-G32", {}, "model.layers.0.mlp.down_proj: code - zero lies in .* Q8_0 holds"),
         ("llama", "W4A16-G32", {"attention_bias": True}, "attention_bias is True in config.json, .* cannot say"),
         ("llama", "W4A16-G32", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+        ("qwen2", "W4A16-G32", {"rope_parameters": LLAMA3_ROPE}, "rope_type 'llama3' cannot be said .* qwen2"),
         ("qwen3_moe", "W4A16-G32", {"norm_topk_prob": False}, "norm_topk_prob is False in config.json, .* take True"),
         ("qwen2", "W4A16-G32", {"hidden_act": "gelu"}, "hidden_act is 'gelu' in config.json"),
         ("gemma2", "W4A16-G32", {"head_dim": 32}, "query_pre_attn_scalar is 256 .* takes head_dim, which is 32"),
+        ("gemma3", "W4A16-G32", {"head_dim": 256, "rope_parameters": TWO_ROPES}, "rope_parameters is .* cannot say"),
+        ("phi3", "W4A16-G32", {"sliding_window": 64}, "sliding_window is 64 in config.json"),
         ("mixtral", "W4A16-G32", {}, "model type 'mixtral' is not one that both"),
         ("gpt2", "W4A16-G32", {}, "h.0.attn.c_attn is stored transposed"),
     ],
@@ -220,7 +241,7 @@ def test_what_a_reader_does_is_found_by_trying_it(tmp_path):
 
 
 CHANGES = {
-    "transposed": lambda w: w.T, "columns": lambda w: w * np.arange(2), "log": lambda w: np.log(-w),
+    "transposed": lambda w: w.T, "columns": lambda w: w * np.arange(1, 3), "log": lambda w: np.log(-w),
     "scaled": lambda w: 2 * w, "repeated": lambda w: np.concatenate([w[:4], w[:3]]),
     "shifted in part": lambda w: w + np.arange(7)[:, None], "of one shape": lambda w: w.reshape(7, 9),
 }  # fmt: skip
@@ -235,14 +256,14 @@ def test_a_transformation_that_cannot_be_undone(change, tmp_path):
 
 
 def test_a_name_that_transformers_reads_as_another(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.get_gguf_hf_weights_map", lambda *_: {})
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "get_gguf_hf_weights_map", lambda *_: {})
     with pytest.raises(InputError, match=r"is blk.0.ffn_down in a GGUF file, which transformers reads into None"):
         export_gguf(quantized_source(tmp_path), tmp_path / "model.gguf")
 
 
 def test_more_than_a_language_model(tmp_path):
     source = replace(quantized_source(tmp_path), config=Gemma3Config())
-    with pytest.raises(InputError, match="model type 'gemma3' is more than a language model"):
+    with pytest.raises(InputError, match="model type 'gemma3' is not a language model alone"):
         export_gguf(source, tmp_path / "model.gguf")
 
 
