@@ -77,8 +77,8 @@ def convert(
     """Write a quantized model again in another format: the same numbers, exactly.
 
     format: "compressed-tensors", "gptq" or "awq", which lowbit reads too; or an exit, "mlx" (a folder for mlx-lm) or
-    "gguf" (one file: `output_dir` itself if it ends in .gguf, else named after the model in it; one shard). pre: of gguf,
-    llama.cpp's name of the tokenizer's splitting rules, where they are not found.
+    "gguf" (one file: `output_dir` itself if it ends in .gguf, else named after the model in it, never split).
+    pre: of gguf, llama.cpp's name of the tokenizer's splitting rules, where they are not found.
 
     Raises UsageError for a format that does not exist, InputError with the reason where it cannot hold the numbers,
     OutputError when the folder cannot be written or reads back differently.
