@@ -11,8 +11,9 @@ from importlib.resources import files
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lowbit.publish.engines import engine_verdicts
 from lowbit.publish.facts import QUANTIZED, Facts, is_hub_id
-from lowbit.scheme import PER_CHANNEL, Scheme
+from lowbit.scheme import PER_CHANNEL
 
 # Where the base model's own card goes: ours takes its place as README.md
 BASE_CARD_NAME = "BASE_MODEL_CARD.md"
@@ -26,8 +27,7 @@ _QUALITY = {
     "top1_agreement": ("the same most likely token", "{:.2%}", 1),
 }
 _METRICS = {"perplexity": "perplexity", "kl_mean": "kl_divergence"}  # those that go into the metadata, as the Hub says
-# What SGLang's kernels for compressed-tensors take (0.5.23)
-_SGLANG_GROUPS = (PER_CHANNEL, 32, 64, 128)
+_SERVE = {"vLLM": "vllm serve", "SGLang": "python -m sglang.launch_server --model-path"}
 
 
 def model_card(facts: Facts, repo_id: str) -> ModelCard:
@@ -61,6 +61,7 @@ def page(facts: Facts, repo_id: str) -> dict:
         "base": f"[{base}](https://huggingface.co/{base})" if base else facts.base_name or "A model",
         "base_id": base,
         "base_card": _base_card(facts),
+        "format": facts.summary["format"],
         "scheme": scheme.name,
         "bits": f"{scheme.bits} bits",
         "asymmetric": "" if scheme.sym else " with zero points",
@@ -168,19 +169,10 @@ def _grouped(names: Mapping[str, str]) -> list[str]:
 
 
 def _engines(facts: Facts, repo_id: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """(name, command) of the engines that read these files, and what to know about the others."""
-    schemes = [Scheme.parse(part["name"]) for part in facts.quantized_parts]
-    if any(len(layer["shape"]) == 3 for layer in facts.summary["layers"]):
-        return [], ["Its experts are stored fused, which only lowbit reads today."]
-    engines = [("vLLM", f"vllm serve {repo_id}")]
-    if all(map(_runs_in_sglang, schemes)):
-        return [*engines, ("SGLang", f"python -m sglang.launch_server --model-path {repo_id}")], []
-    return engines, ["SGLang has no kernels for this: it takes 8 and 4 bits, zero points with 4 bits only, "
-                     "and groups of 32, 64, 128 or whole channels."]  # fmt: skip
-
-
-def _runs_in_sglang(scheme: Scheme) -> bool:
-    return scheme.group_size in _SGLANG_GROUPS and (scheme.bits == 4 or (scheme.bits == 8 and scheme.sym))
+    """(name, command) of the servers that take these files, and why the others do not."""
+    found = [verdict for verdict in engine_verdicts(facts.folder) if verdict.engine in _SERVE]
+    taken = [(f"{v.engine} ({v.version} or newer)", f"{_SERVE[v.engine]} {repo_id}") for v in found if v.ok]
+    return taken, [f"{v.engine} {v.version} does not take it: {v.reason}." for v in found if not v.ok]
 
 
 def _made(facts: Facts) -> list[tuple[str, str]]:
@@ -193,7 +185,7 @@ def _made(facts: Facts) -> list[tuple[str, str]]:
         "source revision": report.get("source_revision"),
         "versions": _pairs((report.get("versions") or {}).items(), " "),
         "machine": report.get("machine"),
-        "time": f"{report['seconds']:,.0f} s" if report.get("seconds") else None,
+        "time": f"{report['seconds']:,.1f} s" if report.get("seconds") else None,
         "peak memory": _size(report["peak_memory"]) if report.get("peak_memory") else None,
         "date": report.get("date"),
     }

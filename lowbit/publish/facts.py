@@ -5,7 +5,9 @@ nothing is made up in its place.
 """
 
 import json
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,22 +72,20 @@ class Facts:
         return Path(source).name if source else None
 
     @property
-    def quantized_parts(self) -> list[dict]:
-        """The parts of `summary` that are schemes, the one with the most parameters first."""
-        stored = {layer["scheme"] for layer in self.summary["layers"]}
-        parts = [part for part in self.summary["parts"] if part["name"] in stored]
-        return sorted(parts, key=lambda part: -part["parameters"])
-
-    @property
     def scheme(self) -> Scheme:
         """Of the recipe; where there is none, of most quantized parameters."""
-        return self.recipe.scheme if self.recipe else Scheme.parse(self.quantized_parts[0]["name"])
+        if self.recipe:
+            return self.recipe.scheme
+        parameters = Counter()
+        for layer in self.summary["layers"]:
+            parameters[layer["scheme"]] += math.prod(layer["shape"])
+        return Scheme.parse(parameters.most_common(1)[0][0])
 
     @property
     def quantized_bits(self) -> float:
         """Stored bits for each quantized parameter: codes, scales and zeros."""
-        parts = self.quantized_parts
-        return 8 * sum(part["bytes"] for part in parts) / sum(part["parameters"] for part in parts)
+        layers = self.summary["layers"]
+        return 8 * sum(layer["bytes"] for layer in layers) / sum(math.prod(layer["shape"]) for layer in layers)
 
     @property
     def suggested_name(self) -> str:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from facts import BASE_CARD, REPORT
-from folders import ROOT, edit_config, read_json, stored_tensors, write_json
+from folders import ROOT, edit_config, read_json, save_random_llama, stored_tensors, write_json
 from huggingface_hub import ModelCard
 from models import save_tiny
 from transformers import AutoModelForCausalLM
@@ -193,7 +193,7 @@ def test_how_it_was_made(folder):
     table = rows(card)
     assert table["calibration"] == ["16 samples, 32,768 tokens, from NeelNanda/pile-10k, train"]
     assert table["versions"] == ["torch 2.13.0, transformers 5.23.0"]
-    assert (table["time"], table["peak memory"]) == (["83 s"], ["1.25 GB"])
+    assert (table["time"], table["peak memory"]) == (["83.4 s"], ["1.25 GB"])
     assert f"```bash\n{REPORT['command']}\n```" in card.text and "written by lowbit 0.1.0" in card.text
 
 
@@ -244,24 +244,50 @@ def test_the_snippet_runs(folder, capsys):
     assert capsys.readouterr().out.startswith("The first thing to know is")
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Sides that the kernels of all engines take."""
+    return save_random_llama(tmp_path_factory.mktemp("wide") / "wide", hidden=128, intermediate=256, layers=1)
+
+
 @pytest.mark.parametrize(
-    ("scheme", "sglang"),
-    [("W4A16-G32", True), ("W4A16_ASYM-G32", True), ("W8A16-CHANNEL", True), ("W8A16_ASYM-G32", False),
-     ("W3A16-G32", False), ("W4A16-G16", False)],
-)  # fmt: skip
-def test_engines(tmp_path, plain, scheme, sglang):
-    lowbit.quantize(plain.with_name("tiny"), tmp_path / "out", scheme=scheme)
+    ("options", "vllm", "sglang"),
+    [
+        ({"scheme": "W4A16-G32"}, True, True),
+        ({"scheme": "W8A16-CHANNEL"}, True, True),
+        ({"scheme": "W3A16-G32"}, True, False),
+        ({"scheme": "W4A16-G32", "overrides": [(".*q_proj", "W8A16-G32")]}, False, False),
+        ({"scheme": "W4A16-G32", "ignore": [".*k_proj"]}, False, False),
+        ({"scheme": "W4A16-G32", "overrides": [(".*down_proj", "W8A16-G32")]}, True, True),
+    ],
+    ids=["G32", "CHANNEL", "3-bit", "mixed-q", "dense-k", "mixed-down"],
+)
+def test_engines(tmp_path, wide, options, vllm, sglang):
+    """What serves and what does not, and why: query, key and value are one matrix there."""
+    lowbit.quantize(wide, tmp_path / "out", **options)
     text = rendered(tmp_path / "out").text
-    assert "vllm serve me/tiny" in text
-    assert ("sglang.launch_server" in text) is sglang and ("SGLang has no kernels" in text) is not sglang
+    assert ("vllm serve me/tiny" in text) is vllm and ("vLLM 0.33 does not take it: " in text) is not vllm
+    assert ("sglang.launch_server --model-path me/tiny" in text) is sglang
+    assert bool(re.search("SGLang .* does not take it: model.layers.0", text)) is not sglang
 
 
 def test_fused_experts_are_for_lowbit(tmp_path):
     save_tiny(tmp_path / "moe", "gpt_oss")
     lowbit.quantize(tmp_path / "moe", tmp_path / "out", group_size=32)
     text = rendered(tmp_path / "out").text
-    assert "vllm serve" not in text and "stored fused, which only lowbit reads" in text
-    assert re.search(r"- `model.layers.\*.mlp.router(.weight)?` \(2\)", text)
+    assert "vllm serve" not in text and "is stored as one tensor of all experts" in text
+
+
+def test_a_gptq_checkpoint(tmp_path, wide):
+    lowbit.quantize(wide, tmp_path / "out", scheme="W4A16-G32", format="gptq")
+    card = rendered(tmp_path / "out")
+    assert "gptq" in card.data.tags and "vllm serve me/tiny" in card.text and "the gptq format" in card.text
+
+
+def test_a_model_with_code_of_its_own_is_not_run(bare):
+    edit_config(bare, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, model_type="own")
+    text = rendered(bare).text
+    assert "vllm" not in text.lower() and "lowbit.load" in text
 
 
 # What cannot be used
