@@ -1,7 +1,7 @@
 """lowbit: quantize, run, check and publish LLMs with low-bit weights.
 
-Public names: `quantize`, `convert`, `dequantize`, `verify`, `load`, `resolve`, `LowbitConfig`, `Scheme`, `Recipe`,
-`LowbitError`. Each is imported on first use, so that `import lowbit` stays cheap.
+Public names: `plan`, `quantize`, `convert`, `dequantize`, `verify`, `load`, `resolve`, `LowbitConfig`, `Scheme`,
+`Recipe`, `LowbitError`. Each is imported on first use, so that `import lowbit` stays cheap.
 """
 
 from importlib import import_module
@@ -14,6 +14,7 @@ _PUBLIC = {
     "LowbitError": "lowbit.errors:LowbitError",
     "LowbitConfig": "lowbit.hf:LowbitConfig",
     "load": "lowbit.hf:load",
+    "plan": "lowbit.pipeline:plan",
     "quantize": "lowbit.pipeline:quantize",
     "convert": "lowbit.pipeline:convert",
     "dequantize": "lowbit.pipeline:dequantize",

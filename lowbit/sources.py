@@ -4,6 +4,8 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
+from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.remote import RemoteHeaders
 from lowbit.errors import InputError, OutputError, first_line
 
 REFERENCE = "reference"
@@ -14,6 +16,21 @@ _UNWANTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "
 def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model, downloaded if MODEL is a Hub id. `reference` is the model that lowbit embeds; a folder of
     that name is reached as ./reference. Raises InputError when there is no such folder or repository."""
+    return _local(model) or _download(str(model), revision)
+
+
+def open_headers(model: str | Path, revision: str | None = None, trust_remote_code: bool = False):
+    """(the config and tensor headers of a model, its transformers config): of a folder, or read from the Hub without
+    a download. Raises InputError as `resolve` does."""
+    folder = _local(model)
+    if folder is None:
+        headers = RemoteHeaders(str(model), revision)
+        return headers, load_config(headers.files, trust_remote_code)
+    return CheckpointReader(folder), load_config(folder, trust_remote_code)
+
+
+def _local(model: str | Path) -> Path | None:
+    """The folder that MODEL is, None if it is the name of a repository."""
     if str(model) == REFERENCE:
         return Path(str(files("lowbit") / "assets" / "reference"))
     name = str(model)
@@ -22,7 +39,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
         if folder.is_dir():
             return folder
         if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists():
-            return _download(name, revision)
+            return None
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is locked, no such home
         raise InputError(
             f"no such model folder: {name} ({getattr(error, 'strerror', None) or first_line(error)})"

@@ -8,7 +8,7 @@ from lowbit.errors import InputError, first_line
 
 
 class RemoteHeaders:
-    """config and tensors of a repository, as `CheckpointReader` has them of a folder.
+    """config and tensors of a repository, as `CheckpointReader` has them of a folder. files: where config.json is.
 
     Raises InputError where the repository cannot be reached or has no safetensors weights.
     """
@@ -19,8 +19,8 @@ class RemoteHeaders:
 
         self.folder = Path(repository)  # for messages
         try:
-            path = hf_hub_download(repository, "config.json", revision=revision)
-            self.config = json.loads(Path(path).read_text(encoding="utf-8"))
+            path = Path(hf_hub_download(repository, "config.json", revision=revision))
+            self.config, self.files = json.loads(path.read_text(encoding="utf-8")), path.parent
             metadata = HfApi().get_safetensors_metadata(repository, revision=revision)
         except NotASafetensorsRepoError:
             raise InputError(f"{repository} has no safetensors weights: expected them on the Hub") from None

@@ -45,6 +45,16 @@ def split_shards(tensors: list[TensorInfo], max_shard_size: int) -> list[list[Te
     return shards
 
 
+def file_bytes(tensors: list[TensorInfo], max_shard_size: int) -> int:
+    """The size of all weight files that will hold `tensors`, headers and all."""
+    shards = split_shards(tensors, max_shard_size)
+    return sum(len(build_header(shard, _METADATA)[0]) + sum(t.nbytes for t in shard) for shard in shards)
+
+
+# transformers refuses files that do not say this
+_METADATA = {"format": "pt"}
+
+
 def shard_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_NAME]
@@ -196,7 +206,7 @@ class CheckpointWriter:
 
     def _open(self, shards: list[list[TensorInfo]], metadata: dict[str, str]) -> None:
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-            header, offsets = build_header(shard, {"format": "pt", **metadata})
+            header, offsets = build_header(shard, {**_METADATA, **metadata})
             size = len(header) + sum(t.nbytes for t in shard)
             descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._files.append(descriptor)

@@ -20,6 +20,7 @@ _ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 # name -> (module:function, one line of help). The help stands here so that `lowbit --help` imports nothing.
 COMMANDS = {
+    "plan": ("lowbit.cli.plan:plan", "Show what quantizing a model would give and take, from its headers."),
     "quantize": ("lowbit.cli.quantize:quantize", "Quantize a model into a folder that transformers and vLLM load."),
     "convert": ("lowbit.cli.convert:convert", "Write a quantized model in another format, the same numbers."),
     "dequantize": ("lowbit.cli.dequantize:dequantize", "Write a quantized model as a plain one."),

@@ -29,35 +29,37 @@ from lowbit.cli.common import (
     size,
     table,
 )  # fmt: skip
-from lowbit.errors import UsageError
+from lowbit.cli.plan import preview
+from lowbit.cli.recipe import (
+    BitsOption,
+    FormatOption,
+    GroupSizeOption,
+    IgnoreOption,
+    IncludeVisionOption,
+    LmHeadOption,
+    MethodOption,
+    MethodOptionsOption,
+    NumSamplesOption,
+    OverrideOption,
+    ScaleSearchOption,
+    SchemeOption,
+    SeqlenOption,
+    SymOption,
+    recipe_arguments,
+)
 
 
 def quantize(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     output_dir: OutputOption = None,
-    scheme: Annotated[
-        str | None, typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16).", show_default=False)
-    ] = None,
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8; instead of --scheme.", show_default=False)] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="16 ... 1024, or -1 per channel (default 128).", show_default=False)
-    ] = None,
-    sym: Annotated[
-        bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.", show_default=False)
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="rtn (round to nearest, no data), or gptq (error compensation, calibrated).")
-    ] = "rtn",
-    scale_search: Annotated[
-        str | None, typer.Option(help="Of rtn: minmax or mse; of gptq: columns or minmax.", show_default=False)
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=VALUE for the method: gptq has order, scale_search, damping, drift, sweeps.", show_default=False
-        ),
-    ] = None,
+    scheme: SchemeOption = None,
+    bits: BitsOption = None,
+    group_size: GroupSizeOption = None,
+    sym: SymOption = None,
+    method: MethodOption = "rtn",
+    scale_search: ScaleSearchOption = None,
+    option: MethodOptionsOption = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -67,8 +69,8 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    num_samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a sample.")] = 2048,
+    num_samples: NumSamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
     redo: Annotated[
         str | None,
@@ -76,13 +78,8 @@ def quantize(
             help="Regex of modules of an unfinished run: do their layers and all later ones again.", show_default=False
         ),
     ] = None,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding too.")] = False,
-    include_vision: Annotated[
-        bool,
-        typer.Option(
-            "--include-vision", help="Of a model that sees or hears, quantize all of it, not its language model alone."
-        ),
-    ] = False,
+    lm_head: LmHeadOption = False,
+    include_vision: IncludeVisionOption = False,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -90,16 +87,12 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    override: Annotated[
-        list[str] | None, typer.Option(help="REGEX=SCHEME for the modules it matches; repeatable.", show_default=False)
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Regex of modules to leave alone; repeatable.", show_default=False)
-    ] = None,
-    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
+    override: OverrideOption = None,
+    ignore: IgnoreOption = None,
+    format: FormatOption = "compressed-tensors",
     max_shard_size: ShardSizeOption = "5GB",
     overwrite: OverwriteOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan and report; write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what `plan` shows; write nothing.")] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -112,29 +105,28 @@ def quantize(
     from lowbit.pipeline import quantize as run
 
     model = one_model(model, model_option)
-    target = Path("dry-run-output") if dry_run and output_dir is None else one_output(output_dir)
-    if scheme is not None and bits is not None:
-        raise UsageError("--scheme and --bits say the same thing: pass one of them")
+    recipe = recipe_arguments(
+        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
+    )
+    if dry_run:
+        options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
+        preview(model, {**recipe, **options, "revision": revision, "trust_remote_code": trust_remote_code}, json)
+        if not json:
+            console.print("dry run: nothing was written")
+        return
+    target = one_output(output_dir)
     quiet_transformers()
     with interrupted_once(), ExitStack() as stack:
 
         def on_plan(plan):
             total = sum(step.source.nbytes for step in plan.steps)
-            advance = stack.enter_context(progress("quantizing", total, quiet=json or dry_run))
+            advance = stack.enter_context(progress("quantizing", total, quiet=json))
             return lambda step, note: advance(step.source.nbytes, note or step.source.name)
 
         report = run(
             model,
             target,
-            scheme=scheme or (f"W{bits}A16" if bits is not None else "W4A16"),
-            group_size=group_size,
-            sym=sym,
-            method=method,
-            options=_options(option, scale_search),
-            overrides=[_override(text) for text in override or ()],
-            ignore=ignore or (),
-            lm_head=lm_head,
-            include_vision=include_vision,
+            **recipe,
             dataset=dataset,
             num_samples=num_samples,
             seqlen=seqlen,
@@ -144,7 +136,6 @@ def quantize(
             format=format,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            dry_run=dry_run,
             revision=revision,
             trust_remote_code=trust_remote_code,
             command=typed_command(),
@@ -156,7 +147,7 @@ def quantize(
     if json:
         print_json(report.to_dict())
     else:
-        _show(report, dry_run, output_dir)
+        _show(report, output_dir)
 
 
 def typed_command() -> str:
@@ -166,33 +157,16 @@ def typed_command() -> str:
     return shlex.join([*program, *sys.argv[1:]])
 
 
-def _options(texts: list[str] | None, scale_search: str | None) -> dict[str, str]:
-    options = {} if scale_search is None else {"scale_search": scale_search}
-    for text in texts or ():
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise UsageError(f"option {text!r} is not understood; expected NAME=VALUE, e.g. damping=0.05")
-        options[name.replace("-", "_")] = value
-    return options
-
-
-def _override(text: str) -> tuple[str, str]:
-    pattern, separator, scheme = text.rpartition("=")
-    if not separator:
-        raise UsageError(f"override {text!r} is not understood; expected REGEX=SCHEME, e.g. '.*down_proj=W8A16'")
-    return pattern, scheme
-
-
-def _show(report, dry_run: bool, output_dir: Path | None) -> None:
+def _show(report, output_dir: Path) -> None:
     rows = table("", "before", "after")
     rows.add_row("weights", size(report.source_bytes), size(report.output_bytes))
     rows.add_row("bits per quantized weight", "", f"{report.bits_per_weight:.2f}")
     console.print(rows)
     console.print(
-        f"{report.quantized_tensors} weight tensors quantized, {report.quantized_share:.1%} of the bytes"
-        + ("" if dry_run else f"; {_error(report)}; {report.seconds:.1f} s")
+        f"{report.quantized_tensors} weight tensors quantized, {report.quantized_share:.1%} of the bytes; "
+        f"{_error(report)}; {report.seconds:.1f} s"
     )
-    if report.calibration and not dry_run:
+    if report.calibration:
         _show_calibration(report)
     if report.fallbacks:
         console.print("other group size, because theirs does not divide in_features:")
@@ -202,7 +176,7 @@ def _show(report, dry_run: bool, output_dir: Path | None) -> None:
         console.print("left alone:")
         for name, reason in report.left_alone.items():
             console.print(f"  {name}: {reason}")
-    console.print("dry run: nothing was written" if dry_run else f"written to {output_dir}")
+    console.print(f"written to {output_dir}")
 
 
 def _error(report) -> str:

@@ -1,6 +1,7 @@
 """Whole checkpoints: quantized from a plan made of headers, converted, dequantized."""
 
 from lowbit.pipeline.convert import convert, dequantize
+from lowbit.pipeline.preview import Preview, plan
 from lowbit.pipeline.run import quantize
 
-__all__ = ["convert", "dequantize", "quantize"]
+__all__ = ["Preview", "convert", "dequantize", "plan", "quantize"]

@@ -11,14 +11,10 @@ from functools import cached_property
 
 
 def number(value) -> float | None:
-    """A finite number that is not negative: sizes, counts, errors and times all are."""
+    """A number that is not negative and below 10^18: sizes, counts, errors and times all are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
+    return float(value) if 0 <= value < 1e18 else None
 
 
 def text(value) -> str:

@@ -138,10 +138,10 @@ def _parts(facts: Facts, _) -> Figure:
 def _experts(facts: Facts, _) -> Figure:
     """Tokens that each expert was sent, a row for each layer."""
     depths, count = list(facts.routed), 1 + max(max(experts) for experts in facts.routed.values())
-    # a logarithm of no tokens has to be drawn somewhere: below that of one
+    # no tokens have no logarithm: they are drawn below one token
     tokens = [[max(facts.routed[depth].get(e, math.nan), 0.5) for e in range(count)] for depth in depths]
     figure, axes = _figure(min(6.0, 1.3 + 0.2 * len(depths)))
-    most = max(2.0, *(value for row in tokens for value in row if not math.isnan(value)))
+    most = max(2.0, max(max(experts.values()) for experts in facts.routed.values()))
     image = axes.imshow(
         tokens, norm=LogNorm(0.5, most), cmap="viridis", aspect="auto", interpolation="none",
         extent=(-0.5, count - 0.5, len(depths) - 0.5, -0.5),

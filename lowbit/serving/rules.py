@@ -86,7 +86,7 @@ _VLLM_AWQ = Kernel("AWQ", (4,), (4,), (16, 32, 64, 128, 256, 512, 1024), out_mul
 _SGLANG_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, in_multiple=128, out_multiple=64, capability=(8, 0))
 _SGLANG_MARLIN_EXPERTS = replace(_SGLANG_MARLIN, in_multiple=64, out_multiple=128)
 
-_ANY = (Kernel("", _ALL, _ALL),)
+_ANY, _ANY_AWQ = (Kernel("", _ALL, _ALL),), (Kernel("", (4,), (4,)),)
 # transformers 5.23: quantizers/quantizer_compressed_tensors.py and integrations/compressed_tensors.py
 _TRANSFORMERS = (Kernel("", _ALL, ()),)
 # GPTQModel 7.6: nn_modules/qlinear/torch.py and torch_awq.py
@@ -105,6 +105,8 @@ RULES = (
     # compressed_tensors/schemes/compressed_tensors_wNa16.py and compressed_tensors_wNa16_moe.py, whose zero points of
     # experts are laid out wrongly (pull request 39510)
     Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN,), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),)),
+    Rule("lowbit", "this", "gptq", _ANY, _ANY, act_order=True, fuses=False, ranks=(1,),
+         dtypes=("float16", "bfloat16", "float32"), run=True, note="experts without act-order only"),
     Rule("GPTQModel", "7.6", "gptq", _GPTQMODEL, _GPTQMODEL, act_order=True, fuses=False, ranks=(1,), run=True,
          note="asymmetric checkpoints only as gptq_v2"),
     # layers/quantization/auto_gptq.py; act-order is refused in layers/quantization/utils/gptq_utils.py
@@ -113,6 +115,8 @@ RULES = (
     # gptq/gptq.py `GPTQMarlinConfig`; gptq/schemes/gptq_linear.py: the kernel for other schemes was removed
     Rule("SGLang", "0.5.23", "gptq", (replace(_SGLANG_MARLIN, asym=()),), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),),
          act_order=True),
+    Rule("lowbit", "this", "awq", _ANY_AWQ, _ANY_AWQ, fuses=False, ranks=(1,), dtypes=("float16", "bfloat16", "float32"),
+         run=True),
     Rule("GPTQModel", "7.6", "awq", _GPTQMODEL_AWQ, _GPTQMODEL_AWQ, fuses=False, ranks=(1,), run=True),
     # layers/quantization/auto_awq.py; symmetric data is stored with its zero points, so it counts as asymmetric
     Rule("vLLM", "0.33", "awq", (replace(_VLLM_MARLIN, sym=(4,)), _VLLM_AWQ),

@@ -78,10 +78,10 @@ def test_quality_that_cannot_be_recorded(refused, quantized, chat_model, text_fi
     refused(1, "eval", chat_model, *options, says=["holds no lowbit_report.json", chat_model])
 
 
-def test_the_command_of_a_run(json_of, chat_model):
-    words = ["--bits", "4", "--override", ".*q_proj=W8A16 ", "--dry-run"]
+def test_the_command_of_a_run(json_of, chat_model, tmp_path):
+    words = ["--bits", "4", "--override", ".*q_proj=W8A16 ", "-o", tmp_path / "out"]
     shown = json_of("quantize", chat_model, *words)["command"]
-    assert shown == f"lowbit quantize {chat_model} --bits 4 --override '.*q_proj=W8A16 ' --dry-run --json"
+    assert shown == f"lowbit quantize {chat_model} --bits 4 --override '.*q_proj=W8A16 ' -o {tmp_path / 'out'} --json"
 
 
 def test_the_command_of_several_processes(monkeypatch):

@@ -1,4 +1,4 @@
-"""A Hub in this process: the endpoints that an upload uses, over HTTP, with failures on demand.
+"""A Hub in this process: the endpoints that uploads and downloads use, over HTTP, with failures on demand.
 
 It keeps what a real one keeps and refuses what a real one refuses: objects whose content has another hash, commits that
 name objects which never arrived, tokens that are not known or may not write.
@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,12 +42,14 @@ class Fault:
 
 
 class Hub:
-    """repos: id -> Repo. objects: sha256 -> bytes. requests: (method, path) of all that came, in order."""
+    """repos: id -> Repo. objects: sha256 -> bytes. requests: (method, path) of all that came, in order. sent: bytes of
+    each file that was downloaded, or of the parts of it."""
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.sent: Counter[str] = Counter()
         self.faults: list[Fault] = []
         self.changed = threading.Condition()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -74,12 +77,15 @@ class Hub:
 @contextmanager
 def running_hub(monkeypatch):
     """A Hub that huggingface_hub talks to for as long as this is open, with a token that may write."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
     from huggingface_hub.utils import _http
 
     hub = Hub()
     threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, in a compiled library
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/no/such/file")
@@ -130,13 +136,15 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.route(path, body)
 
-    do_GET = do_POST = do_PUT = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def route(self, path: str, body: bytes) -> None:
         if path == "/api/repos/create":
             return self.create(json.loads(body))
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
+        if "/resolve/" in path:
+            return self.download(*path.strip("/").split("/resolve/"))
         parts = path.removeprefix("/api/models").strip("/").split("/")
         repo_id, action = "/".join(parts[:2]).removesuffix(".git"), "/".join(parts[2:])
         if repo_id not in self.hub.repos:
@@ -156,6 +164,26 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(200, {})
             case _:
                 self.refuse(404, f"no such endpoint: {path}")
+
+    def download(self, repo_id: str, rest: str) -> None:
+        name = rest.partition("/")[2]
+        if repo_id not in self.hub.repos:
+            return self.refuse(404, "Repository not found", X_Error_Code="RepoNotFound")
+        if name not in self.hub.repos[repo_id].files:
+            return self.refuse(404, "Entry not found", X_Error_Code="EntryNotFound")
+        data, wanted = self.hub.contents(repo_id)[name], self.headers.get("Range", "")
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        part = data[int(first or 0) : int(last or len(data)) + 1]
+        self.send_response(206 if wanted else 200)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.hub.repos[repo_id].sha)
+        self.send_header("Content-Length", str(len(part)))
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.hub.sent[name] += len(part)
+            self.wfile.write(part)
 
     def create(self, asked: dict) -> None:
         repo_id = f"{asked['organization']}/{asked['name']}"

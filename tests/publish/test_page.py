@@ -25,7 +25,7 @@ EVIL = [
     "]]></svg><iframe src=//evil.example>", "$\\frac{", "{{ 7 * 7 }}", "{% raw %}", "\x1b[31m\x00\n\u202e", "\ud800",
     "a" * 3000, "模型", "'; rm -rf ~; '", "",
 ]  # fmt: skip
-JUNK = [None, [], {}, "", "x", -1, True, math.nan, math.inf, 10**400, [[]], [None, 3], {"a": {"b": []}}]
+JUNK = [None, [], {}, "", "x", -1, True, math.nan, math.inf, 1e300, 10**400, [[]], [None, 3], {"a": {"b": []}}]
 
 
 class Page(HTMLParser):
@@ -118,7 +118,7 @@ def test_every_key_may_be_missing(quick):
         assert "How it was made" in text and "nan" not in text and "None" not in text, path
 
 
-@pytest.mark.parametrize("junk", JUNK, ids=repr)
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:20])
 def test_every_value_may_be_something_else(quick, junk):
     def replace(inside, key):
         inside[key] = junk
@@ -127,7 +127,10 @@ def test_every_value_may_be_something_else(quick, junk):
         assert "How it was made" in Page(render(changed(path, replace), "out")).text, path
 
 
-@pytest.mark.parametrize("data", [{}, {"layers": [{}]}, {"layers": [layer("lm_head", 0.0)]}, report(1, 1)], ids=len)
+EXTREMES = [layer(f"model.layers.{i}.x", error) for i, error in enumerate((1e-300, 1e17, 1e300, 0.0))]
+
+
+@pytest.mark.parametrize("data", [{}, {"layers": [{}]}, {"layers": EXTREMES}, report(1, 1)], ids=len)
 def test_figures_of_little(data):
     assert "How it was made" in Page(render(data, "out")).text
 

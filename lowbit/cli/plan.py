@@ -1,0 +1,128 @@
+"""lowbit plan"""
+
+from collections import Counter
+
+from lowbit.cli.common import (
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    RevisionOption,
+    ShardSizeOption,
+    TrustOption,
+    console,
+    one_model,
+    print_json,
+    quiet_transformers,
+    size,
+    table,
+)  # fmt: skip
+from lowbit.cli.recipe import (
+    BitsOption,
+    FormatOption,
+    GroupSizeOption,
+    IgnoreOption,
+    IncludeVisionOption,
+    LmHeadOption,
+    MethodOption,
+    MethodOptionsOption,
+    NumSamplesOption,
+    OverrideOption,
+    ScaleSearchOption,
+    SchemeOption,
+    SeqlenOption,
+    SymOption,
+    recipe_arguments,
+)
+
+# Names of a list that are shown before it is cut short
+_SHOWN = 12
+
+
+def plan(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    scheme: SchemeOption = None,
+    bits: BitsOption = None,
+    group_size: GroupSizeOption = None,
+    sym: SymOption = None,
+    method: MethodOption = "rtn",
+    scale_search: ScaleSearchOption = None,
+    option: MethodOptionsOption = None,
+    num_samples: NumSamplesOption = 128,
+    seqlen: SeqlenOption = 2048,
+    lm_head: LmHeadOption = False,
+    include_vision: IncludeVisionOption = False,
+    override: OverrideOption = None,
+    ignore: IgnoreOption = None,
+    format: FormatOption = "compressed-tensors",
+    max_shard_size: ShardSizeOption = "5GB",
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+):
+    """Show what quantizing a model would give and take, from its headers: nothing is downloaded or written.
+
+    Sizes are exact. Takes the flags of `quantize` that matter to the result.
+    """
+    recipe = recipe_arguments(
+        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
+    )
+    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    preview(one_model(model, model_option), {**recipe, **options}, json)
+
+
+def preview(model: str, arguments: dict, json: bool) -> None:
+    """Print what `lowbit.plan(model, **arguments)` finds."""
+    from lowbit.pipeline import plan as find
+
+    quiet_transformers()
+    found = find(model, **arguments)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _show(found)
+
+
+def _show(found) -> None:
+    rows = table("", "now", "quantized")
+    rows.add_row("weights", size(found.source_bytes), size(found.output_bytes))
+    rows.add_row("bits per quantized weight", "", f"{found.bits_per_weight:.2f}")
+    console.print(rows)
+    schemes = Counter(module["scheme"] for module in found.modules)
+    parts = ", ".join(f"{count} as {scheme}" for scheme, count in schemes.most_common())
+    console.print(f"{len(found.modules)} weight tensors quantized, {found.quantized_share:.1%} of the bytes: {parts}")
+    console.print(
+        f"the run: about {_duration(found.seconds)} on this machine, peak memory {size(found.peak_ram_bytes)}, "
+        f"disk {size(found.disk_bytes)}"
+    )
+    _show_names("other group size, because theirs does not divide in_features:", found.fallbacks)
+    _show_names("left alone:", found.skipped)
+    engines = table("engine", "takes it", "on GPUs", "GPU from", "")
+    engines.columns[4].justify = "left"
+    for entry in found.engines:
+        ranks = [count for count, reason in entry["tensor_parallel"].items() if reason is None]
+        engines.add_row(
+            f"{entry['engine']} {entry['version']}",
+            "yes" if entry["ok"] else "no",
+            ", ".join(ranks) or "-",
+            f"sm_{entry['compute_capability'].replace('.', '')}" if entry["compute_capability"] else "any",
+            entry["reason"] or ", ".join(entry["kernels"]) or entry["note"],
+        )
+    console.print()
+    console.print(engines)
+
+
+def _show_names(title: str, names: dict[str, str]) -> None:
+    if names:
+        console.print(title)
+        for name, what in list(names.items())[:_SHOWN]:
+            console.print(f"  {name}: {what}")
+        if len(names) > _SHOWN:
+            console.print(f"  and {len(names) - _SHOWN} more (--json has all)")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,82 @@
+"""The options that say how a model is quantized: of `quantize`, and of `plan`."""
+
+from typing import Annotated
+
+import typer
+
+from lowbit.errors import UsageError
+
+SchemeOption = Annotated[
+    str | None, typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16).", show_default=False)
+]
+BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8; instead of --scheme.", show_default=False)]
+GroupSizeOption = Annotated[
+    int | None, typer.Option(help="16 ... 1024, or -1 per channel (default 128).", show_default=False)
+]
+SymOption = Annotated[
+    bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or a zero point per group.", show_default=False)
+]
+MethodOption = Annotated[
+    str, typer.Option(help="rtn (round to nearest, no data), or gptq (error compensation, calibrated).")
+]
+ScaleSearchOption = Annotated[
+    str | None, typer.Option(help="Of rtn: minmax or mse; of gptq: columns or minmax.", show_default=False)
+]
+MethodOptionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="NAME=VALUE for the method: gptq has order, scale_search, damping, drift, sweeps.", show_default=False
+    ),
+]
+NumSamplesOption = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+SeqlenOption = Annotated[int, typer.Option(min=2, help="Tokens in a sample.")]
+LmHeadOption = Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding too.")]
+IncludeVisionOption = Annotated[
+    bool,
+    typer.Option(
+        "--include-vision", help="Of a model that sees or hears, quantize all of it, not its language model alone."
+    ),
+]
+OverrideOption = Annotated[
+    list[str] | None, typer.Option(help="REGEX=SCHEME for the modules it matches; repeatable.", show_default=False)
+]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option(help="Regex of modules to leave alone; repeatable.", show_default=False)
+]
+FormatOption = Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")]
+
+
+def recipe_arguments(
+    scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
+) -> dict:
+    """The keywords of `lowbit.quantize` and `lowbit.plan` that these options stand for."""
+    if scheme is not None and bits is not None:
+        raise UsageError("--scheme and --bits say the same thing: pass one of them")
+    return {
+        "scheme": scheme or (f"W{bits}A16" if bits is not None else "W4A16"),
+        "group_size": group_size,
+        "sym": sym,
+        "method": method,
+        "options": _options(option, scale_search),
+        "overrides": [_override(text) for text in override or ()],
+        "ignore": ignore or (),
+        "lm_head": lm_head,
+        "include_vision": include_vision,
+    }
+
+
+def _options(texts: list[str] | None, scale_search: str | None) -> dict[str, str]:
+    options = {} if scale_search is None else {"scale_search": scale_search}
+    for text in texts or ():
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise UsageError(f"option {text!r} is not understood; expected NAME=VALUE, e.g. damping=0.05")
+        options[name.replace("-", "_")] = value
+    return options
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, separator, scheme = text.rpartition("=")
+    if not separator:
+        raise UsageError(f"override {text!r} is not understood; expected REGEX=SCHEME, e.g. '.*down_proj=W8A16'")
+    return pattern, scheme

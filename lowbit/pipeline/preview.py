@@ -1,0 +1,126 @@
+"""What quantizing a model would give and take, before any weight is read: from its config and its headers."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lowbit.checkpoint.writer import file_bytes, parse_size
+from lowbit.discovery import find_sites, skeleton
+from lowbit.pipeline.forecast import forecast
+from lowbit.pipeline.plan import Plan, make_plan
+from lowbit.pipeline.run import make_recipe
+from lowbit.serving import Verdict, fused_units, modules_of, verdicts
+from lowbit.sources import open_headers
+
+
+@dataclass(frozen=True)
+class Preview:
+    """output_bytes: of all tensors that will be written, as in the report of the run; file_bytes: of the weight files,
+    headers and all. Both are exact. bits_per_weight: of the quantized weights, with scales and zeros.
+
+    modules: {"name", "scheme", "shape" [out_features, in_features], "bytes"} of what will be quantized. fallbacks: name
+    -> scheme, where the group that was asked for does not divide in_features. skipped: name -> why it stays as it is.
+    peak_ram_bytes, disk_bytes, seconds: of the run, on this machine; seconds are good to a factor of two.
+    engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`.
+    """
+
+    source: str
+    format: str
+    source_bytes: int
+    output_bytes: int
+    file_bytes: int
+    parameters: int
+    bits_per_weight: float
+    quantized_share: float
+    peak_ram_bytes: int
+    disk_bytes: int
+    seconds: float
+    modules: list[dict]
+    fallbacks: dict[str, str]
+    skipped: dict[str, str]
+    engines: list[dict]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def plan(
+    model: str | Path,
+    *,
+    scheme="W4A16",
+    group_size: int | None = None,
+    sym: bool | None = None,
+    method: str = "rtn",
+    options: dict | None = None,
+    overrides=(),
+    ignore=(),
+    lm_head: bool = False,
+    include_vision: bool = False,
+    num_samples: int = 128,
+    seqlen: int = 2048,
+    format: str = "compressed-tensors",
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Preview:
+    """What `lowbit.quantize` with these arguments would write and need. A model on the Hub is not downloaded.
+
+    Raises UsageError and InputError where `lowbit.quantize` would before it reads a weight.
+    """
+    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision)
+    shard_bytes = parse_size(max_shard_size)
+    headers, config = open_headers(model, revision, trust_remote_code)
+    planned = make_plan(headers, skeleton(config, trust_remote_code), recipe, format)
+    size = file_bytes(planned.outputs, shard_bytes)
+    # engines are asked about a model that can run without numbers
+    runnable = skeleton(config, trust_remote_code, dtype=torch.bfloat16)
+    ahead = forecast(planned, runnable, size, num_samples, seqlen)
+    return Preview(
+        source=str(model),
+        format=format,
+        source_bytes=planned.source_bytes,
+        output_bytes=planned.output_bytes,
+        file_bytes=size,
+        parameters=planned.total_parameters,
+        bits_per_weight=planned.bits_per_weight,
+        quantized_share=planned.quantized_share,
+        peak_ram_bytes=ahead.peak_ram_bytes,
+        disk_bytes=ahead.disk_bytes,
+        seconds=ahead.seconds,
+        modules=[_module(step) for step in planned.quantized],
+        fallbacks={step.source.name: step.scheme.name for step in planned.fallbacks},
+        skipped={step.source.name: step.reason for step in planned.steps if step.site and not step.scheme},
+        engines=[_engine(verdict) for verdict in _verdicts(planned, runnable)],
+    )
+
+
+def _module(step) -> dict:
+    *experts, rows, columns = step.source.shape
+    shape = [*experts, columns, rows] if step.site.transposed else [*experts, rows, columns]
+    stored = sum(info.nbytes for info in step.outputs)
+    return {"name": step.base, "scheme": step.scheme.name, "shape": shape, "bytes": stored}
+
+
+def _verdicts(planned: Plan, model) -> list[Verdict]:
+    chosen = {step.site.parameter: (step.site, step.scheme) for step in planned.quantized}
+    left = [site.module for site, _ in planned.left.values()]
+    left += [step.site.module for step in planned.steps if step.site is not None and step.scheme is None]
+    dtypes = {step.source.dtype for step in planned.quantized}
+    dtype = str(max(dtypes, key=lambda found: found.itemsize)).removeprefix("torch.")
+    return verdicts(planned.format_name, modules_of(model, chosen), left, fused_units(model, find_sites(model)), dtype)
+
+
+def _engine(verdict: Verdict) -> dict:
+    needed = None if verdict.capability is None else "{}.{}".format(*verdict.capability)
+    return {
+        "engine": verdict.engine,
+        "version": verdict.version,
+        "ok": verdict.ok,
+        "reason": verdict.reason,
+        "tensor_parallel": {str(size): reason for size, reason in verdict.tensor_parallel.items()},
+        "kernels": dict(verdict.kernels),
+        "compute_capability": needed,
+        "run_by_us": verdict.run,
+        "note": verdict.note,
+    }
