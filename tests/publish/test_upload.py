@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 from folders import contents, read_json
-from hub import READ_ONLY, Fault, Repo
+from hub import READ_ONLY, Fault, Repo, running_hub
 from huggingface_hub import ModelCard, constants
 
 from lowbit.errors import InputError, OutputError, UsageError
@@ -238,3 +238,16 @@ def test_the_index_is_pushed_with_its_shards(hub, folder):
     push(folder, "me/")
     names = set(read_json(folder / "model.safetensors.index.json")["weight_map"].values())
     assert names < hub.contents(NAME).keys() and "model.safetensors.index.json" in hub.contents(NAME)
+
+
+def test_the_gate_itself(monkeypatch, plain, bare):
+    """Not a stand-in for it: what was quantized here passes, and with one byte changed it does not."""
+    with running_hub(monkeypatch) as hub:
+        assert push(plain, "me/good").changed
+        shard = next(bare.glob("*.safetensors"))
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        with pytest.raises(InputError, match="fails `lowbit verify`"):
+            push(bare, "me/bad")
+        assert list(hub.repos) == ["me/good"]
