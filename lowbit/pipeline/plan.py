@@ -1,6 +1,6 @@
 """What a run will write, to the byte, from config and safetensors headers alone."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
 
@@ -25,6 +25,12 @@ class Step:
     site: Site | None = None
     scheme: Scheme | None = None
     reason: str = ""  # why a weight matrix is copied
+    turned: bool = False  # its matrices are transposed while loading
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the source holds its matrices as [in_features, out_features]."""
+        return self.site.transposed != self.turned
 
     @property
     def base(self) -> str:
@@ -104,19 +110,22 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
         step = _copy(info)
         if parameter in chosen:
             site, scheme = chosen[parameter]
-            step = _quantize(info, site, scheme, direct, fmt)
+            step = Step(info, (), site, scheme, turned=checkpoint_names.turns(info.name, info.shape))
+            step = _quantize(step, direct, fmt)
         elif parameter in left:
             step = _copy(info, *left[parameter])
         if step.site is not None:
-            fulfilled[parameter] = step
+            names = [parameter] if direct else checkpoint_names.computed(info.name)
+            fulfilled.update(dict.fromkeys(names, step))
         steps.append(step)
     _check_complete(reader, chosen, fulfilled)
     # a tied head is left alone and not stored, and still has to be named
     ignored = dict.fromkeys(site.module for site, _ in left.values())
     exceptions = {}
-    for step in fulfilled.values():
+    for parameter, step in fulfilled.items():
         # a module may have another name in the checkpoint than in memory, and readers look for either
-        names = [step.site.module] if step.site.kind == "experts" else [step.site.module, step.base]
+        module = parameter.removesuffix(".weight")
+        names = [module] if step.site.kind == "experts" else [module, step.base]
         if step.scheme is None:
             ignored.update(dict.fromkeys(names))
         elif step.scheme != recipe.scheme:
@@ -129,31 +138,34 @@ def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:
     return Step(info, (TensorInfo(info.name, info.dtype, info.shape),), site, None, reason)
 
 
-def _quantize(info: TensorInfo, site: Site, scheme: Scheme, direct: bool, fmt: ModuleType) -> Step:
-    reason = _cannot(info, site, direct) or fmt.refuse(scheme)
+def _quantize(step: Step, direct: bool, fmt: ModuleType) -> Step:
+    """A step without outputs, with those that quantizing gives, or the copy that it has to be."""
+    info = step.source
+    reason = _cannot(step, direct) or fmt.refuse(step.scheme)
     if reason:
-        return _copy(info, site, reason)
+        return _copy(info, step.site, reason)
     rows, columns = info.shape[-2:]
-    out_features, in_features = (columns, rows) if site.transposed else (rows, columns)
-    packed = fmt.pack(QuantWeight.meta(out_features, in_features, scheme, info.dtype))
+    out_features, in_features = (columns, rows) if step.transposed else (rows, columns)
+    packed = fmt.pack(QuantWeight.meta(out_features, in_features, step.scheme, info.dtype))
     lead = info.shape[:-2]
     outputs = tuple(
         TensorInfo(output_name(info.name, suffix), tensor.dtype, (*lead, *tensor.shape))
         for suffix, tensor in packed.items()
     )
-    return Step(info, outputs, site, scheme)
+    return replace(step, outputs=outputs)
 
 
-def _cannot(info: TensorInfo, site: Site, direct: bool) -> str | None:
+def _cannot(step: Step, direct: bool) -> str | None:
+    info, site = step.source, step.site
     if info.dtype not in _SOURCE_DTYPES:
         return f"stored as {info.dtype}, expected bfloat16, float16 or float32"
     if not direct:
         return "computed from while loading"
-    stored = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
+    stored = (site.in_features, site.out_features) if step.transposed else (site.out_features, site.in_features)
     if info.shape[-2:] == stored and len(info.shape) == (3 if site.kind == "experts" else 2):
         return None
     # one expert of a fused parameter; gate and up are halves of it
-    if site.kind == "experts" and len(info.shape) == 2 and not site.transposed and info.shape[1] == site.in_features:
+    if site.kind == "experts" and len(info.shape) == 2 and not step.transposed and info.shape[1] == site.in_features:
         return None
     raise InputError(
         f"{info.name} has shape {list(info.shape)}, the model's config says {list(stored)}: they do not belong together"
