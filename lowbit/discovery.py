@@ -274,7 +274,7 @@ class CheckpointNames:
 
     def locate(self, name: str) -> tuple[str, bool]:
         """(parameter name, direct). Direct: the tensor is the parameter, or is merged into it as the matrix of one
-        expert. Other tensors are computed from while loading, and cannot be quantized before that."""
+        expert, or is transposed. Other tensors are computed from while loading, and cannot be quantized before that."""
         from transformers.core_model_loading import rename_source_key
 
         renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
@@ -283,7 +283,26 @@ class CheckpointNames:
         if source is None:
             return renamed, True
         operations = {type(operation).__name__ for operation in self._by_source[source].operations}
-        return renamed, "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
+        merged = "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
+        return renamed, merged or operations == {"Transpose"}
+
+    def turns(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether matrices of a tensor of this shape are transposed while loading."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        operation = None if source is None else self._by_source[source].operations[0]
+        if type(operation).__name__ != "Transpose":
+            return False
+        return not operation.check_dims or tuple(self._state[renamed].shape) != shape
+
+    def computed(self, name: str) -> list[str]:
+        """All parameters that are computed from a tensor which `locate` calls not direct: the parts of one, say."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        first, *others = self._by_source[source].target_patterns
+        return [renamed, *(renamed.replace(first, other) for other in others)]
 
     def expert(self, name: str) -> tuple[int, int] | None:
         """(expert, part) of a tensor that is merged into a fused parameter: part counts the tensors of one expert that

@@ -24,6 +24,7 @@ _HEADS = re.compile(r"(^|\.)(lm_head|predictions\.decoder)$")
 # Encoders of images or sound with the name of a text encoder
 _ENCODES_NO_TEXT = re.compile("Pix2Struct|PPFormulaNet|VisionEncoderDecoder|GraniteSpeech")
 _ROUTERS = re.compile(r"(^|\.)(router|gate|classifier)$")
+_COMPUTED = "computed from while loading"
 _FEWEST_OUTPUTS = 16  # a linear with less is a gate
 
 
@@ -74,7 +75,7 @@ def round_trip(model, inputs: dict[str, torch.Tensor], folder: Path) -> dict:
     try:
         model.save_pretrained(folder / "dense")
         stage = "quantize"
-        lowbit.quantize(folder / "dense", folder / "quantized", scheme=SCHEME)
+        report = lowbit.quantize(folder / "dense", folder / "quantized", scheme=SCHEME)
         stage = "load"
         quantized = lowbit.load(folder / "quantized")
         share = quantized_share(quantizable(model), _quantized_parameters(quantized))
@@ -86,10 +87,11 @@ def round_trip(model, inputs: dict[str, torch.Tensor], folder: Path) -> dict:
         stage = "quantize while loading"
         config = lowbit.LowbitConfig(SCHEME.bits, SCHEME.group_size)
         fly = type(model).from_pretrained(folder / "dense", quantization_config=config)
-        _check_same(fly, inputs, state, actual)
+        if _COMPUTED not in report.left_alone.values():  # then there is more to quantize than in the checkpoint
+            _check_same(fly, inputs, state, actual)
         stage = "save that"
         fly.save_pretrained(folder / "fly")
-        _check_same(lowbit.load(folder / "fly"), inputs, state, actual)
+        _check_same(lowbit.load(folder / "fly"), inputs, fly.state_dict(), logits(fly, inputs))
         stage = "dequantize"
         error = relative_error(actual, logits(quantized.dequantize(), inputs))
         assert error < 1e-5, f"relative error {error:.1e}"

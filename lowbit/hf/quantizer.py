@@ -38,23 +38,31 @@ from lowbit.scheme import Scheme
 
 
 class QuantizeOnLoad(ConversionOps):
-    """Takes the dense tensor of one site, gives its packed tensors under their full names."""
+    """Takes dense tensors, of one parameter or of those that one tensor is split into, and gives the packed tensors of
+    those that are quantized, under their full names."""
 
     def __init__(self, quantizer: "LowbitQuantizer"):
         self.hf_quantizer = quantizer
 
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
-        tensor = next(iter(input_dict.values()))
-        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
+        made = {}
+        for name, tensor in zip(names, input_dict.values(), strict=True):
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            made.update(self._packed(name, tensor, model, missing_keys))
+        return made
+
+    def _packed(self, name: str, tensor: torch.Tensor, model, missing_keys) -> dict[str, torch.Tensor]:
         quantizer = self.hf_quantizer
-        site, scheme = quantizer.chosen[full_layer_name]
+        if name not in quantizer.chosen:
+            return {name: tensor}
+        site, scheme = quantizer.chosen[name]
         if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
             # transformers swallows what is raised here
-            quantizer.damaged.append(full_layer_name)
-        tensor = tensor.to(quantizer.dtype)
-        packed = quantizer.quantize(tensor, site, scheme)
-        module, leaf = get_module_from_name(model, full_layer_name)
-        missing_keys.discard(full_layer_name)
+            quantizer.damaged.append(name)
+        packed = quantizer.quantize(tensor.to(quantizer.dtype), site, scheme)
+        module, leaf = get_module_from_name(model, name)
+        missing_keys.discard(name)
         if site.kind == "experts":
             finish_experts(module, leaf)
             return {f"{site.parameter}{packed_name('', suffix)}": part for suffix, part in packed.items()}

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
 
@@ -28,6 +28,12 @@ class Step:
     site: Site | None = None
     scheme: Scheme | None = None
     reason: str = ""  # why a weight matrix is copied
+    turned: bool = False  # its matrices are transposed while loading
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the source holds its matrices as [in_features, out_features]."""
+        return self.site.transposed != self.turned
 
     @property
     def base(self) -> str:
@@ -107,18 +113,22 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
         step = _copy(info)
         if parameter in chosen:
             site, scheme = chosen[parameter]
-            step = _quantize(info, site, scheme, direct, fmt, recipe.scheme)
+            step = Step(info, (), site, scheme, turned=checkpoint_names.turns(info.name, info.shape))
+            step = _quantize(step, direct, fmt, recipe.scheme)
         elif parameter in left:
             step = _copy(info, *left[parameter])
         elif len(info.shape) == 2 and parameter.endswith(".weight"):
             elsewhere.update(name.removesuffix(".weight") for name in (parameter, info.name))
         if step.site is not None:
-            fulfilled[parameter] = step
+            names = [parameter] if direct else checkpoint_names.computed(info.name)
+            fulfilled.update(dict.fromkeys(names, step))
         steps.append(step)
     _check_complete(reader, chosen, fulfilled)
     # a tied head is left alone and not stored, and still has to be named
     named = [(site, None, None) for site, _ in left.values()]
     named += [(step.site, step.base, step.scheme) for step in steps if step.site is not None]
+    # and all that a tensor becomes which is split while loading
+    named += [(chosen[name][0], None, step.scheme) for name, step in fulfilled.items() if name in chosen]
     config = fmt.config(recipe.scheme, *exceptions_and_ignored(model, named, elsewhere, recipe.scheme))
     return Plan(recipe, format_name, tuple(steps), config, left)
 
@@ -153,34 +163,37 @@ def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:
     return Step(info, (TensorInfo(info.name, info.dtype, info.shape),), site, None, reason)
 
 
-def _quantize(info: TensorInfo, site: Site, scheme: Scheme, direct: bool, fmt: ModuleType, default: Scheme) -> Step:
-    reason = _cannot(info, site, direct)
+def _quantize(step: Step, direct: bool, fmt: ModuleType, default: Scheme) -> Step:
+    """A step without outputs, with those that quantizing gives, or the copy that it has to be."""
+    info = step.source
+    reason = _cannot(step, direct)
     if reason is None:
-        out_features, in_features = reversed(info.shape[-2:]) if site.transposed else info.shape[-2:]
-        reason = fmt.refuse(scheme, (out_features, in_features), default)
+        out_features, in_features = reversed(info.shape[-2:]) if step.transposed else info.shape[-2:]
+        reason = fmt.refuse(step.scheme, (out_features, in_features), default)
     if reason is None and len(info.shape) == 3 and not fmt.FUSED_EXPERTS:
         reason = f"its experts are stored as one tensor, which {fmt.METHOD} cannot hold"
     if reason:
-        return _copy(info, site, reason)
-    packed = fmt.pack(QuantWeight.meta(out_features, in_features, scheme, info.dtype))
+        return _copy(info, step.site, reason)
+    packed = fmt.pack(QuantWeight.meta(out_features, in_features, step.scheme, info.dtype))
     lead = info.shape[:-2]
     outputs = tuple(
         TensorInfo(output_name(info.name, suffix), tensor.dtype, (*lead, *tensor.shape))
         for suffix, tensor in packed.items()
     )
-    return Step(info, outputs, site, scheme)
+    return replace(step, outputs=outputs)
 
 
-def _cannot(info: TensorInfo, site: Site, direct: bool) -> str | None:
+def _cannot(step: Step, direct: bool) -> str | None:
+    info, site = step.source, step.site
     if info.dtype not in _SOURCE_DTYPES:
         return f"stored as {info.dtype}, expected bfloat16, float16 or float32"
     if not direct:
         return "computed from while loading"
-    stored = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
+    stored = (site.in_features, site.out_features) if step.transposed else (site.out_features, site.in_features)
     if info.shape[-2:] == stored and len(info.shape) == (3 if site.kind == "experts" else 2):
         return None
     # one expert of a fused parameter; gate and up are halves of it
-    if site.kind == "experts" and len(info.shape) == 2 and not site.transposed and info.shape[1] == site.in_features:
+    if site.kind == "experts" and len(info.shape) == 2 and not step.transposed and info.shape[1] == site.in_features:
         return None
     raise InputError(
         f"{info.name} has shape {list(info.shape)}, the model's config says {list(stored)}: they do not belong together"

@@ -97,7 +97,7 @@ def plan(
 
 def _module(step) -> dict:
     *experts, rows, columns = step.source.shape
-    shape = [*experts, columns, rows] if step.site.transposed else [*experts, rows, columns]
+    shape = [*experts, columns, rows] if step.transposed else [*experts, rows, columns]
     stored = sum(info.nbytes for info in step.outputs)
     return {"name": step.base, "scheme": step.scheme.name, "shape": shape, "bytes": stored}
 

@@ -49,7 +49,7 @@ def targets(
             expert, part = names.expert(step.source.name) or (0, 0)
             matrices = [(expert, tensor)]
         for expert, matrix in matrices:
-            weight = matrix.T.contiguous() if step.site.transposed else matrix
+            weight = matrix.T.contiguous() if step.transposed else matrix
             rows = slice(part * len(weight), (part + 1) * len(weight))
             found.setdefault(parameter, []).append(Target(step, parameter, expert, rows, weight))
     for target in (target for several in found.values() for target in several):

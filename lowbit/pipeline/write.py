@@ -110,7 +110,7 @@ def _read_ahead(
 def _matrices(tensor: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
     """The [out_features, in_features] matrices of a source tensor: itself, or one for each of its experts."""
     for matrix in tensor if tensor.ndim == 3 else (tensor,):
-        yield matrix.T.contiguous() if step.site.transposed else matrix
+        yield matrix.T.contiguous() if step.transposed else matrix
 
 
 def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> tuple[dict[str, torch.Tensor], float]:

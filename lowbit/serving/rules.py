@@ -115,8 +115,8 @@ RULES = (
     # gptq/gptq.py `GPTQMarlinConfig`; gptq/schemes/gptq_linear.py: the kernel for other schemes was removed
     Rule("SGLang", "0.5.23", "gptq", (replace(_SGLANG_MARLIN, asym=()),), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),),
          act_order=True),
-    Rule("lowbit", "this", "awq", _ANY_AWQ, _ANY_AWQ, fuses=False, ranks=(1,), dtypes=("float16", "bfloat16", "float32"),
-         run=True),
+    Rule("lowbit", "this", "awq", _ANY_AWQ, _ANY_AWQ, fuses=False, ranks=(1,),
+         dtypes=("float16", "bfloat16", "float32"), run=True),
     Rule("GPTQModel", "7.6", "awq", _GPTQMODEL_AWQ, _GPTQMODEL_AWQ, fuses=False, ranks=(1,), run=True),
     # layers/quantization/auto_awq.py; symmetric data is stored with its zero points, so it counts as asymmetric
     Rule("vLLM", "0.33", "awq", (replace(_VLLM_MARLIN, sym=(4,)), _VLLM_AWQ),

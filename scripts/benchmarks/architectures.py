@@ -86,17 +86,21 @@ def main():
         rows.append(isolated(task, name))
         row = rows[-1]
         print(f"{number}/{len(wanted)} {row['status']:9} {task} {name} {row.get('reason', '')}", flush=True)
-    classes = {status: {r["architecture"] for r in rows if r["status"] == status} for status in ("ok", "failed")}
+    print(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)}")
+    if not only:
+        write(rows)
+
+
+def write(rows: list[dict]) -> None:
+    classes = {s: {r.get("architecture") for r in rows if r["status"] == s} - {None} for s in ("ok", "failed")}
     counts = {
-        "model_types": len(wanted),
+        "model_types": len(rows),
         "built": sum(row["status"] != "not built" for row in rows),
         "ok": sum(row["status"] == "ok" for row in rows),
         "architectures": len(classes["ok"] | classes["failed"]),
         "architectures_ok": len(classes["ok"] - classes["failed"]),
     }
-    print(counts)
-    if not only:
-        save("architectures", {**counts, "rows": rows})
+    save("architectures", {**counts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ROUNDS = {
     "t5": SEQ2SEQ,  # encoder and decoder
     "switch_transformers": SEQ2SEQ,  # a list of experts
     "t5gemma2": VISION,  # vision inside the encoder
+    "qwen3_vl_moe": VISION,  # experts that checkpoints hold transposed
 }
 
 
