@@ -290,17 +290,17 @@ class CheckpointNames:
         """Whether matrices of a tensor of this shape are transposed while loading."""
         from transformers.core_model_loading import rename_source_key
 
-        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
         operation = None if source is None else self._by_source[source].operations[0]
         if type(operation).__name__ != "Transpose":
             return False
-        return not operation.check_dims or tuple(self._state[renamed].shape) != shape
+        return not operation.check_dims or tuple(self.state[renamed].shape) != shape
 
     def computed(self, name: str) -> list[str]:
         """All parameters that are computed from a tensor which `locate` calls not direct: the parts of one, say."""
         from transformers.core_model_loading import rename_source_key
 
-        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
+        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
         first, *others = self._by_source[source].target_patterns
         return [renamed, *(renamed.replace(first, other) for other in others)]
 

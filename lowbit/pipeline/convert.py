@@ -228,12 +228,13 @@ def _dense_part(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtyp
     if site is None:
         raise InputError(f"{weight.base} is not a module of the model that config.json describes")
     name = weight.base if weight.experts else f"{weight.base}.weight"
-    shape = weight.shape[::-1] if site.transposed else weight.shape
+    transposed = source.is_stored_transposed(site, name)
+    shape = weight.shape[::-1] if transposed else weight.shape
     lead = (weight.experts,) if weight.experts else ()
 
     def make():
         matrices = [dense_matrix(qweight, torch.float32) for qweight in source.stored.quantized(weight)]
-        matrices = [matrix.T if site.transposed else matrix for matrix in matrices]
+        matrices = [matrix.T if transposed else matrix for matrix in matrices]
         dense = torch.stack(matrices) if lead else matrices[0].contiguous()
         return {name: _cast(dense, kept, name)}
 

@@ -48,7 +48,7 @@ def layer_entry(step: Step, expert: int | None = None) -> dict:
         "module": step.site.module,
         "kind": _last_part(step.site.module),
         "scheme": step.scheme.name,
-        "shape": [*experts, columns, rows] if step.site.transposed else [*experts, rows, columns],
+        "shape": [*experts, columns, rows] if step.transposed else [*experts, rows, columns],
         "source_bytes": step.source.nbytes // matrices,
         "bytes": sum(info.nbytes for info in step.outputs) // matrices,
     }

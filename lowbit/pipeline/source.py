@@ -38,6 +38,11 @@ class QuantizedFolder:
         found = self._sites.get(self._names.locate(f"{name}.weight")[0])
         return found or self._sites.get(self._names.locate(name)[0])
 
+    def is_stored_transposed(self, site: Site, name: str) -> bool:
+        """Whether transformers expects the matrices of the tensor `name` as [in_features, out_features]."""
+        in_memory = tuple(self._names.state[site.parameter].shape)
+        return site.transposed != self._names.turns(name, in_memory)
+
     def in_config(self, default: Scheme) -> tuple[dict[str, Scheme], list[str]]:
         """What a config of this model has to name."""
         named, elsewhere = [], set()

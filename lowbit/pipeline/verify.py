@@ -326,8 +326,10 @@ def _source(folder: Folder, reference: Path) -> Check:
 
 def _error(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> float:
     site = folder.sites[folder.parameter_of(weight.base)]
+    name = weight.base if weight.experts else f"{weight.base}.weight"
+    transposed = site.transposed != folder.names.turns(name, tuple(source.shape))
     dense = [dequantize(qweight, torch.float32) for qweight in folder.stored.quantized(weight)]
-    dense = [matrix.T if site.transposed else matrix for matrix in dense]
+    dense = [matrix.T if transposed else matrix for matrix in dense]
     dense = torch.stack(dense) if weight.experts else dense[0]
     if dense.shape != source.shape:
         return math.inf
