@@ -106,12 +106,17 @@ class StoredWeights:
             raise InputError(f"{base} is not stored as a matrix: the checkpoint is damaged, or not {self.format}")
         shape = self.config.shape(tensors, scheme)
         if shape is None:
-            shape = tuple(self.reader.tensor(tensors["weight_shape"].name).view(-1, 2)[0].tolist())
+            shape = self._stored_shape(tensors["weight_shape"], lead)
         if min(shape) < 1 or not scheme.fits(shape[1]):
             raise InputError(f"{base} is {list(shape)}, which group_size {scheme.group_size} does not divide")
         weight = StoredWeight(base, tensors, scheme, shape, experts=lead[0] if lead else 0)
         self._check_shapes(weight, lead)
         return replace(weight, act_order=self._has_act_order(weight))
+
+    def _stored_shape(self, info: TensorInfo, lead: tuple[int, ...]) -> tuple[int, int]:
+        if info.shape != (*lead, 2):
+            raise InputError(f"{info.name} has shape {list(info.shape)}, expected {[*lead, 2]}")
+        return tuple(self.reader.tensor(info.name).view(-1, 2)[0].tolist())
 
     def _check_shapes(self, weight: StoredWeight, lead: tuple[int, ...]) -> None:
         written = self.fmt.pack(QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype))
@@ -130,7 +135,9 @@ class StoredWeights:
         if torch.equal(g_idx, torch.arange(in_features) // group):
             return False
         groups = in_features // group
-        if int(g_idx.min()) < 0 or (g_idx.bincount(minlength=groups) != group).any():
+        # in this order: counting takes memory for the largest number
+        inside = 0 <= int(g_idx.min()) and int(g_idx.max()) < groups
+        if not inside or (g_idx.bincount(minlength=groups) != group).any():
             raise InputError(f"{info.name} does not put {group} inputs into each of {groups} groups: it is damaged")
         return True
 

@@ -117,21 +117,19 @@ def kernels_of(model: str, devices: list[str]) -> list[dict]:
 
 def _layers(model: str) -> tuple[list, "torch.dtype"]:  # noqa: F821 - imported where it is used
     """Distinct (Scheme, shape) of the quantized layers as they are once loaded, and the dtype they run in."""
-    from lowbit.discovery import find_sites, skeleton
-    from lowbit.formats import detect_format, get_format
-    from lowbit.hf import loading_config
+    from lowbit.discovery import CheckpointNames, skeleton
+    from lowbit.hf.foreign import StoredModel
+    from lowbit.sources import load_config, resolve
 
-    config = loading_config(model)
+    folder = resolve(model)
+    config = load_config(folder)
     if getattr(config, "quantization_config", None) is None:
         raise UsageError(f"{model} is not quantized: kernels are chosen for quantized layers")
-    source = config.quantization_config["source"]
-    schemes = get_format(detect_format(source)).schemes(source)
     built = skeleton(config)
     layers = {}
-    for site in find_sites(built).values():
-        if scheme := schemes.lookup(site.names, "Linear"):
-            shape = (site.out_features, site.in_features)
-            layers[scheme, (site.experts, *shape) if site.kind == "experts" else shape] = None
+    for found in StoredModel(built, CheckpointNames(built), folder).sites.values():
+        shape = (found.site.out_features, found.site.in_features)
+        layers[found.scheme, (found.site.experts, *shape) if found.site.kind == "experts" else shape] = None
     return list(layers), built.dtype
 
 

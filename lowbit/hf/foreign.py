@@ -32,14 +32,14 @@ class StoredSite:
 
 
 class StoredModel:
-    """sites: parameter name -> StoredSite, of the checkpoint that `files` belong to.
+    """sites: parameter name -> StoredSite, of the checkpoint in `folder`.
 
     Raises InputError for a checkpoint that is damaged or does not belong to `model`.
     """
 
-    def __init__(self, model: nn.Module, names: CheckpointNames, files: list[str]):
+    def __init__(self, model: nn.Module, names: CheckpointNames, folder: Path):
         self.names = names
-        self.stored = StoredWeights(CheckpointReader(Path(files[0]).parent))
+        self.stored = StoredWeights(CheckpointReader(folder))
         sites = find_sites(model)
         if self.stored.config.exhaustive:
             # a Conv1D of lowbit's checkpoints is a Linear to every reader: it is stored as one

@@ -5,6 +5,7 @@ checkpoint, the packed tensors of compressed-tensors load into the modules by na
 """
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -124,7 +125,7 @@ class LowbitQuantizer(HfQuantizer):
         self.damaged = []
         if self.pre_quantized:
             with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
-                self.stored = StoredModel(model, self.names, kwargs["checkpoint_files"])
+                self.stored = StoredModel(model, self.names, Path(kwargs["checkpoint_files"][0]).parent)
             self.chosen = {name: (found.site, found.scheme) for name, found in self.stored.sites.items()}
             model._keys_to_ignore_on_load_unexpected.update(self.stored.idle)
         else:

@@ -144,6 +144,24 @@ def gptq_speed() -> str:
     return markdown(header, rows) + source(data, "gptq_speed")
 
 
+_CLIENTS = {
+    "gptqmodel": "GPTQModel, and transformers with optimum: each way, GPTQ and AWQ, 2 to 8 bits, act-order",
+    "llmcompressor": "llm-compressor writes compressed-tensors",
+    "autoround": "AutoRound writes GPTQ, AWQ and compressed-tensors",
+}
+
+
+def interop() -> str:
+    data = json.loads((RESULTS / "interop.json").read_text())
+    rows = []
+    for name, what in _CLIENTS.items():
+        outcomes = list(data["results"][name].values())
+        rows.append([what, str(len(outcomes)), str(outcomes.count("passed")), str(outcomes.count("skipped"))])
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    header = ["", "cases", "same logits", "a client's own kernel is wrong"]
+    return markdown(header, rows) + f"\n\n{data['date']}, {versions}; `python scripts/interop/record.py PYTHON`"
+
+
 def reference_training() -> str:
     facts = json.loads((ROOT / "lowbit" / "assets" / "reference" / "training.json").read_text())
     rows = [
@@ -263,7 +281,7 @@ TABLES = {
     f.__name__: f
     for f in (
         architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, gpu_check,
-        gpu_predictions, reference_training,
+        gpu_predictions, interop, reference_training,
     )
 }  # fmt: skip
 
