@@ -136,7 +136,7 @@ class StoredWeights:
             return False
         groups = in_features // group
         # in this order: counting takes memory for the largest number
-        inside = 0 <= int(g_idx.min()) and int(g_idx.max()) < groups
+        inside = int(g_idx.min()) >= 0 and int(g_idx.max()) < groups
         if not inside or (g_idx.bincount(minlength=groups) != group).any():
             raise InputError(f"{info.name} does not put {group} inputs into each of {groups} groups: it is damaged")
         return True

@@ -8,6 +8,7 @@ import torch
 from weights import BITS, assert_same
 
 from lowbit.formats import compressed_tensors as ct
+from lowbit.formats import get_format
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
 
@@ -50,3 +51,25 @@ def test_bytes_read_back(name):
         data = torch.frombuffer(bytearray.fromhex(stored["hex"]), dtype=torch.int32)
         tensors[tensor] = data.view(stored["shape"])
     assert_same(ct.unpack_weight(tensors, qweight.scheme, ROWS, COLUMNS), qweight)
+
+
+# Of 32 outputs, which is what 3-bit GPTQ packs at a time, and 32 inputs
+OTHERS = json.loads((Path(__file__).parents[1] / "golden" / "other_formats.json").read_text())
+
+
+def square(scheme):
+    zeros = None if scheme.sym else formula(32, 1, scheme.levels)
+    return QuantWeight(formula(32, 32, scheme.levels), torch.ones(32, 1), scheme, zeros)
+
+
+def test_every_scheme_of_the_other_formats_is_pinned():
+    expected = {f"gptq W{bits}A16{asym}-G32" for bits in BITS for asym in ("", "_ASYM")}
+    assert set(OTHERS) == expected | {"awq W4A16-G32", "awq W4A16_ASYM-G32"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_bytes_of_the_other_formats(name):
+    format, scheme = name.split()
+    tensors = get_format(format).pack(square(Scheme.parse(scheme)))
+    actual = {suffix: t.numpy().tobytes().hex() for suffix, t in tensors.items() if t.dtype == torch.int32}
+    assert actual == OTHERS[name]
