@@ -145,13 +145,18 @@ class ToPacked(_OfModel):
         super().__init__(model)
         self._suffix = suffix
 
-    def convert(self, input_dict, full_layer_name=None, target_patterns=None, **kwargs):
-        owner = self._model.owner[full_layer_name]
-        config = self._model.stored.config
+    def convert(self, input_dict, full_layer_name=None, target_patterns=None, model=None, **kwargs):
+        owner, part = self._model.owner[full_layer_name], self._model.part(self._model.owner[full_layer_name])
+        # transformers 5.17 leaves it to operations to cast
+        dtype = model.get_parameter(full_layer_name).dtype
+
+        def one(tensor):
+            packed = self._model.stored.config.to_packed(self._suffix, tensor, owner.scheme, part)[1]
+            return packed.to(dtype) if packed.is_floating_point() else packed
+
         converted = {}
         for pattern, tensors in input_dict.items():
-            tensors = tensors if isinstance(tensors, list) else [tensors]
-            parts = [config.to_packed(self._suffix, t, owner.scheme, self._model.part(owner))[1] for t in tensors]
+            parts = [one(tensor) for tensor in (tensors if isinstance(tensors, list) else [tensors])]
             if owner.site.kind == "experts":
                 converted[pattern] = parts
             else:
