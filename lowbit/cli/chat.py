@@ -11,6 +11,7 @@ from lowbit.cli.common import (
     DtypeOption,
     ModelArgument,
     ModelOption,
+    RevisionOption,
     TrustOption,
     checked_dtype,
     console,
@@ -39,6 +40,7 @@ def chat(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
+    revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
@@ -51,6 +53,7 @@ def chat(
         dtype=dtype,
         device_map=default_device_map(device_map),
         backend=backend,
+        revision=revision,
         trust_remote_code=trust_remote_code,
     )
     notes.print(f"{name}: !help for commands, !exit or Ctrl-D to leave", markup=False)

@@ -12,6 +12,7 @@ from lowbit.cli.common import (
     JsonOption,
     ModelArgument,
     ModelOption,
+    RevisionOption,
     TrustOption,
     checked_dtype,
     console,
@@ -23,7 +24,6 @@ from lowbit.cli.common import (
     table,
 )  # fmt: skip
 from lowbit.errors import UsageError
-from lowbit.sources import REFERENCE
 
 
 def evaluate(
@@ -45,6 +45,7 @@ def evaluate(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
+    revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     save: Annotated[
         bool, typer.Option("--save", help="Record the result in the report of the quantized folder MODEL.")
@@ -61,15 +62,17 @@ def evaluate(
     from lowbit.generation.stream import load_tokenizer
     from lowbit.hf import load
     from lowbit.pipeline.report import load_report, now, save_report
+    from lowbit.sources import resolve
 
     name, dtype = one_model(model, model_option), checked_dtype(dtype)
     quiet_transformers()
     if save:
         load_report(_own_folder(name))  # what cannot be recorded is said before it is measured
-    tokenizer = load_tokenizer(name, trust_remote_code)
+    folder = resolve(name, revision)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     stream = token_stream(tokenizer, dataset, num_tokens)
     options = {"device_map": default_device_map(device_map), "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load(name, backend=backend, **options)
+    loaded = load(folder, backend=backend, **options)
     other = load(reference, **options) if reference is not None else None
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     with progress("evaluating", 1, quiet=json) as advance:
@@ -88,6 +91,8 @@ def evaluate(
 
 def _own_folder(name: str) -> Path:
     """The folder that MODEL is. Raises UsageError for one that belongs to the Hub's cache, or to lowbit."""
+    from lowbit.sources import REFERENCE
+
     folder = Path(name).expanduser()
     if name == REFERENCE or not folder.is_dir():
         raise UsageError(f"--save writes into the folder of the model: pass a quantized folder, not {name}")

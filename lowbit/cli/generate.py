@@ -12,6 +12,7 @@ from lowbit.cli.common import (
     JsonOption,
     ModelArgument,
     ModelOption,
+    RevisionOption,
     TrustOption,
     checked_dtype,
     default_device_map,
@@ -46,6 +47,7 @@ def generate(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
+    revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
@@ -64,6 +66,7 @@ def generate(
         dtype=dtype,
         device_map=default_device_map(device_map),
         backend=backend,
+        revision=revision,
         trust_remote_code=trust_remote_code,
     )
 

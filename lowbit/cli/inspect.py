@@ -4,12 +4,23 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, ModelArgument, ModelOption, console, one_model, print_json, size, table
+from lowbit.cli.common import (
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    RevisionOption,
+    console,
+    one_model,
+    print_json,
+    size,
+    table,
+)  # fmt: skip
 
 
 def inspect(
     model: ModelArgument = None,
     model_option: ModelOption = None,
+    revision: RevisionOption = None,
     layers: Annotated[bool, typer.Option("--layers", help="One row for each quantized module.")] = False,
     json: JsonOption = False,
 ):
@@ -17,7 +28,7 @@ def inspect(
     from lowbit.sources import resolve
     from lowbit.stored import summarize
 
-    summary = summarize(resolve(one_model(model, model_option)))
+    summary = summarize(resolve(one_model(model, model_option), revision))
     if json:
         print_json(summary)
         return

@@ -9,6 +9,7 @@ from lowbit.cli.common import (
     JsonOption,
     ModelArgument,
     ModelOption,
+    RevisionOption,
     TrustOption,
     console,
     default_device_map,
@@ -34,6 +35,7 @@ def verify(
         float, typer.Option(min=0, max=1, help="Share of what could be quantized that may be left as it was.")
     ] = 0.05,
     device_map: DeviceMapOption = None,
+    revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
@@ -52,6 +54,7 @@ def verify(
             run=run,
             max_unquantized=max_unquantized,
             device_map=default_device_map(device_map),
+            revision=revision,
             trust_remote_code=trust_remote_code,
             on_tensor=lambda _, total: advance(1 / total),
         )

@@ -47,13 +47,15 @@ def verify(
     run: bool = True,
     max_unquantized: float = MAX_UNQUANTIZED,
     device_map=None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     on_check: Callable[[Check], None] = lambda check: None,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verification:
     """Is this quantized folder fit to be published? reference: the model it was made from, which it is compared with.
-    run: load it too, and let it generate. Raises InputError where folder or reference do not exist."""
-    path = resolve(folder)
+    run: load it too, and let it generate. revision: of the folder, where it is a Hub id. Raises InputError where folder
+    or reference do not exist."""
+    path = resolve(folder, revision)
     source = None if reference is None else resolve(reference)
     checks = []
 

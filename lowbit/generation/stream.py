@@ -136,7 +136,10 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False):
         raise InputError(f"cannot load the tokenizer of {folder}: {first_line(error)}") from None
 
 
-def open_session(model: str | Path, *, trust_remote_code: bool = False, **kwargs) -> Session:
+def open_session(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs
+) -> Session:
     """Load a model (keywords as in `lowbit.load`) and its tokenizer."""
-    tokenizer = load_tokenizer(model, trust_remote_code)
-    return Session(load(model, trust_remote_code=trust_remote_code, **kwargs), tokenizer)
+    folder = resolve(model, revision)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    return Session(load(folder, trust_remote_code=trust_remote_code, **kwargs), tokenizer)

@@ -15,6 +15,7 @@ from lowbit.pipeline.memory import peak_memory
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import Report, save_report
+from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options, get_quantizer
 from lowbit.scheme import Recipe, Scheme
@@ -98,6 +99,7 @@ def quantize(
             report.peak_memory = max(report.peak_memory, peak_memory())
             if ranks.first:
                 save_report(staged.path, report.to_dict())
+                check_structure(staged.path, trust_remote_code)
                 if job is not None:
                     job.about_to_move(staged.path)
                 staged.commit()

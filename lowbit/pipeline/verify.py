@@ -17,7 +17,7 @@ from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
-from lowbit.errors import InputError, UsageError
+from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.grid import dequantize
 from lowbit.pipeline.report import load_report
@@ -72,16 +72,32 @@ class Folder:
 
     def parameter_of(self, name: str) -> str:
         """The parameter that a stored tensor, or the base of a quantized weight, belongs to."""
+        return self.parameters_of(name)[0]
+
+    def parameters_of(self, name: str) -> list[str]:
+        """All parameters that are made of it: several, if it is split while loading."""
         for candidate in (f"{name}.weight", name):
-            found, _ = self.names.locate(candidate)
+            found, direct = self.names.locate(candidate)
             if found in self.state:
-                return found
-        return self.names.locate(name)[0]
+                return [found] if direct else self.names.computed(candidate)
+        return [self.names.locate(name)[0]]
 
     @property
     def state(self) -> dict:
         """The parameters of the model by name."""
         return self.names.state
+
+
+def check_structure(path: Path, trust_remote_code: bool = False) -> None:
+    """What costs next to nothing, before a folder is said to be done: it opens, and its index and shapes are right.
+
+    Raises OutputError."""
+    try:
+        check = _index(Folder(path, trust_remote_code))
+    except InputError as error:
+        check = Check("opens", False, str(error))
+    if not check.ok:
+        raise OutputError(f"what was written does not read back, nothing is kept: {check.detail}")
 
 
 def static_checks(
@@ -139,7 +155,8 @@ def _tensors(folder: Folder) -> Check:
         found.add(parameter)
         if parameter not in folder.sites:
             problems.add(f"{base} is stored quantized, but is no linear layer of the model")
-    found.update(folder.parameter_of(info.name) for info in folder.stored.plain)
+    for info in folder.stored.plain:
+        found.update(folder.parameters_of(info.name))
     ignored = getattr(folder.model, "_keys_to_ignore_on_load_unexpected", None) or ()
     for parameter in sorted(found - folder.state.keys()):
         if not any(re.search(pattern, parameter) for pattern in ignored):

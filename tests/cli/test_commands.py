@@ -344,3 +344,20 @@ def test_the_embedded_model(json_of, tmp_path):
     assert 0 < result["kl_mean"] < 0.3 and result["top1_agreement"] > 0.7
     prompt = "def main():\n    import "
     assert json_of("generate", "--model", "reference", "--prompt", prompt, "--max-new-tokens", "8")["text"].strip()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_and_options(shell):
+    """As the script that --show-completion prints asks for it."""
+    script = subprocess.run(
+        [sys.executable, "-m", "lowbit", "--show-completion", shell], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert script.returncode == 0 and "_LOWBIT_COMPLETE" in script.stdout, script.stderr
+    for words, expected in (("lowbit qu", "quantize"), ("lowbit convert --form", "--format")):
+        asked = {"_LOWBIT_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")),
+                 "_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+                 "_TYPER_COMPLETE_WORD_TO_COMPLETE": words.split()[-1]}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "lowbit"], capture_output=True, text=True, env={**ENVIRONMENT, **asked}
+        )
+        assert expected in done.stdout, done
