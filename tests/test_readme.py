@@ -64,7 +64,7 @@ def test_python_code_runs(folder):
 def test_scripts_and_pages_exist():
     for path in re.findall(r"\]\(([^)#]+)\)", README):
         assert path.startswith("http") or (ROOT / path).exists(), path
-    for script in re.findall(r"bash (scripts/\S+)", README):
+    for script in re.findall(r"bash (scripts/[\w/]+\.sh)", README):
         assert (ROOT / script).is_file()
 
 

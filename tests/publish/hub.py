@@ -7,6 +7,7 @@ name objects which never arrived, tokens that are not known or may not write.
 import base64
 import hashlib
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -41,6 +42,13 @@ class Fault:
     after: Callable[[], bool] = lambda: True
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """A client that hangs up is not news."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Hub:
     """repos: id -> Repo. objects: sha256 -> bytes. requests: (method, path) of all that came, in order. sent: bytes of
     each file that was downloaded, or of the parts of it."""
@@ -52,7 +60,7 @@ class Hub:
         self.sent: Counter[str] = Counter()
         self.faults: list[Fault] = []
         self.changed = threading.Condition()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def contents(self, repo_id: str) -> dict[str, bytes]:
