@@ -1,4 +1,5 @@
-"""The round that every architecture goes: quantize -> load -> generate -> save -> load, and its dequantized weights."""
+"""The round that every architecture goes: quantize -> verify -> load -> generate -> save -> load, and its dequantized
+weights."""
 
 import re
 from pathlib import Path
@@ -76,6 +77,9 @@ def round_trip(model, inputs: dict[str, torch.Tensor], folder: Path) -> dict:
         model.save_pretrained(folder / "dense")
         stage = "quantize"
         report = lowbit.quantize(folder / "dense", folder / "quantized", scheme=SCHEME)
+        stage = "verify"
+        failures = lowbit.verify(folder / "quantized", folder / "dense", run=False).failures
+        assert not failures, failures[0]
         stage = "load"
         quantized = lowbit.load(folder / "quantized")
         share = quantized_share(quantizable(model), _quantized_parameters(quantized))

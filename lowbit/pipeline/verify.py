@@ -162,7 +162,10 @@ def _tensors(folder: Folder) -> Check:
         if not any(re.search(pattern, parameter) for pattern in ignored):
             problems.add(f"{parameter} is in the files, but the model has no such parameter")
     tied = getattr(folder.model, "all_tied_weights_keys", {})
+    computed = getattr(folder.model, "_keys_to_ignore_on_load_missing", None) or ()
     for parameter in folder.state:
+        if any(re.search(pattern, parameter) for pattern in computed):
+            continue
         if parameter not in found and tied.get(parameter) not in found:
             problems.add(f"{parameter} is in no file")
     for parameter, count in parts.items():
