@@ -19,7 +19,8 @@ from transformers.core_model_loading import (
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from lowbit.discovery import CheckpointNames, Site, choose, find_sites
+from lowbit.checkpoint.layout import read_header
+from lowbit.discovery import CheckpointNames, Site, choose, find_sites, named_in_config
 from lowbit.errors import InputError
 from lowbit.experts import (
     QuantizedExperts,
@@ -130,8 +131,8 @@ class LowbitQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected.update(self.stored.idle)
         else:
             self.chosen, _ = choose(model, config.recipe)
-        # named before they are replaced
-        self.left = [site.module for name, site in find_sites(model).items() if name not in self.chosen]
+        self.sites = find_sites(model)  # before they are replaced
+        self.tensors = self._stored_tensors(kwargs["checkpoint_files"])
         if not self.chosen:
             raise InputError("nothing is quantized: no linear layer of the model matches the config")
         for site, scheme in self.chosen.values():
@@ -143,6 +144,15 @@ class LowbitQuantizer(HfQuantizer):
                     finish_experts(owner, leaf)
             else:
                 self._replace_linear(model, site, scheme, owner)
+
+    def _stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
+        """Names and numbers of dimensions of what is loaded, a quantized weight as one matrix."""
+        if self.pre_quantized:
+            stored = self.stored.stored
+            matrices = [(base if w.experts else f"{base}.weight", 2) for base, w in stored.weights.items()]
+            return matrices + [(info.name, len(info.shape)) for info in stored.plain]
+        headers = [read_header(Path(file)) for file in files if str(file).endswith(".safetensors")]
+        return [(info.name, len(info.shape)) for header in headers for info in header]
 
     def _replace_linear(self, model, site: Site, scheme: Scheme, old: nn.Module) -> None:
         with torch.device("meta"):
@@ -207,7 +217,7 @@ class LowbitQuantizer(HfQuantizer):
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)
-            self.quantization_config.source = self._saved_config()
+            self.quantization_config.source = self._saved_config(model)
         self.stored = None
         return model
 
@@ -226,10 +236,12 @@ class LowbitQuantizer(HfQuantizer):
         kept = [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)]
         model._weight_conversions = kept or None
 
-    def _saved_config(self) -> dict:
-        usual, _ = Counter(scheme for _, scheme in self.chosen.values()).most_common(1)[0]
-        exceptions = {site.module: scheme for site, scheme in self.chosen.values() if scheme != usual}
-        return packed_format.config(usual, exceptions, self.left)
+    def _saved_config(self, model) -> dict:
+        schemes = {name: scheme for name, (_, scheme) in self.chosen.items()}
+        usual, _ = Counter(schemes.values()).most_common(1)[0]
+        return packed_format.config(
+            usual, *named_in_config(model, self.names, self.sites, schemes, self.tensors, usual)
+        )
 
     def get_state_dict_and_metadata(self, model):
         for name, module in model.named_modules():

@@ -1,16 +1,14 @@
 """What a run will write, to the byte, from config and safetensors headers alone."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
 
 import torch
-from torch import nn
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
-from lowbit.discovery import CheckpointNames, Site, choose
+from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
 from lowbit.formats import get_format
 from lowbit.qweight import QuantWeight
@@ -131,32 +129,6 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     named += [(chosen[name][0], None, step.scheme) for name, step in fulfilled.items() if name in chosen]
     config = fmt.config(recipe.scheme, *exceptions_and_ignored(model, named, elsewhere, recipe.scheme))
     return Plan(recipe, format_name, tuple(steps), config, left)
-
-
-def exceptions_and_ignored(
-    model: nn.Module,
-    named: Iterable[tuple[Site, str | None, Scheme | None]],
-    elsewhere: set[str],
-    default: Scheme,
-) -> tuple[dict[str, Scheme], list[str]]:
-    """What a config says of modules. named: of linears, each a site, its name in the checkpoint if it is stored, its
-    scheme if it is quantized. elsewhere: names of other matrices: what is no linear here may be one in another engine
-    (routers of experts), and stays dense there if it is named."""
-    embeddings = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    exceptions, ignored = {}, dict.fromkeys(sorted(elsewhere - embeddings))
-    for site, base, scheme in named:
-        # a module may have another name in the checkpoint than in memory, and readers look for either
-        names = [site.module] if base is None else [site.module, base]
-        if scheme is None:
-            ignored.update(dict.fromkeys(names))
-        elif scheme != default or model.get_submodule(_owner(site)) is head:  # servers find a head by its name only
-            exceptions.update(dict.fromkeys(names, scheme))
-    return exceptions, list(ignored)
-
-
-def _owner(site: Site) -> str:
-    return site.parameter.rpartition(".")[0]
 
 
 def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:

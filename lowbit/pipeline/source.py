@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointReader
-from lowbit.discovery import CheckpointNames, Site, find_sites, skeleton
+from lowbit.discovery import CheckpointNames, Site, find_sites, named_in_config, skeleton
 from lowbit.errors import InputError
 from lowbit.pipeline.exits import ExitSource
-from lowbit.pipeline.plan import exceptions_and_ignored
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
 from lowbit.sources import load_config, resolve
@@ -45,19 +44,11 @@ class QuantizedFolder:
 
     def in_config(self, default: Scheme) -> tuple[dict[str, Scheme], list[str]]:
         """What a config of this model has to name."""
-        named, elsewhere = [], set()
-        for base, weight in self.stored.weights.items():
-            if site := self.site(base):
-                named.append((site, base, weight.scheme))
-        for info in self.stored.plain:
-            base, site = info.name.removesuffix(".weight"), self.site(info.name.removesuffix(".weight"))
-            if site is not None:
-                named.append((site, base, None))
-            elif len(info.shape) == 2 and base != info.name:
-                elsewhere |= {base, self._names.locate(info.name)[0].removesuffix(".weight")}
-        seen = {site.parameter for site, _, _ in named}
-        named += [(site, None, None) for name, site in self._sites.items() if name not in seen]
-        return exceptions_and_ignored(self.model, named, elsewhere, default)
+        weights = self.stored.weights
+        schemes = {site.parameter: w.scheme for base, w in weights.items() if (site := self.site(base))}
+        tensors = [(base if w.experts else f"{base}.weight", 2) for base, w in weights.items()]
+        tensors += [(info.name, len(info.shape)) for info in self.stored.plain]
+        return named_in_config(self.model, self._names, self._sites, schemes, tensors, default)
 
     def as_exit(self) -> ExitSource:
         """What exits to other tools take of it. Raises InputError for experts that are stored as one tensor."""
