@@ -1,7 +1,7 @@
 """Records what tests/interop checks: how far other engines' logits of exported tiny models are from transformers'.
 
     pip install -r tests/interop/requirements-mlx.txt
-    PYTHONPATH=.:triton_kernels:tests:tests/interop:scripts/benchmarks python scripts/interop.py mlx
+    PYTHONPATH=.:triton_kernels:tests:tests/interop:scripts/benchmarks python scripts/interop/exits.py mlx
 
 and the same with `llama-cpp`. Writes scripts/benchmarks/results/interop_*.json.
 """
