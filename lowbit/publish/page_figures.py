@@ -168,7 +168,7 @@ def _figure(height: float) -> tuple:
 def _errors_along(axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
-    many = high / low > 30
+    many = high > 30 * low
     axis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: percent(value)))
     axis.set_minor_formatter(NullFormatter())
