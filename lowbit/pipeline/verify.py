@@ -297,7 +297,7 @@ def _side_files(folder: Folder, reference: Path | None) -> Check:
             problems.add(problem)
     if "config.json" in changed:
         problems.add("config.json was changed after the folder was written")
-    detail = f"changed since: {', '.join(changed)}" if changed else "tokenizer, configuration and licence are in place"
+    detail = f"changed since: {', '.join(changed)}" if changed else "all that were written are in place"
     if not any((folder.path / name).is_file() for name in _LICENSES):
         detail += "; no LICENSE file"
     return problems.check("side files", detail)

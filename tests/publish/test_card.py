@@ -100,7 +100,7 @@ def test_zero_points_and_bits_in_the_tags(tmp_path, plain):
     ("source", "expected"),
     [
         ("acme/Tiny", "acme/Tiny"),
-        ("/root/.cache/huggingface/hub/models--acme--Tiny-2/snapshots/0123/", "acme/Tiny-2"),
+        ("/home/me/.cache/huggingface/hub/models--acme--Tiny-2/snapshots/0123/", "acme/Tiny-2"),
         ("/data/models/Tiny", None),
         ("./models/Tiny", None),
         ("../Tiny", None),
