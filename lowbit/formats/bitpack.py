@@ -15,6 +15,10 @@ def _period(bits: int) -> tuple[int, int]:
     return whole // bits, whole // 8
 
 
+# Codes of a run -> the integers with as many bytes
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def packed_width(length: int, bits: int) -> int:
     """int32 words of a packed row of `length` codes."""
     return math.ceil(length * bits / 32)
@@ -57,11 +61,13 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     stream = torch.empty_like(packed, memory_format=torch.contiguous_format).copy_(packed).view(torch.uint8)
     if stream.shape[1] < runs * run_bytes:
         stream = torch.nn.functional.pad(stream, (0, runs * run_bytes - stream.shape[1]))
-    codes = torch.zeros(rows, runs, run, dtype=torch.uint8, device=packed.device)
-    for byte in range(run_bytes):
-        source = stream[:, byte : runs * run_bytes : run_bytes]
-        for position in range(run):
-            shift = position * bits - byte * 8
-            if -bits < shift < 8:
-                codes[:, :, position] |= source >> shift if shift >= 0 else source << -shift
-    return codes.bitwise_and_(2**bits - 1).view(rows, runs * run)[:, :columns].contiguous()
+    # a run in each word, which has a byte for each code: the codes lie close together and are parted by halves
+    words = stream[:, : runs * run_bytes : run_bytes].to(_WORDS[run], memory_format=torch.contiguous_format)
+    for byte in range(1, run_bytes):
+        words |= stream[:, byte : runs * run_bytes : run_bytes].to(words.dtype) << 8 * byte
+    half = run // 2
+    while half:
+        upper = sum((2 ** (half * bits) - 1) << half * bits + 8 * first for first in range(0, run, 2 * half))
+        words.add_(words & upper, alpha=2 ** (half * (8 - bits)) - 1)
+        half //= 2
+    return words.view(torch.uint8)[:, :columns].contiguous()
