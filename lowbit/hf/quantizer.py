@@ -35,8 +35,13 @@ from lowbit.formats import compressed_tensors as packed_format
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.foreign import StoredModel, merges_experts
 from lowbit.linear import LowbitLinear
+from lowbit.memory import return_freed
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Scheme
+
+# Codes (bytes) that layers unpack between two calls of `return_freed`: each call takes milliseconds, and what it
+# returned has to be faulted in again
+_UNPACKED_BETWEEN_RETURNS = 2**26
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -202,6 +207,7 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.damaged:
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
+        unpacked = 0
         for name, module in model.named_modules():
             if _is_moved_by_accelerate(module):
                 continue
@@ -209,11 +215,16 @@ class LowbitQuantizer(HfQuantizer):
                 self._check_loaded(name, module, module.packed_shapes)
                 _check_shapes(name, module)
                 module.prepare()
+                unpacked += module.out_features * module.in_features
+                if unpacked >= _UNPACKED_BETWEEN_RETURNS:
+                    unpacked = 0
+                    return_freed()
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
             if isinstance(module, QuantizedExperts):
                 module.prepare(self.quantization_config.backend)
+        return_freed()
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)
