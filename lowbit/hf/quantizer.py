@@ -4,6 +4,7 @@ On the fly, a dense tensor arrives under its own name, is quantized by `Quantize
 checkpoint, the packed tensors of compressed-tensors load into the modules by name.
 """
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -215,15 +216,16 @@ class LowbitQuantizer(HfQuantizer):
                 self._check_loaded(name, module, module.packed_shapes)
                 _check_shapes(name, module)
                 module.prepare()
-                unpacked += module.out_features * module.in_features
-                if unpacked >= _UNPACKED_BETWEEN_RETURNS:
-                    unpacked = 0
-                    return_freed()
+                unpacked += math.prod(module.shape)
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
+                unpacked += math.prod(weights.shape)
             if isinstance(module, QuantizedExperts):
                 module.prepare(self.quantization_config.backend)
+            if unpacked >= _UNPACKED_BETWEEN_RETURNS:
+                unpacked = 0
+                return_freed()
         return_freed()
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
