@@ -1,5 +1,7 @@
 """The thread that brings weights into the system's cache."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -71,3 +73,14 @@ def test_what_cannot_be_read_is_left_to_others(tmp_path):
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "blob")
     read_ahead(tmp_path)
     finish()
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_commands_read_ahead_before_they_import_torch(command):
+    code = (
+        f"import sys; from lowbit.cli import {command} as module\n"
+        "module.read_ahead = lambda folder: sys.exit(f'{folder}, torch: {\"torch\" in sys.modules}')\n"
+        f"module.{command}(model='some/folder')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.stderr.strip() == f"{Path('some/folder')}, torch: False"
