@@ -10,10 +10,12 @@ import pytest
 import torch
 from folders import save_random_llama
 from models import save_tiny
+from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.backends import torch_cpu
 from lowbit.errors import InputError
+from lowbit.hf import loading_config
 from lowbit.linear import LowbitLinear
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +50,7 @@ def test_layers_are_laid_out_one_by_one(quantized, tmp_path, monkeypatch, method
 
     monkeypatch.setattr(LowbitLinear, "__init__", recorded)
     monkeypatch.setattr(LowbitLinear, "prepare", watched)
-    lowbit.load(folder)
+    AutoModelForCausalLM.from_pretrained(folder, config=loading_config(folder))
     assert [sum(packed) for packed in turns] == list(range(len(built), 0, -1))
 
 
