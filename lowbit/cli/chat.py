@@ -1,6 +1,7 @@
 """lowbit chat"""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ from lowbit.cli.common import (
 )  # fmt: skip
 from lowbit.cli.generate import NewTokensOption, SeedOption, TemperatureOption, TopPOption
 from lowbit.errors import LowbitError
+from lowbit.read_ahead import read_ahead
 
 HELP = """!help         this text
 !clear        forget the conversation
@@ -44,9 +46,11 @@ def chat(
     trust_remote_code: TrustOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    read_ahead(Path(name))  # while all else is imported
+
     from lowbit.generation import open_session
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     quiet_transformers()
     session = open_session(
         name,

@@ -1,6 +1,7 @@
 """lowbit generate"""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ from lowbit.cli.common import (
     quiet_transformers,
 )  # fmt: skip
 from lowbit.errors import InputError
+from lowbit.read_ahead import read_ahead
 
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")]
@@ -52,9 +54,11 @@ def generate(
     json: JsonOption = False,
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    read_ahead(Path(name))  # while all else is imported
+
     from lowbit.generation import open_session
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     try:
         prompt = sys.stdin.read() if prompt == "-" else prompt
         prompt.encode()
