@@ -32,10 +32,18 @@ class Result:
 
 
 def generate(
-    model, input_ids: torch.Tensor, attention_mask=None, *, make_cache=static_cache, compile=None, **options
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    make_cache: Callable = static_cache,
+    compile: bool | None = None,
+    graphs=None,
+    **options,
 ) -> Result:
-    """`Decoder(model, make_cache=..., compile=...).generate(input_ids, attention_mask, ...)`, for one call."""
-    return Decoder(model, make_cache=make_cache, compile=compile).generate(input_ids, attention_mask, **options)
+    """What `Decoder(model, ...).generate(input_ids, attention_mask, **options)` gives, for one call."""
+    decoder = Decoder(model, make_cache=make_cache, compile=compile, graphs=graphs)
+    return decoder.generate(input_ids, attention_mask, **options)
 
 
 class Decoder:
@@ -43,8 +51,8 @@ class Decoder:
 
     make_cache(model, batch, length) -> a transformers Cache of `length` positions whose layers keep their length in a
     tensor `cumulative_length` and change nothing else than tensors in a step.
-    compile: torch.compile the step. None: no, as on CPU it takes longer than it saves, and on CUDA the step is captured.
-    graphs: where steps run; by default CUDA graphs on CUDA, plain calls elsewhere.
+    compile: torch.compile the step; by default it is not.
+    graphs: where steps run (see `graph`); by default CUDA graphs on CUDA, plain calls elsewhere.
     """
 
     def __init__(self, model, *, make_cache: Callable = static_cache, compile: bool | None = None, graphs=None):
@@ -135,9 +143,10 @@ class Decoder:
         return self.refusal is None
 
     def _make_step(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int) -> None:
-        batch, needed = len(run.ids), run.ids.shape[1] + run.most
-        old = self.step
-        if old is not None and len(old.tokens) == batch and old.length >= needed:
+        batch, needed, old = len(run.ids), run.ids.shape[1] + run.most, self.step
+        if old is not None and len(old.tokens) != batch:
+            old = None
+        if old is not None and old.length >= needed:
             if old.settings == (sampling, eos, pad):
                 return
             cache, length = old.cache, old.length
@@ -146,6 +155,8 @@ class Decoder:
             self.step = self.replay = self.held = old = None  # frees the old cache before there is a new one
             cache = self.make_cache(self.model, batch, length)
             self.refusal = unusable(cache)
+            if self.refusal is not None:
+                return
         self.step, self.replay = Step(self.model, cache, batch, length, sampling, eos, pad), None
 
     def _prefill(self, run: "_Run", chunk: int | None) -> None:
