@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer
 
 from lowbit.errors import InputError, first_line
-from lowbit.generation.cache import static_cache
 from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
@@ -45,7 +44,7 @@ class Session:
     """A loaded model that completes text and answers chats. What a prompt shares with the text before it stays in the
     cache. make_cache and compile are those of `Decoder`."""
 
-    def __init__(self, model, tokenizer, *, make_cache: Callable = static_cache, compile: bool | None = None):
+    def __init__(self, model, tokenizer, *, make_cache: Callable | None = None, compile: bool | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.decoder = Decoder(model, make_cache=make_cache, compile=compile)
 
@@ -117,7 +116,7 @@ def open_session(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    make_cache: Callable = static_cache,
+    make_cache: Callable | None = None,
     compile: bool | None = None,
     **kwargs,
 ) -> Session:
