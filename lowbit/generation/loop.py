@@ -57,7 +57,7 @@ class Decoder:
 
     def __init__(self, model, *, make_cache: Callable | None = None, compile: bool | None = None, graphs=None):
         self.model, self.compile = model, bool(compile)
-        self.graphs = graphs or (CudaGraphs() if model.device.type == "cuda" else Direct())
+        self.graphs = graphs or (CudaGraphs(model.device) if model.device.type == "cuda" else Direct())
         called = isinstance(self.graphs, Direct) and not compile
         self.make_cache = make_cache or (filled_cache if called else static_cache)
         self.refusal = refuse(model)
