@@ -20,45 +20,56 @@ class WholeSlidingLayer(StaticLayer):
 
 
 class FilledLayer(StaticLayer):
-    """Gives only the positions that are filled, so that attention has no more to read, and nothing to mask where there
-    is no padding. It counts in Python: for steps that are called."""
+    """Gives only the positions that are filled, and of those only what the window still reaches: attention has no more
+    to read, and nothing to mask where there is no padding. It counts in Python: for steps that are called."""
 
     is_compileable = False
 
-    def __init__(self, max_cache_len: int, is_sliding: bool = False):
+    def __init__(self, max_cache_len: int, window: int | None = None):
         super().__init__(max_cache_len)
-        self.is_sliding, self.length = is_sliding, 0
+        self.is_sliding, self.window, self.length = window is not None, window or max_cache_len, 0
 
     def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        for whole, new in ((self.keys, key_states), (self.values, value_states)):
-            whole[:, :, start : self.length] = new
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        first, start, end = self._first(), self.length, self.length + key_states.shape[-2]
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        self.length = end
+        return self.keys[:, :, first:end], self.values[:, :, first:end]
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.length + query_length - self._first(), self._first()
+
+    def _first(self) -> int:
+        """The first position that the next query reaches."""
+        return max(self.length - self.window + 1, 0)
 
 
 def static_cache(model, batch: int, length: int) -> Cache:
     """transformers' static cache of a model, for steps that are captured or compiled. Raises what transformers does for
     models that have none."""
-    return _cache(model, length, lambda layer: WholeSlidingLayer(length) if layer.is_sliding else layer)
+    return _static(model, length, {StaticSlidingWindowLayer: lambda layer: WholeSlidingLayer(length)})
 
 
 def filled_cache(model, batch: int, length: int) -> Cache:
     """The same, for steps that are called."""
-    return _cache(model, length, lambda layer: FilledLayer(length, layer.is_sliding))
+    return _static(
+        model,
+        length,
+        {
+            StaticLayer: lambda layer: FilledLayer(length),
+            StaticSlidingWindowLayer: lambda layer: FilledLayer(length, window=layer.max_cache_len),
+        },
+    )
 
 
-def _cache(model, length: int, replaced) -> Cache:
+def _static(model, length: int, replacements: dict) -> Cache:
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
-    plain = (StaticLayer, StaticSlidingWindowLayer)
-    cache.layers = [replaced(layer) if type(layer) in plain else layer for layer in cache.layers]
+    cache.layers = [replacements.get(type(layer), lambda layer: layer)(layer) for layer in cache.layers]
     return cache
 
 
@@ -68,7 +79,8 @@ def grows(cache: Cache) -> bool:
 
 
 def unusable(cache: Cache) -> str | None:
-    """Why the loop cannot use a cache: each layer that holds something has to be static, and told its length."""
+    """Why the loop cannot use a cache: each layer that holds something has to be static, and to keep its
+    length in one tensor."""
     for layer in cache.layers:
         name = type(layer).__name__
         if hasattr(layer, "update_recurrent_state") or hasattr(layer, "update_indexer"):

@@ -50,7 +50,7 @@ class Decoder:
     """Generates with one model; keeps its cache and the captured step from call to call.
 
     make_cache(model, batch, length) -> a transformers Cache of `length` positions whose layers keep their length in a
-    tensor `cumulative_length` and change nothing else than tensors in a step.
+    tensor `cumulative_length` and change nothing else than tensors in a step; by default one of those in `cache`.
     compile: torch.compile the step; by default it is not.
     graphs: where steps run (see `graph`); by default CUDA graphs on CUDA, plain calls elsewhere.
     """
