@@ -38,6 +38,7 @@ class LowbitLinear(nn.Module):
         self.wanted_backend = backend
         self.transposed = False  # stands in for a Conv1D
         self.backend: str | None = None
+        self.shared = None  # the product that it has in common with others (lowbit.fusion)
         self.packed_shapes = packed_format.shapes(scheme, out_features, in_features)
         if act_order:
             self.packed_shapes["weight_g_idx"] = ((in_features,), torch.int32)
@@ -95,7 +96,8 @@ class LowbitLinear(nn.Module):
     def quantized_weight(self) -> QuantWeight:
         if self.backend is None:
             return packed_format.unpack_weight(self.packed_tensors(), self.scheme, self.out_features, self.in_features)
-        qweight = get_backend(self.backend).restore(self._prepared(), self.scheme, self.shape)
+        qweight = get_backend(self.backend).restore(self._prepared(), self.scheme, self.prepared_shape)
+        qweight = qweight.rows(self.start, self.start + self.out_features)
         return qweight if self.order is None else qweight.in_input_order(self.order)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -116,16 +118,46 @@ class LowbitLinear(nn.Module):
         buffers = get_backend(backend).prepare(qweight)
         for name in self.packed_shapes:
             delattr(self, name)
+        self.lay_out(backend, buffers, order)
+        if self.shared is not None:
+            self.shared.join()
+        return self
+
+    def lay_out(
+        self,
+        backend: str,
+        buffers: dict[str, torch.Tensor],
+        order: torch.Tensor | None,
+        shape: tuple[int, int] | None = None,
+        start: int = 0,
+    ) -> None:
+        """Run on the buffers of a backend. shape: of the weight in them, whose rows from `start` on are this layer's
+        (default: no others are in it)."""
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("order", order, persistent=False)
         self._prepared_names, self.backend = tuple(buffers), backend
-        self._run = get_backend(backend).linear  # looked up once: torch.compile does not trace imports
-        return self
+        self.prepared_shape, self.start = shape or self.shape, start
+        self.run = get_backend(backend).linear  # looked up once: torch.compile does not trace imports
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._prepared().values())).device
+
+    @property
+    def form(self) -> tuple | None:
+        """What layers must have in common to be laid out as one. None if it is not prepared."""
+        if self.backend is None:
+            return None
+        return (
+            self.backend, self.device, self.dtype, self.scheme, self.in_features, self.bias is None, self.order is None
+        )  # fmt: skip
 
     def unprepare(self) -> "LowbitLinear":
         """Back to the packed state."""
         if self.backend is not None:
+            if self.shared is not None:
+                self.shared.split()
             packed = self.packed_tensors()
             for name in (*self._prepared_names, "order"):
                 delattr(self, name)
@@ -162,11 +194,17 @@ class LowbitLinear(nn.Module):
         if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return nn.functional.linear(x, self.dequantize(x.dtype), bias)
+        if self.shared is not None and self.shared.joined:
+            return self.shared.take(self, x)
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., in_features] by all rows of the prepared weight, [..., prepared_shape[0]]."""
         rows = x.reshape(-1, self.in_features).to(self.dtype)
         if self.order is not None:
             rows = rows[:, self.order]
-        y = self._run(rows, self._prepared(), self.scheme, self.shape, self.bias)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        y = self.run(rows, self._prepared(), self.scheme, self.prepared_shape, bias)
+        return y.view(*x.shape[:-1], self.prepared_shape[0]).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -7,6 +7,7 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
+from lowbit.fusion import share_products
 from lowbit.sources import load_config, resolve
 
 # Tensors that many writers add and that carry nothing: zero points of symmetric weights, g_idx in natural order
@@ -37,11 +38,13 @@ def load(
     backend: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    fuse: bool = True,
     **kwargs,
 ):
     """A transformers model from a folder, a Hub id or "reference", on lowbit's kernels where it is quantized.
 
     device_map, dtype and further keywords are those of `from_pretrained`. backend: run on this one or fail.
+    fuse: linears that share an input share one product (lowbit.fusion), which saves launches and changes no result.
     Raises InputError if a tensor is missing, unexpected or of another shape: nothing is ever filled in.
     """
     if backend is not None:
@@ -66,6 +69,8 @@ def load(
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
     _check(folder, info)
+    if fuse:
+        share_products(model)
     return model
 
 
