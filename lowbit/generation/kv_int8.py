@@ -1,0 +1,66 @@
+"""Static caches of transformers that keep keys and values as int8, with one scale for each head of each token.
+
+A row of head_dim numbers becomes head_dim codes and, behind them, the two bytes of a bfloat16 scale: a row of int8 that
+is two longer. Whatever a layer of a cache does with rows (place, shift, drop, reorder or clear them) it does with such
+rows too. So it stays the layer it was: rows are encoded on their way in, and decoded on their way out.
+"""
+
+from functools import cache
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import Cache, StaticLayer
+
+_SCALE = torch.bfloat16
+_LARGEST = 127
+
+
+def encode(rows: torch.Tensor) -> torch.Tensor:
+    """int8 [..., D + 2] of floating [..., D], D even. A row is off by half a step at most, a step being its largest
+    absolute value / 127."""
+    wide = rows.float()
+    scales = (wide.abs().amax(-1, keepdim=True) / _LARGEST).to(_SCALE)
+    steps = wide / torch.where(scales == 0, 1, scales).float()
+    codes = steps.round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+    return torch.cat([codes, scales.view(torch.int8)], dim=-1)
+
+
+def decode(encoded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[..., D] in `dtype`, what `encode` made int8 [..., D + 2] of."""
+    return (encoded[..., :-2] * encoded[..., -2:].view(_SCALE).float()).to(dtype)
+
+
+class Int8Layer(StaticLayer):
+    """What the class of a static layer gains when it keeps int8."""
+
+    def lazy_initialization(self, *states, **of_a_recurrent_state):
+        super().lazy_initialization(*map(encode, states), **of_a_recurrent_state)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = super().update(encode(key_states), encode(value_states), *args, **kwargs)
+        return decode(keys, key_states.dtype), decode(values, value_states.dtype)
+
+
+@cache
+def _int8_class(layer_class: type[StaticLayer]) -> type[Int8Layer]:
+    # transformers would register a subclass in place of a class that has a type of layers of its own
+    return type(f"Int8{layer_class.__name__}", (Int8Layer, layer_class), {"_layer_type": None})
+
+
+def in_int8(full: Cache) -> Cache:
+    """`full`, which holds nothing yet, with its layers of keys and values keeping int8. Layers that keep something else,
+    such as the state of a recurrence, keep it as it is."""
+    for layer in full.layers:
+        if isinstance(layer, StaticLayer):
+            layer.__class__ = _int8_class(type(layer))
+    return full
+
+
+class Int8StaticCache(StaticCache):
+    """`StaticCache`, and used as it is: `model.generate(..., past_key_values=Int8StaticCache(model.config, 4096))`."""
+
+    def __init__(self, config, max_cache_len: int, **kwargs):
+        super().__init__(config, max_cache_len, **kwargs)
+        in_int8(self)
