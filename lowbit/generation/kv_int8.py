@@ -50,8 +50,8 @@ def _int8_class(layer_class: type[StaticLayer]) -> type[Int8Layer]:
 
 
 def in_int8(full: Cache) -> Cache:
-    """`full`, which holds nothing yet, with its layers of keys and values keeping int8. Layers that keep something else,
-    such as the state of a recurrence, keep it as it is."""
+    """`full`, which holds nothing yet, with its layers of keys and values keeping int8. What layers keep beside them,
+    such as the state of a recurrence, they keep as it is."""
     for layer in full.layers:
         if isinstance(layer, StaticLayer):
             layer.__class__ = _int8_class(type(layer))

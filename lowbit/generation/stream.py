@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from lowbit.errors import InputError, first_line
+from lowbit.generation.kv_int8 import Int8StaticCache
 from lowbit.hf import check_vocabulary, load
 from lowbit.sources import load_config, resolve
 
@@ -48,8 +49,8 @@ class _Callback(TextStreamer):
 class Session:
     """A loaded model that completes text and answers chats."""
 
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, kv_cache: str = "full"):
+        self.model, self.tokenizer, self.kv_cache = model, tokenizer, kv_cache
 
     @property
     def context_length(self) -> int | None:
@@ -101,6 +102,7 @@ class Session:
                     max_new_tokens=max_new_tokens,
                     pad_token_id=self._pad_token(),
                     streamer=streamer,
+                    **self._cache(ids.shape[1] + max_new_tokens),
                     **sampling,
                 )
         except KeyboardInterrupt:
@@ -113,6 +115,11 @@ class Session:
             ) from None
         text = self.tokenizer.decode(streamer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Generation(text, len(streamer.ids), ids.shape[1], time.perf_counter() - started, interrupted)
+
+    def _cache(self, length: int) -> dict:
+        if self.kv_cache == "full":
+            return {}
+        return {"past_key_values": Int8StaticCache(self.model.config, length)}
 
     def _pad_token(self) -> int | None:
         eos = self.tokenizer.eos_token_id
@@ -137,9 +144,14 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False):
 
 
 def open_session(
-    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **kwargs
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    kv_cache: str = "full",
+    **kwargs,
 ) -> Session:
-    """Load a model (keywords as in `lowbit.load`) and its tokenizer."""
+    """Load a model (keywords as in `lowbit.load`) and its tokenizer. kv_cache: "full" or "int8"."""
     folder = resolve(model, revision)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    return Session(load(folder, trust_remote_code=trust_remote_code, **kwargs), tokenizer)
+    return Session(load(folder, trust_remote_code=trust_remote_code, **kwargs), tokenizer, kv_cache)

@@ -132,7 +132,7 @@ class LowbitQuantizer(HfQuantizer):
         else:
             self.chosen, _ = choose(model, config.recipe)
         self.sites = find_sites(model)  # before they are replaced
-        self.tensors = self._stored_tensors(kwargs["checkpoint_files"])
+        self.tensors = self.stored_tensors(kwargs["checkpoint_files"])
         if not self.chosen:
             raise InputError("nothing is quantized: no linear layer of the model matches the config")
         for site, scheme in self.chosen.values():
@@ -145,7 +145,7 @@ class LowbitQuantizer(HfQuantizer):
             else:
                 self._replace_linear(model, site, scheme, owner)
 
-    def _stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
+    def stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
         """Names and numbers of dimensions of what is loaded, a quantized weight as one matrix."""
         if self.pre_quantized:
             stored = self.stored.stored
@@ -217,7 +217,7 @@ class LowbitQuantizer(HfQuantizer):
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)
-            self.quantization_config.source = self._saved_config(model)
+            self.quantization_config.source = self.saved_config(model)
         self.stored = None
         return model
 
@@ -236,7 +236,7 @@ class LowbitQuantizer(HfQuantizer):
         kept = [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)]
         model._weight_conversions = kept or None
 
-    def _saved_config(self, model) -> dict:
+    def saved_config(self, model) -> dict:
         schemes = {name: scheme for name, (_, scheme) in self.chosen.items()}
         usual, _ = Counter(schemes.values()).most_common(1)[0]
         return packed_format.config(
