@@ -33,11 +33,11 @@ def share_products(model: nn.Module) -> list["SharedProduct"]:
 def _with_one_input(model: nn.Module) -> list[tuple[nn.Module, list[LowbitLinear]]]:
     """(module, linears of it that took the very same tensors and can be laid out as one), two of them or more."""
     owners = {
-        linear: parent
-        for parent in model.modules()
-        for linear in parent.children()
-        if isinstance(linear, LowbitLinear) and linear.backend is not None
+        linear: parent for parent in model.modules() for linear in parent.children() if isinstance(linear, LowbitLinear)
     }
+    if any(linear.backend is None for linear in owners):
+        logger.info("linears that share an input multiply on their own: parts of the model are offloaded")
+        return []
     alike = defaultdict(list)
     for linear, inputs in _observed(model, owners).items():
         alike[owners[linear], inputs, linear.form].append(linear)
@@ -47,6 +47,8 @@ def _with_one_input(model: nn.Module) -> list[tuple[nn.Module, list[LowbitLinear
 def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
     """What each linear was called with when the model ran, as (tensor, its version) by number. Nothing is multiplied:
     only who takes what counts. Empty, with the reason logged, for a model that does not run on token ids alone."""
+    if not linears:
+        return {}
     kept, seen = [], defaultdict(tuple)
 
     def note(linear, args, kwargs):
@@ -57,6 +59,9 @@ def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
     def nothing(x, buffers, scheme, shape, bias=None):
         return x.new_zeros(len(x), shape[0])
 
+    ids = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
+    if model.config.is_encoder_decoder:
+        ids["decoder_input_ids"] = ids["input_ids"]
     hooks = [linear.register_forward_pre_hook(note, with_kwargs=True) for linear in linears]
     runs = {linear: linear.run for linear in linears}
     try:
@@ -64,7 +69,7 @@ def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
             linear.run = nothing
         # tensors of inference mode do not tell when they change
         with torch.inference_mode(False), torch.no_grad():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            model(**ids)
     except Exception as error:  # whatever it wanted: it runs as it did before
         logger.info("linears that share an input multiply on their own: the model does not run on two token ids: %s",
                     first_line(error))  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from models import save_tiny, tiny_model, token_ids
 from safetensors.torch import load_file
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 from weights import DTYPES, random_quantized
 
 import lowbit
@@ -240,6 +241,7 @@ def shares(model):
         ("qwen2", [["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]]),
         ("qwen2_moe", [["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]]),
         ("gpt_oss", [["q_proj", "k_proj", "v_proj"]]),
+        ("gpt_neox", []),
         ("phi3", []),
         ("gpt2", []),
     ],
@@ -275,6 +277,26 @@ def test_a_model_that_changes_its_input_between_the_calls_shares_nothing():
         layer.mlp.gate_proj.register_forward_hook(change)
     assert shares(model) == [] and len(share_products(model)) == 2
     assert shares(model) == [["q_proj", "k_proj", "v_proj"]]
+
+
+def test_offloaded_and_dense_models_stay_as_they_are(caplog):
+    model = quantized_in_place(tiny_model("llama"))
+    model.model.layers[1].mlp.up_proj.unprepare()
+    with caplog.at_level(logging.INFO, "lowbit"):
+        assert share_products(model) == []
+    assert "parts of the model are offloaded" in caplog.text
+    dense = tiny_model("llama")
+    dense.register_forward_pre_hook(lambda *_: pytest.fail("there is nothing to look for"))
+    assert share_products(dense) == []
+
+
+def test_a_model_with_an_encoder():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    model = T5ForConditionalGeneration(config).eval()
+    assert shares(quantized_in_place(model)) == [] and share_products(model)
+    found = {tuple(names) for names in shares(model)}
+    assert ("q", "k", "v") in found  # those of self-attention
 
 
 def test_a_model_that_does_not_run_on_two_tokens_stays_as_it_was(caplog):
