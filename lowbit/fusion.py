@@ -7,6 +7,7 @@ stay the modules they were: the first that is called multiplies for all, and the
 
 import logging
 from collections import defaultdict
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ logger = logging.getLogger("lowbit")
 
 
 def share_products(model: nn.Module) -> list["SharedProduct"]:
-    """Make prepared linears of `model` that share an input share the product; the products that were made."""
+    """Make linears of `model` that share an input share the product; the products that were made. Linears that are not
+    prepared yet need not be, which saves to lay them out twice."""
     made = []
     for parent, linears in _with_one_input(model):
         product = SharedProduct(linears)
@@ -35,12 +37,9 @@ def _with_one_input(model: nn.Module) -> list[tuple[nn.Module, list[LowbitLinear
     owners = {
         linear: parent for parent in model.modules() for linear in parent.children() if isinstance(linear, LowbitLinear)
     }
-    if any(linear.backend is None for linear in owners):
-        logger.info("linears that share an input multiply on their own: parts of the model are offloaded")
-        return []
     alike = defaultdict(list)
     for linear, inputs in _observed(model, owners).items():
-        alike[owners[linear], inputs, linear.form].append(linear)
+        alike[owners[linear], inputs, _form(linear)].append(linear)
     return [(parent, linears) for (parent, *_), linears in alike.items() if len(linears) > 1]
 
 
@@ -56,17 +55,13 @@ def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
         kept.append(x)  # or another tensor could get its address
         seen[linear] += ((id(x), x._version),)
 
-    def nothing(x, buffers, scheme, shape, bias=None):
-        return x.new_zeros(len(x), shape[0])
-
     ids = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
     if model.config.is_encoder_decoder:
         ids["decoder_input_ids"] = ids["input_ids"]
     hooks = [linear.register_forward_pre_hook(note, with_kwargs=True) for linear in linears]
-    runs = {linear: linear.run for linear in linears}
     try:
         for linear in linears:
-            linear.run = nothing
+            linear.multiply = partial(_nothing, linear.out_features)
         # tensors of inference mode do not tell when they change
         with torch.inference_mode(False), torch.no_grad():
             model(**ids)
@@ -75,11 +70,24 @@ def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
                     first_line(error))  # fmt: skip
         return {}
     finally:
-        for linear, run in runs.items():
-            linear.run = run
+        for linear in linears:
+            linear.__dict__.pop("multiply", None)
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _nothing(out_features: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_zeros(*x.shape[:-1], out_features)
+
+
+def _form(linear: LowbitLinear) -> tuple:
+    """What linears must have in common to be laid out as one, but for the order of their inputs."""
+    if linear.backend is None:
+        state = "packed", linear.best_backend(), linear.weight_scale.dtype, "weight_g_idx" in linear.packed_shapes
+    else:
+        state = "prepared", linear.backend, linear.dtype, linear.order is not None
+    return *state, linear.device, linear.scheme, linear.in_features, linear.bias is None
 
 
 class SharedProduct:
@@ -108,23 +116,23 @@ class SharedProduct:
         self.running, self.kept = False, None
 
     def join(self) -> bool:
-        """Whether the members are laid out as one, which needs all of them prepared, and alike."""
+        """Whether the members are laid out as one, which needs them to be alike."""
         if self.joined:
             return True
+        if len({_form(member) for member in self.members}) > 1:
+            return False
         first = self.members[0]
-        if first.backend is None or len({member.form for member in self.members}) > 1:
+        name = first.backend or first.best_backend()
+        weights, orders = zip(*(member.quantized_weight().in_group_order() for member in self.members), strict=True)
+        if orders[0] is not None and not all(torch.equal(orders[0], order) for order in orders):
             return False
-        if first.order is not None and not all(torch.equal(first.order, member.order) for member in self.members):
-            return False
-        backend = get_backend(first.backend)
         shape = sum(member.out_features for member in self.members), first.in_features
-        if backend.refuse(first.scheme, first.device, first.dtype, shape) is not None:
+        if get_backend(name).refuse(first.scheme, first.device, weights[0].scales.dtype, shape) is not None:
             return False
-        rows = [member.quantized_weight().in_group_order()[0] for member in self.members]
-        buffers = backend.prepare(QuantWeight.concatenated(rows))
+        buffers = get_backend(name).prepare(QuantWeight.concatenated(weights))
         start = 0
         for member in self.members:
-            member.lay_out(first.backend, buffers, first.order, shape, start)
+            member.lay_out(name, buffers, orders[0], shape, start)
             start += member.out_features
         self.joined = True
         for member in self.members:

@@ -112,13 +112,8 @@ class LowbitLinear(nn.Module):
         if self.backend is not None or self.weight_packed.device.type == "meta":
             return self
         qweight, order = self.quantized_weight().in_group_order()
-        device = qweight.codes.device
-        self.dtype = qweight.scales.dtype
-        backend = choose(self.scheme, device, self.dtype, self.shape, self.wanted_backend)
-        buffers = get_backend(backend).prepare(qweight)
-        for name in self.packed_shapes:
-            delattr(self, name)
-        self.lay_out(backend, buffers, order)
+        backend = self.best_backend()
+        self.lay_out(backend, get_backend(backend).prepare(qweight), order)
         if self.shared is not None:
             self.shared.join()
         return self
@@ -133,6 +128,10 @@ class LowbitLinear(nn.Module):
     ) -> None:
         """Run on the buffers of a backend. shape: of the weight in them, whose rows from `start` on are this layer's
         (default: no others are in it)."""
+        if self.backend is None:
+            self.dtype = self.weight_scale.dtype
+            for name in self.packed_shapes:
+                delattr(self, name)
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("order", order, persistent=False)
@@ -142,16 +141,11 @@ class LowbitLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._prepared().values())).device
+        return self.weight_packed.device if self.backend is None else next(iter(self._prepared().values())).device
 
-    @property
-    def form(self) -> tuple | None:
-        """What layers must have in common to be laid out as one. None if it is not prepared."""
-        if self.backend is None:
-            return None
-        return (
-            self.backend, self.device, self.dtype, self.scheme, self.in_features, self.bias is None, self.order is None
-        )  # fmt: skip
+    def best_backend(self) -> str:
+        """The one that `prepare` lays the packed weight out for."""
+        return choose(self.scheme, self.device, self.weight_scale.dtype, self.shape, self.wanted_backend)
 
     def unprepare(self) -> "LowbitLinear":
         """Back to the packed state."""
@@ -191,15 +185,14 @@ class LowbitLinear(nn.Module):
             self.prepare()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.dequantize(x.dtype), bias)
         if self.shared is not None and self.shared.joined:
             return self.shared.take(self, x)
         return self.multiply(x, self.bias)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., in_features] by all rows of the prepared weight, [..., prepared_shape[0]]."""
+        if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
+            return nn.functional.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
         rows = x.reshape(-1, self.in_features).to(self.dtype)
         if self.order is not None:
             rows = rows[:, self.order]

@@ -14,6 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from weights import DTYPES, random_quantized
 
 import lowbit
+from lowbit.backends import torch_cpu
 from lowbit.fusion import SharedProduct, share_products
 from lowbit.linear import LowbitLinear
 from lowbit.scheme import Scheme
@@ -259,6 +260,14 @@ def test_models_run_and_save_as_without(tmp_path, name, shared):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_loading_lays_each_product_out_once(tmp_path, monkeypatch):
+    lowbit.quantize(save_tiny(tmp_path / "dense", dtype=torch.bfloat16), tmp_path / "quantized", group_size=32)
+    rows, prepare = [], torch_cpu.prepare
+    monkeypatch.setattr(torch_cpu, "prepare", lambda weight: rows.append(weight.out_features) or prepare(weight))
+    lowbit.load(tmp_path / "quantized")
+    assert sorted(rows) == 2 * [64] + 2 * [64] + 2 * [64 + 2 * 32] + 2 * [2 * 96]
+
+
 def quantized_in_place(model):
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
@@ -279,12 +288,7 @@ def test_a_model_that_changes_its_input_between_the_calls_shares_nothing():
     assert shares(model) == [["q_proj", "k_proj", "v_proj"]]
 
 
-def test_offloaded_and_dense_models_stay_as_they_are(caplog):
-    model = quantized_in_place(tiny_model("llama"))
-    model.model.layers[1].mlp.up_proj.unprepare()
-    with caplog.at_level(logging.INFO, "lowbit"):
-        assert share_products(model) == []
-    assert "parts of the model are offloaded" in caplog.text
+def test_nothing_is_looked_for_in_dense_models():
     dense = tiny_model("llama")
     dense.register_forward_pre_hook(lambda *_: pytest.fail("there is nothing to look for"))
     assert share_products(dense) == []

@@ -7,7 +7,6 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
-from lowbit.fusion import share_products
 from lowbit.hf.head import quantize_head
 from lowbit.scheme import Scheme
 from lowbit.sources import load_config, resolve
@@ -17,7 +16,11 @@ _HARMLESS = ("_zero_point", "_g_idx")
 
 
 def loading_config(
-    path: str | Path, backend: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    backend: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    fuse: bool = True,
 ):
     """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
 
@@ -28,7 +31,7 @@ def loading_config(
     if source is not None:
         source = source if isinstance(source, dict) else source.to_dict()
         detect_format(source)
-        config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend}
+        config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse}
     return config
 
 
@@ -56,7 +59,7 @@ def load(
     head_scheme = Scheme.parse(lm_head) if isinstance(lm_head, str) else lm_head
     folder = resolve(path, revision)
     CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
-    config = loading_config(folder, backend, trust_remote_code=trust_remote_code)
+    config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
     try:
         model, info = model_class(config, trust_remote_code).from_pretrained(
             folder,
@@ -76,8 +79,6 @@ def load(
     _check(folder, info)
     if head_scheme is not None:
         quantize_head(model, head_scheme, folder, backend)
-    if fuse:
-        share_products(model)
     return model
 
 

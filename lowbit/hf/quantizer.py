@@ -4,6 +4,7 @@ On the fly, a dense tensor arrives under its own name, is quantized by `Quantize
 checkpoint, the packed tensors of compressed-tensors load into the modules by name.
 """
 
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -32,11 +33,14 @@ from lowbit.experts import (
     restore_experts,
 )
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.fusion import share_products
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.foreign import StoredModel, merges_experts
 from lowbit.linear import LowbitLinear
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Scheme
+
+logger = logging.getLogger("lowbit")
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -202,18 +206,27 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.damaged:
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
+        linears, offloaded = [], False
         for name, module in model.named_modules():
             if _is_moved_by_accelerate(module):
+                offloaded = True
                 continue
             if isinstance(module, LowbitLinear):
                 self._check_loaded(name, module, module.packed_shapes)
                 _check_shapes(name, module)
-                module.prepare()
+                linears.append(module)
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
             if isinstance(module, QuantizedExperts):
                 module.prepare(self.quantization_config.backend)
+        if self.quantization_config.fuse:
+            if offloaded:  # all of it would come to the device only to see who shares what
+                logger.info("linears that share an input multiply on their own: parts of the model are offloaded")
+            else:
+                share_products(model)
+        for linear in linears:
+            linear.prepare()
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)
