@@ -61,7 +61,7 @@ def recipe_arguments(
         "options": _options(option, scale_search),
         "overrides": [_override(text) for text in override or ()],
         "ignore": ignore or (),
-        "lm_head": head_scheme(lm_head, lm_head_scheme) or False,
+        "lm_head": head_scheme(lm_head, lm_head_scheme),
         "include_vision": include_vision,
     }
 

@@ -3,6 +3,9 @@
 A row of head_dim numbers becomes head_dim codes and, behind them, the two bytes of a bfloat16 scale: a row of int8 that
 is two longer. Whatever a layer of a cache does with rows (place, shift, drop, reorder or clear them) it does with such
 rows too. So it stays the layer it was: rows are encoded on their way in, and decoded on their way out.
+
+Keys have channels that are large for every token, which would take the codes from all others: those are divided before,
+and multiplied afterwards, by a factor that comes from the first keys of a layer.
 """
 
 from functools import cache
@@ -30,17 +33,37 @@ def decode(encoded: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (encoded[..., :-2] * encoded[..., -2:].view(_SCALE).float()).to(dtype)
 
 
+def channel_factors(keys: torch.Tensor) -> torch.Tensor:
+    """float32 [1, H, 1, D] of keys [B, H, T, D]: the root of how many times larger than the mean channel one becomes, 1
+    for those below it. From a short prompt, channels look small that are not: to enlarge them would do harm."""
+    if not keys.shape[2]:
+        return keys.new_ones(1, keys.shape[1], 1, keys.shape[3], dtype=torch.float32)
+    largest = keys.float().abs().amax((0, 2), keepdim=True)
+    mean = largest.mean(-1, keepdim=True)
+    return (largest / torch.where(mean == 0, 1, mean)).clamp_min(1).sqrt()
+
+
 class Int8Layer(StaticLayer):
-    """What the class of a static layer gains when it keeps int8."""
+    """What the class of a static layer gains when it keeps int8.
+
+    The factors of channels stay for as long as the layer does: what it holds was divided by them.
+    """
+
+    factors: torch.Tensor
 
     def lazy_initialization(self, *states, **of_a_recurrent_state):
-        super().lazy_initialization(*map(encode, states), **of_a_recurrent_state)
+        if states:
+            self.factors = channel_factors(states[0])
+        # of what is to be kept, the shape counts here
+        kept = [rows.new_empty(*rows.shape[:-1], rows.shape[-1] + 2, dtype=torch.int8) for rows in states]
+        super().lazy_initialization(*kept, **of_a_recurrent_state)
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = super().update(encode(key_states), encode(value_states), *args, **kwargs)
-        return decode(keys, key_states.dtype), decode(values, value_states.dtype)
+        keys, values = super().update(encode(key_states / self.factors), encode(value_states), *args, **kwargs)
+        keys = decode(keys, torch.float32) * self.factors
+        return keys.to(key_states.dtype), decode(values, value_states.dtype)
 
 
 @cache

@@ -56,7 +56,7 @@ def plan(
     options: dict | None = None,
     overrides=(),
     ignore=(),
-    lm_head: bool | str | Scheme = False,
+    lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
     num_samples: int = 128,
     seqlen: int = 2048,

@@ -33,7 +33,7 @@ def quantize(
     options: dict | None = None,
     overrides: Iterable[tuple[str, str | Scheme]] = (),
     ignore: Iterable[str] = (),
-    lm_head: bool | str | Scheme = False,
+    lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
     dataset=None,
     num_samples: int = 128,
