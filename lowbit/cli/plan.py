@@ -16,6 +16,7 @@ from lowbit.cli.common import (
     size,
     table,
 )  # fmt: skip
+from lowbit.cli.half import only_converts, preview_dtype
 from lowbit.cli.recipe import (
     BitsOption,
     FormatOption,
@@ -67,9 +68,12 @@ def plan(
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
     )
-    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
-    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    preview(one_model(model, model_option), {**recipe, **options}, json)
+    name, files = one_model(model, model_option), {"max_shard_size": max_shard_size, "revision": revision}
+    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format}
+    if only_converts(**recipe, **options):
+        preview_dtype(name, scheme, json, **files)
+    else:
+        preview(name, {**recipe, **options, **files, "trust_remote_code": trust_remote_code}, json)
 
 
 def preview(model: str, arguments: dict, json: bool) -> None:

@@ -29,6 +29,7 @@ from lowbit.cli.common import (
     size,
     table,
 )  # fmt: skip
+from lowbit.cli.half import convert_to_dtype, only_converts, preview_dtype
 from lowbit.cli.plan import preview
 from lowbit.cli.recipe import (
     BitsOption,
@@ -91,6 +92,9 @@ def quantize(
     ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
     max_shard_size: ShardSizeOption = "5GB",
+    clamp: Annotated[
+        bool, typer.Option("--clamp", help="Of FP16 and BF16: values that are too large become the largest.")
+    ] = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what `plan` shows; write nothing.")] = False,
     revision: RevisionOption = None,
@@ -108,14 +112,26 @@ def quantize(
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
     )
+    files = {"max_shard_size": max_shard_size, "revision": revision}
+    how = {"dataset": dataset, "num_samples": num_samples, "seqlen": seqlen, "seed": seed, "redo": redo}
+    half = only_converts(**recipe, **how, max_memory=max_memory, format=format, clamp=clamp)
     if dry_run:
-        options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
-        preview(model, {**recipe, **options, "revision": revision, "trust_remote_code": trust_remote_code}, json)
+        if half:
+            preview_dtype(model, scheme, json, **files)
+        else:
+            options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, **files}
+            preview(model, {**recipe, **options, "trust_remote_code": trust_remote_code}, json)
         if not json:
             console.print("dry run: nothing was written")
         return
     target = one_output(output_dir)
     quiet_transformers()
+    if half:
+        with interrupted_once():
+            convert_to_dtype(
+                model, target, scheme, json, clamp=clamp, overwrite=overwrite, command=typed_command(), **files
+            )
+        return
     with interrupted_once(), ExitStack() as stack:
 
         def on_plan(plan):
@@ -127,16 +143,11 @@ def quantize(
             model,
             target,
             **recipe,
-            dataset=dataset,
-            num_samples=num_samples,
-            seqlen=seqlen,
-            seed=seed,
-            redo=redo,
+            **how,
+            **files,
             max_memory=max_memory,
             format=format,
-            max_shard_size=max_shard_size,
             overwrite=overwrite,
-            revision=revision,
             trust_remote_code=trust_remote_code,
             command=typed_command(),
             on_plan=on_plan,

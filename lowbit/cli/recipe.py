@@ -7,7 +7,8 @@ import typer
 from lowbit.errors import UsageError
 
 SchemeOption = Annotated[
-    str | None, typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16).", show_default=False)
+    str | None,
+    typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16), or FP16, BF16.", show_default=False),
 ]
 BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8; instead of --scheme.", show_default=False)]
 GroupSizeOption = Annotated[

@@ -20,6 +20,7 @@ from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.grid import dequantize
+from lowbit.pipeline.half import cast, converted_dtype
 from lowbit.pipeline.report import load_report
 from lowbit.scheme import Recipe
 from lowbit.sources import load_config
@@ -69,6 +70,7 @@ class Folder:
         self.model = skeleton(self.config, trust_remote_code)
         self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
         self.manifest: Manifest | None = read_manifest(path)
+        self.dtype = None if self.stored.weights else converted_dtype(path)  # of a plain model that was converted to it
 
     def parameter_of(self, name: str) -> str:
         """The parameter that a stored tensor, or the base of a quantized weight, belongs to."""
@@ -115,14 +117,14 @@ def static_checks(
     except InputError as error:
         yield Check("opens", False, str(error))
         return
-    if not folder.stored.weights:
+    if not folder.stored.weights and folder.dtype is None:
         yield Check("opens", False, f"{path} holds no quantized weights")
         return
-    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {folder.stored.format}")
+    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {folder.stored.format or folder.dtype}")
     yield _index(folder)
     yield _tensors(folder)
     yield _ties(folder)
-    yield _budget(folder, max_unquantized)
+    yield _budget(folder, max_unquantized) if folder.dtype is None else _dtypes(folder)
     yield from _contents(folder, on_tensor)
     yield _side_files(folder, reference)
     if reference is not None:
@@ -203,6 +205,15 @@ def _budget(folder: Folder, max_unquantized: float) -> Check:
             f"{max_unquantized:.0%}"
         )  # fmt: skip
     return Check("coverage", True, f"{1 - share:.1%} of the weights of linear layers are quantized")
+
+
+def _dtypes(folder: Folder) -> Check:
+    """What was converted to a dtype has no other."""
+    problems = _Problems()
+    for info in folder.stored.plain:
+        if info.dtype.is_floating_point and info.dtype != folder.dtype:
+            problems.add(f"{info.name} is {info.dtype}, expected {folder.dtype}")
+    return problems.check("coverage", f"every floating tensor is {folder.dtype}")
 
 
 def _left_on_purpose(path: Path) -> dict[str, str]:
@@ -324,13 +335,13 @@ def _source(folder: Folder, reference: Path) -> Check:
     if source.config.get("quantization_config"):
         raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
     plain = {info.name for info in folder.stored.plain}
-    for name, info in source.tensors.items():
+    for name in source.tensors:
         base = name.removesuffix(".weight")
         if name in plain:
-            here = folder.reader.tensors[name]
-            if (here.dtype, here.shape) != (info.dtype, info.shape) or not torch.equal(
-                folder.reader.tensor(name), source.tensor(name)
-            ):
+            here, expected = folder.reader.tensor(name), source.tensor(name)
+            if folder.dtype is not None:
+                expected, *_ = cast(expected, folder.dtype)
+            if here.dtype != expected.dtype or not torch.equal(here, expected):
                 problems.add(f"{name} is not what it is in {reference.name}")
         elif base in folder.stored.weights:
             error = _error(folder, folder.stored.weights[base], source.tensor(name))
