@@ -16,7 +16,9 @@ from lowbit.sources import resolve
 from lowbit.stored import StoredWeights
 
 _TOKENS, _NEW_TOKENS = 256, 16
-# Mean KL to the reference, in nats, beyond which a model of so few bits is damaged rather than coarse
+# Mean KL to the reference, in nats, beyond which nobody should publish a model of so few bits. Unlike the weights of
+# pipeline.nearness it is not compared with that of a rounded model, which may be as useless: whether a model is damaged
+# or merely too coarse makes no difference to who runs it
 _LARGEST_KL = {16: 0.1, 8: 0.1, 4: 0.5, 3: 2.0, 2: 5.0}
 
 

@@ -19,8 +19,8 @@ from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.grid import dequantize
 from lowbit.pipeline.half import cast, converted_dtype
+from lowbit.pipeline.nearness import difference
 from lowbit.pipeline.report import load_report
 from lowbit.scheme import Recipe
 from lowbit.sources import load_config
@@ -28,8 +28,6 @@ from lowbit.stored import StoredWeight, StoredWeights
 
 # Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
 MAX_UNQUANTIZED = 0.05
-# ||W - Q|| / ||W|| that no quantizer makes at so many bits; a weight of another model gives 1.4
-_LARGEST_ERROR = {2: 0.9, 3: 0.6, 4: 0.4, 8: 0.1}
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
@@ -218,11 +216,16 @@ def _dtypes(folder: Folder) -> Check:
 
 def _left_on_purpose(path: Path) -> dict[str, str]:
     """Tensors that the run which wrote the folder left alone, and why, where it has a report."""
+    left = _report(path).get("left_alone")
+    return left if isinstance(left, dict) else {}
+
+
+def _report(path: Path) -> dict:
+    """Of the run that wrote the folder; empty, where there is none that can be read."""
     try:
-        left = load_report(path).get("left_alone")
+        return load_report(path)
     except InputError:
         return {}
-    return left if isinstance(left, dict) else {}
 
 
 def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
@@ -337,31 +340,33 @@ def _source(folder: Folder, reference: Path) -> Check:
     plain = {info.name for info in folder.stored.plain}
     for name in source.tensors:
         base = name.removesuffix(".weight")
+        if name not in plain and base not in folder.stored.weights:
+            problems.add(f"{name} of {reference.name} is missing")
+            continue
+        expected = source.tensor(name)
         if name in plain:
-            here, expected = folder.reader.tensor(name), source.tensor(name)
+            here = folder.reader.tensor(name)
             if folder.dtype is not None:
                 expected, *_ = cast(expected, folder.dtype)
             if here.dtype != expected.dtype or not torch.equal(here, expected):
                 problems.add(f"{name} is not what it is in {reference.name}")
-        elif base in folder.stored.weights:
-            error = _error(folder, folder.stored.weights[base], source.tensor(name))
-            limit = _LARGEST_ERROR[folder.stored.weights[base].scheme.bits]
-            if not error < limit:
-                problems.add(f"{base} is {error:.2f} away from {name} (relative error; expected below {limit})")
-        else:
-            problems.add(f"{name} of {reference.name} is missing")
+        elif problem := _too_far(folder, folder.stored.weights[base], expected):
+            problems.add(f"{base} {problem}")
     for name in sorted(plain - source.tensors.keys()):
         problems.add(f"{name} is not in {reference.name}")
     return problems.check("source", f"{len(source.tensors)} tensors of {reference.name}: the same, or near")
 
 
-def _error(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> float:
+def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str | None:
+    """What is wrong with a quantized weight that is further from its source than its scheme explains."""
     site = folder.sites[folder.parameter_of(weight.base)]
     name = weight.base if weight.experts else f"{weight.base}.weight"
-    transposed = site.transposed != folder.names.turns(name, tuple(source.shape))
-    dense = [dequantize(qweight, torch.float32) for qweight in folder.stored.quantized(weight)]
-    dense = [matrix.T if transposed else matrix for matrix in dense]
-    dense = torch.stack(dense) if weight.experts else dense[0]
-    if dense.shape != source.shape:
-        return math.inf
-    return float((dense - source.float()).norm() / source.float().norm().clamp_min(1e-30))
+    if site.transposed != folder.names.turns(name, tuple(source.shape)):
+        source = source.transpose(-1, -2)
+    if source.shape != ((weight.experts,) if weight.experts else ()) + weight.shape:
+        return f"is {list(weight.shape)}, {name} is not"
+    matrices = list(source) if weight.experts else [source]
+    for qweight, matrix in zip(folder.stored.quantized(weight), matrices, strict=True):
+        if found := difference(qweight, matrix):
+            return f"is far from {name}: {found}"
+    return None
