@@ -31,6 +31,7 @@ from lowbit.cli.recipe import (
     ScaleSearchOption,
     SchemeOption,
     SeqlenOption,
+    SmoothOption,
     SymOption,
     recipe_arguments,
 )
@@ -53,6 +54,7 @@ def plan(
     seqlen: SeqlenOption = 2048,
     lm_head: LmHeadOption = False,
     include_vision: IncludeVisionOption = False,
+    smooth: SmoothOption = None,
     override: OverrideOption = None,
     ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
@@ -66,7 +68,7 @@ def plan(
     Sizes are exact. Takes the flags of `quantize` that matter to the result.
     """
     recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
+        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision, smooth
     )
     name, files = one_model(model, model_option), {"max_shard_size": max_shard_size, "revision": revision}
     options = {"num_samples": num_samples, "seqlen": seqlen, "format": format}

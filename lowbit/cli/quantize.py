@@ -45,6 +45,7 @@ from lowbit.cli.recipe import (
     ScaleSearchOption,
     SchemeOption,
     SeqlenOption,
+    SmoothOption,
     SymOption,
     recipe_arguments,
 )
@@ -81,6 +82,7 @@ def quantize(
     ] = None,
     lm_head: LmHeadOption = False,
     include_vision: IncludeVisionOption = False,
+    smooth: SmoothOption = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -110,7 +112,7 @@ def quantize(
 
     model = one_model(model, model_option)
     recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
+        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision, smooth
     )
     files = {"max_shard_size": max_shard_size, "revision": revision}
     how = {"dataset": dataset, "num_samples": num_samples, "seqlen": seqlen, "seed": seed, "redo": redo}
@@ -202,6 +204,10 @@ def _show_calibration(report) -> None:
         f"calibrated with {used['samples']} samples, {used['tokens']:,} tokens: {used['source']}; "
         f"peak memory {size(report.peak_memory)}"
     )
+    smoothed = [entry for layer in report.decoder_layers for entry in layer.get("smoothing", ())]
+    if smoothed:
+        scaled = sum(entry.get("alpha") is not None for entry in smoothed)
+        console.print(f"inputs scaled in front of {scaled} of {len(smoothed)} groups of linears")
     worst = table("largest output errors", "scheme", "tokens", "error", "to the original", title=None)
     for layer in report.worst(5):
         worst.add_row(

@@ -22,6 +22,7 @@ from lowbit.formats import compressed_tensors as packed_format
 from lowbit.pipeline.half import cast, converted_dtype
 from lowbit.pipeline.nearness import difference
 from lowbit.pipeline.report import load_report
+from lowbit.pipeline.smoothing import recorded_edits, scaled
 from lowbit.scheme import Recipe
 from lowbit.sources import load_config
 from lowbit.stored import StoredWeight, StoredWeights
@@ -333,17 +334,23 @@ def _tokenizer_problem(folder: Folder) -> str | None:
 
 
 def _source(folder: Folder, reference: Path) -> Check:
-    """Every tensor of the source is here: the same, or quantized, and near to what it was."""
+    """Every tensor of the source is here: the same, or quantized, and near to what it was. What the report says was
+    smoothed is compared with the source scaled alike."""
     problems, source = _Problems(), CheckpointReader(reference)
     if source.config.get("quantization_config"):
         raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
+    try:
+        layers = _report(folder.path).get("decoder_layers", ())
+        edits = recorded_edits(layers, folder.names, source.tensors, source.tensor)
+    except InputError as error:
+        return Check("source", False, str(error))
     plain = {info.name for info in folder.stored.plain}
     for name in source.tensors:
         base = name.removesuffix(".weight")
         if name not in plain and base not in folder.stored.weights:
             problems.add(f"{name} of {reference.name} is missing")
             continue
-        expected = source.tensor(name)
+        expected = scaled(name, source.tensor(name), edits, folder.names)
         if name in plain:
             here = folder.reader.tensor(name)
             if folder.dtype is not None:
