@@ -9,7 +9,9 @@ from pathlib import Path
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
+from lowbit.errors import UsageError
 from lowbit.pipeline.calibrate import Calibration, calibrate, needs_data
+from lowbit.pipeline.half import is_dtype
 from lowbit.pipeline.job import clear_finished
 from lowbit.pipeline.memory import peak_memory
 from lowbit.pipeline.plan import Plan, make_plan
@@ -124,6 +126,8 @@ def make_recipe(
     scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False, smooth=None
 ) -> Recipe:
     """A Recipe from what a user types; raises UsageError for anything that is not allowed."""
+    if is_dtype(scheme):
+        raise UsageError(f"{scheme} is a dtype, which nothing is quantized to: lowbit.convert_dtype converts to it")
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     base = Scheme(base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym)
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]

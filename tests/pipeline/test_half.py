@@ -112,6 +112,8 @@ def test_the_plan_is_exact(dense, tmp_path):
 def test_wrong_input(dense, tmp_path):
     with pytest.raises(UsageError, match="allowed: FP16, BF16"):
         lowbit.convert_dtype(dense, tmp_path / "out", "FP8")
+    with pytest.raises(UsageError, match="convert_dtype"):
+        lowbit.quantize(dense, tmp_path / "out", scheme="FP16")
     with pytest.raises(OutputError, match="overlap"):
         lowbit.convert_dtype(dense, dense / "out", "FP16")
     lowbit.quantize(dense, tmp_path / "q", scheme="W4A16-G32")
