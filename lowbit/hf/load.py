@@ -7,6 +7,7 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
+from lowbit.read_ahead import read_ahead
 from lowbit.sources import load_config, resolve
 
 # Tensors that many writers add and that carry nothing: zero points of symmetric weights, g_idx in natural order
@@ -48,6 +49,7 @@ def load(
         get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
     folder = resolve(path, revision)
     CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
+    read_ahead(folder)
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code)
     try:
         model, info = model_class(config, trust_remote_code).from_pretrained(
