@@ -8,7 +8,7 @@ from lowbit.errors import UsageError
 
 # What options that say how to quantize are when they are not given; others are None
 _NOT_GIVEN = {
-    "method": "rtn", "options": {}, "overrides": [], "ignore": (), "lm_head": False, "include_vision": False,
+    "method": "rtn", "options": {}, "overrides": [], "ignore": (), "include_vision": False,
     "num_samples": 128, "seqlen": 2048, "seed": 0, "format": "compressed-tensors",
 }  # fmt: skip
 _SHOWN = 12

@@ -215,10 +215,14 @@ def _show_calibration(report) -> None:
     for layer in report.worst(5):
         worst.add_row(
             layer["name"].removesuffix(".weight"), layer["scheme"], f"{layer['tokens']:,}",
-            f"{layer['output_error']:.4f}", f"{layer['output_error_to_original']:.4f}",
+            f"{layer['output_error']:.4f}", _digits(layer["output_error_to_original"]),
         )  # fmt: skip
     console.print(worst)
     for layer in report.layers:
         if layer.get("note"):
             expert = f" expert {layer['expert']}" if "expert" in layer else ""
             console.print(f"  {layer['name']}{expert}: {layer['note']}")
+
+
+def _digits(error: float | None) -> str:
+    return "-" if error is None else f"{error:.4f}"
