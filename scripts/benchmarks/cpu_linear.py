@@ -1,4 +1,4 @@
-"""One 4096 x 4096 linear on the CPU over batch sizes: the C kernels, those of torch, a dense copy and its GEMM, and bf16.
+"""One 4096 x 4096 linear on the CPU over batch sizes: C kernels, those of torch, a dense copy and its GEMM, and bf16.
 
     python scripts/benchmarks/cpu_linear.py
 
@@ -48,7 +48,7 @@ def main():
                 for row in rows:
                     x = torch.randn(row["rows"], SIZE, dtype=torch.bfloat16)
                     row[f"{scheme.name}_{name}"] = milliseconds(
-                        lambda b, x=x, backend=backend, scheme=scheme: backend.linear(x, b, scheme, (SIZE, SIZE)), weights
+                        lambda b, x=x, run=backend.linear, scheme=scheme: run(x, b, scheme, (SIZE, SIZE)), weights
                     )
         print(scheme.name, *(f"{row['rows']}: {row}" for row in rows), sep="\n", flush=True)
     save("cpu_linear", {"shape": [SIZE, SIZE], "rows": rows})
