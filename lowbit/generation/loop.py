@@ -3,6 +3,7 @@
 Models that have no static cache run in `model.generate`, with the same parameters.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -59,6 +60,7 @@ class Decoder:
         self.model, self.compile = model, bool(compile)
         self.graphs = graphs or (CudaGraphs(model.device) if model.device.type == "cuda" else Direct())
         called = isinstance(self.graphs, Direct) and not compile
+        self.cache_asked = make_cache is not None
         self.make_cache = make_cache or (filled_cache if called else static_cache)
         self.refusal = refuse(model)
         self.step: Step | None = None
@@ -235,7 +237,9 @@ class Decoder:
 
     def _fall_back(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int) -> None:
         self.path, self.why = "model.generate", self.refusal
-        say_once(f"{type(self.model).__name__} runs in model.generate: {self.why}")
+        name, without = type(self.model).__name__, ", without the cache that was asked for" if self.cache_asked else ""
+        level = logging.WARNING if self.cache_asked else logging.INFO
+        say_once(f"{name} runs in model.generate{without}: {self.why}", level)
 
         def on_token(tokens: list[int]) -> bool:
             if not run.answer.steps:

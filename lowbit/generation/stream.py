@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Cache
 
 from lowbit.errors import InputError, first_line
-from lowbit.generation.kv_int8 import Int8StaticCache
+from lowbit.generation.cache import static_cache
+from lowbit.generation.kv_int8 import in_int8
 from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
@@ -41,11 +42,11 @@ class Generation:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def _int8_cache(model, batch: int, length: int) -> Int8StaticCache:
-    return Int8StaticCache(model.config, length)
+def _int8_cache(model, batch: int, length: int) -> Cache:
+    return in_int8(static_cache(model, batch, length))
 
 
-_CACHES = {"full": None, "int8": _int8_cache}  # None: what the decoder finds best
+CACHES = {"full": None, "int8": _int8_cache}  # None: what the decoder finds best
 
 
 class Session:
@@ -132,4 +133,4 @@ def open_session(
     folder = resolve(model, revision)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = load(folder, trust_remote_code=trust_remote_code, **kwargs)
-    return Session(loaded, tokenizer, make_cache=_CACHES[kv_cache], compile=compile)
+    return Session(loaded, tokenizer, make_cache=CACHES[kv_cache], compile=compile)
