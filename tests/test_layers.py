@@ -19,6 +19,7 @@ LINES = (
     {"linear", "experts", "calibration", "sources", "stored", "serving"},
     {"pipeline", "hf"},
     {"eval", "generation"},
+    {"bench"},
     {"publish"},  # what the release gate of eval lets through
     {"cli"},
 )
