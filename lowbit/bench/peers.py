@@ -63,7 +63,7 @@ def _torchao_int4(task: Task):
     return _with_config(task, TorchAoConfig(config))
 
 
-def _gptqmodel(task: Task, backend: str | None = None):
+def load_gptqmodel(task: Task, backend: str | None = None):
     """The kernel that it takes itself for the device, or the `backend` of this name."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores or fewer it does not start without
     from gptqmodel import BACKEND, GPTQModel
@@ -99,7 +99,7 @@ PEERS = {
     "bitsandbytes NF4": Peer("bitsandbytes", (4,), _bitsandbytes_nf4),
     "bitsandbytes int8": Peer("bitsandbytes", (8,), _bitsandbytes_int8),
     "torchao int4": Peer("torchao", (4,), _torchao_int4),
-    "gptqmodel": Peer("gptqmodel", (2, 3, 4, 8), _gptqmodel),
+    "gptqmodel": Peer("gptqmodel", (2, 3, 4, 8), load_gptqmodel),
 }
 UNQUANTIZED = "unquantized"
 

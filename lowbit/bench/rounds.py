@@ -37,7 +37,7 @@ class _Loaded:
 @dataclass
 class Bench:
     """Measures sides at each of `batches`, with prompts of `prompt_tokens` and `new_tokens` after them, in `rounds`
-    after one that does not count. It may be interrupted: `result` is what was measured until then.
+    after one that does not count, in each of `loops`. It may be interrupted: `result` is what was measured until then.
 
     on_run: called with a line that says what runs next.
     """
@@ -47,6 +47,7 @@ class Bench:
     prompt_tokens: int
     new_tokens: int
     rounds: int
+    loops: tuple[str, ...] = tuple(LOOPS)
     on_run: Callable[[str], None] = lambda line: None
     sides: dict[str, dict] = field(default_factory=dict)
     left_out: list[dict] = field(default_factory=list)
@@ -84,7 +85,7 @@ class Bench:
             "peak_bytes": None,
             "kernels": kernels(model, self.batches),
         }
-        return _Loaded(side.name, model, {name: make(model) for name, make in LOOPS.items()})
+        return _Loaded(side.name, model, {name: LOOPS[name](model) for name in self.loops})
 
     def _take_turns(self, loaded: list[_Loaded]) -> None:
         for batch in self.batches:

@@ -44,6 +44,13 @@ def _peers(names: list[str], setting: Setting, scheme: Scheme, dtype, folder: Ca
     return [Side(name, "the unquantized ones", partial(load_one, name)) for name in names]
 
 
+def save_random(model, folder: Path) -> None:
+    """Some tools load no model without a tokenizer: any will do."""
+    model.save_pretrained(folder)
+    for file in resolve(REFERENCE).glob("*token*"):
+        shutil.copy(file, folder)
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Random weights in the shapes of the model `name`, of which `layers` are made."""
@@ -84,9 +91,7 @@ class Shapes:
     def _folder(self) -> Path:
         folder = self.setting.work / "unquantized"
         if not folder.exists():
-            self._dense("cpu").save_pretrained(folder)
-            for file in resolve(REFERENCE).glob("*token*"):  # some tools load no model without a tokenizer
-                shutil.copy(file, folder)
+            save_random(self._dense("cpu"), folder)
         return folder
 
 

@@ -207,6 +207,34 @@ def gpu_check() -> str:
     )
 
 
+def gpu_end_to_end() -> str:
+    """Decoding of whole models in CUDA graphs, and how much of the bandwidth it takes."""
+    if not (RESULTS / "gpu_check.json").exists():
+        return "Not yet measured: no GPU has run a whole model. `bash scripts/gpu_check.sh` measures it."
+    data = result("gpu_check")
+    facts, whole = data["facts"], data["end_to_end"]
+    if "reason" in whole:
+        return f"Not measured: {whole['reason']}."
+    sides = list(dict.fromkeys(row["side"] for row in whole["rows"]))
+    found = {(row["side"], row["batch"]): row for row in whole["rows"]}
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "-"
+        return f"{row['decode_tokens_per_second']:.0f} ({row['bandwidth_share']:.0%})".replace("%", " %")
+
+    rows = []
+    for batch in dict.fromkeys(batch for _, batch in found):
+        cells = [found.get((side, batch)) for side in sides]
+        faster = next((f"{row['slower']:.2f}x" for row in cells if row and row["slower"]), "-")
+        rows.append([str(batch), *map(cell, cells), faster])
+    header = [f"batch, {whole['shapes']} shapes", *(f"{side} tokens/s (of bandwidth)" for side in sides), "speed-up"]
+    return markdown(header, rows) + (
+        f"\n\n{facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, triton {facts['triton']}; "
+        f"{whole['prompt_tokens']} prompt tokens, {whole['new_tokens']} new ones; `bash scripts/gpu_check.sh`"
+    )
+
+
 def _rows(number: int) -> str:
     return f"{number} row{'s' * (number > 1)}"
 
@@ -281,6 +309,7 @@ TABLES = {
     f.__name__: f
     for f in (
         architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, gpu_check,
+        gpu_end_to_end,
         gpu_predictions, interop, reference_training,
     )
 }  # fmt: skip
