@@ -27,14 +27,20 @@ def quantized_model(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     backend: str | None = None,
+    lm_head: Scheme | None = None,
 ) -> nn.Module:
     """The same with random codes in what a Recipe of `scheme` quantizes, prepared for `backend` or the first that can.
+    lm_head: of the output embedding, which is not tied then; by default it stays dense.
 
     Raises BackendError where `backend` cannot run a layer.
     """
     model = _without_weights(config, dtype)
-    chosen, _ = choose(model, Recipe(scheme))
-    for site, fitted in chosen.values():
+    chosen, left = choose(model, Recipe(scheme))
+    sites = list(chosen.values())
+    if lm_head is not None:
+        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        sites.append((left[f"{head}.weight"][0], lm_head.fitted(config.get_text_config().hidden_size)))
+    for site, fitted in sites:
         owner_name, _, leaf = site.parameter.rpartition(".")
         owner = model.get_submodule(owner_name)
         if site.kind == "experts":

@@ -25,12 +25,18 @@ LOWBIT, UNQUANTIZED = "lowbit", "unquantized"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all sides have in common. work: a folder for files that some of them need; dtype: "auto" or a name."""
+    """What all sides have in common. work: a folder for files that some of them need; dtype: "auto" or a name.
+    backend, lm_head: as in `lowbit.load`, of lowbit's side."""
 
     work: Path
     device: str = "cpu"
     dtype: str = "auto"
     backend: str | None = None
+    lm_head: Scheme | None = None
+
+    @property
+    def head_origin(self) -> str:
+        return "" if self.lm_head is None else f", head {self.lm_head.name}"
 
 
 def _peers(names: list[str], setting: Setting, scheme: Scheme, dtype, folder: Callable[[], Path]) -> list[Side]:
@@ -76,9 +82,9 @@ class Shapes:
         check_memory(self.config, self.scheme, self.dtype, available_memory())
         made = partial(
             quantized_model, self.config, self.scheme, dtype=self.dtype, device=self.setting.device,
-            backend=self.setting.backend,
+            backend=self.setting.backend, lm_head=self.setting.lm_head,
         )  # fmt: skip
-        return Side(LOWBIT, f"{self.scheme.name}, random codes", made)
+        return Side(LOWBIT, f"{self.scheme.name}{self.setting.head_origin}, random codes", made)
 
     def others(self, unquantized: bool, peers: list[str]) -> list[Side]:
         sides = [Side(UNQUANTIZED, "random weights", self._dense)] if unquantized else []
@@ -122,24 +128,23 @@ class Checkpoint:
         if not self.is_quantized and self.source is not None:
             raise UsageError(f"--source is for a quantized MODEL, and {self.model} is not quantized")
         origin = "as stored" if self.is_quantized else f"{self.scheme.name}, {self.method}"
-        return Side(LOWBIT, origin, self._load_quantized)
+        return Side(LOWBIT, origin + self.setting.head_origin, self._load_quantized)
 
     def others(self, unquantized: bool, peers: list[str]) -> list[Side]:
         origin = self.source or ("dequantized" if self.is_quantized else self.model)
         sides = [Side(UNQUANTIZED, origin, lambda: self._load(self._unquantized()))] if unquantized else []
         return sides + _peers(peers, self.setting, self._scheme(), self._dtype(), self._unquantized)
 
-    def _load(self, folder: Path):
-        return load(folder, dtype=self.setting.dtype, device_map=self.setting.device)
+    def _load(self, folder: Path, **options):
+        return load(folder, dtype=self.setting.dtype, device_map=self.setting.device, **options)
 
     def _load_quantized(self):
         folder = self.folder
         if not self.is_quantized:
             folder = self.setting.work / "quantized"
             quantize(self.folder, folder, scheme=self.scheme, method=self.method)
-        return load(
-            folder, dtype=self.setting.dtype, device_map=self.setting.device, backend=self.setting.backend
-        )  # fmt: skip
+        head = {} if self.setting.lm_head is None else {"lm_head": self.setting.lm_head}
+        return self._load(folder, backend=self.setting.backend, **head)
 
     def _unquantized(self) -> Path:
         if self.source is not None or not self.is_quantized:

@@ -66,6 +66,10 @@ def bench(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
+    lm_head: Annotated[
+        str | None,
+        typer.Option(help="Quantize lowbit's output embedding too, to this scheme.", show_default=False),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here too.", show_default=False)] = None,
     json: JsonOption = False,
 ):
@@ -87,7 +91,8 @@ def bench(
         raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
-        setting = Setting(Path(work), device, checked_dtype(dtype), backend)
+        head = None if lm_head is None else Scheme.parse(lm_head)
+        setting = Setting(Path(work), device, checked_dtype(dtype), backend, head)
         measured = _what(model, model_option, shapes, layers, parsed, method, source, setting)
         subject, others = measured.subject(), measured.others(*wanted)
         with notes.status("") as shown:

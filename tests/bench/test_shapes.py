@@ -46,6 +46,13 @@ def test_tied_embeddings_stay_one_tensor():
     assert model_bytes(model) == pytest.approx(weight_bytes(config_of("tiny"), None, torch.bfloat16), rel=0.001)
 
 
+def test_a_quantized_head_is_not_tied():
+    model = quantized_model(config_of("tiny"), SCHEME, dtype=torch.float32, lm_head=Scheme(8, 32))
+    head = model.lm_head
+    assert isinstance(head, LowbitLinear) and head.scheme == Scheme(8, 32) and head.shape == (512, 128)
+    assert model(token_ids()).logits.isfinite().all()
+
+
 def test_experts_are_quantized_too():
     config = config_of("qwen3-30b-a3b", 1)
     config.update({"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
