@@ -90,7 +90,7 @@ class Peer:
         if importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if scheme.bits not in self.bits:
-            return f"it has no {scheme.bits} bits"
+            return f"it has {' and '.join(map(str, self.bits))} bits, not {scheme.bits}"
         return None
 
 

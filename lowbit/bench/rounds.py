@@ -59,11 +59,9 @@ class Bench:
         self.bandwidth = bytes_per_second(self.device)
 
     def compare(self, subject: Side, others: list[Side]) -> None:
-        """The subject beside each of the others in turn: two models are in memory at a time. What is wrong with the
-        subject is raised; what is wrong with another is noted in `left_out`."""
+        """The subject beside each of the others in turn, or alone if there is none: two models are in memory at a time.
+        A subject that does not load is raised; what else is wrong is noted in `left_out`."""
         mine = self._load(subject)
-        if not others:
-            self._take_turns([mine])
         for other in others:
             try:
                 loaded = self._load(other)
@@ -73,6 +71,8 @@ class Bench:
             self._take_turns([mine, loaded])
             del loaded
             _free()
+        if not self._timings:
+            self._take_turns([mine])
 
     def _load(self, side: Side) -> _Loaded:
         self.on_run(f"{side.name}: loading")
@@ -141,7 +141,9 @@ class Bench:
         return False
 
     def _leave_out(self, name: str, loop: str | None, batch: int | None, error: Exception) -> None:
-        self.left_out.append({"side": name, "loop": loop, "batch": batch, "reason": first_line(error)})
+        left = {"side": name, "loop": loop, "batch": batch, "reason": first_line(error)}
+        if left not in self.left_out:  # the subject takes part in every comparison
+            self.left_out.append(left)
 
     def result(self) -> dict:
         """{"bytes_per_second", "prompt_tokens", "new_tokens", "rounds", "sides", "rows", "left_out"}. A row is a side

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.bench.peers import PEERS, Task, load_peer
+from lowbit.bench.peers import PEERS, UNQUANTIZED, Task, load_peer
 from lowbit.bench.random_model import check_memory, dense_model, quantized_model
 from lowbit.bench.rounds import Side
 from lowbit.bench.shapes import config_of
@@ -20,7 +20,7 @@ from lowbit.scheme import Scheme
 from lowbit.sources import REFERENCE, load_config, resolve
 from lowbit.stored import summarize
 
-LOWBIT, UNQUANTIZED = "lowbit", "unquantized"
+LOWBIT = "lowbit"
 
 
 @dataclass(frozen=True)

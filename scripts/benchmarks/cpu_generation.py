@@ -47,6 +47,7 @@ def load_lowbit(task: Task, **options):
 SIDES = {
     BASELINE: ("generate", False, load_dense),
     "lowbit W4A16-G128": ("lowbit", False, load_lowbit),
+    "lowbit W4A16-G128, head W8A16-G128": ("lowbit", False, partial(load_lowbit, lm_head="W8A16-G128")),
     "lowbit W4A16-G128, generate": ("generate", False, load_lowbit),
     "torchao int4": ("generate", True, PEERS["torchao int4"].load),
     "GPTQModel": ("generate", True, load_gptqmodel),

@@ -1,5 +1,7 @@
 """The figures of `lowbit bench`: bytes, the loops, and what comes of a side that fails."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,9 @@ def test_sides_that_fail_are_named(dense):
     failed = [(left["side"], left["loop"], left["batch"]) for left in result["left_out"]]
     assert failed[0] == ("a", None, None) and {f[0] for f in failed[1:]} == {"b"} and len(failed) == 3
     assert result["left_out"][0]["reason"] == "no kernel"
+    alone = bench(batches=(1,), rounds=1)
+    alone.compare(Side("lowbit", "", lambda: dense), [Side("a", "", broken)])
+    assert [row["side"] for row in alone.result()["rows"]] == ["lowbit", "lowbit"]
 
 
 def test_batches_that_do_not_fit_are_named(dense, monkeypatch):
@@ -134,7 +139,7 @@ def test_batches_that_do_not_fit_are_named(dense, monkeypatch):
     (left,) = result["left_out"]
     assert left["batch"] == 1000 and left["reason"].startswith("keys, values and activations take 0.0 GB")
     long = bench(prompt_tokens=250, new_tokens=7)
-    long.compare(Side("lowbit", "", lambda: dense), [])
+    long.compare(Side("lowbit", "", lambda: dense), [Side(name, "", lambda: dense) for name in ("lowbit", "lowbit")])
     assert [left["reason"] for left in long.result()["left_out"]] == ["257 tokens exceed the context of 256"]
 
 
@@ -151,3 +156,5 @@ def test_names_of_peers():
     with pytest.raises(UsageError, match="cannot compare against 'vllm'; allowed: unquantized, bitsandbytes, torchao"):
         parse_against("torchao,vllm")
     assert PEERS["bitsandbytes int8"].refuse(Scheme(4, 128)) is not None
+    installed = replace(PEERS["bitsandbytes int8"], package="torch")
+    assert installed.refuse(Scheme(8, 128)) is None and installed.refuse(Scheme(4, 128)) == "it has 8 bits, not 4"
