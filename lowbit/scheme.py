@@ -83,14 +83,18 @@ class Scheme:
         return replace(self, group_size=max(smaller, default=PER_CHANNEL))
 
 
+# Of an output embedding, where none is named: every token goes through all of it, and int8 costs it next to nothing
+HEAD_SCHEME = Scheme(8, 128)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize a model: the scheme of its linears, the method, and what is left alone.
 
     overrides: (regex, Scheme) pairs, the first one that matches a module name (from its start) wins over `scheme`.
     ignore: regexes of module names that stay in the source dtype, matched from the start of the name.
-    options: of the method, by name. lm_head: quantize the output embedding too. include_vision: of a model that sees or
-    hears, quantize all of it, not its language model alone.
+    options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
+    include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -98,7 +102,7 @@ class Recipe:
     options: Mapping = field(default_factory=dict)
     overrides: tuple[tuple[str, Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
-    lm_head: bool = False
+    lm_head: Scheme | None = None
     include_vision: bool = False
 
     def __post_init__(self):
@@ -119,9 +123,10 @@ class Recipe:
         """The ignore pattern that matches one of `names`, else None."""
         return next((p for p in self.ignore for name in names if re.match(p, name)), None)
 
-    def asked_for(self, name: str) -> Scheme:
-        """The scheme of the module `name`, whether it fits its in_features or not."""
-        return next((scheme for pattern, scheme in self.overrides if re.match(pattern, name)), self.scheme)
+    def asked_for(self, name: str, is_head: bool = False) -> Scheme:
+        """The scheme of the module `name`, whether it fits its in_features or not. is_head: the output embedding."""
+        usual = self.lm_head if is_head and self.lm_head is not None else self.scheme
+        return next((scheme for pattern, scheme in self.overrides if re.match(pattern, name)), usual)
 
     def to_dict(self) -> dict:
         return {
@@ -130,19 +135,22 @@ class Recipe:
             "options": dict(self.options),
             "overrides": [[pattern, asdict(scheme)] for pattern, scheme in self.overrides],
             "ignore": list(self.ignore),
-            "lm_head": self.lm_head,
+            "lm_head": None if self.lm_head is None else asdict(self.lm_head),
             "include_vision": self.include_vision,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "Recipe":
         overrides = [(pattern, Scheme(**scheme)) for pattern, scheme in data.get("overrides", ())]
+        head = data.get("lm_head")
+        if head is True:  # of a report from before heads had a scheme of their own
+            head = data["scheme"]
         return cls(
             Scheme(**data["scheme"]),
             data["method"],
             data.get("options", {}),
             overrides,
             data.get("ignore", ()),
-            data.get("lm_head", False),
+            Scheme(**head) if head else None,
             data.get("include_vision", False),
         )

@@ -10,13 +10,14 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports its own folder and lower lines only; neighbours on a line do not import each other.
 LINES = (
-    {"errors", "lowbit_kernels"},
+    {"errors", "memory", "read_ahead", "lowbit_kernels"},
     {"scheme"},
     {"qweight"},
     {"grid"},
     {"reference"},
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
     {"linear", "experts", "calibration", "sources", "stored", "serving"},
+    {"fusion"},
     {"pipeline", "hf"},
     {"eval", "generation"},
     {"bench"},

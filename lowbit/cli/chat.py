@@ -2,6 +2,7 @@
 
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,13 +11,18 @@ from lowbit.cli.common import (
     BackendOption,
     DeviceMapOption,
     DtypeOption,
+    KvCacheOption,
+    LmHeadOption,
+    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
     RevisionOption,
     TrustOption,
     checked_dtype,
+    checked_kv_cache,
     console,
     default_device_map,
+    head_scheme,
     notes,
     one_model,
     quiet_transformers,
@@ -37,6 +43,7 @@ from lowbit.cli.generate import (
     show_stats,
 )
 from lowbit.errors import LowbitError
+from lowbit.read_ahead import read_ahead
 
 HELP = """!help         this text
 !clear        forget the conversation
@@ -73,13 +80,18 @@ def chat(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
+    lm_head: LmHeadOption = False,
+    lm_head_scheme: LmHeadSchemeOption = None,
+    kv_cache: KvCacheOption = "full",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    read_ahead(Path(name))  # while all else is imported
+
     from lowbit.generation import open_session
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     quiet_transformers()
     session = open_session(
         name,
@@ -87,6 +99,8 @@ def chat(
         device_map=default_device_map(device_map),
         backend=backend,
         compile=compile,
+        lm_head=head_scheme(lm_head, lm_head_scheme),
+        kv_cache=checked_kv_cache(kv_cache),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )

@@ -1,6 +1,7 @@
 """lowbit generate"""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +11,17 @@ from lowbit.cli.common import (
     DeviceMapOption,
     DtypeOption,
     JsonOption,
+    KvCacheOption,
+    LmHeadOption,
+    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
     RevisionOption,
     TrustOption,
     checked_dtype,
+    checked_kv_cache,
     default_device_map,
+    head_scheme,
     notes,
     one_model,
     print_json,
@@ -23,6 +29,7 @@ from lowbit.cli.common import (
     table,
 )  # fmt: skip
 from lowbit.errors import InputError, UsageError
+from lowbit.read_ahead import read_ahead
 
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")]
@@ -92,14 +99,19 @@ def generate(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
+    lm_head: LmHeadOption = False,
+    lm_head_scheme: LmHeadSchemeOption = None,
+    kv_cache: KvCacheOption = "full",
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    read_ahead(Path(name))  # while all else is imported
+
     from lowbit.generation import open_session
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     try:
         prompt = sys.stdin.read() if prompt == "-" else prompt
         prompt.encode()
@@ -112,6 +124,8 @@ def generate(
         device_map=default_device_map(device_map),
         backend=backend,
         compile=compile,
+        lm_head=head_scheme(lm_head, lm_head_scheme),
+        kv_cache=checked_kv_cache(kv_cache),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )

@@ -4,6 +4,8 @@ from collections import Counter
 
 from lowbit.cli.common import (
     JsonOption,
+    LmHeadOption,
+    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
     RevisionOption,
@@ -22,7 +24,6 @@ from lowbit.cli.recipe import (
     GroupSizeOption,
     IgnoreOption,
     IncludeVisionOption,
-    LmHeadOption,
     MethodOption,
     MethodOptionsOption,
     NumSamplesOption,
@@ -51,6 +52,7 @@ def plan(
     num_samples: NumSamplesOption = 128,
     seqlen: SeqlenOption = 2048,
     lm_head: LmHeadOption = False,
+    lm_head_scheme: LmHeadSchemeOption = None,
     include_vision: IncludeVisionOption = False,
     override: OverrideOption = None,
     ignore: IgnoreOption = None,
@@ -65,8 +67,9 @@ def plan(
     Sizes are exact. Takes the flags of `quantize` that matter to the result.
     """
     recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
-    )
+        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
+        include_vision,
+    )  # fmt: skip
     options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
     preview(one_model(model, model_option), {**recipe, **options}, json)

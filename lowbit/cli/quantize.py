@@ -11,6 +11,8 @@ import typer
 
 from lowbit.cli.common import (
     JsonOption,
+    LmHeadOption,
+    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
     OutputOption,
@@ -36,7 +38,6 @@ from lowbit.cli.recipe import (
     GroupSizeOption,
     IgnoreOption,
     IncludeVisionOption,
-    LmHeadOption,
     MethodOption,
     MethodOptionsOption,
     NumSamplesOption,
@@ -79,6 +80,7 @@ def quantize(
         ),
     ] = None,
     lm_head: LmHeadOption = False,
+    lm_head_scheme: LmHeadSchemeOption = None,
     include_vision: IncludeVisionOption = False,
     max_memory: Annotated[
         str | None,
@@ -106,8 +108,9 @@ def quantize(
 
     model = one_model(model, model_option)
     recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
-    )
+        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
+        include_vision,
+    )  # fmt: skip
     if dry_run:
         options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
         preview(model, {**recipe, **options, "revision": revision, "trust_remote_code": trust_remote_code}, json)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from lowbit.cli.common import head_scheme
 from lowbit.errors import UsageError
 
 SchemeOption = Annotated[
@@ -30,7 +31,6 @@ MethodOptionsOption = Annotated[
 ]
 NumSamplesOption = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 SeqlenOption = Annotated[int, typer.Option(min=2, help="Tokens in a sample.")]
-LmHeadOption = Annotated[bool, typer.Option("--lm-head", help="Quantize the output embedding too.")]
 IncludeVisionOption = Annotated[
     bool,
     typer.Option(
@@ -47,8 +47,9 @@ FormatOption = Annotated[str, typer.Option(help="compressed-tensors, gptq or awq
 
 
 def recipe_arguments(
-    scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
-) -> dict:
+    scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
+    include_vision,
+) -> dict:  # fmt: skip
     """The keywords of `lowbit.quantize` and `lowbit.plan` that these options stand for."""
     if scheme is not None and bits is not None:
         raise UsageError("--scheme and --bits say the same thing: pass one of them")
@@ -60,7 +61,7 @@ def recipe_arguments(
         "options": _options(option, scale_search),
         "overrides": [_override(text) for text in override or ()],
         "ignore": ignore or (),
-        "lm_head": lm_head,
+        "lm_head": head_scheme(lm_head, lm_head_scheme),
         "include_vision": include_vision,
     }
 

@@ -27,26 +27,30 @@ class CudaGraphs:
     path = "cuda graph"
     lag = 1
 
+    def __init__(self, device: torch.device):
+        self.device = device
+
     def capture(self, step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
         """What a replay does the step has to do: `step` may neither read a tensor on the host nor change anything in
         Python. Raises RuntimeError where it does. The step has been made a few times when this returns."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARMUPS):
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARMUPS):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(generator)
+            with torch.cuda.graph(graph):
                 step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            step()
         return graph.replay
 
     def fetch(self, tokens: torch.Tensor) -> Callable[[], list[int]]:
         pinned = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         pinned.copy_(tokens, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(self.device))
 
         def wait() -> list[int]:
             copied.synchronize()

@@ -10,7 +10,7 @@ import torch
 
 from lowbit.errors import UsageError, first_line
 from lowbit.generation.answer import Answer
-from lowbit.generation.cache import rewind, room, static_cache, unusable
+from lowbit.generation.cache import filled_cache, rewind, room, static_cache, unusable
 from lowbit.generation.fallback import model_generate, refuse, say_once
 from lowbit.generation.graph import CudaGraphs, Direct, Pipeline
 from lowbit.generation.sampling import Sampling
@@ -36,7 +36,7 @@ def generate(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     *,
-    make_cache: Callable = static_cache,
+    make_cache: Callable | None = None,
     compile: bool | None = None,
     graphs=None,
     **options,
@@ -50,14 +50,16 @@ class Decoder:
     """Generates with one model; keeps its cache and the captured step from call to call.
 
     make_cache(model, batch, length) -> a transformers Cache of `length` positions whose layers keep their length in a
-    tensor `cumulative_length` and change nothing else than tensors in a step.
+    tensor `cumulative_length` and change nothing else than tensors in a step; by default one of those in `cache`.
     compile: torch.compile the step; by default it is not.
     graphs: where steps run (see `graph`); by default CUDA graphs on CUDA, plain calls elsewhere.
     """
 
-    def __init__(self, model, *, make_cache: Callable = static_cache, compile: bool | None = None, graphs=None):
-        self.model, self.make_cache, self.compile = model, make_cache, bool(compile)
-        self.graphs = graphs or (CudaGraphs() if model.device.type == "cuda" else Direct())
+    def __init__(self, model, *, make_cache: Callable | None = None, compile: bool | None = None, graphs=None):
+        self.model, self.compile = model, bool(compile)
+        self.graphs = graphs or (CudaGraphs(model.device) if model.device.type == "cuda" else Direct())
+        called = isinstance(self.graphs, Direct) and not compile
+        self.make_cache = make_cache or (filled_cache if called else static_cache)
         self.refusal = refuse(model)
         self.step: Step | None = None
         self.replay: Callable[[], None] | None = None

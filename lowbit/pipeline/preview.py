@@ -10,6 +10,7 @@ from lowbit.discovery import find_sites, skeleton
 from lowbit.pipeline.forecast import forecast
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import make_recipe
+from lowbit.scheme import Scheme
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 from lowbit.sources import open_headers
 
@@ -55,7 +56,7 @@ def plan(
     options: dict | None = None,
     overrides=(),
     ignore=(),
-    lm_head: bool = False,
+    lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
     num_samples: int = 128,
     seqlen: int = 2048,

@@ -18,7 +18,7 @@ from lowbit.pipeline.report import Report, save_report
 from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options, get_quantizer
-from lowbit.scheme import Recipe, Scheme
+from lowbit.scheme import HEAD_SCHEME, Recipe, Scheme
 from lowbit.sources import check_apart, load_config, resolve
 
 
@@ -33,7 +33,7 @@ def quantize(
     options: dict | None = None,
     overrides: Iterable[tuple[str, str | Scheme]] = (),
     ignore: Iterable[str] = (),
-    lm_head: bool = False,
+    lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
     dataset=None,
     num_samples: int = 128,
@@ -55,8 +55,8 @@ def quantize(
 
     model: a folder, a Hub id, or "reference" (the embedded model). scheme: a Scheme or a name such as "W4A16";
     group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches.
-    ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head, and what a model
-    sees, hears or projects with unless include_vision.
+    ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head (its scheme, or
+    True for W8A16-G128), and what a model sees, hears or projects with unless include_vision.
     dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
     with the Plan, may return a progress callback. announce: called with lines a user should read.
 
@@ -126,4 +126,5 @@ def make_recipe(
     base = Scheme(base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym)
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, lm_head, include_vision)
+    head = Scheme.parse(lm_head) if isinstance(lm_head, str) else {True: HEAD_SCHEME, False: None}.get(lm_head, lm_head)
+    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, head, include_vision)

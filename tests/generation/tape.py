@@ -1,13 +1,16 @@
 """CUDA graphs without CUDA: a step's operations are recorded once and replayed on the same tensors, with no Python.
 
-As in a capture, the host may not read a tensor, and whatever Python would have changed stays as it was.
+As in a capture, the host may not wait for the device, and whatever Python would have changed stays as it was.
 """
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+# What makes the host wait for the device, lift_fresh as the copy of a number that `torch.tensor` puts there
+_WAITS = {
+    "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::lift_fresh"
+}  # fmt: skip
 
 
 class Tape(TorchDispatchMode):
@@ -16,8 +19,8 @@ class Tape(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name in _READS:
-            raise RuntimeError(f"the host reads a tensor while a step is captured: {func._schema.name}")
+        if func._schema.name in _WAITS:
+            raise RuntimeError(f"the host waits while a step is captured: {func._schema.name}")
         output = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, output))
         return output

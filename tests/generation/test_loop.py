@@ -60,6 +60,14 @@ def test_greedy_tokens_are_those_of_model_generate(name, rows, quantized_model):
         assert captured.stats.path == ("static loop" if name in EXPERTS else "tape"), captured.stats.why
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_eager_attention_is_captured_too(name, tapes):
+    model = tiny_model(name, attn_implementation="eager", **ARCHITECTURES[name])
+    ids, mask = batch(2, 30)
+    result = generate(model, ids, mask, max_new_tokens=NEW, graphs=tapes)
+    assert torch.equal(result.tokens, expected(model, ids, mask)) and result.stats.path == "tape"
+
+
 def test_model_generate_takes_a_static_cache_too(quantized_model):
     for name in ("llama", "gemma3"):
         model = quantized_model(name, max_position_embeddings=512, **ARCHITECTURES[name])
