@@ -8,6 +8,7 @@ from lowbit.discovery import choose, skeleton
 from lowbit.errors import InputError
 from lowbit.experts import QuantizedExperts, finish_experts, quantize_experts
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.fusion import share_products
 from lowbit.linear import LowbitLinear
 from lowbit.scheme import Recipe, Scheme
 
@@ -30,7 +31,8 @@ def quantized_model(
     lm_head: Scheme | None = None,
 ) -> nn.Module:
     """The same with random codes in what a Recipe of `scheme` quantizes, prepared for `backend` or the first that can.
-    lm_head: of the output embedding, which is not tied then; by default it stays dense.
+    lm_head: of the output embedding, which is not tied then; by default it stays dense. As `lowbit.load` does, linears
+    that share an input share a product.
 
     Raises BackendError where `backend` cannot run a layer.
     """
@@ -52,6 +54,7 @@ def quantized_model(
         layer.transposed = site.transposed
         model.set_submodule(site.module, layer)
     _filled(model, torch.device(device))
+    share_products(model)
     for module in model.modules():
         if isinstance(module, LowbitLinear):
             module.prepare()

@@ -181,11 +181,11 @@ class Bench:
 
 def kernels(model: torch.nn.Module, rows: tuple[int, ...]) -> list[dict]:
     """{"scheme", "shape", "count", "backend", "kernels"} of each kind of quantized layer: what runs it, and where the
-    backend has several kernels, which one for each number of rows."""
+    backend has several kernels, which one for each number of rows. The shape is that of the product a layer is in."""
     kinds = Counter()
     for module in model.modules():
         if isinstance(module, LowbitLinear):
-            kinds[module.scheme, module.shape, module.backend, module.dtype] += 1
+            kinds[module.scheme, module.prepared_shape, module.backend, module.dtype] += 1
         for weights in expert_weights(module).values():
             kinds[weights.scheme, weights.shape, weights.backend, model.dtype] += 1
     found = []

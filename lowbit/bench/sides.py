@@ -143,8 +143,7 @@ class Checkpoint:
         if not self.is_quantized:
             folder = self.setting.work / "quantized"
             quantize(self.folder, folder, scheme=self.scheme, method=self.method)
-        head = {} if self.setting.lm_head is None else {"lm_head": self.setting.lm_head}
-        return self._load(folder, backend=self.setting.backend, **head)
+        return self._load(folder, backend=self.setting.backend, lm_head=self.setting.lm_head)
 
     def _unquantized(self) -> Path:
         if self.source is not None or not self.is_quantized:

@@ -15,10 +15,13 @@ from lowbit.cli.common import (
     DeviceMapOption,
     DtypeOption,
     JsonOption,
+    LmHeadOption,
+    LmHeadSchemeOption,
     ModelOption,
     checked_dtype,
     console,
     default_device_map,
+    head_scheme,
     interrupted_once,
     notes,
     print_json,
@@ -66,10 +69,8 @@ def bench(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
-    lm_head: Annotated[
-        str | None,
-        typer.Option(help="Quantize lowbit's output embedding too, to this scheme.", show_default=False),
-    ] = None,
+    lm_head: LmHeadOption = False,
+    lm_head_scheme: LmHeadSchemeOption = None,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here too.", show_default=False)] = None,
     json: JsonOption = False,
 ):
@@ -86,13 +87,13 @@ def bench(
     from lowbit.scheme import Scheme
 
     batches, wanted = _batches(batch), parse_against(against)
-    parsed, device = Scheme.parse(scheme), _device(default_device_map(device_map))
+    parsed, head = Scheme.parse(scheme), head_scheme(lm_head, lm_head_scheme)
+    device = _device(default_device_map(device_map))
     if out is not None and not out.absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
-        head = None if lm_head is None else Scheme.parse(lm_head)
-        setting = Setting(Path(work), device, checked_dtype(dtype), backend, head)
+        setting = Setting(Path(work), device, checked_dtype(dtype), backend, head and Scheme.parse(head))
         measured = _what(model, model_option, shapes, layers, parsed, method, source, setting)
         subject, others = measured.subject(), measured.others(*wanted)
         with notes.status("") as shown:

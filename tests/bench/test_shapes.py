@@ -30,6 +30,8 @@ def test_a_quantized_model_computes_what_its_codes_say():
     config = config_of("tiny")
     model = quantized_model(config, SCHEME, dtype=torch.float32)
     layers = [module for module in model.modules() if isinstance(module, LowbitLinear)]
+    # q, k and v share a product, and gate and up
+    assert {layer.prepared_shape[0] for layer in layers} == {256, 512, 128}
     assert len(layers) == 14 and {layer.scheme for layer in layers} == {SCHEME}
     dense = dense_model(config, dtype=torch.float32)
     dense.load_state_dict({f"{name}.weight": module.dequantize() for name, module in model.named_modules()

@@ -53,12 +53,11 @@ def test_shapes(cli, tmp_path):
 )
 def test_quantized_model(cli, plain, quantized, arguments, origin):
     arguments = [str(plain) if a == "PLAIN" else a for a in arguments]
-    done = cli("bench", quantized, *arguments, *QUICK, "--against", "unquantized", "--json")
+    done = cli("bench", quantized, *arguments, *QUICK, "--against", "unquantized", "--lm-head", "--json")
     assert done.code == 0, done.err
     sides = json.loads(done.out)["sides"]
-    assert sides["lowbit"]["origin"] == "as stored" and {k["scheme"] for k in sides["lowbit"]["kernels"]} == {
-        "W4A16-G32"
-    }
+    assert sides["lowbit"]["origin"] == "as stored, head W8A16-G128"
+    assert {kind["scheme"] for kind in sides["lowbit"]["kernels"]} == {"W4A16-G32", "W8A16-G64"}
     assert sides["unquantized"]["origin"] == (str(plain) if origin == "PLAIN" else origin)
     assert sides["unquantized"]["kernels"] == []
 
