@@ -121,6 +121,8 @@ def cpu_generation() -> str:
 
 
 def speculative() -> str:
+    if not (RESULTS / "speculative.json").exists():
+        return "Not yet measured. `python scripts/benchmarks/speculative.py` measures it."
     data = result("speculative")
     rows = [
         [row["variant"], f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:.1f}",
