@@ -1,6 +1,6 @@
 """Generation on this CPU: lowbit beside transformers in bf16, torchao and GPTQModel, in the shapes of Llama-3.2-1B.
 
-    python scripts/benchmarks/cpu_generation.py [--peers-python PYTHON] [--layers N] [--rounds N] [--name RESULT]
+    python scripts/benchmarks/cpu_generation.py [--peers-python PYTHON] [--shapes NAME] [--layers N] [--name RESULT]
 
 Batch 1, greedy: tokens per second after a short prompt, and of reading 512 tokens. Each side is a process of its own,
 in the interpreter that has it (torchao and GPTQModel: PYTHON), all with the same random weights and the same measuring
@@ -30,7 +30,7 @@ from lowbit.bench.sides import save_random
 from lowbit.bench.traffic import model_bytes
 from lowbit.scheme import Scheme
 
-SHAPES, SCHEME, BASELINE = "llama-3.2-1b", Scheme(4, 128), "transformers bf16"
+SCHEME, BASELINE = Scheme(4, 128), "transformers bf16"
 SHORT, NEW, LONG = 16, 33, 512
 MARK = "@@"  # in front of a worker's lines: the packages print too
 
@@ -138,10 +138,10 @@ def row(side: str, facts: dict, rates: dict[str, dict]) -> dict:
     return made
 
 
-def prepare(layers: int | None, folder: Path) -> Task:
+def prepare(config, folder: Path) -> Task:
     task = Task(folder, folder.parent, SCHEME, torch.bfloat16, "cpu")
     if not folder.exists():
-        save_random(dense_model(config_of(SHAPES, layers), dtype=task.dtype), folder)
+        save_random(dense_model(config, dtype=task.dtype), folder)
     for name, form in (("lowbit", "compressed-tensors"), (f"gptq-{SCHEME.name}", "gptq")):
         if not (task.work / name).exists():
             lowbit.quantize(folder, task.work / name, scheme=SCHEME, format=form)
@@ -151,6 +151,7 @@ def prepare(layers: int | None, folder: Path) -> Task:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers-python", default=sys.executable, help="the interpreter that has torchao and gptqmodel")
+    parser.add_argument("--shapes", default="llama-3.2-1b", help="as `lowbit bench` names them")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", default="cpu_generation", help="of the file in results/")
@@ -160,8 +161,9 @@ def main():
     if args.worker:
         work(args.worker, Task(args.folder, args.folder.parent, SCHEME, torch.bfloat16, "cpu"))
         return
-    layers = args.layers or config_of(SHAPES).num_hidden_layers
-    task = prepare(layers, WORK / f"cpu-generation-{layers}" / "unquantized")
+    config = config_of(args.shapes, args.layers)
+    layers = config.num_hidden_layers
+    task = prepare(config, WORK / f"cpu-generation-{args.shapes}-{layers}" / "unquantized")
     python = {True: args.peers_python, False: sys.executable}
     workers, facts, failed = {}, {}, {}
     for side, (_, of_peers, _) in SIDES.items():
@@ -176,7 +178,7 @@ def main():
         worker.end()
     failed |= broken
     rows = [row(side, facts[side], rates) for side in workers if side not in failed]
-    save(args.name, {"shapes": SHAPES, "layers": layers, "prompt_tokens": SHORT, "new_tokens": NEW,
+    save(args.name, {"shapes": args.shapes, "layers": layers, "prompt_tokens": SHORT, "new_tokens": NEW,
                      "prefill_tokens": LONG, "rounds": args.rounds, "rows": rows, "failed": failed})  # fmt: skip
 
 
