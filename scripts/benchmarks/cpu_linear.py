@@ -48,8 +48,7 @@ def main():
                 for row in rows:
                     x = torch.randn(row["rows"], SIZE, dtype=torch.bfloat16)
                     row[f"{scheme.name}_{name}"] = milliseconds(
-                        lambda b, x=x, backend=backend, scheme=scheme: backend.linear(x, b, scheme, (SIZE, SIZE)),
-                        weights,
+                        lambda b, x=x, backend=backend, scheme=scheme: backend.linear(x, b, scheme, (SIZE, SIZE)), weights
                     )
         print(scheme.name, *(f"{row['rows']}: {row}" for row in rows), sep="\n", flush=True)
     save("cpu_linear", {"shape": [SIZE, SIZE], "rows": rows})
