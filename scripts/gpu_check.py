@@ -3,6 +3,7 @@
 1. Ceilings of this very card: copying, and multiplying dense matrices.
 2. Every kernel against float64, into outputs full of NaN, and 50 repeats that must be equal to the bit.
 3. Times in CUDA graphs over rotating weights, of lowbit's kernels and of every peer in turn.
+4. Whole models, where transformers is installed: gpu_end_to_end.py.
 
 Writes gpu_check.json into --out. Exits with 1 if a result was wrong.
 """
@@ -61,6 +62,7 @@ def main() -> int:
     print(json.dumps(result, indent=1), flush=True)
     result["correctness"] = check_in_parts(args.out, args.tiny, 0.5 * args.seconds)
     result["timings"], result["left_out"] = time_all(device, args.tiny, started + args.seconds)
+    result["end_to_end"] = end_to_end(device, args.tiny)
     result["seconds"] = time.perf_counter() - started
     (args.out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n")
     show(result)
@@ -71,6 +73,18 @@ def main() -> int:
         f"{len(result['correctness'])} cases, {len(wrong)} wrong; {result['seconds']:.0f} s; {args.out}/gpu_check.json"
     )
     return 1 if wrong else 0
+
+
+def end_to_end(device: torch.device, tiny: bool) -> dict:
+    """What gpu_end_to_end.measure gives, or {"reason"}."""
+    try:
+        import gpu_end_to_end
+    except ImportError as error:
+        return {"reason": f"{error.name} is not installed"}
+    try:
+        return gpu_end_to_end.measure(device, tiny)
+    except Exception as error:  # what was measured before is still to be written
+        return {"reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
 
 
 def facts(device: torch.device) -> dict:
@@ -290,6 +304,13 @@ def show(result: dict) -> None:
         print(line(entry))
     for name in result["left_out"]:
         print(f"left out, no time: {name}")
+    whole = result["end_to_end"]
+    if "reason" in whole:
+        print(f"whole models not measured: {whole['reason']}")
+    else:
+        from gpu_end_to_end import lines
+
+        print("\n".join(lines(whole)))
 
 
 if __name__ == "__main__":

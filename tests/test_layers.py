@@ -20,6 +20,7 @@ LINES = (
     {"fusion"},
     {"pipeline", "hf"},
     {"eval", "generation"},
+    {"bench"},
     {"publish"},  # what the release gate of eval lets through
     {"cli"},
 )
