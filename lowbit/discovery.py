@@ -32,6 +32,7 @@ class Site:
     transposed: bool = False  # stored as [in_features, out_features]
     experts: int = 0
     routed: bool = False  # experts that are called with hidden states, the experts of each token and their weights
+    is_head: bool = False  # the output embedding
 
     @property
     def module(self) -> str:
@@ -111,11 +112,13 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every weight matrix of the model that a format could hold, by parameter name, in module order."""
     from transformers.pytorch_utils import Conv1D
 
-    sites = {}
+    sites, head = {}, _head_of(model)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if _is_linear(module):
-            sites[prefix + "weight"] = Site(prefix + "weight", "linear", module.out_features, module.in_features)
+            sites[prefix + "weight"] = Site(
+                prefix + "weight", "linear", module.out_features, module.in_features, is_head=module is head
+            )
         elif isinstance(module, Conv1D):
             rows, columns = module.weight.shape
             sites[prefix + "weight"] = Site(prefix + "weight", "conv1d", columns, rows, transposed=True)
@@ -229,7 +232,7 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Sche
         elif name in default_reasons:
             left[name] = (site, default_reasons[name])
         else:
-            chosen[name] = (site, recipe.asked_for(site.module).fitted(site.in_features))
+            chosen[name] = (site, recipe.asked_for(site.module, site.is_head).fitted(site.in_features))
     return chosen, left
 
 

@@ -38,6 +38,7 @@ class LowbitLinear(nn.Module):
         self.wanted_backend = backend
         self.transposed = False  # stands in for a Conv1D
         self.backend: str | None = None
+        self.shared = None  # the product that it has in common with others (lowbit.fusion)
         self.packed_shapes = packed_format.shapes(scheme, out_features, in_features)
         if act_order:
             self.packed_shapes["weight_g_idx"] = ((in_features,), torch.int32)
@@ -95,7 +96,8 @@ class LowbitLinear(nn.Module):
     def quantized_weight(self) -> QuantWeight:
         if self.backend is None:
             return packed_format.unpack_weight(self.packed_tensors(), self.scheme, self.out_features, self.in_features)
-        qweight = get_backend(self.backend).restore(self._prepared(), self.scheme, self.shape)
+        qweight = get_backend(self.backend).restore(self._prepared(), self.scheme, self.prepared_shape)
+        qweight = qweight.rows(self.start, self.start + self.out_features)
         return qweight if self.order is None else qweight.in_input_order(self.order)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -110,22 +112,46 @@ class LowbitLinear(nn.Module):
         if self.backend is not None or self.weight_packed.device.type == "meta":
             return self
         qweight, order = self.quantized_weight().in_group_order()
-        device = qweight.codes.device
-        self.dtype = qweight.scales.dtype
-        backend = choose(self.scheme, device, self.dtype, self.shape, self.wanted_backend)
-        buffers = get_backend(backend).prepare(qweight)
-        for name in self.packed_shapes:
-            delattr(self, name)
+        backend = self.best_backend()
+        self.lay_out(backend, get_backend(backend).prepare(qweight), order)
+        if self.shared is not None:
+            self.shared.join()
+        return self
+
+    def lay_out(
+        self,
+        backend: str,
+        buffers: dict[str, torch.Tensor],
+        order: torch.Tensor | None,
+        shape: tuple[int, int] | None = None,
+        start: int = 0,
+    ) -> None:
+        """Run on the buffers of a backend. shape: of the weight in them, whose rows from `start` on are this layer's
+        (default: no others are in it)."""
+        if self.backend is None:
+            self.dtype = self.weight_scale.dtype
+            for name in self.packed_shapes:
+                delattr(self, name)
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("order", order, persistent=False)
         self._prepared_names, self.backend = tuple(buffers), backend
-        self._run = get_backend(backend).linear  # looked up once: torch.compile does not trace imports
-        return self
+        self.prepared_shape, self.start = shape or self.shape, start
+        self.run = get_backend(backend).linear  # looked up once: torch.compile does not trace imports
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight_packed.device if self.backend is None else next(iter(self._prepared().values())).device
+
+    def best_backend(self) -> str:
+        """The one that `prepare` lays the packed weight out for."""
+        return choose(self.scheme, self.device, self.weight_scale.dtype, self.shape, self.wanted_backend)
 
     def unprepare(self) -> "LowbitLinear":
         """Back to the packed state."""
         if self.backend is not None:
+            if self.shared is not None:
+                self.shared.split()
             packed = self.packed_tensors()
             for name in (*self._prepared_names, "order"):
                 delattr(self, name)
@@ -159,14 +185,19 @@ class LowbitLinear(nn.Module):
             self.prepare()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shared is not None and self.shared.joined:
+            return self.shared.take(self, x)
+        return self.multiply(x, self.bias)
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., in_features] by all rows of the prepared weight, [..., prepared_shape[0]]."""
         if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.dequantize(x.dtype), bias)
+            return nn.functional.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
         rows = x.reshape(-1, self.in_features).to(self.dtype)
         if self.order is not None:
             rows = rows[:, self.order]
-        y = self._run(rows, self._prepared(), self.scheme, self.shape, self.bias)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        y = self.run(rows, self._prepared(), self.scheme, self.prepared_shape, bias)
+        return y.view(*x.shape[:-1], self.prepared_shape[0]).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -1,5 +1,6 @@
 """QuantWeight: the one currency in which quantizers, formats and backends meet."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,19 @@ class QuantWeight:
         back = torch.argsort(order)
         g_idx = back // self.scheme.group_of(self.in_features)
         return QuantWeight(self.codes[:, back], self.scales, self.scheme, self.zeros, g_idx.to(torch.int32))
+
+    def rows(self, start: int, stop: int) -> "QuantWeight":
+        """Outputs [start, stop); views."""
+        zeros = None if self.zeros is None else self.zeros[start:stop]
+        return QuantWeight(self.codes[start:stop], self.scales[start:stop], self.scheme, zeros, self.g_idx)
+
+    @classmethod
+    def concatenated(cls, weights: Sequence["QuantWeight"]) -> "QuantWeight":
+        """The outputs of all, one after the other. Weights of one scheme and one g_idx."""
+        first = weights[0]
+        zeros = None if first.zeros is None else torch.cat([weight.zeros for weight in weights])
+        codes, scales = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scales"))
+        return cls(codes, scales, first.scheme, zeros, first.g_idx)
 
     @property
     def out_features(self) -> int:

@@ -20,6 +20,19 @@ def _one_of(name: str, value, allowed) -> None:
         raise UsageError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
+def _alpha(smooth) -> float | str | None:
+    """A number from 0 to 1, which may be text, "auto" or None."""
+    if smooth is None or smooth == "auto":
+        return smooth
+    try:
+        alpha = float(smooth)
+    except (TypeError, ValueError):
+        alpha = -1.0
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"smooth is {smooth!r}; expected auto, or a number from 0 to 1")
+    return alpha
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Uniform integer grid of a weight [out_features, in_features].
@@ -83,14 +96,19 @@ class Scheme:
         return replace(self, group_size=max(smaller, default=PER_CHANNEL))
 
 
+# Of an output embedding, where none is named: every token goes through all of it, and int8 costs it next to nothing
+HEAD_SCHEME = Scheme(8, 128)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize a model: the scheme of its linears, the method, and what is left alone.
 
     overrides: (regex, Scheme) pairs, the first one that matches a module name (from its start) wins over `scheme`.
     ignore: regexes of module names that stay in the source dtype, matched from the start of the name.
-    options: of the method, by name. lm_head: quantize the output embedding too. include_vision: of a model that sees or
-    hears, quantize all of it, not its language model alone.
+    options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
+    include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
+    inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -98,11 +116,13 @@ class Recipe:
     options: Mapping = field(default_factory=dict)
     overrides: tuple[tuple[str, Scheme], ...] = ()
     ignore: tuple[str, ...] = ()
-    lm_head: bool = False
+    lm_head: Scheme | None = None
     include_vision: bool = False
+    smooth: float | str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "smooth", _alpha(self.smooth))
         # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
         overrides = tuple((pattern.removeprefix("re:"), scheme) for pattern, scheme in self.overrides)
         object.__setattr__(self, "overrides", overrides)
@@ -119,9 +139,10 @@ class Recipe:
         """The ignore pattern that matches one of `names`, else None."""
         return next((p for p in self.ignore for name in names if re.match(p, name)), None)
 
-    def asked_for(self, name: str) -> Scheme:
-        """The scheme of the module `name`, whether it fits its in_features or not."""
-        return next((scheme for pattern, scheme in self.overrides if re.match(pattern, name)), self.scheme)
+    def asked_for(self, name: str, is_head: bool = False) -> Scheme:
+        """The scheme of the module `name`, whether it fits its in_features or not. is_head: the output embedding."""
+        usual = self.lm_head if is_head and self.lm_head is not None else self.scheme
+        return next((scheme for pattern, scheme in self.overrides if re.match(pattern, name)), usual)
 
     def to_dict(self) -> dict:
         return {
@@ -130,19 +151,24 @@ class Recipe:
             "options": dict(self.options),
             "overrides": [[pattern, asdict(scheme)] for pattern, scheme in self.overrides],
             "ignore": list(self.ignore),
-            "lm_head": self.lm_head,
+            "lm_head": None if self.lm_head is None else asdict(self.lm_head),
             "include_vision": self.include_vision,
+            **({} if self.smooth is None else {"smooth": self.smooth}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "Recipe":
         overrides = [(pattern, Scheme(**scheme)) for pattern, scheme in data.get("overrides", ())]
+        head = data.get("lm_head")
+        if head is True:  # of a report from before heads had a scheme of their own
+            head = data["scheme"]
         return cls(
             Scheme(**data["scheme"]),
             data["method"],
             data.get("options", {}),
             overrides,
             data.get("ignore", ()),
-            data.get("lm_head", False),
+            Scheme(**head) if head else None,
             data.get("include_vision", False),
+            smooth=data.get("smooth"),
         )

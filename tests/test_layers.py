@@ -17,6 +17,7 @@ LINES = (
     {"reference"},
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
     {"linear", "experts", "calibration", "sources", "stored", "serving"},
+    {"fusion"},
     {"pipeline", "hf"},
     {"eval", "generation"},
     {"publish"},  # what the release gate of eval lets through

@@ -115,7 +115,8 @@ RECIPE = Recipe(
     "rtn",
     {"scale_search": "mse"},
     [(r"model\.layers\.0\.", Scheme(8, 32)), (r".*down_proj", Scheme(8, -1)), (r".*_proj", Scheme(3, 128, False))],
-    [r".*\.gate$", "lm_head"],
+    [r".*\.gate$"],
+    Scheme(8, 64),
 )
 
 
@@ -126,8 +127,18 @@ def test_recipe_survives_json():
     assert again.to_dict() == data
 
 
+def test_head_has_a_scheme_of_its_own():
+    head, other = "lm_head", "model.layers.1.q_proj"
+    assert RECIPE.asked_for(head, is_head=True) == Scheme(8, 64)
+    assert Recipe(Scheme(2)).asked_for(head, is_head=True) == Recipe(Scheme(2), lm_head=Scheme(8)).asked_for(other)
+    overridden = Recipe(overrides=[(head, Scheme(3))], lm_head=Scheme(8))
+    assert overridden.asked_for(head, is_head=True) == Scheme(3)
+
+
 def test_recipe_from_the_least_data():
     assert Recipe.from_dict({"scheme": {"bits": 2}, "method": "rtn"}) == Recipe(Scheme(2))
+    old = {"scheme": {"bits": 2}, "method": "rtn", "lm_head": True}  # of reports from before heads had a scheme
+    assert Recipe.from_dict(old) == Recipe(Scheme(2), lm_head=Scheme(2))
 
 
 def test_recipe_keeps_no_reference_to_what_it_was_made_from():

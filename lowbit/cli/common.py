@@ -40,6 +40,16 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 ShardSizeOption = Annotated[str, typer.Option(help="Largest weight file.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
 
+LmHeadOption = Annotated[
+    bool,
+    typer.Option("--lm-head", help="Quantize the output embedding too, to 8 bits unless --lm-head-scheme says else."),
+]
+LmHeadSchemeOption = Annotated[str | None, typer.Option(help="Of --lm-head (default W8A16-G128).", show_default=False)]
+KvCacheOption = Annotated[
+    str, typer.Option(help="Keys and values in the dtype of the model (full), or in 8 bits (int8): half of the memory.")
+]
+
+_KV_CACHES = ("full", "int8")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -59,6 +69,21 @@ def checked_dtype(name: str) -> str:
     if name not in _DTYPES:
         raise UsageError(f"dtype is {name!r}; allowed: {', '.join(_DTYPES)}")
     return name
+
+
+def checked_kv_cache(name: str) -> str:
+    if name not in _KV_CACHES:
+        raise UsageError(f"kv-cache is {name!r}; allowed: {', '.join(_KV_CACHES)}")
+    return name
+
+
+def head_scheme(asked: bool, scheme: str | None) -> str | None:
+    """The scheme that --lm-head and --lm-head-scheme stand for."""
+    if scheme is not None and not asked:
+        raise UsageError("--lm-head-scheme says how --lm-head quantizes: pass both")
+    from lowbit.scheme import HEAD_SCHEME
+
+    return (scheme or HEAD_SCHEME.name) if asked else None
 
 
 def default_device_map(device_map: str | None) -> str | None:

@@ -4,6 +4,8 @@ from collections import Counter
 
 from lowbit.cli.common import (
     JsonOption,
+    LmHeadOption,
+    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
     RevisionOption,
@@ -16,13 +18,13 @@ from lowbit.cli.common import (
     size,
     table,
 )  # fmt: skip
+from lowbit.cli.half import only_converts, preview_dtype
 from lowbit.cli.recipe import (
     BitsOption,
     FormatOption,
     GroupSizeOption,
     IgnoreOption,
     IncludeVisionOption,
-    LmHeadOption,
     MethodOption,
     MethodOptionsOption,
     NumSamplesOption,
@@ -30,6 +32,7 @@ from lowbit.cli.recipe import (
     ScaleSearchOption,
     SchemeOption,
     SeqlenOption,
+    SmoothOption,
     SymOption,
     recipe_arguments,
 )
@@ -51,7 +54,9 @@ def plan(
     num_samples: NumSamplesOption = 128,
     seqlen: SeqlenOption = 2048,
     lm_head: LmHeadOption = False,
+    lm_head_scheme: LmHeadSchemeOption = None,
     include_vision: IncludeVisionOption = False,
+    smooth: SmoothOption = None,
     override: OverrideOption = None,
     ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
@@ -65,11 +70,15 @@ def plan(
     Sizes are exact. Takes the flags of `quantize` that matter to the result.
     """
     recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
-    )
-    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
-    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    preview(one_model(model, model_option), {**recipe, **options}, json)
+        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
+        include_vision, smooth,
+    )  # fmt: skip
+    name, files = one_model(model, model_option), {"max_shard_size": max_shard_size, "revision": revision}
+    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format}
+    if only_converts(**recipe, **options):
+        preview_dtype(name, scheme, json, **files)
+    else:
+        preview(name, {**recipe, **options, **files, "trust_remote_code": trust_remote_code}, json)
 
 
 def preview(model: str, arguments: dict, json: bool) -> None:

@@ -20,6 +20,7 @@ class LowbitConfig(QuantizationConfigMixin):
     ignore: regexes of module names to leave alone. backend: the name of the one to run on, an error if it cannot;
     by default each layer takes the first that can. source: the `quantization_config` of a quantized checkpoint.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
+    fuse: linears that share an input share one product (lowbit.fusion).
 
     `to_dict` gives the config of the format that is saved (compressed-tensors), never one of lowbit's own.
     """
@@ -34,6 +35,7 @@ class LowbitConfig(QuantizationConfigMixin):
         backend: str | None = None,
         source: dict | None = None,
         include_vision: bool = False,
+        fuse: bool = True,
         **unknown,
     ):
         if unknown:
@@ -47,7 +49,7 @@ class LowbitConfig(QuantizationConfigMixin):
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
             include_vision=include_vision,
         )
-        self.backend = backend
+        self.backend, self.fuse = backend, fuse
         self.source = source
 
     def to_dict(self) -> dict:

@@ -7,7 +7,9 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
+from lowbit.hf.head import quantize_head
 from lowbit.read_ahead import read_ahead
+from lowbit.scheme import Scheme
 from lowbit.sources import load_config, resolve
 
 # Tensors that many writers add and that carry nothing: zero points of symmetric weights, g_idx in natural order
@@ -15,7 +17,11 @@ _HARMLESS = ("_zero_point", "_g_idx")
 
 
 def loading_config(
-    path: str | Path, backend: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    backend: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    fuse: bool = True,
 ):
     """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
 
@@ -26,7 +32,7 @@ def loading_config(
     if source is not None:
         source = source if isinstance(source, dict) else source.to_dict()
         detect_format(source)
-        config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend}
+        config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse}
     return config
 
 
@@ -38,19 +44,24 @@ def load(
     backend: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    fuse: bool = True,
+    lm_head: str | Scheme | None = None,
     **kwargs,
 ):
     """A transformers model from a folder, a Hub id or "reference", on lowbit's kernels where it is quantized.
 
     device_map, dtype and further keywords are those of `from_pretrained`. backend: run on this one or fail.
+    fuse: linears that share an input share one product (lowbit.fusion), which saves launches and changes no result.
+    lm_head: a scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.
     Raises InputError if a tensor is missing, unexpected or of another shape: nothing is ever filled in.
     """
     if backend is not None:
         get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
+    head_scheme = Scheme.parse(lm_head) if isinstance(lm_head, str) else lm_head
     folder = resolve(path, revision)
     CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
     read_ahead(folder)
-    config = loading_config(folder, backend, trust_remote_code=trust_remote_code)
+    config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
     try:
         model, info = model_class(config, trust_remote_code).from_pretrained(
             folder,
@@ -68,6 +79,8 @@ def load(
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
     _check(folder, info)
+    if head_scheme is not None:
+        quantize_head(model, head_scheme, folder, backend)
     return model
 
 

@@ -4,6 +4,7 @@ On the fly, a dense tensor arrives under its own name, is quantized by `Quantize
 checkpoint, the packed tensors of compressed-tensors load into the modules by name.
 """
 
+import logging
 import math
 from collections import Counter
 from pathlib import Path
@@ -33,12 +34,15 @@ from lowbit.experts import (
     restore_experts,
 )
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.fusion import share_products
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.foreign import StoredModel, merges_experts
 from lowbit.linear import LowbitLinear
 from lowbit.memory import return_freed
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Scheme
+
+logger = logging.getLogger("lowbit")
 
 # Codes (bytes) that layers unpack between two calls of `return_freed`: each call takes milliseconds, and what it
 # returned has to be faulted in again
@@ -138,7 +142,7 @@ class LowbitQuantizer(HfQuantizer):
         else:
             self.chosen, _ = choose(model, config.recipe)
         self.sites = find_sites(model)  # before they are replaced
-        self.tensors = self._stored_tensors(kwargs["checkpoint_files"])
+        self.tensors = self.stored_tensors(kwargs["checkpoint_files"])
         if not self.chosen:
             raise InputError("nothing is quantized: no linear layer of the model matches the config")
         for site, scheme in self.chosen.values():
@@ -151,7 +155,7 @@ class LowbitQuantizer(HfQuantizer):
             else:
                 self._replace_linear(model, site, scheme, owner)
 
-    def _stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
+    def stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
         """Names and numbers of dimensions of what is loaded, a quantized weight as one matrix."""
         if self.pre_quantized:
             stored = self.stored.stored
@@ -208,21 +212,29 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.damaged:
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
-        unpacked = 0
+        linears, offloaded, unpacked = [], False, 0
         for name, module in model.named_modules():
             if _is_moved_by_accelerate(module):
+                offloaded = True
                 continue
             if isinstance(module, LowbitLinear):
                 self._check_loaded(name, module, module.packed_shapes)
                 _check_shapes(name, module)
-                module.prepare()
-                unpacked += math.prod(module.shape)
+                linears.append(module)
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
                 unpacked += math.prod(weights.shape)
             if isinstance(module, QuantizedExperts):
                 module.prepare(self.quantization_config.backend)
+        if self.quantization_config.fuse:
+            if offloaded:  # all of it would come to the device only to see who shares what
+                logger.info("linears that share an input multiply on their own: parts of the model are offloaded")
+            else:
+                share_products(model)
+        for linear in linears:
+            linear.prepare()
+            unpacked += math.prod(linear.shape)
             if unpacked >= _UNPACKED_BETWEEN_RETURNS:
                 unpacked = 0
                 return_freed()
@@ -230,7 +242,7 @@ class LowbitQuantizer(HfQuantizer):
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)
-            self.quantization_config.source = self._saved_config(model)
+            self.quantization_config.source = self.saved_config(model)
         self.stored = None
         return model
 
@@ -249,7 +261,7 @@ class LowbitQuantizer(HfQuantizer):
         kept = [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)]
         model._weight_conversions = kept or None
 
-    def _saved_config(self, model) -> dict:
+    def saved_config(self, model) -> dict:
         schemes = {name: scheme for name, (_, scheme) in self.chosen.items()}
         usual, _ = Counter(schemes.values()).most_common(1)[0]
         return packed_format.config(

@@ -67,7 +67,9 @@ class Plan:
     @property
     def fallbacks(self) -> list[Step]:
         """Quantized with another group size than asked, because theirs does not divide in_features."""
-        return [step for step in self.quantized if step.scheme != self.recipe.asked_for(step.site.module)]
+        return [
+            step for step in self.quantized if step.scheme != self.recipe.asked_for(step.site.module, step.site.is_head)
+        ]
 
     @property
     def total_parameters(self) -> int:

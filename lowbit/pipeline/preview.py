@@ -10,6 +10,7 @@ from lowbit.discovery import find_sites, skeleton
 from lowbit.pipeline.forecast import forecast
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.run import make_recipe
+from lowbit.scheme import Scheme
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 from lowbit.sources import open_headers
 
@@ -55,8 +56,9 @@ def plan(
     options: dict | None = None,
     overrides=(),
     ignore=(),
-    lm_head: bool = False,
+    lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
+    smooth: float | str | None = None,
     num_samples: int = 128,
     seqlen: int = 2048,
     format: str = "compressed-tensors",
@@ -68,7 +70,7 @@ def plan(
 
     Raises UsageError and InputError where `lowbit.quantize` would before it reads a weight.
     """
-    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision)
+    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth)
     shard_bytes = parse_size(max_shard_size)
     headers, config = open_headers(model, revision, trust_remote_code)
     planned = make_plan(headers, skeleton(config, trust_remote_code), recipe, format)

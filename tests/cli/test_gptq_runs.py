@@ -90,12 +90,12 @@ def test_options(done, chat_model, ids_file, tmp_path):
 
 def test_everything_else_that_it_takes(done, chat_model, ids_file, tmp_path):
     options = [
-        "--bits", 8, "--asym", "--lm-head", "--max-memory", "1MB", "--seed", 3, "--override", ".*up_proj=W4A16-G16",
-        "--ignore", ".*o_proj", "--max-shard-size", "50KB",
+        "--bits", 8, "--asym", "--lm-head", "--lm-head-scheme", "W8A16-G32", "--max-memory", "1MB", "--seed", 3,
+        "--override", ".*up_proj=W4A16-G16", "--ignore", ".*o_proj", "--max-shard-size", "50KB",
     ]  # fmt: skip
     outcome = done("quantize", chat_model, "-o", tmp_path / "out", *SMALL, "--dataset", ids_file, *options, "--json")
     schemes = {layer["name"]: layer["scheme"] for layer in json.loads(outcome.out)["layers"]}
-    assert len(schemes) == 13 and schemes["lm_head.weight"] == "W8A16_ASYM-G32"
+    assert len(schemes) == 13 and schemes["lm_head.weight"] == "W8A16-G32"
     assert schemes["model.layers.1.mlp.up_proj.weight"] == "W4A16-G16"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     ids = stored_tensors(tmp_path)["input_ids"]

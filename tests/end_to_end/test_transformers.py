@@ -88,10 +88,12 @@ def test_device_map(folders, device_map):
     assert torch.equal(logits(model), logits(lowbit.load(folders[1])))
 
 
-def test_offload_to_disk(folders, tmp_path):
+def test_offload_to_disk(folders, tmp_path, caplog):
+    caplog.set_level("INFO", "lowbit")
     parts = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
              "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
     model = lowbit.load(folders[1], dtype="float32", device_map=parts, offload_folder=tmp_path)
+    assert "multiply on their own: parts of the model are offloaded" in caplog.text
     assert relative_error(logits(model), logits(lowbit.load(folders[1], dtype="float32"))) < 1e-6
 
 

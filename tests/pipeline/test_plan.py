@@ -34,8 +34,8 @@ def test_routers_stay_dense_elsewhere(tmp_path, name, router):
 
 def test_a_head_is_named(tmp_path):
     """vLLM and SGLang give a quantized head its scheme by name only: it is no `Linear` there."""
-    groups = planned_config(tmp_path / "model", "llama", lm_head=True)["config_groups"]
+    groups = planned_config(tmp_path / "model", "llama", lm_head=Scheme(8, 32))["config_groups"]
     (group,) = [group for group in groups.values() if "lm_head" in group["targets"]]
-    assert group["weights"]["num_bits"] == 4
+    assert (group["weights"]["num_bits"], group["weights"]["group_size"]) == (8, 32)
     groups = planned_config(tmp_path / "again", "llama")["config_groups"]
     assert not any("lm_head" in group["targets"] for group in groups.values())

@@ -1,0 +1,67 @@
+"""Quantizing the output embedding of a loaded model, whose checkpoint left it dense."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lowbit.discovery import CheckpointNames, find_sites
+from lowbit.errors import InputError, UsageError
+from lowbit.hf.config import LowbitConfig
+from lowbit.hf.quantizer import LowbitQuantizer
+from lowbit.linear import LowbitLinear
+from lowbit.quantizers import get_quantizer
+from lowbit.scheme import Scheme
+
+
+def quantize_head(model: nn.Module, scheme: Scheme, folder: Path, backend: str | None = None) -> None:
+    """Quantize the output embedding to `scheme`, or to a smaller group where that does not divide in_features.
+
+    Where it was tied, the input embedding stays dense, and the two are tied no longer: saved, the model is one with a
+    quantized head of its own. folder: that it was loaded from. Raises UsageError for a head that cannot be quantized,
+    InputError for a damaged one.
+    """
+    quantizer = _quantizer_of(model, folder, backend)
+    name, head = _dense_head(model, quantizer)
+    weight = head.weight.detach()
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged")
+    if model.get_input_embeddings().weight is head.weight:
+        _untie(model, f"{name}.weight")
+    scheme = scheme.fitted(head.in_features)
+    qweight, _ = get_quantizer("rtn").quantize(weight, {}, scheme, {"scale_search": "minmax"})
+    model.set_submodule(name, LowbitLinear.from_quantized(qweight, head.bias, backend))
+    quantizer.chosen[f"{name}.weight"] = quantizer.sites[f"{name}.weight"], scheme
+    quantizer.quantization_config.source = quantizer.saved_config(model)
+    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+
+
+def _quantizer_of(model: nn.Module, folder: Path, backend: str | None) -> LowbitQuantizer:
+    """What the model was loaded with, or for a dense one what saves it from here on."""
+    found = getattr(model, "hf_quantizer", None)
+    if found is None:
+        found = LowbitQuantizer(LowbitConfig(backend=backend), pre_quantized=False)
+        found.dtype, found.chosen = model.dtype, {}
+        found.names, found.sites = CheckpointNames(model), find_sites(model)
+        found.tensors = found.stored_tensors(sorted(folder.glob("*.safetensors")))
+    return found
+
+
+def _dense_head(model: nn.Module, quantizer: LowbitQuantizer) -> tuple[str, nn.Module]:
+    head = model.get_output_embeddings()
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if head is None or f"{name}.weight" not in quantizer.sites:
+        raise UsageError(f"{type(model).__name__} has no output embedding that can be quantized")
+    if isinstance(head, LowbitLinear):
+        raise UsageError(f"the checkpoint holds its output embedding quantized, as {head.scheme.name}: pass no scheme")
+    if head.weight.device.type == "meta":
+        raise UsageError("the output embedding is offloaded: give it a place in device_map to quantize it")
+    return name, head
+
+
+def _untie(model: nn.Module, weight: str) -> None:
+    others = [name for name in model.all_tied_weights_keys if name != weight]
+    if others:
+        raise UsageError(f"the output embedding cannot be quantized: it is tied to {others[0]} too")
+    model.all_tied_weights_keys = {}
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False

@@ -1,0 +1,56 @@
+"""Options of `generate` and `chat` that say how the model is held in memory."""
+
+import pytest
+
+from lowbit.generation import kv_int8, open_session
+
+PROMPT = ("--prompt", "the quick brown fox", "--max-new-tokens", 12)
+
+
+def text_of(model, **kwargs):
+    session = open_session(model, **kwargs)
+    return session.generate(session.encode(PROMPT[1]), max_new_tokens=PROMPT[3]).text
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Shapes of the rows that were kept as int8."""
+    shapes = []
+    encode = kv_int8.encode
+    monkeypatch.setattr(kv_int8, "encode", lambda rows: shapes.append(tuple(rows.shape)) or encode(rows))
+    return shapes
+
+
+def test_int8_keys_and_values(json_of, quantized, encoded):
+    json_of("generate", quantized, *PROMPT, "--kv-cache", "full")
+    assert not encoded
+    made = json_of("generate", quantized, *PROMPT, "--kv-cache", "int8")
+    assert encoded and made["tokens"] == 12
+    assert made["text"] == text_of(quantized, kv_cache="int8")
+
+
+def test_int8_keys_and_values_in_a_chat(done, quantized, encoded, monkeypatch):
+    lines = iter(["hello", "!exit"])
+    monkeypatch.setattr("lowbit.cli.chat.console.input", lambda prompt: next(lines))
+    done("chat", quantized, "--kv-cache", "int8", "--lm-head", "--max-new-tokens", 4, "--seed", 1)
+    assert encoded
+
+
+def test_a_quantized_head(json_of, quantized):
+    asked = "W2A16-G16"
+    made = json_of("generate", quantized, *PROMPT, "--lm-head", "--lm-head-scheme", asked)["text"]
+    assert made == text_of(quantized, lm_head=asked) != text_of(quantized)
+    usual = json_of("generate", quantized, *PROMPT, "--lm-head")["text"]
+    assert usual == text_of(quantized, lm_head="W8A16-G128")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kv-cache", "int4"], "kv-cache is 'int4'; allowed: full, int8"),
+        (["--lm-head", "--lm-head-scheme", "int8"], "scheme 'int8' is not known"),
+        (["--lm-head-scheme", "W8A16"], "--lm-head-scheme says how --lm-head quantizes: pass both"),
+    ],
+)
+def test_what_is_refused(refused, quantized, options, says):
+    refused(2, "generate", quantized, *PROMPT, *options, says=says)
