@@ -252,6 +252,7 @@ def test_models_run_and_save_as_without(tmp_path, name, shared):
     together, alone = lowbit.load(tmp_path / "quantized"), lowbit.load(tmp_path / "quantized", fuse=False)
     assert shares(together) == shared and shares(alone) == []
     assert together.get_memory_footprint() <= alone.get_memory_footprint()
+    assert share_products(together) == []  # once is enough
     with torch.no_grad():
         assert torch.equal(together(token_ids()).logits, alone(token_ids()).logits)
         assert torch.equal(together(token_ids(1)).logits, alone(token_ids(1)).logits)
