@@ -28,6 +28,7 @@ logger = logging.getLogger("lowbit")
 
 BACKENDS = {
     "triton": "lowbit.backends.triton",
+    "native": "lowbit.backends.native",
     "torch_cpu": "lowbit.backends.torch_cpu",
     "reference": "lowbit.backends.reference",
 }

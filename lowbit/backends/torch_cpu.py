@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 
+from lowbit.backends import dense
 from lowbit.grid import dequantize
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import PER_CHANNEL, Scheme
@@ -22,8 +23,6 @@ _OP_GROUPS = (256, 128, 64, 32)
 # The kernels work on whole vectors of the widest instruction set and do not check their bounds: bf16 int8pack with
 # in_features off a multiple of 16 reads past the row and returned inf on AVX2 (torch 2.13)
 _IN_MULTIPLE, _OUT_MULTIPLE = 32, 16
-# Elements of a dequantized block: small enough to stay in cache between its passes
-_BLOCK_ELEMENTS = 2**20
 # From how many rows on dequantize + GEMM wins, measured on 4096 x 4096: with bf16 instructions (Zen 5) the GEMM is fast
 # early; without them (AVX2) the float32 GEMM must carry the conversion too. See scripts/benchmarks/cpu_linear.py.
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 96
@@ -170,26 +169,10 @@ def _packed(x, buffers, scheme, shape):
 def _blocks(buffers, scheme, shape, dtype):
     """(start, stop, dense [stop - start, K] in dtype) over the outputs."""
     out_features, in_features = shape
-    rows = max(_block_rows(), _BLOCK_ELEMENTS // in_features // _block_rows() * _block_rows())
+    rows = max(_block_rows(), dense.BLOCK_ELEMENTS // in_features // _block_rows() * _block_rows())
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         yield start, stop, dequantize(_restore_rows(buffers, scheme, shape, start, stop), dtype)
-
-
-@cache
-def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which this CPU multiplies dense matrices fastest: its own where it has instructions for it."""
-    native = {torch.bfloat16: torch.cpu._is_avx512_bf16_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
-    return dtype if native[dtype]() else torch.float32
-
-
-def _dense(x, buffers, scheme, shape, bias):
-    dtype = gemm_dtype(x.dtype)
-    wide, y = x.to(dtype), x.new_empty(x.shape[0], shape[0])
-    for start, stop, weight in _blocks(buffers, scheme, shape, dtype):
-        part = None if bias is None else bias[start:stop].to(dtype)
-        y[:, start:stop] = torch.nn.functional.linear(wide, weight, part)
-    return y
 
 
 def linear(x, buffers, scheme, shape, bias=None):
@@ -211,10 +194,10 @@ def _linear_op(
     buffers = dict(zip(_keys(scheme), tensors, strict=True))
     if not x.shape[0]:
         return x.new_empty(0, out_features)
-    crossover = _CROSSOVER_FP32 if gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
+    crossover = _CROSSOVER_FP32 if dense.gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
     x = x.contiguous()
     if x.shape[0] >= crossover:
-        return _dense(x, buffers, scheme, shape, bias)
+        return dense.product(x, _blocks(buffers, scheme, shape, dense.gemm_dtype(x.dtype)), out_features, bias)
     y = _packed(x, buffers, scheme, shape)
     return y if bias is None else y.add_(bias)  # the packed kernels take none: its addition rounds once more
 
@@ -232,13 +215,10 @@ def _keep_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad):
     buffers = dict(zip(_keys(ctx.scheme), ctx.saved_tensors, strict=True))
-    dtype = gemm_dtype(grad.dtype)
-    # summed in float32: in bf16 the rounding of each block would add up
-    total = grad.new_zeros(grad.shape[0], ctx.shape[1], dtype=torch.float32)
-    for start, stop, weight in _blocks(buffers, ctx.scheme, ctx.shape, dtype):
-        total += grad[:, start:stop].to(dtype) @ weight
+    blocks = _blocks(buffers, ctx.scheme, ctx.shape, dense.gemm_dtype(grad.dtype))
+    of_x = dense.grad_input(grad, blocks, ctx.shape[1])
     of_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-    return total.to(grad.dtype), [None] * len(ctx.saved_tensors), of_bias, None, None, None, None
+    return of_x, [None] * len(ctx.saved_tensors), of_bias, None, None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_keep_for_backward)

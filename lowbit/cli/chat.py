@@ -1,6 +1,8 @@
 """lowbit chat"""
 
 import sys
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,13 +27,36 @@ from lowbit.cli.common import (
     one_model,
     quiet_transformers,
 )  # fmt: skip
-from lowbit.cli.generate import NewTokensOption, SeedOption, TemperatureOption, TopPOption
+from lowbit.cli.generate import (
+    CompileOption,
+    MinPOption,
+    NewTokensOption,
+    PrefillChunkOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    StatsOption,
+    StopOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    checked_stop,
+    show_stats,
+)
 from lowbit.errors import LowbitError
+from lowbit.read_ahead import read_ahead
 
 HELP = """!help         this text
 !clear        forget the conversation
 !save [FILE]  write the conversation as JSON (default: chat.json)
+!stats        times and rates of the last answer, and what made it
 !exit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+
+
+class Context(StrEnum):
+    """What happens when a conversation has filled the context of the model."""
+
+    stop = "stop"
+    slide = "slide"
 
 
 def chat(
@@ -39,9 +64,19 @@ def chat(
     model_option: ModelOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
     max_new_tokens: NewTokensOption = 512,
+    context: Annotated[
+        Context, typer.Option(help="When it is full: stop, or slide and drop the oldest turns.")
+    ] = Context.stop,
     temperature: TemperatureOption = 0.7,
+    top_k: TopKOption = 0,
     top_p: TopPOption = 0.95,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    stop: StopOption = None,
     seed: SeedOption = None,
+    prefill_chunk: PrefillChunkOption = 1024,
+    compile: CompileOption = None,
+    stats: StatsOption = False,
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
@@ -52,32 +87,51 @@ def chat(
     trust_remote_code: TrustOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    read_ahead(Path(name))  # while all else is imported
+
     from lowbit.generation import open_session
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     quiet_transformers()
     session = open_session(
         name,
         dtype=dtype,
         device_map=default_device_map(device_map),
         backend=backend,
+        compile=compile,
         lm_head=head_scheme(lm_head, lm_head_scheme),
         kv_cache=checked_kv_cache(kv_cache),
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
     notes.print(f"{name}: !help for commands, !exit or Ctrl-D to leave", markup=False)
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    Conversation(session, system, sampling).run()
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "stop": checked_stop(stop), "seed": seed,
+        "prefill_chunk": prefill_chunk,
+    }  # fmt: skip
+    Conversation(session, system, options, context is Context.slide, stats).run()
 
 
 class Conversation:
-    """The messages so far, and the loop that reads a line and answers it."""
+    """The messages so far, and the loop that reads a line and answers it.
 
-    def __init__(self, session, system: str | None, sampling: dict):
-        self.session, self.sampling = session, sampling
+    options: those of `Session.generate`. slide: leave the oldest turns out of the prompt where it would not fit.
+    """
+
+    def __init__(self, session, system: str | None, options: dict, slide: bool = False, stats: bool = False):
+        self.session, self.options, self.slide, self.stats = session, options, slide, stats
         self.start = [{"role": "system", "content": system}] if system else []
-        self.messages = list(self.start)
+        self.clear()
+
+    def clear(self) -> None:
+        self.turns: list[dict] = []
+        self.dropped = 0  # messages of `turns` that the model is not shown any more
+        self.last = None
+
+    @property
+    def messages(self) -> list[dict]:
+        return [*self.start, *self.turns]
 
     def run(self) -> None:
         while True:
@@ -107,10 +161,15 @@ class Conversation:
         if word in ("!exit", "!quit"):
             return False
         if word == "!clear":
-            self.messages = list(self.start)
+            self.clear()
             notes.print("forgotten")
         elif word == "!save":
             self.save(rest.strip() or "chat.json")
+        elif word == "!stats":
+            if self.last is None:
+                notes.print("no answer yet")
+            else:
+                show_stats(self.last)
         elif word == "!help":
             notes.print(HELP, markup=False)
         else:
@@ -129,25 +188,48 @@ class Conversation:
             notes.print(f"saved to {path}", markup=False)
 
     def answer(self, line: str) -> None:
-        messages = [*self.messages, {"role": "user", "content": line}]
+        question = {"role": "user", "content": line}
         try:
-            ids = self.session.encode_chat(messages)
-            result = self.session.generate(ids, **self._fitting(ids), on_text=_show)
+            ids = self._prompt(question)
+            room = self._room(ids)
+            result = self.session.generate(ids, **{**self.options, "max_new_tokens": room}, on_text=_show)
         except LowbitError as error:
             notes.print(f"{error} (!clear forgets the conversation)", markup=False)
             return
         _show("\n")
-        stopped = ", stopped" if result.interrupted else ""
+        full = result.tokens == room < self.options["max_new_tokens"]
+        ending = ", stopped" if result.interrupted else ", the context is full" if full else ""
         notes.print(
-            f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second{stopped}]", style="dim", markup=False
+            f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second{ending}]", style="dim", markup=False
         )
-        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        self.last = result.stats
+        if self.stats:
+            show_stats(self.last)
+        self.turns += [question, {"role": "assistant", "content": result.text}]
 
-    def _fitting(self, ids) -> dict:
-        """The answer may be as long as the context allows."""
+    def _prompt(self, question: dict):
+        """The ids [1, T] of the conversation and a question, less the oldest turns where they are to slide."""
+        shown = [*self.turns[self.dropped :], question]
+        ids = self.session.encode_chat([*self.start, *shown])
+        if not self.slide or self._fits(ids):
+            return ids
+        while not self._fits(ids) and len(shown) > 1:
+            shown = shown[2:]
+            ids = self.session.encode_chat([*self.start, *shown])
+        if not self.dropped:
+            notes.print("[the context is full: the oldest turns are dropped from here on]", markup=False)
+        self.dropped = len(self.turns) + 1 - len(shown)
+        return ids
+
+    def _fits(self, ids) -> bool:
+        """Whether there is room for an answer as long as wanted, or else a quarter of the context."""
         limit = self.session.context_length
-        room = self.sampling["max_new_tokens"] if limit is None else limit - ids.shape[1]
-        return {**self.sampling, "max_new_tokens": max(1, min(self.sampling["max_new_tokens"], room))}
+        return limit is None or limit - ids.shape[1] >= min(self.options["max_new_tokens"], limit // 4)
+
+    def _room(self, ids) -> int:
+        """The answer may be as long as the context allows."""
+        limit, wanted = self.session.context_length, self.options["max_new_tokens"]
+        return wanted if limit is None else max(1, min(wanted, limit - ids.shape[1]))
 
 
 def _show(text: str) -> None:

@@ -1,6 +1,7 @@
 """lowbit generate"""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,17 +26,56 @@ from lowbit.cli.common import (
     one_model,
     print_json,
     quiet_transformers,
+    table,
 )  # fmt: skip
-from lowbit.errors import InputError
+from lowbit.errors import InputError, UsageError
+from lowbit.read_ahead import read_ahead
 
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")]
 TopPOption = Annotated[
     float, typer.Option(min=0.01, max=1.0, help="Sample from the most likely tokens that make up this probability.")
 ]
+TopKOption = Annotated[int, typer.Option(min=0, help="Sample from so many most likely tokens; 0 for all.")]
+MinPOption = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Leave out tokens less likely than this share of the likeliest.")
+]
+RepetitionPenaltyOption = Annotated[
+    float, typer.Option(min=0.01, help="Above 1: tokens that were there already become less likely.")
+]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.", show_default=False)
+]
+PrefillChunkOption = Annotated[int, typer.Option(min=1, help="Prompt tokens to run at once.")]
+CompileOption = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoding step.", show_default=False)
+]
+StatsOption = Annotated[bool, typer.Option("--stats", help="Show times, rates, and what made the tokens.")]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.", show_default=False)
 ]
+
+
+def checked_stop(stop: list[str] | None) -> list[str]:
+    if stop and "" in stop:
+        raise UsageError("--stop is empty: expected some text")
+    return stop or []
+
+
+def show_stats(stats) -> None:
+    """The figures of `lowbit.generation.Stats`, on standard error."""
+    shown = table("", "tokens", "seconds", "per second")
+    fed = stats.prompt_tokens - stats.reused_tokens
+    shown.add_row("prompt", str(fed), f"{stats.prefill_seconds:.3f}", f"{stats.prefill_tokens_per_second:.1f}")
+    if stats.reused_tokens:
+        shown.add_row("in the cache", str(stats.reused_tokens), "", "")
+    if stats.setup_seconds >= 0.001:
+        shown.add_row("setting up", "", f"{stats.setup_seconds:.3f}", "")
+    shown.add_row(
+        "answer", str(stats.new_tokens), f"{stats.decode_seconds:.3f}", f"{stats.decode_tokens_per_second:.1f}"
+    )
+    notes.print(shown)
+    notes.print(f"by {stats.path}{f': {stats.why}' if stats.why else ''}", markup=False)
 
 
 def generate(
@@ -47,8 +87,15 @@ def generate(
     ] = ...,
     max_new_tokens: NewTokensOption = 128,
     temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
     top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    stop: StopOption = None,
     seed: SeedOption = None,
+    prefill_chunk: PrefillChunkOption = 1024,
+    compile: CompileOption = None,
+    stats: StatsOption = False,
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
@@ -60,9 +107,11 @@ def generate(
     json: JsonOption = False,
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    read_ahead(Path(name))  # while all else is imported
+
     from lowbit.generation import open_session
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     try:
         prompt = sys.stdin.read() if prompt == "-" else prompt
         prompt.encode()
@@ -74,6 +123,7 @@ def generate(
         dtype=dtype,
         device_map=default_device_map(device_map),
         backend=backend,
+        compile=compile,
         lm_head=head_scheme(lm_head, lm_head_scheme),
         kv_cache=checked_kv_cache(kv_cache),
         revision=revision,
@@ -90,17 +140,24 @@ def generate(
         session.encode(prompt),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=checked_stop(stop),
         seed=seed,
+        prefill_chunk=prefill_chunk,
         on_text=(lambda text: None) if json else show,
     )
     if json:
         print_json(
             {"model": name, "prompt": prompt, "text": result.text, "tokens": result.tokens,
-             "prompt_tokens": result.prompt_tokens, "seconds": result.seconds}
+             "prompt_tokens": result.prompt_tokens, "seconds": result.seconds, "stats": result.stats.as_dict()}
         )  # fmt: skip
     else:
         show("\n")
         notes.print(f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second]", markup=False)
+        if stats:
+            show_stats(result.stats)
     if result.interrupted:
         raise typer.Exit(1)

@@ -15,6 +15,12 @@ def _period(bits: int) -> tuple[int, int]:
     return whole // bits, whole // 8
 
 
+# Codes that `unpack` takes apart at a time: what that needs beside the result stays in a cache
+_SLICE_CODES = 2**20
+# Codes of a run -> the integers with as many bytes
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def packed_width(length: int, bits: int) -> int:
     """int32 words of a packed row of `length` codes."""
     return math.ceil(length * bits / 32)
@@ -51,17 +57,28 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     rows = packed.shape[0]
     if packed.device.type == "meta":
         return torch.empty(rows, columns, dtype=torch.uint8, device="meta")
+    run, _ = _period(bits)
+    words = torch.empty(rows, math.ceil(columns / run), dtype=_WORDS[run], device=packed.device)
+    step = max(1, _SLICE_CODES // max(1, columns))
+    for source, target in zip(packed.split(step), words.split(step), strict=True):
+        _unpack_slice(source, target, bits)
+    return words.view(torch.uint8)[:, :columns].contiguous()
+
+
+def _unpack_slice(packed: torch.Tensor, words: torch.Tensor, bits: int) -> None:
+    """Fill `words` [R, runs]: a run in each, which has a byte for each of its codes."""
     run, run_bytes = _period(bits)
-    runs = math.ceil(columns / run)
+    width = words.shape[1] * run_bytes
     # .contiguous() keeps odd strides on dimensions of length 1, and a view of another width refuses them
     stream = torch.empty_like(packed, memory_format=torch.contiguous_format).copy_(packed).view(torch.uint8)
-    if stream.shape[1] < runs * run_bytes:
-        stream = torch.nn.functional.pad(stream, (0, runs * run_bytes - stream.shape[1]))
-    codes = torch.zeros(rows, runs, run, dtype=torch.uint8, device=packed.device)
-    for byte in range(run_bytes):
-        source = stream[:, byte : runs * run_bytes : run_bytes]
-        for position in range(run):
-            shift = position * bits - byte * 8
-            if -bits < shift < 8:
-                codes[:, :, position] |= source >> shift if shift >= 0 else source << -shift
-    return codes.bitwise_and_(2**bits - 1).view(rows, runs * run)[:, :columns].contiguous()
+    if stream.shape[1] < width:
+        stream = torch.nn.functional.pad(stream, (0, width - stream.shape[1]))
+    words.copy_(stream[:, :width:run_bytes])
+    for byte in range(1, run_bytes):
+        words |= stream[:, byte:width:run_bytes].to(words.dtype) << 8 * byte
+    # the codes lie close together and are parted by halves
+    half = run // 2
+    while half:
+        upper = sum((2 ** (half * bits) - 1) << half * bits + 8 * first for first in range(0, run, 2 * half))
+        words.add_(words & upper, alpha=2 ** (half * (8 - bits)) - 1)
+        half //= 2

@@ -1,56 +1,60 @@
 """A model with its tokenizer, and generation that hands out text as it comes."""
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer
 
 from lowbit.errors import InputError, first_line
 from lowbit.generation.kv_int8 import Int8StaticCache
+from lowbit.generation.loop import Decoder
+from lowbit.generation.stats import Stats
+from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary, load
 from lowbit.sources import load_config, resolve
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The text that was generated, its token count, the prompt's, and seconds of wall time for all of it."""
+    """The text that was generated and the figures of the run. interrupted: by Ctrl-C."""
 
     text: str
-    tokens: int
-    prompt_tokens: int
-    seconds: float
+    stats: Stats
     interrupted: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.stats.new_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.stats.prompt_tokens
+
+    @property
+    def seconds(self) -> float:
+        return self.stats.seconds
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-class _Callback(TextStreamer):
-    """Passes finished pieces of text to a function and keeps the token ids."""
+def _int8_cache(model, batch: int, length: int) -> Int8StaticCache:
+    return Int8StaticCache(model.config, length)
 
-    def __init__(self, tokenizer, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self.on_text, self.ids = on_text, []
 
-    def put(self, value):
-        if not (self.skip_prompt and self.next_tokens_are_prompt):
-            self.ids += value.reshape(-1).tolist()
-        super().put(value)
-
-    def on_finalized_text(self, text, stream_end=False):
-        if text:
-            self.on_text(text)
+_CACHES = {"full": None, "int8": _int8_cache}  # None: what the decoder finds best
 
 
 class Session:
-    """A loaded model that completes text and answers chats."""
+    """A loaded model that completes text and answers chats. What a prompt shares with the text before it stays in the
+    cache. make_cache and compile are those of `Decoder`."""
 
-    def __init__(self, model, tokenizer, kv_cache: str = "full"):
-        self.model, self.tokenizer, self.kv_cache = model, tokenizer, kv_cache
+    def __init__(self, model, tokenizer, *, make_cache: Callable | None = None, compile: bool | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.decoder = Decoder(model, make_cache=make_cache, compile=compile)
 
     @property
     def context_length(self) -> int | None:
@@ -76,54 +80,26 @@ class Session:
         ids: torch.Tensor,
         *,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
+        stop: Sequence[str] = (),
         on_text: Callable[[str], None] = lambda text: None,
+        **options,
     ) -> Generation:
-        """Continue ids [1, T]. temperature 0 is greedy. Ctrl-C ends the answer, which is returned as far as it came."""
+        """Continue ids [1, T] up to the first of the strings `stop`, which is left out, or an end token.
+
+        on_text: called with each piece of text. options: those of `Decoder.generate` that sample, and prefill_chunk.
+        Ctrl-C ends the answer, which is returned as far as it came.
+        """
         self._check_length(ids.shape[1], max_new_tokens)
         check_vocabulary(self.model, ids)
-        if seed is not None:
-            torch.manual_seed(seed)
-        sampling = (
-            {"do_sample": True, "temperature": max(temperature, 1e-4), "top_p": top_p}
-            if temperature > 0
-            else {"do_sample": False}
-        )
-        ids = ids.to(self.model.device)
-        streamer = _Callback(self.tokenizer, on_text)
-        started, interrupted = time.perf_counter(), False
+        stream, interrupted = TextStream(self.tokenizer, stop, on_text), False
         try:
-            with torch.inference_mode():
-                self.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=self._pad_token(),
-                    streamer=streamer,
-                    **self._cache(ids.shape[1] + max_new_tokens),
-                    **sampling,
-                )
+            self.decoder.generate(
+                ids, max_new_tokens=max_new_tokens, on_token=lambda tokens: stream.put(tokens[0]), **options
+            )
         except KeyboardInterrupt:
             interrupted = True
-        except RuntimeError as error:
-            if "nan" not in str(error):
-                raise
-            raise InputError(
-                "the model gives NaN or infinite logits: its weights are damaged or its dtype overflows (try bfloat16)"
-            ) from None
-        text = self.tokenizer.decode(streamer.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Generation(text, len(streamer.ids), ids.shape[1], time.perf_counter() - started, interrupted)
-
-    def _cache(self, length: int) -> dict:
-        if self.kv_cache == "full":
-            return {}
-        return {"past_key_values": Int8StaticCache(self.model.config, length)}
-
-    def _pad_token(self) -> int | None:
-        eos = self.tokenizer.eos_token_id
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else eos
+        stream.finish()
+        return Generation(stream.text, self.decoder.stats, interrupted)
 
     def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
         limit = self.context_length
@@ -149,9 +125,11 @@ def open_session(
     revision: str | None = None,
     trust_remote_code: bool = False,
     kv_cache: str = "full",
+    compile: bool | None = None,
     **kwargs,
 ) -> Session:
     """Load a model (keywords as in `lowbit.load`) and its tokenizer. kv_cache: "full" or "int8"."""
     folder = resolve(model, revision)
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    return Session(load(folder, trust_remote_code=trust_remote_code, **kwargs), tokenizer, kv_cache)
+    loaded = load(folder, trust_remote_code=trust_remote_code, **kwargs)
+    return Session(loaded, tokenizer, make_cache=_CACHES[kv_cache], compile=compile)

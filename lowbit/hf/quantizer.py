@@ -5,6 +5,7 @@ checkpoint, the packed tensors of compressed-tensors load into the modules by na
 """
 
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -37,10 +38,15 @@ from lowbit.fusion import share_products
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.foreign import StoredModel, merges_experts
 from lowbit.linear import LowbitLinear
+from lowbit.memory import return_freed
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Scheme
 
 logger = logging.getLogger("lowbit")
+
+# Codes (bytes) that layers unpack between two calls of `return_freed`: each call takes milliseconds, and what it
+# returned has to be faulted in again
+_UNPACKED_BETWEEN_RETURNS = 2**26
 
 
 class QuantizeOnLoad(ConversionOps):
@@ -206,7 +212,7 @@ class LowbitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.damaged:
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
-        linears, offloaded = [], False
+        linears, offloaded, unpacked = [], False, 0
         for name, module in model.named_modules():
             if _is_moved_by_accelerate(module):
                 offloaded = True
@@ -218,6 +224,7 @@ class LowbitQuantizer(HfQuantizer):
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
+                unpacked += math.prod(weights.shape)
             if isinstance(module, QuantizedExperts):
                 module.prepare(self.quantization_config.backend)
         if self.quantization_config.fuse:
@@ -227,6 +234,11 @@ class LowbitQuantizer(HfQuantizer):
                 share_products(model)
         for linear in linears:
             linear.prepare()
+            unpacked += math.prod(linear.shape)
+            if unpacked >= _UNPACKED_BETWEEN_RETURNS:
+                unpacked = 0
+                return_freed()
+        return_freed()
         if not self.pre_quantized or not self.stored.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self._keep_expert_conversions(model)

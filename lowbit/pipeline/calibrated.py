@@ -14,8 +14,8 @@ import torch
 from lowbit.calibration.moments import Moments
 from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
 from lowbit.grid import dequantize
+from lowbit.memory import return_freed
 from lowbit.pipeline.layers import LayeredModel
-from lowbit.pipeline.memory import return_freed
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import layer_entry, weight_error

@@ -1,6 +1,5 @@
 """How much memory a calibrated run takes: measured, and predicted from shapes before it begins."""
 
-import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -40,14 +39,6 @@ def available_memory() -> int:
             continue
         free = min(free, left[0] - left[1])
     return free
-
-
-def return_freed() -> None:
-    """Give freed memory back to the system. glibc keeps a heap for every thread that ever allocated, full of holes:
-    after the walks of a layer these hold gigabytes that nobody uses."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def expected_peak(steps: list[list[Step]], streams: int, itemsize: int) -> int:

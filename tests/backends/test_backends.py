@@ -76,7 +76,7 @@ def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
 
 
 def test_which_backends_run_on_a_cpu():
-    assert HERE == ["torch_cpu", "reference"]
+    assert HERE == ["native", "torch_cpu", "reference"]
 
 
 def test_torch_cpu_runs_what_it_is_for():
@@ -209,6 +209,12 @@ def test_compiles_as_one_graph():
 # --- choosing ---
 
 
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine without a C compiler."""
+    monkeypatch.setattr(backends, "BACKENDS", {name: module for name, module in BACKENDS.items() if name != "native"})
+
+
 def test_every_backend_says_whether_it_is_available():
     for name in BACKENDS:
         reason = get_backend(name).available()
@@ -228,8 +234,13 @@ def test_every_backend_says_whether_it_is_available():
     ],
     ids=str,
 )
-def test_the_first_that_does_not_refuse(scheme, device, dtype, shape, expected):
+def test_the_first_that_does_not_refuse(scheme, device, dtype, shape, expected, without_native):
     assert choose(scheme, torch.device(device), dtype, shape) == expected
+
+
+def test_native_comes_before_the_kernels_of_torch():
+    for dtype in DTYPES.values():
+        assert choose(Scheme(4, 32), torch.device("cpu"), dtype, (63, 64)) == "native"
 
 
 def test_a_wanted_backend_is_taken_or_an_error():
@@ -252,7 +263,7 @@ def test_no_backend_at_all(monkeypatch):
         choose(Scheme(4, 32), torch.device("cpu"), torch.float32, (64, 64))
 
 
-def test_each_reason_is_logged_once(caplog):
+def test_each_reason_is_logged_once(caplog, without_native):
     backends._log_once.cache_clear()
     caplog.set_level(logging.INFO, logger="lowbit")
     for bits in (4, 4, 2, 4):

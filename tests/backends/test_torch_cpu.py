@@ -4,7 +4,7 @@ import pytest
 import torch
 from weights import assert_same, matrix, random_quantized, unit
 
-from lowbit.backends import torch_cpu
+from lowbit.backends import dense, torch_cpu
 from lowbit.scheme import Scheme
 
 LAYOUTS = {
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch_cpu.available() is not None, reason=str(to
 
 
 def crossover(dtype):
-    wide = torch_cpu.gemm_dtype(dtype) == torch.float32
+    wide = dense.gemm_dtype(dtype) == torch.float32
     return torch_cpu._CROSSOVER_FP32 if wide else torch_cpu._CROSSOVER_BF16
 
 
@@ -32,11 +32,11 @@ def test_few_rows_are_packed_and_many_are_dense(layout, dtype, monkeypatch, nan_
     qweight = random_quantized(scheme, *shape, dtype)
     buffers, weight = torch_cpu.prepare(qweight), matrix(qweight)
     taken = []
-    for path in ("_packed", "_dense"):
-        real = getattr(torch_cpu, path)
-        monkeypatch.setattr(torch_cpu, path, lambda *args, path=path, real=real: taken.append(path) or real(*args))
+    for module, path in ((torch_cpu, "_packed"), (dense, "product")):
+        real = getattr(module, path)
+        monkeypatch.setattr(module, path, lambda *args, path=path, real=real: taken.append(path) or real(*args))
     last = crossover(dtype) - 1
-    for rows, expected in ((1, "_packed"), (last, "_packed"), (last + 1, "_dense"), (last + 34, "_dense")):
+    for rows, expected in ((1, "_packed"), (last, "_packed"), (last + 1, "product"), (last + 34, "product")):
         x = torch.randn(rows, 512).to(dtype)
         y = torch_cpu.linear(x, buffers, scheme, shape)
         assert taken.pop() == expected and not taken
@@ -50,11 +50,11 @@ def test_few_rows_are_packed_and_many_are_dense(layout, dtype, monkeypatch, nan_
 @each_layout
 def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, native, monkeypatch, nan_poison):
     """With both kinds of GEMM, whichever this CPU would choose."""
-    monkeypatch.setattr(torch_cpu, "gemm_dtype", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(dense, "gemm_dtype", lambda dtype: dtype if native else torch.float32)
     scheme, shape = LAYOUTS[layout], (240, 512)
     qweight = random_quantized(scheme, *shape, torch.bfloat16)
     buffers, weight = torch_cpu.prepare(qweight), matrix(qweight)
-    monkeypatch.setattr(torch_cpu, "_BLOCK_ELEMENTS", rows_of_a_block * 512)
+    monkeypatch.setattr(dense, "BLOCK_ELEMENTS", rows_of_a_block * 512)
     blocks = list(torch_cpu._blocks(buffers, scheme, shape, torch.float32))
     assert len(blocks) > 1 and [stop for _, stop, _ in blocks[:-1]] == [start for start, _, _ in blocks[1:]]
     assert torch.equal(torch.cat([block for _, _, block in blocks]), weight.float())  # bf16 scales: exact in float32
@@ -68,8 +68,8 @@ def test_dense_path_and_gradient_over_several_blocks(layout, rows_of_a_block, na
 @pytest.mark.parametrize("native", [False, True], ids=["float32-gemm", "bf16-gemm"])
 def test_gradient_does_not_wear_off_over_many_blocks(native, monkeypatch):
     """A sum over blocks that is rounded after each of them gets worse with out_features."""
-    monkeypatch.setattr(torch_cpu, "gemm_dtype", lambda dtype: dtype if native else torch.float32)
-    monkeypatch.setattr(torch_cpu, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(dense, "gemm_dtype", lambda dtype: dtype if native else torch.float32)
+    monkeypatch.setattr(dense, "BLOCK_ELEMENTS", 1)
     scheme, shape = Scheme(4, 32), (8192, 32)
     qweight = random_quantized(scheme, *shape, torch.bfloat16)
     x, grad = torch.randn(3, 32).bfloat16().requires_grad_(), torch.randn(3, 8192).bfloat16()

@@ -68,6 +68,52 @@ def test_chat_that_outgrows_the_context_goes_on(done, quantized, monkeypatch):
     assert outcome.err.count("context") == 1 and "4 tokens" in outcome.err
 
 
+def test_a_sliding_context_drops_the_oldest_turns(done, quantized, monkeypatch, tmp_path):
+    """The system prompt stays, the conversation is kept for !save, and it is said once."""
+    from lowbit.generation import Session
+
+    monkeypatch.chdir(tmp_path)
+    real, shown = Session.generate, []
+
+    def generate(self, ids, **options):
+        shown.append(self.tokenizer.decode(ids[0]))
+        assert ids.shape[1] <= 256 - 24
+        return real(self, ids, **options)
+
+    monkeypatch.setattr(Session, "generate", generate)
+    questions = [f"question {number} " + "fox " * 12 for number in range(8)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join([*questions, "!save"]) + "\n"))
+    options = ("--system", "be brief", "--max-new-tokens", "24", "--temperature", "0", "--context", "slide")
+    outcome = done("chat", quantized, *options)
+    assert outcome.err.count("oldest turns are dropped") == 1
+    assert len(shown) == 8 and all(prompt.startswith("<system>be brief") for prompt in shown)
+    assert all(f"question {number}" in prompt for number, prompt in enumerate(shown))
+    assert "question 0" in shown[1] and "question 0" not in shown[-1] and "question 6" in shown[-1]
+    assert sum(message["role"] == "user" for message in read_json("chat.json")) == 8
+
+
+def test_a_full_context_stops(done, quantized, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x" * 190 + "\nand again\n!clear\nhello\n"))
+    outcome = done("chat", quantized, "--max-new-tokens", "200", "--temperature", "0", "--context", "stop")
+    assert outcome.err.count("the context is full") == 1 and outcome.err.count("!clear forgets") == 1
+
+
+def test_a_question_that_is_too_long_by_itself(done, quantized, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" + "x" * 400 + "\nonce more\n"))
+    outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0", "--context", "slide")
+    assert outcome.err.count("exceed the model's context") == 1 and outcome.err.count("4 tokens") == 2
+
+
+def test_statistics_in_chat(done, quantized, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("!stats\nhello\nand again\n!stats\n"))
+    outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0")
+    assert "no answer yet" in outcome.err and outcome.err.count("by static loop") == 1
+    assert "in the cache" in outcome.err  # the first turn
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand again\n"))
+    outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0", "--stats")
+    assert outcome.err.count("by static loop") == 2
+
+
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_bytes_that_are_no_text(cli, quantized, monkeypatch, errors):
     """Refused or replaced, as the locale has it, but no traceback; `strict` is what UTF-8 locales read with."""

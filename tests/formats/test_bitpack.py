@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowbit.formats import bitpack
 from lowbit.formats.bitpack import pack, packed_width, unpack
 
 LENGTHS = [
@@ -70,6 +71,13 @@ def test_pack_equals_the_definition_and_unpack_inverts_it(bits, length):
     again = unpack(packed, bits, length)
     assert again.dtype == torch.uint8 and again.is_contiguous() and torch.equal(again, codes)
     assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_slices_join(bits, monkeypatch):
+    monkeypatch.setattr(bitpack, "_SLICE_CODES", 100)  # two rows, and one that is left over
+    codes = random_codes(37, 43, bits)
+    assert torch.equal(unpack(pack(codes, bits), bits, 43), codes)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -1,0 +1,109 @@
+"""Key-value caches that are allocated once. A step that is captured addresses them by tensors and always reads all of
+them; one that is called reads what is filled."""
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
+
+_MULTIPLE = 256  # lengths are rounded up to it, so that few captured steps are made again
+_GROWTH = 1.5
+
+
+class WholeSlidingLayer(StaticLayer):
+    """The keys and values of a layer with a sliding window, of all positions; the mask keeps to the window.
+
+    transformers' own layer holds the window only, and counts in Python: a captured step would stay at one position,
+    and what has left the window could not be had back when a conversation is taken up again further ahead.
+    """
+
+    is_sliding = True
+
+
+class FilledLayer(StaticLayer):
+    """Gives only the positions that are filled, and of those only what the window still reaches: attention has no more
+    to read, and nothing to mask where there is no padding. It counts in Python: for steps that are called."""
+
+    is_compileable = False
+
+    def __init__(self, max_cache_len: int, window: int | None = None):
+        super().__init__(max_cache_len)
+        self.is_sliding, self.window, self.length = window is not None, window or max_cache_len, 0
+
+    def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, start, end = self._first(), self.length, self.length + key_states.shape[-2]
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        self.length = end
+        return self.keys[:, :, first:end], self.values[:, :, first:end]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length - self._first(), self._first()
+
+    def _first(self) -> int:
+        """The first position that the next query reaches."""
+        return max(self.length - self.window + 1, 0)
+
+
+def static_cache(model, batch: int, length: int) -> Cache:
+    """transformers' static cache of a model, for steps that are captured or compiled. Raises what transformers does for
+    models that have none."""
+    return _static(model, length, {StaticSlidingWindowLayer: lambda layer: WholeSlidingLayer(length)})
+
+
+def filled_cache(model, batch: int, length: int) -> Cache:
+    """The same, for steps that are called."""
+    return _static(
+        model,
+        length,
+        {
+            StaticLayer: lambda layer: FilledLayer(length),
+            StaticSlidingWindowLayer: lambda layer: FilledLayer(length, window=layer.max_cache_len),
+        },
+    )
+
+
+def _static(model, length: int, replacements: dict) -> Cache:
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    cache.layers = [replacements.get(type(layer), lambda layer: layer)(layer) for layer in cache.layers]
+    return cache
+
+
+def grows(cache: Cache) -> bool:
+    """Whether attention sees the filled positions only."""
+    return any(isinstance(layer, FilledLayer) for layer in cache.layers)
+
+
+def unusable(cache: Cache) -> str | None:
+    """Why the loop cannot use a cache: each layer that holds something has to be static, and to keep its
+    length in one tensor."""
+    for layer in cache.layers:
+        name = type(layer).__name__
+        if hasattr(layer, "update_recurrent_state") or hasattr(layer, "update_indexer"):
+            return f"its cache holds more than keys and values ({name})"
+        if not isinstance(layer, CacheLayerMixin) or isinstance(layer, FilledLayer):
+            continue
+        if not layer.is_compileable or not isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+            return f"its cache is not static ({name})"
+        if hasattr(layer, "cumulative_length_int"):
+            return f"its cache counts in Python ({name})"
+    return None
+
+
+def rewind(cache: Cache, length: int) -> None:
+    """Forget all positions from `length` on. What they hold stays until it is overwritten, and is not seen."""
+    for layer in cache.layers:
+        if isinstance(layer, FilledLayer):
+            layer.length = length
+        elif isinstance(layer, CacheLayerMixin):
+            layer.cumulative_length.fill_(length)
+
+
+def room(needed: int, before: int = 0) -> int:
+    """Positions to allocate for so many, when `before` have proved too few."""
+    wanted = max(needed, int(before * _GROWTH))
+    return -(-wanted // _MULTIPLE) * _MULTIPLE

@@ -1,0 +1,280 @@
+"""Generation with a static cache: the prompt in chunks, then one step after the other with no Python between kernels.
+
+Models that have no static cache run in `model.generate`, with the same parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from lowbit.errors import UsageError, first_line
+from lowbit.generation.answer import Answer
+from lowbit.generation.cache import filled_cache, rewind, room, static_cache, unusable
+from lowbit.generation.fallback import model_generate, refuse, say_once
+from lowbit.generation.graph import CudaGraphs, Direct, Pipeline
+from lowbit.generation.sampling import Sampling
+from lowbit.generation.stats import Stats, Stopwatch
+from lowbit.generation.step import Step
+
+# What a model raises that does not get along with a static cache
+_CACHE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+
+
+@dataclass(frozen=True)
+class Result:
+    """tokens [B, N]: what was generated, with the padding token after the end of a row. lengths [B]: tokens of each
+    row, its end token among them."""
+
+    tokens: torch.Tensor
+    lengths: list[int]
+    stats: Stats
+
+
+def generate(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    make_cache: Callable | None = None,
+    compile: bool | None = None,
+    graphs=None,
+    **options,
+) -> Result:
+    """What `Decoder(model, ...).generate(input_ids, attention_mask, **options)` gives, for one call."""
+    decoder = Decoder(model, make_cache=make_cache, compile=compile, graphs=graphs)
+    return decoder.generate(input_ids, attention_mask, **options)
+
+
+class Decoder:
+    """Generates with one model; keeps its cache and the captured step from call to call.
+
+    make_cache(model, batch, length) -> a transformers Cache of `length` positions whose layers keep their length in a
+    tensor `cumulative_length` and change nothing else than tensors in a step; by default one of those in `cache`.
+    compile: torch.compile the step; by default it is not.
+    graphs: where steps run (see `graph`); by default CUDA graphs on CUDA, plain calls elsewhere.
+    """
+
+    def __init__(self, model, *, make_cache: Callable | None = None, compile: bool | None = None, graphs=None):
+        self.model, self.compile = model, bool(compile)
+        self.graphs = graphs or (CudaGraphs(model.device) if model.device.type == "cuda" else Direct())
+        called = isinstance(self.graphs, Direct) and not compile
+        self.make_cache = make_cache or (filled_cache if called else static_cache)
+        self.refusal = refuse(model)
+        self.step: Step | None = None
+        self.replay: Callable[[], None] | None = None
+        self.path, self.why = self.graphs.path, None
+        self.held: torch.Tensor | None = None  # ids and mask [2, B, T] whose keys and values the cache holds
+        self.stats = Stats(0, 0)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | list[int] | None = None,
+        seed: int | None = None,
+        prefill_chunk: int | None = 1024,
+        on_token: Callable[[list[int]], bool | None] | None = None,
+    ) -> Result:
+        """Continue input_ids [B, T], left-padded where attention_mask [B, T] is 0, by at most max_new_tokens.
+
+        eos_token_id: what ends a row; by default as the model's generation_config says, () for nothing.
+        prefill_chunk: prompt positions that are run at once; None for all.
+        on_token: called with the B tokens of each step; True ends the generation.
+        The cache keeps what it holds: the next prompt is run from where it differs. `stats` are of the last run, of
+        one too that an exception has ended. Raises UsageError, and InputError if the logits are no numbers.
+        """
+        if max_new_tokens < 1 or (prefill_chunk is not None and prefill_chunk < 1):
+            raise UsageError("max_new_tokens and prefill_chunk are 1 or more")
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        ids, mask = self._prompt(input_ids, attention_mask)
+        eos, pad = self._ends(eos_token_id)
+        answer = Answer(len(ids), eos, on_token)
+        run = _Run(ids, mask, max_new_tokens, seed, answer)
+        try:
+            if self.refusal is None and self._start(run, sampling, eos, pad, prefill_chunk):
+                self._decode(run)
+            else:
+                self._fall_back(run, sampling, eos, pad)
+        finally:
+            self.stats = run.stats(self.path, self.why)
+        return Result(answer.tokens(), answer.lengths, self.stats)
+
+    def forget(self) -> None:
+        """The next prompt is run from its start, whatever the cache holds."""
+        self.held = None
+
+    def _prompt(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.ones_like(ids) if mask is None else mask
+        if ids.ndim != 2 or not ids.numel() or mask.shape != ids.shape:
+            raise UsageError(
+                f"input_ids {list(ids.shape)}, attention_mask {list(mask.shape)}: expected [batch, tokens] of both"
+            )
+        if not bool(mask[:, -1].all()):
+            raise UsageError("the attention_mask ends with 0: pad prompts on the left")
+        return ids.to(self.model.device, torch.long), mask.to(self.model.device, torch.long)
+
+    def _ends(self, eos: int | list[int] | None) -> tuple[tuple[int, ...], int]:
+        config = self.model.generation_config
+        eos = config.eos_token_id if eos is None else eos
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return eos, config.pad_token_id if config.pad_token_id is not None else eos[0] if eos else 0
+
+    def _start(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int, chunk: int | None) -> bool:
+        """Run the prompt, as far as the cache does not hold it, and send off the first token. False where the model
+        turns out to have no use for such a cache."""
+        tried = self.step is not None
+        try:
+            self._make_step(run, sampling, eos, pad)
+            if self.refusal is None:
+                self._prefill(run, chunk)
+        except torch.OutOfMemoryError:
+            raise
+        except _CACHE_ERRORS as error:
+            if tried:
+                raise
+            self.refusal = f"a static cache does not work for it: {first_line(error)}"
+        return self.refusal is None
+
+    def _make_step(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int) -> None:
+        batch, needed, old = len(run.ids), run.ids.shape[1] + run.most, self.step
+        if old is not None and len(old.tokens) != batch:
+            old = None
+        if old is not None and old.length >= needed:
+            if old.settings == (sampling, eos, pad):
+                return
+            cache, length = old.cache, old.length
+        else:
+            length = room(needed, old.length if old is not None else 0)
+            self.step = self.replay = self.held = old = None  # frees the old cache before there is a new one
+            cache = self.make_cache(self.model, batch, length)
+            self.refusal = unusable(cache)
+            if self.refusal is not None:
+                return
+        self.step, self.replay = Step(self.model, cache, batch, length, sampling, eos, pad), None
+
+    def _prefill(self, run: "_Run", chunk: int | None) -> None:
+        step, prompt = self.step, torch.stack([run.ids, run.mask])
+        start = self._shared(prompt)
+        run.reused_tokens = int(run.mask[:, :start].sum())
+        rewind(step.cache, start)
+        step.begin(run.ids, run.mask, run.seed)
+        self.held = prompt[..., :start]
+        while start < prompt.shape[-1]:
+            end = min(start + (chunk or prompt.shape[-1]), prompt.shape[-1])
+            logits = step.prefill(start, end)
+            self.held, start = prompt[..., :end], end
+        step.first(logits)
+
+    def _shared(self, prompt: torch.Tensor) -> int:
+        """How many positions of a prompt [2, B, T] the cache holds; not the last one, whose logits are wanted."""
+        if self.held is None or self.held.shape[1] != prompt.shape[1]:
+            return 0
+        count = min(self.held.shape[-1], prompt.shape[-1] - 1)
+        same = (self.held[..., :count] == prompt[..., :count]).all(0).all(0)
+        return int(same.cumprod(0).sum())
+
+    def _decode(self, run: "_Run") -> None:
+        answer, tokens = run.answer, Pipeline(self.graphs)
+        tokens.send(self.step.tokens)
+        try:
+            if self._hand_out(run, tokens, last=run.most == 1 or self.replay is None):
+                return
+            self._make_replay(run)
+            for number in range(2, run.most + 1):
+                self.replay()
+                tokens.send(self.step.tokens)
+                if self._hand_out(run, tokens, last=number == run.most):
+                    return
+        finally:
+            fed = answer.tokens()[:, :-1].to(run.ids.device)
+            self.held = torch.cat([self.held, torch.stack([fed, torch.ones_like(fed)])], -1)
+            run.decode_seconds += run.watch.lap()
+
+    def _hand_out(self, run: "_Run", tokens: Pipeline, last: bool) -> bool:
+        for step in tokens.receive(last):
+            if not run.answer.steps:
+                run.prefill_seconds = run.watch.lap()
+            if run.answer.take(step):
+                return True
+        return False
+
+    def _make_replay(self, run: "_Run") -> None:
+        """Compile and capture the step, where that is wanted and was not done before."""
+        if self.replay is not None:
+            return
+        step, restore = self.step, self.step.restoring()
+        self.path, self.why = self.graphs.path, None
+        if self.compile:
+            self._compile(step)
+        try:
+            self.replay = self.graphs.capture(step, step.generator)
+        except RuntimeError as error:
+            self.replay, self.path, self.why = step, Direct.path, f"the step cannot be captured: {first_line(error)}"
+            say_once(f"{type(self.model).__name__} runs in the {self.path}: {self.why}")
+        restore()
+        run.setup_seconds = run.watch.lap()
+
+    def _compile(self, step: Step) -> None:
+        step.forward = torch.compile(self.model.forward)
+        try:
+            step()  # compiles, and is undone
+            self.path = f"compiled {self.path}"
+        except RuntimeError as error:
+            step.forward = self.model
+            self.why = f"torch.compile fails: {first_line(error)}"
+            say_once(f"{type(self.model).__name__} is not compiled: {self.why}")
+
+    def _fall_back(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int) -> None:
+        self.path, self.why = "model.generate", self.refusal
+        say_once(f"{type(self.model).__name__} runs in model.generate: {self.why}")
+
+        def on_token(tokens: list[int]) -> bool:
+            if not run.answer.steps:
+                run.prefill_seconds = run.watch.lap()
+            return run.answer.take(tokens)
+
+        try:
+            model_generate(
+                self.model, run.ids, run.mask, max_new_tokens=run.most, sampling=sampling, eos=eos, pad=pad,
+                seed=run.seed, on_token=on_token,
+            )  # fmt: skip
+        finally:
+            run.decode_seconds = run.watch.lap()
+
+
+@dataclass
+class _Run:
+    """What one call of `generate` is about: ids and mask [B, T], `most` new tokens; and its figures."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    most: int
+    seed: int | None
+    answer: Answer
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    setup_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def stats(self, path: str, why: str | None) -> Stats:
+        return Stats(
+            prompt_tokens=int(self.mask.sum()),
+            new_tokens=sum(self.answer.lengths),
+            reused_tokens=self.reused_tokens,
+            prefill_seconds=self.prefill_seconds,
+            setup_seconds=self.setup_seconds,
+            decode_seconds=self.decode_seconds,
+            path=path,
+            why=why,
+            batch=len(self.ids),
+        )

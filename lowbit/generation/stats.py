@@ -1,0 +1,60 @@
+"""What a run of generation did and how long it took."""
+
+import time
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Stats:
+    """prompt_tokens and new_tokens count all rows of the batch, padding not. reused_tokens: those of the prompt that
+    were in the cache already. path: what made the tokens; why: what kept a faster one from it, if anything did.
+
+    prefill_seconds end with the first token, setup_seconds (capturing or compiling the step) lie between that and
+    decode_seconds.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    reused_tokens: int = 0
+    prefill_seconds: float = 0.0
+    setup_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    path: str = "static loop"
+    why: str | None = None
+    batch: int = 1
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.setup_seconds + self.decode_seconds
+
+    @property
+    def time_to_first_token(self) -> float:
+        return self.prefill_seconds
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return _rate(self.prompt_tokens - self.reused_tokens, self.prefill_seconds)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Of the tokens after each row's first, which the prefill gives."""
+        return _rate(self.new_tokens - self.batch, self.decode_seconds)
+
+    def as_dict(self) -> dict:
+        rates = ("seconds", "time_to_first_token", "prefill_tokens_per_second", "decode_tokens_per_second")
+        return {**asdict(self), **{name: getattr(self, name) for name in rates}}
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return max(tokens, 0) / seconds if seconds else 0.0
+
+
+class Stopwatch:
+    """Takes the time between one call and the next."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before

@@ -1,0 +1,113 @@
+"""One decoding step on tensors that stay where they are, so that it can be captured once and replayed."""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+
+from lowbit.generation.cache import grows, rewind
+from lowbit.generation.sampling import Sampling, pick
+
+
+class Step:
+    """The state of a batch and what makes the next token of it.
+
+    Static tensors: `tokens` [B] that the last step gave, `inputs` [B, 1] and `positions` [B, 1] that the next one
+    takes, `mask` [B, L] of the cache's L positions (0 for padding; causality masks what comes later), `finished` [B],
+    and `seen` [B, V] where repetition is penalised.
+    """
+
+    def __init__(self, model, cache, batch: int, length: int, sampling: Sampling, eos: tuple[int, ...], pad: int):
+        device = model.device
+        self.model, self.cache, self.length, self.sampling, self.pad = model, cache, length, sampling, pad
+        self.settings = (sampling, eos, pad)
+        self.takes = set(inspect.signature(model.forward).parameters)
+        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
+        self.inputs = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.mask = torch.ones(batch, length, dtype=torch.long, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.generator = torch.Generator(device)
+        self.seen: torch.Tensor | None = None
+        self.visible: int | None = None  # positions that attention sees, where it does not see all
+        self.forward: Callable = model  # the compiled one, where that was asked for
+
+    def begin(self, ids: torch.Tensor, mask: torch.Tensor, seed: int | None) -> None:
+        """Start over with prompts [B, T] and their mask [B, T]; what the cache holds is left to `rewind`."""
+        self.prompt, self.prompt_positions = ids, (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        self.mask.fill_(1)
+        self.mask[:, : mask.shape[1]] = mask
+        self.visible = mask.shape[1] if grows(self.cache) else None
+        self.finished.fill_(False)
+        self.positions.copy_(self.prompt_positions[:, -1:])
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    def prefill(self, start: int, end: int) -> torch.Tensor:
+        """Run prompt positions [start, end). Returns the logits [B, V] after the last of them, in float32."""
+        return self._logits(
+            self.model,
+            self.prompt[:, start:end],
+            self.mask[:, :end],  # transformers takes what lies beyond as masked, and may skip the mask for it
+            self.prompt_positions[:, start:end],
+            logits_to_keep=1,
+        )
+
+    def first(self, logits: torch.Tensor) -> None:
+        """The first token, from the logits of the prefill."""
+        if self.sampling.repetition_penalty != 1:
+            self._see_prompt(logits.shape[-1])
+        self._take(logits)
+
+    def __call__(self) -> None:
+        if self.visible is not None:
+            self.visible += 1
+        self._take(self._logits(self.forward, self.inputs, self.mask[:, : self.visible], self.positions))
+
+    def restoring(self) -> Callable[[], None]:
+        """A function that undoes the steps that will have been made when it is called."""
+        kept = [self.tokens, self.inputs, self.positions, self.finished]
+        kept += [self.seen] if self.seen is not None else []
+        values, state = [tensor.clone() for tensor in kept], self.generator.get_state()
+        held, visible = self.prompt.shape[1], self.visible
+
+        def restore():
+            for tensor, value in zip(kept, values, strict=True):
+                tensor.copy_(value)
+            self.generator.set_state(state)
+            self.visible = visible
+            rewind(self.cache, held)
+
+        return restore
+
+    def _logits(self, forward: Callable, ids, mask, positions, **wanted) -> torch.Tensor:
+        more = {"position_ids": positions, **wanted}
+        output = forward(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **{name: value for name, value in more.items() if name in self.takes},
+        )
+        return output.logits[:, -1].float()
+
+    def _see_prompt(self, vocabulary: int) -> None:
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.prompt), vocabulary, dtype=torch.bool, device=self.prompt.device)
+        self.seen.fill_(False)
+        for row, ids in enumerate(self.prompt):
+            known = ids[(self.mask[row, : len(ids)] != 0) & (ids < vocabulary)]
+            self.seen[row, known] = True
+
+    def _take(self, logits: torch.Tensor) -> None:
+        tokens = pick(logits, self.sampling, self.seen, self.generator)
+        tokens = tokens.masked_fill(self.finished, self.pad)
+        self.finished |= (tokens[:, None] == self.eos).any(-1)
+        self.tokens.copy_(tokens)
+        self.inputs.copy_(tokens[:, None].clamp_min(0))
+        self.positions += 1
+        if self.seen is not None:
+            self.seen.scatter_(1, self.inputs, True)

@@ -1,0 +1,162 @@
+"""The C kernels of the native backend. What every backend must do is tested in test_backends.py, on it too."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from weights import matrix, random_quantized
+
+from lowbit.backends import native
+from lowbit.backends.native import build
+from lowbit.scheme import Scheme
+
+SCHEMES = [Scheme(2, 16), Scheme(3, 32), Scheme(4, 128, False), Scheme(4, -1), Scheme(8, 64), Scheme(8, -1, False)]
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+
+
+def test_this_machine_has_a_compiler():
+    """CI has one: without, everything below would run on other backends and pass."""
+    assert native.available() is None
+
+
+@each_scheme
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_integers_are_kept_exactly(scheme, rows):
+    """Inputs that 16 bits hold, scales that are powers of two: not one bit of y may be lost."""
+    scheme_shape = (37, 1024)
+    qweight = random_quantized(scheme, *scheme_shape)
+    qweight.scales.copy_(2.0 ** torch.randint(-3, 1, qweight.scales.shape))
+    x = torch.randint(-127, 128, (rows, 1024)).bfloat16()
+    y = torch.zeros(rows, 37)
+    _run(qweight, x.float(), y)
+    assert torch.equal(y.double(), x.double() @ matrix(qweight).T)
+
+
+@each_scheme
+def test_small_inputs_beside_large_ones(scheme):
+    """Every group of inputs has its own exponent, and float32 a second integer for what the first leaves."""
+    qweight = random_quantized(scheme, 37, 1024)
+    x = torch.randn(5, 1024) * torch.logspace(-9, 3, 1024)
+    x[:, ::7] = 0
+    y = native.linear(x, native.prepare(qweight), scheme, (37, 1024))
+    exact = x.double() @ matrix(qweight).T
+    assert (y - exact).norm() <= 1e-6 * exact.norm()
+
+
+def _run(qweight, x, y):
+    """One 16-bit integer for each input, summed up in y as float32."""
+    buffers = native.prepare(qweight)
+    weight = native._weight_of(buffers, qweight.scheme, qweight.codes.shape)
+    scratch = torch.empty(len(x) * (4 * x.shape[1] + 36 * 1024), dtype=torch.uint8)
+    assert native.library().lowbit_linear(weight, x.clone().data_ptr(), y.data_ptr(), len(x), 1, scratch.data_ptr())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_not_finite_is_not_hidden(value, dtype):
+    scheme, shape = Scheme(4, 32), (17, 256)
+    buffers = native.prepare(random_quantized(scheme, *shape, dtype))
+    x = torch.randn(3, 256).to(dtype)
+    x[1, 77] = value
+    y = native.linear(x, buffers, scheme, shape)
+    assert not y[1].isfinite().any() and y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1e30])
+def test_inputs_of_any_size(size):
+    scheme, shape = Scheme(4, 32), (17, 256)
+    qweight = random_quantized(scheme, *shape)
+    x = torch.rand(2, 256) * size
+    y = native.linear(x, native.prepare(qweight), scheme, shape)
+    exact = x.double() @ matrix(qweight).T
+    assert (y - exact).norm() <= 1e-6 * exact.norm() + 1e-24  # the smallest step that is resolved is 2^-94
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_change_nothing(threads):
+    scheme, shape = Scheme(4, 64, False), (203, 512)
+    qweight = random_quantized(scheme, *shape)
+    x = torch.randn(7, 512)
+    buffers = native.prepare(qweight)
+    alone = native.linear(x, buffers, scheme, shape)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(native.linear(x, buffers, scheme, shape), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_experts_have_their_own_rows():
+    scheme, shape = Scheme(4, 32), (3, 20, 64)
+    weights = [random_quantized(scheme, 20, 64, torch.bfloat16, seed=seed) for seed in range(3)]
+    each = [native.prepare(weight) for weight in weights]
+    buffers = {name: torch.stack([buffer[name] for buffer in each]) for name in each[0]}
+    x, bias = torch.randn(9, 64).bfloat16(), torch.randn(3, 20).bfloat16()
+    start = torch.tensor([0, 4, 4, 7], dtype=torch.int32)  # the second has none, and two rows belong to nobody
+    y = native.experts(x, buffers, start, scheme, shape, bias)
+    exact = torch.zeros(9, 20, dtype=torch.float64)
+    for expert, rows in ((0, slice(0, 4)), (2, slice(4, 7))):
+        exact[rows] = x[rows].double() @ matrix(weights[expert]).T + bias[expert]
+    assert (y - exact).norm() <= 2**-8 * exact.norm()
+    assert torch.equal(y[7:], torch.zeros(2, 20).bfloat16())
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("sym", [True, False])
+def test_operator_is_declared_as_it_behaves(sym, requires_grad):
+    scheme = Scheme(4, 32, sym)
+    buffers = native.prepare(random_quantized(scheme, 18, 96))
+    x, bias = (torch.randn(size).requires_grad_(requires_grad) for size in ((3, 96), (18,)))
+    arguments = (x, buffers["codes"], buffers["scales"], buffers.get("zeros"), bias, 4, 32, sym, 18)
+    torch.library.opcheck(torch.ops.lowbit.linear_native.default, arguments)
+
+
+# --- building ---
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+
+
+SHOW = "from lowbit.backends import native; print(native.available())"
+
+
+def test_built_once_into_the_cache_folder(tmp_path):
+    assert python(SHOW, LOWBIT_CACHE=str(tmp_path)) == "None\n"
+    (built,) = (tmp_path / "native").iterdir()
+    before = built.stat().st_mtime_ns
+    assert python(SHOW, LOWBIT_CACHE=str(tmp_path)) == "None\n"
+    assert [(file, file.stat().st_mtime_ns) for file in (tmp_path / "native").iterdir()] == [(built, before)]
+
+
+def test_without_a_compiler_the_reason_is_one_line(tmp_path):
+    reason = python(SHOW, LOWBIT_CACHE=str(tmp_path), CC=str(tmp_path / "no-such-cc"))
+    assert "cannot compile the kernels" in reason and "no-such-cc" in reason and reason.count("\n") == 1
+    assert "no C compiler" in python(SHOW, LOWBIT_CACHE=str(tmp_path), PATH=str(tmp_path), CC="")
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.c:1: error: no such flag" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert build.library.__wrapped__() == f"{compiler} cannot compile the kernels: x.c:1: error: no such flag"
+    assert not list((tmp_path / "cache" / "native").iterdir())
+
+
+def test_a_damaged_library_is_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
+    assert isinstance(build.library.__wrapped__(), ctypes.CDLL)
+    (built,) = (tmp_path / "native").iterdir()
+    damaged = tmp_path / "native" / "damaged"
+    damaged.write_bytes(built.read_bytes()[:1000])
+    damaged.replace(built)  # a new file: the old one is mapped
+    assert isinstance(build.library.__wrapped__(), ctypes.CDLL)

@@ -1,0 +1,86 @@
+"""The thread that brings weights into the system's cache."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from lowbit import read_ahead as module
+from lowbit.read_ahead import read_ahead
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """name -> bytes read of each file that is opened."""
+    counts, original = {}, Path.open
+
+    class Counted:
+        def __init__(self, path):
+            self.path, self.file = path, original(path, "rb", buffering=0)
+
+        def __enter__(self):
+            counts[self.path.name] = 0
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def readinto(self, buffer):
+            count = self.file.readinto(buffer)
+            counts[self.path.name] += count
+            return count
+
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kwargs: Counted(path))
+    monkeypatch.setattr(module, "_CHUNK", 1000)
+    return counts
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, size in (("a.safetensors", 2500), ("b.safetensors", 1000), ("c.bin", 10)):
+        (tmp_path / name).write_bytes(bytes(size))
+    return tmp_path
+
+
+def finish():
+    for thread in threading.enumerate():
+        if thread.name.endswith("(_read)"):
+            thread.join()
+
+
+def test_weights_are_read_to_the_end_and_once(folder, opened):
+    read_ahead(folder)
+    finish()
+    assert opened == {"a.safetensors": 2500, "b.safetensors": 1000}
+    opened.clear()
+    read_ahead(folder)
+    finish()
+    assert not opened
+
+
+def test_what_does_not_fit_is_left(folder, opened, monkeypatch):
+    monkeypatch.setattr(module, "_room", lambda: 3499)
+    read_ahead(folder)
+    finish()
+    assert not opened
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_cannot_be_read_is_left_to_others(tmp_path):
+    read_ahead(tmp_path / "missing")
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "blob")
+    read_ahead(tmp_path)
+    finish()
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_commands_read_ahead_before_they_import_torch(command):
+    code = (
+        f"import sys; from lowbit.cli import {command} as module\n"
+        "module.read_ahead = lambda folder: sys.exit(f'{folder}, torch: {\"torch\" in sys.modules}')\n"
+        f"module.{command}(model='some/folder')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert run.stderr.strip() == f"{Path('some/folder')}, torch: False"
