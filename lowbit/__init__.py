@@ -1,7 +1,7 @@
 """lowbit: quantize, run, check and publish LLMs with low-bit weights.
 
-Public names: `plan`, `quantize`, `convert`, `dequantize`, `verify`, `load`, `resolve`, `LowbitConfig`, `Scheme`,
-`Recipe`, `LowbitError`. Each is imported on first use, so that `import lowbit` stays cheap.
+Public names: `plan`, `quantize`, `convert`, `convert_dtype`, `dequantize`, `verify`, `load`, `resolve`, `LowbitConfig`,
+`Scheme`, `Recipe`, `LowbitError`. Each is imported on first use, so that `import lowbit` stays cheap.
 """
 
 from importlib import import_module
@@ -17,6 +17,7 @@ _PUBLIC = {
     "plan": "lowbit.pipeline:plan",
     "quantize": "lowbit.pipeline:quantize",
     "convert": "lowbit.pipeline:convert",
+    "convert_dtype": "lowbit.pipeline:convert_dtype",
     "dequantize": "lowbit.pipeline:dequantize",
     "verify": "lowbit.eval:verify",
     "resolve": "lowbit.sources:resolve",

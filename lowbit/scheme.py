@@ -20,6 +20,19 @@ def _one_of(name: str, value, allowed) -> None:
         raise UsageError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
 
 
+def _alpha(smooth) -> float | str | None:
+    """A number from 0 to 1, which may be text, "auto" or None."""
+    if smooth is None or smooth == "auto":
+        return smooth
+    try:
+        alpha = float(smooth)
+    except (TypeError, ValueError):
+        alpha = -1.0
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"smooth is {smooth!r}; expected auto, or a number from 0 to 1")
+    return alpha
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Uniform integer grid of a weight [out_features, in_features].
@@ -94,7 +107,8 @@ class Recipe:
     overrides: (regex, Scheme) pairs, the first one that matches a module name (from its start) wins over `scheme`.
     ignore: regexes of module names that stay in the source dtype, matched from the start of the name.
     options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
-    include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
+    include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
+    inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -104,9 +118,11 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     lm_head: Scheme | None = None
     include_vision: bool = False
+    smooth: float | str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "options", dict(self.options))
+        object.__setattr__(self, "smooth", _alpha(self.smooth))
         # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
         overrides = tuple((pattern.removeprefix("re:"), scheme) for pattern, scheme in self.overrides)
         object.__setattr__(self, "overrides", overrides)
@@ -137,6 +153,7 @@ class Recipe:
             "ignore": list(self.ignore),
             "lm_head": None if self.lm_head is None else asdict(self.lm_head),
             "include_vision": self.include_vision,
+            **({} if self.smooth is None else {"smooth": self.smooth}),
         }
 
     @classmethod
@@ -153,4 +170,5 @@ class Recipe:
             data.get("ignore", ()),
             Scheme(**head) if head else None,
             data.get("include_vision", False),
+            smooth=data.get("smooth"),
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.backends.torch_cpu import gemm_dtype
+from lowbit.backends.dense import gemm_dtype
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, first_line
 

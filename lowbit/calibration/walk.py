@@ -42,7 +42,7 @@ class Stage:
     joins: bool = False
 
 
-class _Products(TorchFunctionMode):
+class Products(TorchFunctionMode):
     """Calls `seen(parameter, input)` before each product of an input with one of the weights at `addresses`, and
     follows the residual stream: first what the layer was given, then each sum that it enters. Where that is not known,
     the stream begins with the first sum that such a product enters.
@@ -82,7 +82,7 @@ class _Products(TorchFunctionMode):
                 self.joining.add(parameter)
 
 
-def _addresses(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
+def addresses(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
     """Where the matrices of the parameters start: one for each expert of a 3-D parameter."""
     return {
         matrix.data_ptr(): name
@@ -107,7 +107,7 @@ def find_stages(
         if not any(parameter in names for names in order.values()):
             order.setdefault(key, []).append(parameter)
 
-    with torch.no_grad(), _Products(_addresses(parameters), seen, hidden) as mode:
+    with torch.no_grad(), Products(addresses(parameters), seen, hidden) as mode:
         run()
     return [
         Stage(tuple(names), _experts_module(parameters, names[0]), len(names) == 1 and names[0] in mode.joining)
@@ -135,7 +135,7 @@ class Walk:
         self._run, self._output = run, None
         self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage.parameters}
         self._stage_of_experts = {stage.experts: number for number, stage in enumerate(stages)}
-        self._mode = _Products(_addresses(parameters), self._at_product, hidden)
+        self._mode = Products(addresses(parameters), self._at_product, hidden)
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._reached = self._wanted = -1  # stage numbers
         self._arrival = None
@@ -237,7 +237,7 @@ def expert_input(module, parameter: nn.Parameter, expert: int, hidden: torch.Ten
     index = torch.full((len(hidden), 1), expert, dtype=routing.dtype, device=routing.device)
     weights = torch.ones(len(hidden), 1, dtype=hidden.dtype, device=hidden.device)
     try:
-        with torch.no_grad(), _Products({parameter[expert].data_ptr(): ""}, seen):
+        with torch.no_grad(), Products({parameter[expert].data_ptr(): ""}, seen):
             module.forward(hidden, index, weights)
     except _Enough:
         pass

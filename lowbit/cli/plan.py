@@ -18,6 +18,7 @@ from lowbit.cli.common import (
     size,
     table,
 )  # fmt: skip
+from lowbit.cli.half import only_converts, preview_dtype
 from lowbit.cli.recipe import (
     BitsOption,
     FormatOption,
@@ -31,6 +32,7 @@ from lowbit.cli.recipe import (
     ScaleSearchOption,
     SchemeOption,
     SeqlenOption,
+    SmoothOption,
     SymOption,
     recipe_arguments,
 )
@@ -54,6 +56,7 @@ def plan(
     lm_head: LmHeadOption = False,
     lm_head_scheme: LmHeadSchemeOption = None,
     include_vision: IncludeVisionOption = False,
+    smooth: SmoothOption = None,
     override: OverrideOption = None,
     ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
@@ -68,11 +71,14 @@ def plan(
     """
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-        include_vision,
+        include_vision, smooth,
     )  # fmt: skip
-    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
-    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    preview(one_model(model, model_option), {**recipe, **options}, json)
+    name, files = one_model(model, model_option), {"max_shard_size": max_shard_size, "revision": revision}
+    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format}
+    if only_converts(**recipe, **options):
+        preview_dtype(name, scheme, json, **files)
+    else:
+        preview(name, {**recipe, **options, **files, "trust_remote_code": trust_remote_code}, json)
 
 
 def preview(model: str, arguments: dict, json: bool) -> None:

@@ -31,6 +31,7 @@ from lowbit.cli.common import (
     size,
     table,
 )  # fmt: skip
+from lowbit.cli.half import convert_to_dtype, only_converts, preview_dtype
 from lowbit.cli.plan import preview
 from lowbit.cli.recipe import (
     BitsOption,
@@ -45,6 +46,7 @@ from lowbit.cli.recipe import (
     ScaleSearchOption,
     SchemeOption,
     SeqlenOption,
+    SmoothOption,
     SymOption,
     recipe_arguments,
 )
@@ -82,6 +84,7 @@ def quantize(
     lm_head: LmHeadOption = False,
     lm_head_scheme: LmHeadSchemeOption = None,
     include_vision: IncludeVisionOption = False,
+    smooth: SmoothOption = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -93,6 +96,9 @@ def quantize(
     ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
     max_shard_size: ShardSizeOption = "5GB",
+    clamp: Annotated[
+        bool, typer.Option("--clamp", help="Of FP16 and BF16: values that are too large become the largest.")
+    ] = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what `plan` shows; write nothing.")] = False,
     revision: RevisionOption = None,
@@ -109,16 +115,28 @@ def quantize(
     model = one_model(model, model_option)
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-        include_vision,
+        include_vision, smooth,
     )  # fmt: skip
+    files = {"max_shard_size": max_shard_size, "revision": revision}
+    how = {"dataset": dataset, "num_samples": num_samples, "seqlen": seqlen, "seed": seed, "redo": redo}
+    half = only_converts(**recipe, **how, max_memory=max_memory, format=format, clamp=clamp)
     if dry_run:
-        options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
-        preview(model, {**recipe, **options, "revision": revision, "trust_remote_code": trust_remote_code}, json)
+        if half:
+            preview_dtype(model, scheme, json, **files)
+        else:
+            options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, **files}
+            preview(model, {**recipe, **options, "trust_remote_code": trust_remote_code}, json)
         if not json:
             console.print("dry run: nothing was written")
         return
     target = one_output(output_dir)
     quiet_transformers()
+    if half:
+        with interrupted_once():
+            convert_to_dtype(
+                model, target, scheme, json, clamp=clamp, overwrite=overwrite, command=typed_command(), **files
+            )
+        return
     with interrupted_once(), ExitStack() as stack:
 
         def on_plan(plan):
@@ -130,16 +148,11 @@ def quantize(
             model,
             target,
             **recipe,
-            dataset=dataset,
-            num_samples=num_samples,
-            seqlen=seqlen,
-            seed=seed,
-            redo=redo,
+            **how,
+            **files,
             max_memory=max_memory,
             format=format,
-            max_shard_size=max_shard_size,
             overwrite=overwrite,
-            revision=revision,
             trust_remote_code=trust_remote_code,
             command=typed_command(),
             on_plan=on_plan,
@@ -194,6 +207,10 @@ def _show_calibration(report) -> None:
         f"calibrated with {used['samples']} samples, {used['tokens']:,} tokens: {used['source']}; "
         f"peak memory {size(report.peak_memory)}"
     )
+    smoothed = [entry for layer in report.decoder_layers for entry in layer.get("smoothing", ())]
+    if smoothed:
+        scaled = sum(entry.get("alpha") is not None for entry in smoothed)
+        console.print(f"inputs scaled in front of {scaled} of {len(smoothed)} groups of linears")
     worst = table("largest output errors", "scheme", "tokens", "error", "to the original", title=None)
     for layer in report.worst(5):
         worst.add_row(

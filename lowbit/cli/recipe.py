@@ -8,7 +8,8 @@ from lowbit.cli.common import head_scheme
 from lowbit.errors import UsageError
 
 SchemeOption = Annotated[
-    str | None, typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16).", show_default=False)
+    str | None,
+    typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16), or FP16, BF16.", show_default=False),
 ]
 BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8; instead of --scheme.", show_default=False)]
 GroupSizeOption = Annotated[
@@ -37,6 +38,14 @@ IncludeVisionOption = Annotated[
         "--include-vision", help="Of a model that sees or hears, quantize all of it, not its language model alone."
     ),
 ]
+SmoothOption = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, or a SmoothQuant alpha from 0 to 1: scale the inputs of linears, and fold the scales into what is "
+        "before them. Needs calibration samples, with rtn too.",
+        show_default=False,
+    ),
+]
 OverrideOption = Annotated[
     list[str] | None, typer.Option(help="REGEX=SCHEME for the modules it matches; repeatable.", show_default=False)
 ]
@@ -48,7 +57,7 @@ FormatOption = Annotated[str, typer.Option(help="compressed-tensors, gptq or awq
 
 def recipe_arguments(
     scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-    include_vision,
+    include_vision, smooth,
 ) -> dict:  # fmt: skip
     """The keywords of `lowbit.quantize` and `lowbit.plan` that these options stand for."""
     if scheme is not None and bits is not None:
@@ -63,6 +72,7 @@ def recipe_arguments(
         "ignore": ignore or (),
         "lm_head": head_scheme(lm_head, lm_head_scheme),
         "include_vision": include_vision,
+        "smooth": smooth,
     }
 
 

@@ -27,11 +27,13 @@ from lowbit.pipeline.memory import available_memory, expected_peak, held_between
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import Report
+from lowbit.pipeline.smoothing import Smoothed, Smoother, recorded_edits, scaled
 from lowbit.pipeline.streams import NoStreams, Streams, StreamsWriter
 from lowbit.pipeline.targets import Target, targets
 from lowbit.pipeline.write import Progress, read_checked
 from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
+from lowbit.scheme import Recipe
 
 # Tokens in one forward pass: enough for matrix products to run at full speed
 _BATCH_TOKENS = 4096
@@ -109,6 +111,11 @@ def _silent(*_) -> None:
     pass
 
 
+def needs_data(recipe: Recipe) -> bool:
+    """Whether a run goes through the layers with calibration samples."""
+    return bool(get_quantizer(recipe.method).needs(recipe.options)) or recipe.smooth is not None
+
+
 def compute_dtype(config, device: torch.device) -> torch.dtype:
     """What layers compute in: the model's dtype where the hardware multiplies it, else float32."""
     stored = getattr(config, "dtype", None) or torch.float32
@@ -157,17 +164,19 @@ class _LayerLoop:
         for entry in self.job.layers:
             _report_layer(report, entry["report"])
             report.seconds += entry["report"]["seconds"]  # of an earlier run
-        streams = NoStreams()
+        streams, smoother = NoStreams(), Smoother(self.plan, quantized, batches, self.ranks)
         if finished < len(steps):
             streams = self._streams(finished, models, steps, batches)
         for number in range(finished, len(steps)):
             started = time.perf_counter()
-            tensors = self._load(number, models)
+            smoothed = self._smoothed(number, steps[number], models, smoother, streams)
             run = LayerRun(models, number, batches, streams, keep)
             packer = _Packer(self.plan, steps[number], progress, f"layer {number + 1}/{len(steps)}", samples.tokens)
             try:
-                quantize_layer(run, self.plan, steps[number], tensors, self.ranks, packer.add)
+                quantize_layer(run, self.plan, steps[number], smoothed.tensors, self.ranks, packer.add)
                 entry = {"layer": number, "modules": packer.entries}
+                if smoothed.entries:
+                    entry["smoothing"] = smoothed.entries
                 if number < len(quantized.layers):
                     entry["output_error"] = self._advance(run, number + 1, batches)
             finally:
@@ -177,7 +186,7 @@ class _LayerLoop:
             del run
             gc.collect()  # the frames of forward passes are in cycles, and hold activations
             entry["seconds"] = time.perf_counter() - started
-            self.job.commit(packer.tensors(), entry, write=self.ranks.first)
+            self.job.commit(packer.tensors() | smoothed.changed, entry, write=self.ranks.first)
             self.ranks.wait()
             if number < len(quantized.layers):
                 streams = Streams(self.job.streams(number + 1, self.ranks.rank))
@@ -264,6 +273,28 @@ class _LayerLoop:
             model.load(number, tensors)
         return tensors
 
+    def _smoothed(
+        self, number: int, steps: list[Step], models: tuple[LayeredModel, ...], smoother: Smoother, streams
+    ) -> Smoothed:
+        """A layer, loaded, and its tensors: scaled if that is asked for."""
+        tensors = self._load(number, models)
+        if self.plan.recipe.smooth is None or number == len(models[0].layers):
+            return Smoothed(tensors)
+        smoothed = smoother.smooth(number, steps, tensors, streams)
+        for model in models:
+            model.load(number, smoothed.tensors)
+        return smoothed
+
+    def _as_finished(self, number: int, models: tuple[LayeredModel, ...]) -> dict[str, torch.Tensor]:
+        """The tensors of a finished layer as they were quantized, loaded."""
+        tensors, names = self._load(number, models), models[0].names
+        edits = recorded_edits([self.job.layers[number]["report"]], names, tensors, tensors.__getitem__)
+        if edits:
+            tensors = {name: scaled(name, tensor, edits, names) for name, tensor in tensors.items()}
+            for model in models:
+                model.load(number, tensors)
+        return tensors
+
     def _streams(self, number: int, models: tuple[LayeredModel, ...], steps, batches) -> Streams | NoStreams:
         """The hidden states at the input of layer `number`: stored, or else made again with the finished layers."""
         streams = NoStreams()
@@ -274,7 +305,7 @@ class _LayerLoop:
         if all(self.ranks.all_of(stored is not None)):
             return stored
         for earlier in range(min(number, len(models[0].layers))):
-            tensors = self._load(earlier, models)
+            tensors = self._as_finished(earlier, models)
             made = {step.source.name: self.job.made(step) for step in steps[earlier]}
             _replace(models[0], steps[earlier], tensors, made, self.plan)
             run = LayerRun(models, earlier, batches, streams, keep=False)

@@ -34,7 +34,7 @@ def forecast(plan: Plan, model, file_bytes: int, num_samples: int, seqlen: int) 
     recipe = plan.recipe
     needs = get_quantizer(recipe.method).needs(recipe.options)
     copying = (plan.source_bytes + file_bytes) / _COPY_RATE
-    if not needs:
+    if not needs and recipe.smooth is None:
         weights = sum(step.source.numel for step in plan.quantized)
         return Forecast(_streaming_peak(plan), file_bytes, copying + weights * _seconds_per_weight(recipe, needs))
     streams, tokens = 2 if "missing" in needs else 1, num_samples * seqlen

@@ -58,12 +58,12 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     packages = ("torch", "transformers", "safetensors")
     return {"python": platform.python_version(), "lowbit": __version__, **{name: version(name) for name in packages}}
 
 
-def _machine() -> str:
+def machine() -> str:
     """The GPU, or the CPU with its threads."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
@@ -103,8 +103,8 @@ class Report:
     parts: dict[str, dict[str, int]]
     lowbit: str = __version__
     date: str = field(default_factory=now)
-    versions: dict[str, str] = field(default_factory=_versions)
-    machine: str = field(default_factory=_machine)
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: str = field(default_factory=machine)
     seconds: float = 0.0
     peak_memory: int = 0
     expected_peak: int | None = None

@@ -9,7 +9,9 @@ from pathlib import Path
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
-from lowbit.pipeline.calibrate import Calibration, calibrate
+from lowbit.errors import UsageError
+from lowbit.pipeline.calibrate import Calibration, calibrate, needs_data
+from lowbit.pipeline.half import is_dtype
 from lowbit.pipeline.job import clear_finished
 from lowbit.pipeline.memory import peak_memory
 from lowbit.pipeline.plan import Plan, make_plan
@@ -17,7 +19,7 @@ from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import Report, save_report
 from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
-from lowbit.quantizers import checked_options, get_quantizer
+from lowbit.quantizers import checked_options
 from lowbit.scheme import HEAD_SCHEME, Recipe, Scheme
 from lowbit.sources import check_apart, load_config, resolve
 
@@ -35,6 +37,7 @@ def quantize(
     ignore: Iterable[str] = (),
     lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
+    smooth: float | str | None = None,
     dataset=None,
     num_samples: int = 128,
     seqlen: int = 2048,
@@ -56,20 +59,22 @@ def quantize(
     model: a folder, a Hub id, or "reference" (the embedded model). scheme: a Scheme or a name such as "W4A16";
     group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches.
     ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head (its scheme, or
-    True for W8A16-G128), and what a model sees, hears or projects with unless include_vision.
+    True for W8A16-G128), and what a model sees, hears or projects with unless include_vision. smooth: scale the inputs
+    of linears for smaller errors, and fold the scales into what is before them; a SmoothQuant alpha from 0 to 1, or
+    "auto", which searches it by module.
     dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
     with the Plan, may return a progress callback. announce: called with lines a user should read.
 
-    Methods that need data ("gptq") go through the model layer by layer with the calibration samples: dataset (a name of
-    `datasets`, a file, "self", or token ids [samples, seqlen]), num_samples, seqlen, seed. What they have finished is
-    kept beside the output until it is whole: the same call again after a kill goes on from there. redo: regex of
-    modules whose layers, and all that depend on them, are done again. max_memory: bytes, or "8GB", that activations
-    held between the steps of a layer must fit into with all else; default half of what is free. Under `torchrun` all
-    processes call this, share the work, and get the report; the first one writes.
+    Methods that need data ("gptq"), and all of them with smooth, go through the model layer by layer with the
+    calibration samples: dataset (a name of `datasets`, a file, "self", or token ids [samples, seqlen]), num_samples,
+    seqlen, seed. What they have finished is kept beside the output until it is whole: the same call again after a kill
+    goes on from there. redo: regex of modules whose layers, and all that depend on them, are done again. max_memory:
+    bytes, or "8GB", that activations held between the steps of a layer must fit into with all else; default half of
+    what is free. Under `torchrun` all processes call this, share the work, and get the report; the first one writes.
 
     Raises UsageError (options that cannot work), InputError (the checkpoint), OutputError (the output folder).
     """
-    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision)
+    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth)
     memory = None if max_memory is None else parse_size(max_memory)
     calibration = Calibration(dataset, num_samples, seqlen, seed, redo, memory, trust_remote_code)
     shard_bytes = parse_size(max_shard_size)
@@ -91,7 +96,7 @@ def quantize(
             clear_finished(target)
         with StagedFolder(target, overwrite) if ranks.first else nullcontext() as staged:
             progress = on_plan(plan) if on_plan and ranks.first else None
-            if get_quantizer(method).needs(plan.recipe.options):
+            if needs_data(plan.recipe):
                 job = calibrate(reader, config, plan, target, overwrite, calibration, ranks, report, progress, announce)
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)
@@ -119,12 +124,14 @@ def _nothing(step) -> None:
 
 
 def make_recipe(
-    scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False
+    scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False, smooth=None
 ) -> Recipe:
     """A Recipe from what a user types; raises UsageError for anything that is not allowed."""
+    if is_dtype(scheme):
+        raise UsageError(f"{scheme} is a dtype, which nothing is quantized to: lowbit.convert_dtype converts to it")
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     base = Scheme(base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym)
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     head = Scheme.parse(lm_head) if isinstance(lm_head, str) else {True: HEAD_SCHEME, False: None}.get(lm_head, lm_head)
-    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, head, include_vision)
+    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, head, include_vision, smooth)

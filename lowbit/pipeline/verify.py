@@ -19,16 +19,16 @@ from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.grid import dequantize
+from lowbit.pipeline.half import cast, converted_dtype
+from lowbit.pipeline.nearness import difference
 from lowbit.pipeline.report import load_report
+from lowbit.pipeline.smoothing import recorded_edits, scaled
 from lowbit.scheme import Recipe
 from lowbit.sources import load_config
 from lowbit.stored import StoredWeight, StoredWeights
 
 # Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
 MAX_UNQUANTIZED = 0.05
-# ||W - Q|| / ||W|| that no quantizer makes at so many bits; a weight of another model gives 1.4
-_LARGEST_ERROR = {2: 0.9, 3: 0.6, 4: 0.4, 8: 0.1}
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
@@ -69,6 +69,7 @@ class Folder:
         self.model = skeleton(self.config, trust_remote_code)
         self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
         self.manifest: Manifest | None = read_manifest(path)
+        self.dtype = None if self.stored.weights else converted_dtype(path)  # of a plain model that was converted to it
 
     def parameter_of(self, name: str) -> str:
         """The parameter that a stored tensor, or the base of a quantized weight, belongs to."""
@@ -115,14 +116,14 @@ def static_checks(
     except InputError as error:
         yield Check("opens", False, str(error))
         return
-    if not folder.stored.weights:
+    if not folder.stored.weights and folder.dtype is None:
         yield Check("opens", False, f"{path} holds no quantized weights")
         return
-    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {folder.stored.format}")
+    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {folder.stored.format or folder.dtype}")
     yield _index(folder)
     yield _tensors(folder)
     yield _ties(folder)
-    yield _budget(folder, max_unquantized)
+    yield _budget(folder, max_unquantized) if folder.dtype is None else _dtypes(folder)
     yield from _contents(folder, on_tensor)
     yield _side_files(folder, reference)
     if reference is not None:
@@ -205,13 +206,27 @@ def _budget(folder: Folder, max_unquantized: float) -> Check:
     return Check("coverage", True, f"{1 - share:.1%} of the weights of linear layers are quantized")
 
 
+def _dtypes(folder: Folder) -> Check:
+    """What was converted to a dtype has no other."""
+    problems = _Problems()
+    for info in folder.stored.plain:
+        if info.dtype.is_floating_point and info.dtype != folder.dtype:
+            problems.add(f"{info.name} is {info.dtype}, expected {folder.dtype}")
+    return problems.check("coverage", f"every floating tensor is {folder.dtype}")
+
+
 def _left_on_purpose(path: Path) -> dict[str, str]:
     """Tensors that the run which wrote the folder left alone, and why, where it has a report."""
+    left = _report(path).get("left_alone")
+    return left if isinstance(left, dict) else {}
+
+
+def _report(path: Path) -> dict:
+    """Of the run that wrote the folder; empty, where there is none that can be read."""
     try:
-        left = load_report(path).get("left_alone")
+        return load_report(path)
     except InputError:
         return {}
-    return left if isinstance(left, dict) else {}
 
 
 def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
@@ -319,38 +334,46 @@ def _tokenizer_problem(folder: Folder) -> str | None:
 
 
 def _source(folder: Folder, reference: Path) -> Check:
-    """Every tensor of the source is here: the same, or quantized, and near to what it was."""
+    """Every tensor of the source is here: the same, or quantized, and near to what it was. What the report says was
+    smoothed is compared with the source scaled alike."""
     problems, source = _Problems(), CheckpointReader(reference)
     if source.config.get("quantization_config"):
         raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
+    try:
+        layers = _report(folder.path).get("decoder_layers", ())
+        edits = recorded_edits(layers, folder.names, source.tensors, source.tensor)
+    except InputError as error:
+        return Check("source", False, str(error))
     plain = {info.name for info in folder.stored.plain}
-    for name, info in source.tensors.items():
+    for name in source.tensors:
         base = name.removesuffix(".weight")
-        if name in plain:
-            here = folder.reader.tensors[name]
-            if (here.dtype, here.shape) != (info.dtype, info.shape) or not torch.equal(
-                folder.reader.tensor(name), source.tensor(name)
-            ):
-                problems.add(f"{name} is not what it is in {reference.name}")
-        elif base in folder.stored.weights:
-            error = _error(folder, folder.stored.weights[base], source.tensor(name))
-            limit = _LARGEST_ERROR[folder.stored.weights[base].scheme.bits]
-            if not error < limit:
-                problems.add(f"{base} is {error:.2f} away from {name} (relative error; expected below {limit})")
-        else:
+        if name not in plain and base not in folder.stored.weights:
             problems.add(f"{name} of {reference.name} is missing")
+            continue
+        expected = scaled(name, source.tensor(name), edits, folder.names)
+        if name in plain:
+            here = folder.reader.tensor(name)
+            if folder.dtype is not None:
+                expected, *_ = cast(expected, folder.dtype)
+            if here.dtype != expected.dtype or not torch.equal(here, expected):
+                problems.add(f"{name} is not what it is in {reference.name}")
+        elif problem := _too_far(folder, folder.stored.weights[base], expected):
+            problems.add(f"{base} {problem}")
     for name in sorted(plain - source.tensors.keys()):
         problems.add(f"{name} is not in {reference.name}")
     return problems.check("source", f"{len(source.tensors)} tensors of {reference.name}: the same, or near")
 
 
-def _error(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> float:
+def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str | None:
+    """What is wrong with a quantized weight that is further from its source than its scheme explains."""
     site = folder.sites[folder.parameter_of(weight.base)]
     name = weight.base if weight.experts else f"{weight.base}.weight"
-    transposed = site.transposed != folder.names.turns(name, tuple(source.shape))
-    dense = [dequantize(qweight, torch.float32) for qweight in folder.stored.quantized(weight)]
-    dense = [matrix.T if transposed else matrix for matrix in dense]
-    dense = torch.stack(dense) if weight.experts else dense[0]
-    if dense.shape != source.shape:
-        return math.inf
-    return float((dense - source.float()).norm() / source.float().norm().clamp_min(1e-30))
+    if site.transposed != folder.names.turns(name, tuple(source.shape)):
+        source = source.transpose(-1, -2)
+    if source.shape != ((weight.experts,) if weight.experts else ()) + weight.shape:
+        return f"is {list(weight.shape)}, {name} is not"
+    matrices = list(source) if weight.experts else [source]
+    for qweight, matrix in zip(folder.stored.quantized(weight), matrices, strict=True):
+        if found := difference(qweight, matrix):
+            return f"is far from {name}: {found}"
+    return None

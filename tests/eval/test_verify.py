@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from folders import edit_config, read_json, save_chat_model, write_json
+from folders import edit_config, edit_tensors, read_json, save_chat_model, write_json
 from models import save_tiny
 from safetensors.torch import load_file, save_file
 
@@ -170,6 +170,24 @@ def test_the_source_is_compared(change, tmp_path):
     save_file(tensors, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
     failures = lowbit.verify(tmp_path / "q", tmp_path / "dense", run=False).failures
     assert len(failures) == 1 and changed in failures[0]
+
+
+@pytest.mark.parametrize("bits", (2, 3))
+def test_coarse_folders_are_whole(bits, tmp_path):
+    """Heavy tails in groups of 8192: rounding itself is 0.93 away at 2 bits, and 0.66 at 3."""
+    save_tiny(tmp_path / "dense", intermediate_size=8192)
+
+    def heavy_tailed(tensors):
+        for tensor in tensors.values():
+            if tensor.ndim == 2:
+                rng = torch.Generator().manual_seed(tensor.numel())
+                squares = torch.randn(5, *tensor.shape, generator=rng).square().mean(0)
+                tensor.copy_(torch.randn(tensor.shape, generator=rng) / squares.sqrt() / 8)
+
+    edit_tensors(tmp_path / "dense", heavy_tailed)
+    lowbit.quantize(tmp_path / "dense", tmp_path / "q", scheme=f"W{bits}A16-CHANNEL")
+    done = lowbit.verify(tmp_path / "q", tmp_path / "dense", run=False)
+    assert done.ok, done.failures
 
 
 def test_what_is_left_unquantized_is_counted(folders, tmp_path):

@@ -1,0 +1,80 @@
+"""What `quantize` and `plan` do when the scheme is FP16 or BF16: nothing is quantized."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from lowbit.cli.common import console, print_json, progress, size, table
+from lowbit.errors import UsageError
+
+# What options that say how to quantize are when they are not given; others are None
+_NOT_GIVEN = {
+    "method": "rtn", "options": {}, "overrides": [], "ignore": (), "lm_head": False, "include_vision": False,
+    "num_samples": 128, "seqlen": 2048, "seed": 0, "format": "compressed-tensors",
+}  # fmt: skip
+_SHOWN = 12
+
+
+def only_converts(scheme: str, clamp: bool = False, **options) -> bool:
+    """Whether `scheme` is FP16 or BF16. options: all that say how to quantize, as functions are given them.
+
+    Raises UsageError for an option that goes with the other kind of scheme only.
+    """
+    from lowbit.pipeline.half import DTYPES, is_dtype
+
+    if not is_dtype(scheme):
+        if clamp:
+            raise UsageError(f"--clamp goes with --scheme {' or '.join(DTYPES)} only: other schemes clamp nothing")
+        return False
+    for name, value in options.items():
+        if value != _NOT_GIVEN.get(name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} says how to quantize, --scheme {scheme} does not: leave it out"
+            )
+    return True
+
+
+def preview_dtype(model: str, scheme: str, json: bool, **options) -> None:
+    """Print what `lowbit.plan_dtype` finds."""
+    from lowbit.pipeline import plan_dtype
+
+    found = plan_dtype(model, scheme, **options)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _show_sizes(found)
+
+
+def convert_to_dtype(model: str, output_dir: Path, scheme: str, json: bool, **options) -> None:
+    """Run `lowbit.convert_dtype`, and print its report."""
+    from lowbit.pipeline import convert_dtype
+
+    with ExitStack() as stack:
+
+        def on_plan(planned):
+            advance = stack.enter_context(progress("converting", planned.source_bytes, quiet=json))
+            return lambda info: advance(info.nbytes, info.name)
+
+        report = convert_dtype(model, output_dir, scheme, on_plan=on_plan, **options)
+    if json:
+        print_json(report.to_dict())
+        return
+    _show_sizes(report)
+    _show_counts("too large, now the largest of the dtype:", report.clamped)
+    _show_counts("too small, now zero:", report.underflowed)
+    console.print(f"written to {output_dir}")
+
+
+def _show_sizes(report) -> None:
+    rows = table("", "before", "after")
+    rows.add_row("weights", size(report.source_bytes), size(report.output_bytes))
+    console.print(rows)
+    console.print(f"{report.converted_tensors} tensors converted to {report.dtype}")
+
+
+def _show_counts(title: str, counts: dict[str, int]) -> None:
+    if counts:
+        console.print(f"{title} {sum(counts.values()):,} values in {len(counts)} tensors")
+        for name, count in list(counts.items())[:_SHOWN]:
+            console.print(f"  {name}: {count:,}")
+        if len(counts) > _SHOWN:
+            console.print(f"  and {len(counts) - _SHOWN} more (--json has all)")

@@ -1,0 +1,206 @@
+"""A model in half precision: every floating tensor converted, nothing quantized, a tensor at a time."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from lowbit import __version__
+from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from lowbit.checkpoint.manifest import write_manifest
+from lowbit.checkpoint.side_files import copy_side_files
+from lowbit.checkpoint.writer import StagedFolder, file_bytes, parse_size
+from lowbit.errors import InputError, OutputError, UsageError
+from lowbit.pipeline.memory import peak_memory
+from lowbit.pipeline.report import load_report, machine, now, save_report, versions, write_whole
+from lowbit.pipeline.write import read_checked
+from lowbit.sources import check_apart, open_headers, resolve
+
+# What `--scheme` may say instead of a grid
+DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16}
+# Tensors that an error names
+_NAMED = 5
+
+
+@dataclass
+class DtypeReport:
+    """The keys of lowbit_report.json of a folder that was converted, sizes and memory in bytes.
+
+    dtype: "FP16" or "BF16". converted_tensors: those that had another dtype. clamped, underflowed: tensor -> how many
+    of its values were too large and became the largest of the dtype, or were not zero and now are. file_bytes: of
+    the weight files, headers and all.
+    """
+
+    source: str
+    source_revision: str | None
+    dtype: str
+    source_bytes: int
+    output_bytes: int
+    file_bytes: int
+    parameters: int
+    converted_tensors: int
+    command: str | None = None
+    clamped: dict[str, int] = field(default_factory=dict)
+    underflowed: dict[str, int] = field(default_factory=dict)
+    lowbit: str = __version__
+    date: str = field(default_factory=now)
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: str = field(default_factory=machine)
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def is_dtype(scheme) -> bool:
+    """Whether a scheme is the name of a half precision dtype."""
+    return isinstance(scheme, str) and scheme.strip().upper() in DTYPES
+
+
+def converted_dtype(folder: Path) -> torch.dtype | None:
+    """What `convert_dtype` made of all floating tensors of a folder, by its report; None: it did not write it."""
+    try:
+        return DTYPES.get(load_report(folder).get("dtype"))
+    except (InputError, TypeError):
+        return None
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
+    """A finite tensor in `dtype` if it is floating, else as it is; how many of its values were too large, and became
+    the largest of the dtype; how many were not zero and now are."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor, 0, 0
+    largest = torch.finfo(dtype).max
+    too_large = int((tensor.abs() > largest).sum())
+    made = (tensor.clamp(-largest, largest) if too_large else tensor).to(dtype)
+    return made, too_large, int(torch.count_nonzero(tensor) - torch.count_nonzero(made))
+
+
+def plan_dtype(
+    model: str | Path,
+    dtype: str,
+    *,
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+) -> DtypeReport:
+    """What `convert_dtype` would write, from headers alone: a model on the Hub is not downloaded."""
+    headers = open_headers(model, revision)[0]
+    return _planned(str(model), headers, _name(dtype), parse_size(max_shard_size))
+
+
+def convert_dtype(
+    model: str | Path,
+    output_dir: str | Path,
+    dtype: str,
+    *,
+    clamp: bool = False,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    revision: str | None = None,
+    command: str | None = None,
+    on_plan: Callable[[DtypeReport], Callable[[TensorInfo], None]] = lambda report: _silent,
+) -> DtypeReport:
+    """Write a model with every floating tensor in "FP16" or "BF16"; it is loaded like any model, nothing is quantized.
+
+    clamp: values that are too large become the largest; otherwise InputError names their tensors, and nothing is
+    written. What becomes zero is in the report. command: the shell command that this is. on_plan: called with
+    what is planned, returns what is called with each tensor that is done.
+
+    Raises UsageError for another dtype, OutputError where the folder cannot be written.
+    """
+    name, started = _name(dtype), time.perf_counter()
+    source, target = resolve(model, revision), Path(os.path.abspath(output_dir))
+    check_apart(source, target)
+    reader, shard_bytes = CheckpointReader(source), parse_size(max_shard_size)
+    report = replace(_planned(str(model), reader, name, shard_bytes), command=command)
+    report.source_revision = source.name if source.parent.name == "snapshots" else None  # of the Hub's cache
+    with StagedFolder(target, overwrite) as staged:
+        done = on_plan(report)
+        try:
+            with CheckpointWriter(staged.path, _outputs(reader, DTYPES[name]), shard_bytes, {}) as writer:
+                copy_side_files(source, staged.path)
+                for info in reader.tensors.values():
+                    writer.write(info.name, _converted(reader, info, report))
+                    done(info)
+                _refuse_too_large(report, clamp)
+                writer.finish(report.parameters)
+            _write_config(staged.path, reader.config, DTYPES[name])
+            write_manifest(staged.path, writer.digests)
+        except OSError as error:
+            raise OutputError(f"cannot write to {target}: {error.strerror or error}") from None
+        report.seconds, report.peak_memory = time.perf_counter() - started, peak_memory()
+        save_report(staged.path, report.to_dict())
+        staged.commit()
+    return report
+
+
+def _silent(info: TensorInfo) -> None:
+    pass
+
+
+def _name(dtype: str) -> str:
+    if not is_dtype(dtype):
+        raise UsageError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+    return dtype.strip().upper()
+
+
+def _outputs(reader, dtype: torch.dtype) -> list[TensorInfo]:
+    return [
+        TensorInfo(info.name, dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+        for info in reader.tensors.values()
+    ]
+
+
+def _planned(source: str, reader, name: str, shard_bytes: int) -> DtypeReport:
+    """Raises InputError for a model that is quantized: its numbers are no weights yet."""
+    if reader.config.get("quantization_config"):
+        raise InputError(f"{reader.folder} is quantized: convert the original model, or `lowbit dequantize` it")
+    before, after = list(reader.tensors.values()), _outputs(reader, DTYPES[name])
+    return DtypeReport(
+        source=source,
+        source_revision=None,
+        dtype=name,
+        source_bytes=sum(info.nbytes for info in before),
+        output_bytes=sum(info.nbytes for info in after),
+        file_bytes=file_bytes(after, shard_bytes),
+        parameters=sum(info.numel for info in before),
+        converted_tensors=sum(a.dtype != b.dtype for a, b in zip(before, after, strict=True)),
+    )
+
+
+def _converted(reader: CheckpointReader, info: TensorInfo, report: DtypeReport) -> torch.Tensor:
+    made, too_large, lost = cast(read_checked(reader, info.name), DTYPES[report.dtype])
+    if too_large:
+        report.clamped[info.name] = too_large
+    if lost:
+        report.underflowed[info.name] = lost
+    return made
+
+
+def _refuse_too_large(report: DtypeReport, clamp: bool) -> None:
+    if not report.clamped or clamp:
+        return
+    named = [f"{name} ({count:,})" for name, count in list(report.clamped.items())[:_NAMED]]
+    more = f" and {len(report.clamped) - _NAMED} more tensors" if len(report.clamped) > _NAMED else ""
+    instead = "convert to BF16, or " if report.dtype == "FP16" else ""
+    raise InputError(
+        f"{', '.join(named)}{more} hold values beyond {torch.finfo(DTYPES[report.dtype]).max:.6g}, the largest of "
+        f"{report.dtype}: {instead}pass --clamp to make them that"
+    )
+
+
+def _write_config(folder: Path, config: dict, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    made = {key: value for key, value in _with_dtype(config, name).items() if key != "torch_dtype"} | {"dtype": name}
+    write_whole(folder / "config.json", json.dumps(made, indent=2) + "\n")
+
+
+def _with_dtype(config: dict, name: str) -> dict:
+    """The config with `name` wherever it, or that of a model in it, says a dtype."""
+    made = {key: _with_dtype(value, name) if isinstance(value, dict) else value for key, value in config.items()}
+    return made | {key: name for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)}
