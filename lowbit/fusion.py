@@ -35,7 +35,10 @@ def share_products(model: nn.Module) -> list["SharedProduct"]:
 def _with_one_input(model: nn.Module) -> list[tuple[nn.Module, list[LowbitLinear]]]:
     """(module, linears of it that took the very same tensors and can be laid out as one), two of them or more."""
     owners = {
-        linear: parent for parent in model.modules() for linear in parent.children() if isinstance(linear, LowbitLinear)
+        linear: parent
+        for parent in model.modules()
+        for linear in parent.children()
+        if isinstance(linear, LowbitLinear) and linear.shared is None
     }
     alike = defaultdict(list)
     for linear, inputs in _observed(model, owners).items():
@@ -96,7 +99,7 @@ class SharedProduct:
     Joined, every member holds the same buffers, those of W, and `take` gives it its part of the product. The product is
     kept for the other members while their module runs, no longer, and belongs to one tensor in one state: what a hook
     has changed in place is multiplied anew. Split, each has its own weight, as before; that is how members move to
-    another device or are saved, and when all have arrived they join again.
+    another device or load a state, and when all have arrived they join again.
     """
 
     def __init__(self, members: list[LowbitLinear]):
