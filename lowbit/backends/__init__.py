@@ -29,6 +29,7 @@ logger = logging.getLogger("lowbit")
 BACKENDS = {
     "triton": "lowbit.backends.triton",
     "torch_cpu": "lowbit.backends.torch_cpu",
+    "int8_cpu": "lowbit.backends.int8_cpu",
     "reference": "lowbit.backends.reference",
 }
 
