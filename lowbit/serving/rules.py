@@ -100,7 +100,8 @@ _SGLANG_MARLIN_EXPERTS = replace(_SGLANG_MARLIN, in_multiple=64, out_multiple=12
 _ANY, _ANY_AWQ = (Kernel("", _ALL, _ALL),), (Kernel("", (4,), (4,)),)
 _ANY_INPUTS = (Kernel("", _ALL, _ALL, activations=(None, *_INTEGERS)),)
 # transformers 5.23: quantizers/quantizer_compressed_tensors.py and integrations/compressed_tensors.py
-_TRANSFORMERS = (Kernel("", _ALL, (), activations=(None, *_INTEGERS)),)
+_TRANSFORMERS_EXPERTS = (Kernel("", _ALL, ()),)
+_TRANSFORMERS = (replace(_TRANSFORMERS_EXPERTS[0], activations=(None, *_INTEGERS)),)
 # GPTQModel 7.6: nn_modules/qlinear/torch.py and torch_awq.py
 _GPTQMODEL = (Kernel("", _ALL, _ALL, (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),)
 _GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),)
@@ -108,7 +109,7 @@ _GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_mul
 RULES = (
     Rule("lowbit", "this", "compressed-tensors", _ANY_INPUTS, _ANY, fuses=False, fused_experts=True, ranks=(1,),
          dtypes=("float16", "bfloat16", "float32"), run=True),
-    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS, _TRANSFORMERS,
+    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS, _TRANSFORMERS_EXPERTS,
          fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
          note="dequantizes the whole model at its first call; asymmetric linears of one scheme load with "
               "quantization_config=CompressedTensorsConfig(dequantize=True)"),
