@@ -109,8 +109,8 @@ _GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_mul
 RULES = (
     Rule("lowbit", "this", "compressed-tensors", _ANY_INPUTS, _ANY, fuses=False, fused_experts=True, ranks=(1,),
          dtypes=("float16", "bfloat16", "float32"), run=True),
-    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS, _TRANSFORMERS_EXPERTS,
-         fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
+    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS,
+         _TRANSFORMERS_EXPERTS, fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
          note="dequantizes the whole model at its first call; asymmetric linears of one scheme load with "
               "quantization_config=CompressedTensorsConfig(dequantize=True)"),
     Rule("vLLM", "0.33", "compressed-tensors", (_VLLM_MARLIN, _VLLM_HUMMING, _VLLM_INT8, _VLLM_WNA8),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 from folders import edit_config, edit_tensors, save_chat_model, stored_tensors
+from models import save_tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -200,6 +201,31 @@ def test_a_mixed_model_names_the_format_of_each_group(source, folders, tmp_path)
 
 
 UP = "model.layers.0.mlp.up_proj"
+
+
+def test_inputs_of_experts_stay_in_floating_point(tmp_path):
+    save_tiny(tmp_path / "source", "qwen3_moe")
+    lowbit.quantize(tmp_path / "source", tmp_path / "q", scheme="W8A8-STATIC", dataset=SAMPLES)
+    tensors = stored_tensors(tmp_path / "q")
+    assert tensors["model.layers.0.self_attn.q_proj.weight"].dtype == torch.int8
+    assert "model.layers.0.mlp.experts.3.down_proj.weight_packed" in tensors
+    assert not any(".experts." in key and "input" in key for key in tensors)
+    model = lowbit.load(tmp_path / "q")
+    assert far(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "source"))) < 0.1
+    model.save_pretrained(tmp_path / "again")
+    again = stored_tensors(tmp_path / "again")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in again)
+    for check in static_checks(tmp_path / "q", tmp_path / "source"):
+        assert check.ok is not False, check
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+def test_other_architectures(name, tmp_path):
+    """Weights that are stored transposed, and several linears in one."""
+    save_tiny(tmp_path / "source", name)
+    lowbit.quantize(tmp_path / "source", tmp_path / "q", scheme="W8A8-STATIC", dataset=SAMPLES, lm_head=name == "phi3")
+    dense = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "source"))
+    assert far(logits(lowbit.load(tmp_path / "q")), dense) < 0.1
 
 
 def _drop(suffix):
