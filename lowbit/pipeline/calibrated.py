@@ -131,7 +131,7 @@ def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, 
     of the report."""
     todo = targets(steps, tensors, run.quantized.names, run.quantized.model)
     for number, stage in enumerate(run.find_stages(list(todo))):
-        for together, seen in _measured(run, number, stage, todo, plan.recipe, ranks):
+        for together, seen in _measured(run, number, stage, todo, ranks):
             kinds = _alike(together)
             for alike in kinds:
                 _quantize_together(alike, seen, plan, run, ranks, done, last=alike is kinds[-1])
@@ -166,7 +166,7 @@ class Seen:
         return {"scale": grid[0].float(), "zero": grid[1]}
 
 
-def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], recipe: Recipe, ranks: Ranks):
+def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], ranks: Ranks):
     """(targets that share an input, what was Seen of it) for each input of a stage."""
     drift = len(run.models) > 1
     if stage.experts is None:

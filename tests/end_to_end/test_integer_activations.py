@@ -2,6 +2,7 @@
 against compressed-tensors in transformers, and through every command that reads them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from typer.testing import CliRunner
 import lowbit
 from lowbit.cli.main import app
 from lowbit.errors import InputError, UsageError
+from lowbit.pipeline.calibrated import Seen
 from lowbit.pipeline.convert import convert, dequantize
 from lowbit.pipeline.verify import static_checks
-from lowbit.scheme import Scheme
+from lowbit.ranges import RangeObserver
+from lowbit.scheme import Recipe, Scheme
 
 NAMES = ("W8A8", "W8A8-STATIC", "W8A8-STATIC_SYM", "W8A8-DYNAMIC_ASYM", "W4A8-G32", "W4A8-CHANNEL-STATIC")
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(7))
@@ -267,6 +270,19 @@ def test_static_schemes_refuse_what_they_cannot_measure(source, tmp_path):
         lowbit.quantize(source, tmp_path / "q", scheme="W8A8-STATIC", activation_range="max")
     with pytest.raises(InputError, match="gptq has no quantized activations, which W8A8-CHANNEL asks for"):
         lowbit.quantize(source, tmp_path / "q", scheme="W8A8", format="gptq")
+    assert not (tmp_path / "q").exists()
+
+
+def test_inputs_that_calibration_never_sees(source, folders, tmp_path):
+    target = SimpleNamespace(step=SimpleNamespace(scheme=Scheme.parse("W8A8-STATIC"), base="model.unused"))
+    for seen in (Seen(None), Seen(None, RangeObserver())):
+        with pytest.raises(InputError, match=r"no calibration token reached model\.unused, .*--ignore.*--override"):
+            seen.input_grid(target, Recipe(target.step.scheme))
+    broken = tmp_path / "nan"
+    dequantize(folders("W8A8"), broken)
+    edit_tensors(broken, lambda tensors: tensors["model.layers.0.input_layernorm.weight"].fill_(3e38))
+    with pytest.raises(InputError, match=r"inputs of model\.layers\.0\..* in the calibration are values from .*finite"):
+        lowbit.quantize(broken, tmp_path / "q", scheme="W8A8-STATIC", dataset=SAMPLES)
     assert not (tmp_path / "q").exists()
 
 
