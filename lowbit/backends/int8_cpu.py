@@ -3,8 +3,8 @@
 Integer instructions would be the obvious way. Without VNNI there are none that are exact and fast: the AVX2 kernels of
 oneDNN add pairs of products in 16 bits, which saturate (`onednn.qlinear_pointwise` gives half of 255 * -128 * K), and
 `torch._int_mm` is a plain loop there. But float32 holds every integer up to 2^24, so a sum whose terms add up to less
-is exact whatever the order. `prepare` finds out into how many parts the inputs have to be divided for that; mostly it
-is one. Weights in groups are scaled before they are multiplied, and rounded as float32 rounds.
+is exact whatever the order. `prepare` finds out into how many parts the inputs have to be divided for that. Weights in
+groups are scaled before they are multiplied, and rounded as float32 rounds.
 """
 
 import torch
@@ -49,7 +49,8 @@ def _parts(qweight: QuantWeight) -> int:
     """Into how many parts the inputs have to be divided for the products of a row in each to be summed exactly."""
     if _has_groups(qweight):
         return 1
-    largest = 2**qweight.scheme.activations.bits - 1  # of a code less its zero point
+    activations = qweight.scheme.activations
+    largest = 2 ** (activations.bits - activations.sym)  # of a code less its zero point
     magnitudes = torch.cat([_steps(part).abs().to(torch.int16) for part in _rows(qweight)])
     parts = 1
     while any(int(part.sum(1).max()) * largest > _EXACT for part in magnitudes.chunk(parts, 1)):

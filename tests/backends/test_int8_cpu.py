@@ -60,7 +60,7 @@ def test_inputs_are_divided_no_more_than_needed():
     narrow.codes.clamp_(118, 138)
     assert int8_cpu._parts(with_inputs(narrow, EVERY[0])) == 1
     wide, x = with_inputs(random_quantized(Scheme(8, -1), 8, 4096), EVERY[0]), torch.randn(5, 4096)
-    assert int8_cpu._parts(wide) == 8
+    assert int8_cpu._parts(wide) == 4
     assert torch.equal(run(x, wide), by_int64(x, wide)[0])
 
 
