@@ -93,6 +93,10 @@ def _form(linear: LowbitLinear) -> tuple:
     return *state, linear.device, linear.scheme, linear.in_features, linear.bias is None
 
 
+def _input_grid(weight: QuantWeight) -> tuple[float, int | None]:
+    return weight.input_scale.item(), None if weight.input_zero is None else weight.input_zero.item()
+
+
 class SharedProduct:
     """x W^T of several linears with one input: W has the rows of all of them, member after member.
 
@@ -128,6 +132,8 @@ class SharedProduct:
         name = first.backend or first.best_backend()
         weights, orders = zip(*(member.quantized_weight().in_group_order() for member in self.members), strict=True)
         if orders[0] is not None and not all(torch.equal(orders[0], order) for order in orders):
+            return False
+        if first.scheme.is_static and len({_input_grid(weight) for weight in weights}) > 1:
             return False
         shape = sum(member.out_features for member in self.members), first.in_features
         if get_backend(name).refuse(first.scheme, first.device, weights[0].scales.dtype, shape) is not None:

@@ -30,6 +30,7 @@ BACKENDS = {
     "triton": "lowbit.backends.triton",
     "native": "lowbit.backends.native",
     "torch_cpu": "lowbit.backends.torch_cpu",
+    "int8_cpu": "lowbit.backends.int8_cpu",
     "reference": "lowbit.backends.reference",
 }
 

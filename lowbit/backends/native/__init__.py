@@ -28,6 +28,8 @@ def available() -> str | None:
 
 
 def refuse(scheme, device, dtype, shape):
+    if scheme.activations is not None:
+        return "multiplies inputs in floating point only"
     if torch.device(device).type != "cpu":
         return f"runs on cpu, not on {torch.device(device).type}"
     if dtype not in _PIECES:
