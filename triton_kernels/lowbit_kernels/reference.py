@@ -28,3 +28,46 @@ def linear(x, codes, scales, zeros, bits, g_idx=None, bias=None) -> torch.Tensor
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def quantize_rows(
+    x: torch.Tensor, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> codes int8 [..., K] and scales float32 [...].
+
+    scale None: of each row its largest |x| / 127, codes in [-127, 127]. Else codes are round(x / scale) + zero in
+    [-128, 127], `zero` int8 [1] or None (0), and scales are `scale` float32 [1]. Quotients are rounded to nearest even.
+    """
+    x = x.float()
+    if scale is None:
+        smallest = 127 * torch.finfo(torch.float32).tiny  # so that no scale is 0 or loses bits
+        scales = x.abs().amax(-1).clamp(min=smallest) / 127
+        return (x / scales[..., None]).round().to(torch.int8), scales
+    codes = (x / scale).round() + (0 if zero is None else zero.float())
+    return codes.clamp(-128, 127).to(torch.int8), scale
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., K] / sqrt(mean of its squares + eps) * weight [K], float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def int8_linear(
+    x_codes: torch.Tensor,
+    x_scales: torch.Tensor,
+    x_zero: torch.Tensor | None,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x_codes int8 [M, K], x_scales float32 [M] or [1], x_zero int8 [1] or None (0), codes uint8 [N, K] around
+    2^(bits-1), scales [N, G]: float32 [M, N]. Sums of products of codes are exact: float64 holds every
+    integer on the way."""
+    groups = scales.shape[1]
+    x = x_codes.double() - (0 if x_zero is None else x_zero.double())
+    w = codes.double() - 2 ** (bits - 1)
+    sums = torch.einsum("mgk,ngk->mng", x.unflatten(1, (groups, -1)), w.unflatten(1, (groups, -1)))
+    y = (sums.double() * scales.double()).sum(-1) * x_scales.double()[:, None]
+    return (y if bias is None else y + bias.double()).float()
