@@ -13,7 +13,7 @@ LINES = (
     {"errors", "lowbit_kernels"},
     {"scheme"},
     {"qweight"},
-    {"grid"},
+    {"grid", "ranges"},
     {"reference"},
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
     {"linear", "experts", "calibration", "sources", "stored", "serving"},

@@ -58,6 +58,8 @@ def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device, exper
 
 
 def refuse(scheme, device, dtype, shape):
+    if scheme.activations is not None:
+        return "multiplies inputs in floating point only"
     kind = torch.device(device).type
     if kind != ("cpu" if INTERPRETED else "cuda"):
         return f"runs on GPUs, not on {kind}"
