@@ -28,6 +28,7 @@ logger = logging.getLogger("lowbit")
 
 BACKENDS = {
     "triton": "lowbit.backends.triton",
+    "triton_int8": "lowbit.backends.triton_int8",
     "torch_cpu": "lowbit.backends.torch_cpu",
     "reference": "lowbit.backends.reference",
 }

@@ -217,7 +217,7 @@ def int8(shipped: Shipped) -> Call:
 
     types = {
         "x": "*i8", "x_scales": "*fp32", "weight": "*i8" if shipped.bits == 8 else "*u8", "scales": "*fp32",
-        "y": f"*{shipped.dtype}", "rows": "i32", "x_stride": "i32", "out_features": "i32:16", "k_tiles": "i32",
+        "y": f"*{shipped.dtype}", "rows": "i32", "out_features": "i32:16", "k_tiles": "i32",
         "padded_out": "i32:16",
     }  # fmt: skip
     if shipped.split > 1:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels.decode import AMD, PTX, first_group, load_words, slices_per_group, words_per_iteration
-from lowbit_kernels.int8_layout import SLICE, TILE, Int8Layout
+from lowbit_kernels.int8_layout import Int8Layout
 from lowbit_kernels.skinny import FEWEST_ROWS, Workspace, check_config, check_tensor, finish, workspace_of
 
 # Up to so many rows reading the weight takes longer than multiplying: W is split over more programs
@@ -76,13 +76,13 @@ def fragments(packed, P: tl.constexpr, NB: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for any number of them
 def int8_kernel(
-    x, x_scales, x_zero, weight, scales, sums, y, bias, partials, counters,
-    rows, x_stride, out_features, k_tiles, padded_out,
+    x, x_scales, x_zeros, weight, scales, sums, y, bias, partials, counters,
+    rows, out_features, k_tiles, padded_out,
     BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
     SPLIT: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (padded_out / BN * rows / BM, SPLIT): GROUP_M row tiles pass over all columns before the next GROUP_M do.
-    None for x_zero and sums (0), and for bias. x_stride: of x_scales, 0 for one that all rows share."""
+    None for x_zeros and sums (0), and for bias."""
     NB: tl.constexpr = BN // 16
     SLICES: tl.constexpr = 4 * TILES  # of 32 inputs, of an iteration
     PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
@@ -139,9 +139,7 @@ def int8_kernel(
         total = acc.to(tl.float32) * scale[0][:, None]
 
     if SPLIT == 1:
-        finish_rows(
-            total, x_scales + rx * x_stride, x_zero, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM
-        )  # fmt: skip
+        finish_rows(total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM)
     else:
         tile = pm * (padded_out // BN) + pn
         pp = partials + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM
@@ -153,24 +151,23 @@ def int8_kernel(
             total = tl.load(pp, cache_modifier=".cg")
             for i in tl.static_range(1, SPLIT):
                 total += tl.load(pp + i * (BN * BM), cache_modifier=".cg")
-            finish_rows(
-                total, x_scales + rx * x_stride, x_zero, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM
-            )  # fmt: skip
+            finish_rows(total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM)
             tl.store(counters + tile, 0)  # ready for the next launch
 
 
 @triton.jit
 def finish_rows(
-    total, x_scales, x_zero, sums, y, bias, pn, rm, rows, out_features,
+    total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features,
     BITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """What the codes of x stand for, and the store of y. total [BN, BM]: codes of x times W, times 16 for four bits."""
     if BITS == 4:
         total = total * 0.0625
-    if x_zero is not None:
-        taken_off = tl.load(x_zero).to(tl.float32) * tl.load(sums + pn * BN + tl.arange(0, BN))
-        total = total - taken_off[:, None]
-    finish(total * tl.load(x_scales)[None, :], y, bias, None, pn, rm, rm < rows, out_features, BN, BM, False)
+    if x_zeros is not None:
+        zeros = tl.load(x_zeros + rm, mask=rm < rows, other=0).to(tl.float32)
+        total = total - tl.load(sums + pn * BN + tl.arange(0, BN))[:, None] * zeros[None, :]
+    total = total * tl.load(x_scales + rm, mask=rm < rows, other=0.0)[None, :]
+    finish(total, y, bias, None, pn, rm, rm < rows, out_features, BN, BM, False)
 
 
 def launch(
@@ -181,26 +178,26 @@ def launch(
     layout: Int8Layout,
     config: Config,
     *,
-    x_zero: torch.Tensor | None = None,
+    x_zeros: torch.Tensor | None = None,
     sums: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> torch.Tensor:
-    """y [M, N] = ((codes - x_zero) * x_scales) @ W^T + bias.
+    """y [M, N] = ((codes - x_zeros) * x_scales) @ W^T + bias.
 
-    codes int8 [M, padded_in]; x_scales float32 [M], or [1] for all rows; x_zero int8 [1], and then sums float32
-    [padded_out] of `int8_layout.row_sums`. weight, scales as `layout` says. bias [N] and y are layout.dtype, or y the
+    codes int8 [M, padded_in]; x_scales float32 [M]; x_zeros int8 [M] or None (0), and then sums float32 [padded_out] of
+    `int8_layout.row_sums`. weight, scales as `layout` says. bias [N] and y are layout.dtype, or y the
     dtype of `out` (float32 too). Everything on one device.
     """
     layout.check(weight, scales)
     rows, device = len(codes), codes.device
     check_tensor("codes", codes, torch.int8, (rows, layout.padded_in), weight.device)
-    check_tensor("x_scales", x_scales, torch.float32, (1 if len(x_scales) == 1 else rows,), device)
-    if (x_zero is None) != (sums is None):
-        raise ValueError("x_zero and sums are given together or not at all")
-    if x_zero is not None:
-        check_tensor("x_zero", x_zero, torch.int8, (1,), device)
+    check_tensor("x_scales", x_scales, torch.float32, (rows,), device)
+    if (x_zeros is None) != (sums is None):
+        raise ValueError("x_zeros and sums are given together or not at all")
+    if x_zeros is not None:
+        check_tensor("x_zeros", x_zeros, torch.int8, (rows,), device)
         check_tensor("sums", sums, torch.float32, (layout.padded_out,), device)
     if bias is not None:
         check_tensor("bias", bias, layout.dtype, (layout.out_features,), device)
@@ -220,8 +217,8 @@ def launch(
         partials, counters = workspace.get(tiles * split * config.block_n * config.block_m, tiles)
     with torch.cuda.device_of(codes):
         int8_kernel[(tiles, split)](
-            codes, x_scales, x_zero, weight, scales, sums, out, bias, partials, counters,
-            rows, 0 if len(x_scales) == 1 else 1, layout.out_features, layout.tiles, layout.padded_out,
+            codes, x_scales, x_zeros, weight, scales, sums, out, bias, partials, counters,
+            rows, layout.out_features, layout.tiles, layout.padded_out,
             BITS=layout.bits, GROUP_SIZE=layout.group_size, BN=config.block_n, BM=config.block_m, TILES=config.tiles,
             SPLIT=split, GROUP_M=config.group_m, PTX=PTX,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,

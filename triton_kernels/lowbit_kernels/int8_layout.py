@@ -24,10 +24,9 @@ import torch
 from lowbit_kernels.layout import PER_CHANNEL, ROWS
 
 TILE = 128  # inputs that rows of x and of W are padded to
-SLICE = 64  # inputs of one dot of four bits
 BITS = (4, 8)
 GROUP_SIZES = (64, 128, 256, 512, 1024)
-# Beyond, a sum of (code of x - its zero point) * code could leave int32: 255 * 128 each
+# A row of x is quantized in one block. Sums of products of two int8 stay within int32 for twice as many
 MOST_INPUTS = 2**16
 
 
@@ -151,8 +150,15 @@ def unpack(weight: torch.Tensor, scales: torch.Tensor, layout: Int8Layout) -> tu
     return codes, scales[: layout.groups, : layout.out_features].T.contiguous()
 
 
+def dequantize(weight: torch.Tensor, scales: torch.Tensor, layout: Int8Layout) -> torch.Tensor:
+    """layout.dtype [N, K]"""
+    codes, scales = unpack(weight, scales, layout)
+    grouped = codes.view(layout.out_features, layout.groups, -1).to(scales.dtype) - layout.middle
+    return (grouped * scales[..., None]).flatten(1).to(layout.dtype)
+
+
 def row_sums(codes: torch.Tensor, scales: torch.Tensor, layout: Int8Layout) -> torch.Tensor:
-    """float32 [padded_out], sums over the inputs of the weight: what a zero point of x takes off, over x's scale."""
+    """float32 [padded_out]: the sum of each row of the weight, which a zero point of x is multiplied by."""
     grouped = codes.view(layout.out_features, layout.groups, -1).to(torch.int32) - layout.middle
     sums = torch.zeros(layout.padded_out, device=codes.device)
     sums[: layout.out_features] = (grouped.sum(-1).double() * scales.double()).sum(-1)

@@ -1,0 +1,99 @@
+"""The kernels of `lowbit_kernels` for integer inputs: rows of x to eight bits, products on the integer tensor cores."""
+
+from functools import cache
+
+import torch
+
+from lowbit.backends import triton
+from lowbit.errors import first_line
+from lowbit.qweight import QuantWeight, input_grid
+from lowbit.scheme import PER_CHANNEL
+
+available = triton.available
+# Of the trial of a GPU: rows for few and for many, a weight, and far more error than rounding makes
+_TRIAL_ROWS, _TRIAL_SHAPE, _TRIAL_ERROR = (1, 65), (64, 512), 2e-2
+
+
+@cache
+def _trial(bits: int, group_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels are not to be trusted on `device`, or None: small products are compared with plain torch."""
+    from lowbit_kernels import int8_ops, reference, select
+    from lowbit_kernels.int8_layout import Int8Layout
+    from lowbit_kernels.tune import packed, random_weight
+
+    layout = Int8Layout(bits, group_size, dtype, *_TRIAL_SHAPE)
+    weight = random_weight(layout, device)
+    stored = packed(weight, layout)
+    for rows in _TRIAL_ROWS:
+        x = torch.randn(rows, layout.in_features, device=device).to(dtype)
+        wanted = reference.int8_linear(*reference.quantize_rows(x), *weight[:2], bits)
+        try:
+            y = int8_ops.run(x, *stored, layout, None, select.choose(layout, rows, device).config)
+        except Exception as error:  # of a compiler or a driver: whatever it is, there is another backend
+            return f"its kernels fail on {device}: {type(error).__name__}: {first_line(error)}"
+        error = float((y.float() - wanted).norm() / wanted.norm())
+        if not error < _TRIAL_ERROR:
+            return f"its kernels compute something else on {device}: relative error {error:.1e} for {rows} rows"
+    return None
+
+
+def refuse(scheme, device, dtype, shape):
+    if scheme.activations is None:
+        return "multiplies inputs in eight bits only"
+    kind = torch.device(device).type
+    if kind != ("cpu" if triton.INTERPRETED else "cuda"):
+        return f"runs on GPUs, not on {kind}"
+    if reason := available():
+        return reason
+    if not scheme.sym:
+        return "multiplies by symmetric weights only"
+    from lowbit_kernels.int8_layout import Int8Layout
+
+    try:
+        layout = Int8Layout(scheme.bits, _group_size(scheme, shape), dtype, *shape)
+    except ValueError as error:
+        return first_line(error)
+    return _trial(layout.bits, min(layout.group_size, _TRIAL_SHAPE[1]), dtype, torch.device(device))
+
+
+def _group_size(scheme, shape) -> int:
+    """A group that is the whole row is a scale per row, whatever it is called."""
+    return scheme.group_size if scheme.groups(shape[-1]) > 1 else PER_CHANNEL
+
+
+def prepare(qweight: QuantWeight):
+    """`sums`, of the rows of the weight, where inputs have a zero point; the scale of static ones as float32."""
+    from lowbit_kernels import int8_layout
+
+    qweight.require_natural_order("the triton_int8 backend")
+    scheme, shape = qweight.scheme, qweight.codes.shape
+    layout = int8_layout.Int8Layout(scheme.bits, _group_size(scheme, shape), torch.float32, *shape)
+    weight, scales = int8_layout.pack(qweight.codes, qweight.scales, layout)
+    # without elements: for `restore` to know the dtype of the scales
+    buffers = {"weight": weight, "scales": scales, "scales_like": qweight.scales.new_empty(0)}
+    if not scheme.activations.sym:
+        buffers["sums"] = int8_layout.row_sums(qweight.codes, qweight.scales, layout)
+    if scheme.is_static:
+        buffers["input_scale"] = qweight.input_scale.float()
+        if not scheme.activations.sym:
+            buffers["input_zero"] = qweight.input_zero
+    return buffers
+
+
+def restore(buffers, scheme, shape):
+    from lowbit_kernels import int8_layout
+
+    layout = int8_layout.Int8Layout(scheme.bits, _group_size(scheme, shape), torch.float32, *shape)
+    codes, scales = int8_layout.unpack(buffers["weight"], buffers["scales"], layout)
+    dtype = buffers["scales_like"].dtype
+    grid = {name: buffers[name] for name in input_grid(scheme)}
+    if "input_scale" in grid:
+        grid["input_scale"] = grid["input_scale"].to(dtype)
+    return QuantWeight(codes, scales.to(dtype), scheme, **grid)
+
+
+def linear(x, buffers, scheme, shape, bias=None):
+    return torch.ops.lowbit_kernels.int8_linear(
+        x, buffers["weight"], buffers["scales"], buffers.get("sums"), bias, buffers.get("input_scale"),
+        buffers.get("input_zero"), scheme.bits, _group_size(scheme, shape), shape[0],
+    )  # fmt: skip
