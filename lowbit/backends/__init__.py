@@ -40,6 +40,11 @@ def get_backend(name: str):
     return import_module(BACKENDS[name])
 
 
+def kernels_for(scheme: Scheme):
+    """The backend module that runs a scheme on GPUs, which can also `explain` and `tune`."""
+    return get_backend("triton" if scheme.activations is None else "triton_int8")
+
+
 def choose(
     scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], wanted: str | None = None
 ) -> str:

@@ -7,7 +7,6 @@ import torch
 from lowbit.backends import triton
 from lowbit.errors import first_line
 from lowbit.qweight import QuantWeight, input_grid
-from lowbit.scheme import PER_CHANNEL
 
 available = triton.available
 # Of the trial of a GPU: rows for few and for many, a weight, and far more error than rounding makes
@@ -47,18 +46,20 @@ def refuse(scheme, device, dtype, shape):
         return reason
     if not scheme.sym:
         return "multiplies by symmetric weights only"
-    from lowbit_kernels.int8_layout import Int8Layout
-
+    if len(shape) != 2:
+        return "multiplies by one matrix at a time"
     try:
-        layout = Int8Layout(scheme.bits, _group_size(scheme, shape), dtype, *shape)
+        layout = _layout(scheme, shape, dtype)
     except ValueError as error:
         return first_line(error)
     return _trial(layout.bits, min(layout.group_size, _TRIAL_SHAPE[1]), dtype, torch.device(device))
 
 
-def _group_size(scheme, shape) -> int:
-    """A group that is the whole row is a scale per row, whatever it is called."""
-    return scheme.group_size if scheme.groups(shape[-1]) > 1 else PER_CHANNEL
+def _layout(scheme, shape, dtype=torch.float32):
+    """dtype: of x; weights are stored alike for all."""
+    from lowbit_kernels.int8_layout import Int8Layout
+
+    return Int8Layout(scheme.bits, triton.kernel_group(scheme, shape), dtype, *shape)
 
 
 def prepare(qweight: QuantWeight):
@@ -66,8 +67,8 @@ def prepare(qweight: QuantWeight):
     from lowbit_kernels import int8_layout
 
     qweight.require_natural_order("the triton_int8 backend")
-    scheme, shape = qweight.scheme, qweight.codes.shape
-    layout = int8_layout.Int8Layout(scheme.bits, _group_size(scheme, shape), torch.float32, *shape)
+    scheme = qweight.scheme
+    layout = _layout(scheme, qweight.codes.shape)
     weight, scales = int8_layout.pack(qweight.codes, qweight.scales, layout)
     # without elements: for `restore` to know the dtype of the scales
     buffers = {"weight": weight, "scales": scales, "scales_like": qweight.scales.new_empty(0)}
@@ -83,8 +84,7 @@ def prepare(qweight: QuantWeight):
 def restore(buffers, scheme, shape):
     from lowbit_kernels import int8_layout
 
-    layout = int8_layout.Int8Layout(scheme.bits, _group_size(scheme, shape), torch.float32, *shape)
-    codes, scales = int8_layout.unpack(buffers["weight"], buffers["scales"], layout)
+    codes, scales = int8_layout.unpack(buffers["weight"], buffers["scales"], _layout(scheme, shape))
     dtype = buffers["scales_like"].dtype
     grid = {name: buffers[name] for name in input_grid(scheme)}
     if "input_scale" in grid:
@@ -95,5 +95,17 @@ def restore(buffers, scheme, shape):
 def linear(x, buffers, scheme, shape, bias=None):
     return torch.ops.lowbit_kernels.int8_linear(
         x, buffers["weight"], buffers["scales"], buffers.get("sums"), bias, buffers.get("input_scale"),
-        buffers.get("input_zero"), scheme.bits, _group_size(scheme, shape), shape[0],
+        buffers.get("input_zero"), scheme.bits, triton.kernel_group(scheme, shape), shape[0],
     )  # fmt: skip
+
+
+def explain(scheme, shape: tuple[int, int], dtype, rows: int, device) -> dict:
+    """As `triton.explain`."""
+    from lowbit_kernels import select
+
+    return triton.described(select.choose(_layout(scheme, shape, dtype), rows, torch.device(device)))
+
+
+def tune(scheme, shape: tuple[int, int], dtype, rows: int, device) -> dict:
+    """As `triton.tune`."""
+    return triton.tuned(_layout(scheme, shape, dtype), rows, device)

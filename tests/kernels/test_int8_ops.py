@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from weights import assert_same, random_quantized
 
 from lowbit import reference as definition
-from lowbit.backends import choose, triton, triton_int8
+from lowbit.backends import choose, kernels_for, triton, triton_int8
 from lowbit.linear import LowbitLinear
 from lowbit.scheme import Scheme
 from lowbit_kernels import int8_layout, int8_ops, reference, select, tune
@@ -114,6 +114,17 @@ def test_choice_and_tuning():
         assert len(found) == len(set(found)) > 4 and {kernel for kernel, _ in found} == {"int8"}
 
 
+def test_commands_speak_of_these_kernels():
+    scheme, form = Scheme.parse("W8A8"), ((64, 128), torch.bfloat16, 1, "cpu")
+    kernels = kernels_for(scheme)
+    assert kernels.explain(scheme, *form)["reason"] == "by rule"
+    found = kernels.tune(scheme, *form)
+    assert found["key"] == "w8a8 grow sym bf16 64x128 m1" and found["kernel"] == "int8"
+    assert kernels.explain(scheme, *form) == {
+        "kernel": "int8", "config": found["config"], "reason": "tuned here"
+    }  # fmt: skip
+
+
 def quantized(name, shape, dtype):
     scheme = Scheme.parse(name)
     scale = torch.tensor([0.03], dtype=dtype) if scheme.is_static else None
@@ -151,6 +162,7 @@ def test_reasons(monkeypatch):
     assert "symmetric weights only" in refuse(Scheme.parse("W8A8_ASYM"), CPU, torch.bfloat16, (64, 128))
     assert "bits is 3" in refuse(Scheme.parse("W3A8"), CPU, torch.bfloat16, (64, 256))
     assert "group_size is 32" in refuse(Scheme.parse("W4A8-G32"), CPU, torch.bfloat16, (64, 128))
+    assert "one matrix at a time" in refuse(Scheme.parse("W8A8"), CPU, torch.bfloat16, (2, 64, 128))
     assert "runs on GPUs, not on mps" in refuse(Scheme.parse("W8A8"), "mps", torch.bfloat16, (64, 128))
     form = (Scheme.parse("W8A8-G256"), CPU, torch.float16, (64, 512))
     run = int8_ops.run
