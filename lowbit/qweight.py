@@ -20,8 +20,8 @@ class QuantWeight:
 
     codes: uint8 [N, K], in [0, 2^bits).  scales: floating [N, G].  zeros: uint8 [N, G], None when symmetric, which
     means 2^(bits-1) everywhere.  g_idx: int32 [K], the group of each input, None when it is k // (K / G).
-    input_scale: [1] in the dtype of the scales, input_zero: int8 [1], the grid of the inputs where the scheme fixes one
-    (static activations); input_zero is None where it lies around zero.
+    input_scale: float32 [1], input_zero: int8 [1], the grid of the inputs where the scheme fixes one (static
+    activations); input_zero is None where it lies around zero.
     The checks look at shapes and dtypes only, so that meta tensors work.
     """
 
@@ -47,7 +47,7 @@ class QuantWeight:
         if self.zeros is not None and (self.zeros.dtype != torch.uint8 or tuple(self.zeros.shape) != expected):
             raise ValueError(f"zeros are {self.zeros.dtype} {tuple(self.zeros.shape)}, expected torch.uint8 {expected}")
         stored = input_grid(self.scheme)
-        for name, dtype in (("input_scale", self.scales.dtype), ("input_zero", torch.int8)):
+        for name, dtype in (("input_scale", torch.float32), ("input_zero", torch.int8)):
             tensor = getattr(self, name)
             if (tensor is not None) != (name in stored):
                 raise ValueError(f"{self.scheme.name} {'needs' if name in stored else 'takes no'} {name}")
@@ -100,6 +100,6 @@ class QuantWeight:
             scales=empty(out_features, groups, of=dtype),
             scheme=scheme,
             zeros=None if scheme.sym else empty(out_features, groups),
-            input_scale=empty(1, of=dtype) if "input_scale" in input_grid(scheme) else None,
+            input_scale=empty(1, of=torch.float32) if "input_scale" in input_grid(scheme) else None,
             input_zero=empty(1, of=torch.int8) if "input_zero" in input_grid(scheme) else None,
         )

@@ -30,6 +30,7 @@ BACKENDS = {
     "triton": "lowbit.backends.triton",
     "triton_int8": "lowbit.backends.triton_int8",
     "torch_cpu": "lowbit.backends.torch_cpu",
+    "int8_cpu": "lowbit.backends.int8_cpu",
     "reference": "lowbit.backends.reference",
 }
 

@@ -63,7 +63,7 @@ def _layout(scheme, shape, dtype=torch.float32):
 
 
 def prepare(qweight: QuantWeight):
-    """`sums`, of the rows of the weight, where inputs have a zero point; the scale of static ones as float32."""
+    """`sums`, of the rows of the weight, where inputs have a zero point."""
     from lowbit_kernels import int8_layout
 
     qweight.require_natural_order("the triton_int8 backend")
@@ -74,22 +74,15 @@ def prepare(qweight: QuantWeight):
     buffers = {"weight": weight, "scales": scales, "scales_like": qweight.scales.new_empty(0)}
     if not scheme.activations.sym:
         buffers["sums"] = int8_layout.row_sums(qweight.codes, qweight.scales, layout)
-    if scheme.is_static:
-        buffers["input_scale"] = qweight.input_scale.float()
-        if not scheme.activations.sym:
-            buffers["input_zero"] = qweight.input_zero
-    return buffers
+    return buffers | {name: getattr(qweight, name) for name in input_grid(scheme)}
 
 
 def restore(buffers, scheme, shape):
     from lowbit_kernels import int8_layout
 
     codes, scales = int8_layout.unpack(buffers["weight"], buffers["scales"], _layout(scheme, shape))
-    dtype = buffers["scales_like"].dtype
     grid = {name: buffers[name] for name in input_grid(scheme)}
-    if "input_scale" in grid:
-        grid["input_scale"] = grid["input_scale"].to(dtype)
-    return QuantWeight(codes, scales.to(dtype), scheme, **grid)
+    return QuantWeight(codes, scales.to(buffers["scales_like"].dtype), scheme, **grid)
 
 
 def linear(x, buffers, scheme, shape, bias=None):

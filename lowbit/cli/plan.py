@@ -17,6 +17,7 @@ from lowbit.cli.common import (
     table,
 )  # fmt: skip
 from lowbit.cli.recipe import (
+    ActivationRangeOption,
     BitsOption,
     FormatOption,
     GroupSizeOption,
@@ -52,6 +53,7 @@ def plan(
     seqlen: SeqlenOption = 2048,
     lm_head: LmHeadOption = False,
     include_vision: IncludeVisionOption = False,
+    activation_range: ActivationRangeOption = None,
     override: OverrideOption = None,
     ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
@@ -65,7 +67,18 @@ def plan(
     Sizes are exact. Takes the flags of `quantize` that matter to the result.
     """
     recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
+        scheme,
+        bits,
+        group_size,
+        sym,
+        method,
+        scale_search,
+        option,
+        override,
+        ignore,
+        lm_head,
+        include_vision,
+        activation_range,
     )
     options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -31,6 +31,7 @@ from lowbit.cli.common import (
 )  # fmt: skip
 from lowbit.cli.plan import preview
 from lowbit.cli.recipe import (
+    ActivationRangeOption,
     BitsOption,
     FormatOption,
     GroupSizeOption,
@@ -80,6 +81,7 @@ def quantize(
     ] = None,
     lm_head: LmHeadOption = False,
     include_vision: IncludeVisionOption = False,
+    activation_range: ActivationRangeOption = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -106,7 +108,18 @@ def quantize(
 
     model = one_model(model, model_option)
     recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, include_vision
+        scheme,
+        bits,
+        group_size,
+        sym,
+        method,
+        scale_search,
+        option,
+        override,
+        ignore,
+        lm_head,
+        include_vision,
+        activation_range,
     )
     if dry_run:
         options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, "max_shard_size": max_shard_size}

@@ -57,6 +57,7 @@ def plan(
     ignore=(),
     lm_head: bool = False,
     include_vision: bool = False,
+    activation_range: str | None = None,
     num_samples: int = 128,
     seqlen: int = 2048,
     format: str = "compressed-tensors",
@@ -68,7 +69,9 @@ def plan(
 
     Raises UsageError and InputError where `lowbit.quantize` would before it reads a weight.
     """
-    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision)
+    recipe = make_recipe(
+        scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, activation_range
+    )
     shard_bytes = parse_size(max_shard_size)
     headers, config = open_headers(model, revision, trust_remote_code)
     planned = make_plan(headers, skeleton(config, trust_remote_code), recipe, format)

@@ -4,20 +4,22 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
+from lowbit.errors import UsageError
 from lowbit.pipeline.calibrate import Calibration, calibrate
 from lowbit.pipeline.job import clear_finished
 from lowbit.pipeline.memory import peak_memory
-from lowbit.pipeline.plan import Plan, make_plan
+from lowbit.pipeline.plan import Plan, make_plan, statistics
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import Report, save_report
 from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
-from lowbit.quantizers import checked_options, get_quantizer
+from lowbit.quantizers import checked_options
 from lowbit.scheme import Recipe, Scheme
 from lowbit.sources import check_apart, load_config, resolve
 
@@ -35,6 +37,7 @@ def quantize(
     ignore: Iterable[str] = (),
     lm_head: bool = False,
     include_vision: bool = False,
+    activation_range: str | None = None,
     dataset=None,
     num_samples: int = 128,
     seqlen: int = 2048,
@@ -57,19 +60,23 @@ def quantize(
     group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches.
     ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head, and what a model
     sees, hears or projects with unless include_vision.
+    activation_range: how schemes with static activations find the range of a linear's inputs in the calibration:
+    "minmax" (default), "percentile" or "mse".
     dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
     with the Plan, may return a progress callback. announce: called with lines a user should read.
 
-    Methods that need data ("gptq") go through the model layer by layer with the calibration samples: dataset (a name of
-    `datasets`, a file, "self", or token ids [samples, seqlen]), num_samples, seqlen, seed. What they have finished is
-    kept beside the output until it is whole: the same call again after a kill goes on from there. redo: regex of
-    modules whose layers, and all that depend on them, are done again. max_memory: bytes, or "8GB", that activations
-    held between the steps of a layer must fit into with all else; default half of what is free. Under `torchrun` all
-    processes call this, share the work, and get the report; the first one writes.
+    Methods and schemes that need data ("gptq", "W8A8-STATIC") go through the model layer by layer with the calibration
+    samples: dataset (a name of `datasets`, a file, "self", or token ids [samples, seqlen]), num_samples, seqlen, seed.
+    What they have finished is kept beside the output until it is whole: the same call again after a kill goes on from
+    there. redo: regex of modules whose layers, and all that depend on them, are done again. max_memory: bytes, or
+    "8GB", that activations held between the steps of a layer must fit into with all else; default half of what is free.
+    Under `torchrun` all processes call this, share the work, and get the report; the first one writes.
 
     Raises UsageError (options that cannot work), InputError (the checkpoint), OutputError (the output folder).
     """
-    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision)
+    recipe = make_recipe(
+        scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, activation_range
+    )
     memory = None if max_memory is None else parse_size(max_memory)
     calibration = Calibration(dataset, num_samples, seqlen, seed, redo, memory, trust_remote_code)
     shard_bytes = parse_size(max_shard_size)
@@ -91,7 +98,7 @@ def quantize(
             clear_finished(target)
         with StagedFolder(target, overwrite) if ranks.first else nullcontext() as staged:
             progress = on_plan(plan) if on_plan and ranks.first else None
-            if get_quantizer(method).needs(plan.recipe.options):
+            if statistics(plan.recipe):
                 job = calibrate(reader, config, plan, target, overwrite, calibration, ranks, report, progress, announce)
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)
@@ -119,11 +126,17 @@ def _nothing(step) -> None:
 
 
 def make_recipe(
-    scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False
-) -> Recipe:
+    scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False,
+    activation_range=None,
+) -> Recipe:  # fmt: skip
     """A Recipe from what a user types; raises UsageError for anything that is not allowed."""
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    base = Scheme(base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym)
+    asked = {"group_size": group_size, "sym": sym}
+    base = replace(base, **{field: value for field, value in asked.items() if value is not None})
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, lm_head, include_vision)
+    options = checked_options(method, options or {})
+    recipe = Recipe(base, method, options, parsed, ignore, lm_head, include_vision, activation_range or "minmax")
+    if activation_range is not None and not recipe.is_static:
+        raise UsageError(f"activation_range is of static schemes, such as W8A8-STATIC, not of {base.name}")
+    return recipe

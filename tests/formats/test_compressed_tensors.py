@@ -234,12 +234,32 @@ def test_weights_that_are_read(fields, scheme):
 
 INT8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 REFUSED = {
-    "int-quantized": ({"format": "int-quantized"}, {}, {}, "'int-quantized' is not weight-only.*'pack-quantized'"),
-    "float-quantized-group": ({}, {"format": "float-quantized"}, {}, "'float-quantized' is not weight-only"),
-    "no-format": ({"format": None}, {}, {}, "format None is not weight-only"),
-    "mixed-precision": ({"format": "mixed-precision"}, {}, {}, "'mixed-precision' is not weight-only"),
+    "int-quantized": ({"format": "int-quantized"}, {}, {}, "W4A16-.* is stored as 'int-quantized'.*'pack-quantized'"),
+    "packed-W8A8": ({}, {"input_activations": INT8}, {"num_bits": 8}, "W8A8-.* 'pack-quantized'.*'int-quantized'"),
+    "float-quantized-group": ({}, {"format": "float-quantized"}, {}, "'float-quantized' is not of integers"),
+    "no-format": ({"format": None}, {}, {}, "format None is not of integers"),
+    "mixed-precision": ({"format": "mixed-precision"}, {}, {}, "'mixed-precision' is not of integers"),
     "float-weights": ({}, {}, {"type": "float"}, "type 'float' cannot be read; expected 'int'"),
-    "activations": ({}, {"input_activations": INT8}, {}, "input_activations are quantized.*expected weight-only"),
+    "float-activations": ({}, {"input_activations": INT8 | {"type": "float"}}, {}, "type 'float' cannot be read"),
+    "activations-of-4-bits": (
+        {},
+        {"input_activations": INT8 | {"num_bits": 4}},
+        {},
+        "activation bits is 4",
+    ),
+    "activation-groups": (
+        {},
+        {"input_activations": INT8 | {"strategy": "group"}},
+        {},
+        "strategy is 'group'",
+    ),
+    "static-tokens": ({}, {"input_activations": INT8 | {"dynamic": False}}, {}, "'token' are expected to be dynamic"),
+    "dynamic-tensor": (
+        {},
+        {"input_activations": INT8 | {"strategy": "tensor"}},
+        {},
+        "expected to be static",
+    ),
     "outputs": ({}, {"output_activations": INT8}, {}, "output_activations"),
     "actorder-group": ({}, {}, {"actorder": "group"}, "actorder 'group'.*expected null or 'static'"),
     "actorder-dynamic": ({}, {}, {"actorder": "dynamic"}, "actorder.*expected null or 'static'"),
