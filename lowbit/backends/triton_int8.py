@@ -70,8 +70,8 @@ def prepare(qweight: QuantWeight):
     scheme = qweight.scheme
     layout = _layout(scheme, qweight.codes.shape)
     weight, scales = int8_layout.pack(qweight.codes, qweight.scales, layout)
-    # without elements: for `restore` to know the dtype of the scales
-    buffers = {"weight": weight, "scales": scales, "scales_like": qweight.scales.new_empty(0)}
+    # not "weight", which a layer makes when it is asked for; scales_like, without elements, tells `restore` the dtype
+    buffers = {"packed": weight, "scales": scales, "scales_like": qweight.scales.new_empty(0)}
     if not scheme.activations.sym:
         buffers["sums"] = int8_layout.row_sums(qweight.codes, qweight.scales, layout)
     return buffers | {name: getattr(qweight, name) for name in input_grid(scheme)}
@@ -80,14 +80,14 @@ def prepare(qweight: QuantWeight):
 def restore(buffers, scheme, shape):
     from lowbit_kernels import int8_layout
 
-    codes, scales = int8_layout.unpack(buffers["weight"], buffers["scales"], _layout(scheme, shape))
+    codes, scales = int8_layout.unpack(buffers["packed"], buffers["scales"], _layout(scheme, shape))
     grid = {name: buffers[name] for name in input_grid(scheme)}
     return QuantWeight(codes, scales.to(buffers["scales_like"].dtype), scheme, **grid)
 
 
 def linear(x, buffers, scheme, shape, bias=None):
     return torch.ops.lowbit_kernels.int8_linear(
-        x, buffers["weight"], buffers["scales"], buffers.get("sums"), bias, buffers.get("input_scale"),
+        x, buffers["packed"], buffers["scales"], buffers.get("sums"), bias, buffers.get("input_scale"),
         buffers.get("input_zero"), scheme.bits, triton.kernel_group(scheme, shape), shape[0],
     )  # fmt: skip
 
