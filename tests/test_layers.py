@@ -26,7 +26,7 @@ LINES = (
 )
 LINE_OF = {unit: number for number, units in enumerate(LINES) for unit in units}
 TOP = {"lowbit/__init__.py", "lowbit/__main__.py"}  # above every line: they only name what others made
-KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/quantizers/gptq.py"}
+KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/backends/triton_int8.py", "lowbit/quantizers/gptq.py"}
 KERNEL_IMPORTS = {"lowbit_kernels", "torch", "triton", *sys.stdlib_module_names}
 MAX_LINES = 450
 
