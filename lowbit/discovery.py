@@ -232,7 +232,9 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Sche
         elif name in default_reasons:
             left[name] = (site, default_reasons[name])
         else:
-            chosen[name] = (site, recipe.asked_for(site.module, site.is_head).fitted(site.in_features))
+            scheme = recipe.asked_for(site.module, site.is_head).fitted(site.in_features)
+            # the inputs of fused experts stay as they are: no kernel of ours multiplies integers by a stack of matrices
+            chosen[name] = (site, scheme.weight_only if site.kind == "experts" else scheme)
     return chosen, left
 
 

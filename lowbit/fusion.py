@@ -35,7 +35,10 @@ def share_products(model: nn.Module) -> list["SharedProduct"]:
 def _with_one_input(model: nn.Module) -> list[tuple[nn.Module, list[LowbitLinear]]]:
     """(module, linears of it that took the very same tensors and can be laid out as one), two of them or more."""
     owners = {
-        linear: parent for parent in model.modules() for linear in parent.children() if isinstance(linear, LowbitLinear)
+        linear: parent
+        for parent in model.modules()
+        for linear in parent.children()
+        if isinstance(linear, LowbitLinear) and linear.shared is None
     }
     alike = defaultdict(list)
     for linear, inputs in _observed(model, owners).items():
@@ -90,13 +93,17 @@ def _form(linear: LowbitLinear) -> tuple:
     return *state, linear.device, linear.scheme, linear.in_features, linear.bias is None
 
 
+def _input_grid(weight: QuantWeight) -> tuple[float, int | None]:
+    return weight.input_scale.item(), None if weight.input_zero is None else weight.input_zero.item()
+
+
 class SharedProduct:
     """x W^T of several linears with one input: W has the rows of all of them, member after member.
 
     Joined, every member holds the same buffers, those of W, and `take` gives it its part of the product. The product is
     kept for the other members while their module runs, no longer, and belongs to one tensor in one state: what a hook
     has changed in place is multiplied anew. Split, each has its own weight, as before; that is how members move to
-    another device or are saved, and when all have arrived they join again.
+    another device or load a state, and when all have arrived they join again.
     """
 
     def __init__(self, members: list[LowbitLinear]):
@@ -125,6 +132,8 @@ class SharedProduct:
         name = first.backend or first.best_backend()
         weights, orders = zip(*(member.quantized_weight().in_group_order() for member in self.members), strict=True)
         if orders[0] is not None and not all(torch.equal(orders[0], order) for order in orders):
+            return False
+        if first.scheme.is_static and len({_input_grid(weight) for weight in weights}) > 1:
             return False
         shape = sum(member.out_features for member in self.members), first.in_features
         if get_backend(name).refuse(first.scheme, first.device, weights[0].scales.dtype, shape) is not None:

@@ -9,15 +9,17 @@ from lowbit.backends import choose, get_backend
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.grid import dequantize
 from lowbit.qweight import QuantWeight
+from lowbit.reference import linear as reference_linear
 from lowbit.scheme import Scheme
 
 
 class LowbitLinear(nn.Module):
-    """y = x W^T + bias with W [out_features, in_features] quantized by `scheme`.
+    """y = x W^T + bias with W [out_features, in_features] quantized by `scheme`, and x too if it says so.
 
     It has two states. *Packed*: the tensors of a compressed-tensors checkpoint are its parameters (`weight_packed`,
-    `weight_scale`, `weight_zero_point`, `weight_shape`), so that checkpoints load into it by name. *Prepared*:
-    `prepare` has turned them into the buffers of a backend; `packed_tensors` gives the packed ones back, bit for bit.
+    `weight_scale`, ... as `formats.compressed_tensors` names them), so that checkpoints load into it by name.
+    *Prepared*: `prepare` has turned them into the buffers of a backend; `packed_tensors` gives the packed ones back,
+    bit for bit.
 
     act_order: inputs belong to groups as a further tensor says, `weight_g_idx`. Backends know nothing of it: they get
     the inputs sorted by group, here.
@@ -79,13 +81,12 @@ class LowbitLinear(nn.Module):
         return self.out_features, self.in_features
 
     def _set_packed(self, name: str, tensor: torch.Tensor) -> None:
-        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        # register_parameter would ask __getattr__ for a `weight` first
+        self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
     def add_placeholder(self, weight: torch.Tensor) -> None:
         """A dense `weight` parameter, as the slot that a loader fills with what it then quantizes."""
-        self._parameters["weight"] = nn.Parameter(
-            weight, requires_grad=False
-        )  # register_parameter asks __getattr__ first
+        self._set_packed("weight", weight)
 
     def packed_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors a compressed-tensors checkpoint holds for this layer, and weight_g_idx where there is one."""
@@ -109,7 +110,7 @@ class LowbitLinear(nn.Module):
 
     def prepare(self) -> "LowbitLinear":
         """Choose the backend for the device the layer is on and lay the weight out for it. Does nothing if done."""
-        if self.backend is not None or self.weight_packed.device.type == "meta":
+        if self.backend is not None or self.weight_scale.device.type == "meta":
             return self
         qweight, order = self.quantized_weight().in_group_order()
         backend = self.best_backend()
@@ -192,7 +193,8 @@ class LowbitLinear(nn.Module):
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., in_features] by all rows of the prepared weight, [..., prepared_shape[0]]."""
         if self.backend is None:  # never prepared: weights that accelerate moves in and out of every call
-            return nn.functional.linear(x, self.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+            bias = None if bias is None else bias.to(x.dtype)
+            return reference_linear(x, self.quantized_weight(), bias)
         rows = x.reshape(-1, self.in_features).to(self.dtype)
         if self.order is not None:
             rows = rows[:, self.order]

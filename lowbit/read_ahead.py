@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from threading import Thread
 
-_CHUNK = 2**24
+_CHUNK = 2**20  # stays in the processor's cache: what is copied there is not looked at
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What to do with a weight (`Scheme`) and with a model (`Recipe`)."""
+"""What to do with a weight (`Scheme`), with what it multiplies (`Activations`), and with a model (`Recipe`)."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,14 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
 PER_CHANNEL = -1
 SCALE_SEARCHES = ("minmax", "mse")
 
-_NAME = re.compile(r"W(?P<bits>\d+)A16(?P<asym>_ASYM)?(-G(?P<group>\d+)|-(?P<channel>CHANNEL))?", re.IGNORECASE)
+TOKEN, TENSOR = "token", "tensor"
+ACTIVATION_RANGES = ("minmax", "percentile", "mse")
+
+_NAME = re.compile(
+    r"W(?P<bits>\d+)A(?P<activation_bits>8|16)(?P<asym>_ASYM)?(-G(?P<group>\d+)|-(?P<channel>CHANNEL))?"
+    r"(-(?P<activations>STATIC|STATIC_SYM|DYNAMIC_ASYM))?",
+    re.IGNORECASE,
+)
 
 
 def _one_of(name: str, value, allowed) -> None:
@@ -34,16 +41,50 @@ def _alpha(smooth) -> float | str | None:
 
 
 @dataclass(frozen=True)
+class Activations:
+    """Uniform integer grid of the inputs of a linear: signed codes of 8 bits.
+
+    strategy: TOKEN, a scale (and zero point) for each token, taken from its own range when it arrives; or TENSOR, one
+    for all tokens, fixed in calibration and stored beside the weight. sym: the zero point is 0.
+    """
+
+    bits: int = 8
+    sym: bool = True
+    strategy: str = TOKEN
+
+    def __post_init__(self):
+        _one_of("activation bits", self.bits, (8,))
+        _one_of("activation sym", self.sym, (True, False))
+        _one_of("activation strategy", self.strategy, (TOKEN, TENSOR))
+
+    @property
+    def static(self) -> bool:
+        """Whether the scale is stored, not computed from each token."""
+        return self.strategy == TENSOR
+
+
+# Activations -> how the name of a scheme ends
+_ACTIVATION_NAMES = {
+    Activations(): "",
+    Activations(sym=False): "-DYNAMIC_ASYM",
+    Activations(sym=False, strategy=TENSOR): "-STATIC",
+    Activations(strategy=TENSOR): "-STATIC_SYM",
+}
+
+
+@dataclass(frozen=True)
 class Scheme:
-    """Uniform integer grid of a weight [out_features, in_features].
+    """Uniform integer grid of a weight [out_features, in_features], and of its inputs where those are integers too.
 
     bits: 2, 3, 4 or 8. group_size: how many consecutive in_features share a scale, -1 for one scale per output channel.
     sym: the zero point is fixed at the middle code, 2^(bits-1); otherwise each group stores one.
+    activations: None where the inputs stay in floating point.
     """
 
     bits: int = 4
     group_size: int = 128
     sym: bool = True
+    activations: Activations | None = None
 
     def __post_init__(self):
         _one_of("bits", self.bits, BITS)
@@ -52,19 +93,50 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str) -> "Scheme":
-        """Read a scheme name such as W4A16, W8A16-G64, W4A16_ASYM or W4A16-CHANNEL (group size 128 unless named)."""
+        """Read a scheme name such as W4A16, W8A16-G64, W4A16_ASYM, W4A16-CHANNEL, W4A8, W8A8 or W8A8-STATIC.
+
+        Unless named, groups are of 128 inputs; of W8A8, weights are per channel (as in llm-compressor and vLLM).
+        """
         match = _NAME.fullmatch(name.strip())
-        if not match:
+        integers = match is not None and match["activation_bits"] == "8"
+        if match is None or (match["activations"] and not integers):
             raise UsageError(
-                f"scheme {name!r} is not known; expected W<bits>A16[_ASYM][-G<group>|-CHANNEL], e.g. W4A16-G128"
+                f"scheme {name!r} is not known; expected W<bits>A16[_ASYM][-G<group>|-CHANNEL], e.g. W4A16-G128, or "
+                "W<bits>A8[_ASYM][-G<group>|-CHANNEL][-STATIC|-STATIC_SYM|-DYNAMIC_ASYM], e.g. W8A8"
             )
-        group = PER_CHANNEL if match["channel"] else int(match["group"] or 128)
-        return cls(bits=int(match["bits"]), group_size=group, sym=not match["asym"])
+        bits = int(match["bits"])
+        usual = PER_CHANNEL if integers and bits == 8 else 128
+        group = PER_CHANNEL if match["channel"] else int(match["group"] or usual)
+        suffix = f"-{match['activations'].upper()}" if match["activations"] else ""
+        activations = next(a for a, ending in _ACTIVATION_NAMES.items() if ending == suffix) if integers else None
+        return cls(bits, group, not match["asym"], activations)
 
     @property
     def name(self) -> str:
         group = "CHANNEL" if self.group_size == PER_CHANNEL else f"G{self.group_size}"
-        return f"W{self.bits}A16{'' if self.sym else '_ASYM'}-{group}"
+        weight = f"{'' if self.sym else '_ASYM'}-{group}"
+        if self.activations is None:
+            return f"W{self.bits}A16{weight}"
+        return f"W{self.bits}A{self.activations.bits}{weight}{_ACTIVATION_NAMES[self.activations]}"
+
+    @property
+    def weight_only(self) -> "Scheme":
+        """The same grid for the weight, inputs in floating point."""
+        return replace(self, activations=None)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the range of the inputs has to be known beforehand."""
+        return self.activations is not None and self.activations.static
+
+    def to_dict(self) -> dict:
+        """Without `activations` where there are none."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "Scheme":
+        activations = data.get("activations")
+        return cls(**{**data, "activations": Activations(**activations) if activations else None})
 
     @property
     def levels(self) -> int:
@@ -109,6 +181,8 @@ class Recipe:
     options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
+    activation_range: how static schemes find the range of their inputs, "minmax", "percentile" or "mse"
+    (`lowbit.ranges`).
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -119,8 +193,10 @@ class Recipe:
     lm_head: Scheme | None = None
     include_vision: bool = False
     smooth: float | str | None = None
+    activation_range: str = ACTIVATION_RANGES[0]
 
     def __post_init__(self):
+        _one_of("activation_range", self.activation_range, ACTIVATION_RANGES)
         object.__setattr__(self, "options", dict(self.options))
         object.__setattr__(self, "smooth", _alpha(self.smooth))
         # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
@@ -144,31 +220,41 @@ class Recipe:
         usual = self.lm_head if is_head and self.lm_head is not None else self.scheme
         return next((scheme for pattern, scheme in self.overrides if re.match(pattern, name)), usual)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether any scheme needs ranges of inputs, and so a calibration."""
+        schemes = (self.scheme, self.lm_head, *(scheme for _, scheme in self.overrides))
+        return any(scheme is not None and scheme.is_static for scheme in schemes)
+
     def to_dict(self) -> dict:
+        """`activation_range` is part of it where a scheme is static."""
+        ranges = {"activation_range": self.activation_range} if self.is_static else {}
         return {
-            "scheme": asdict(self.scheme),
+            "scheme": self.scheme.to_dict(),
             "method": self.method,
             "options": dict(self.options),
-            "overrides": [[pattern, asdict(scheme)] for pattern, scheme in self.overrides],
+            "overrides": [[pattern, scheme.to_dict()] for pattern, scheme in self.overrides],
             "ignore": list(self.ignore),
-            "lm_head": None if self.lm_head is None else asdict(self.lm_head),
+            "lm_head": None if self.lm_head is None else self.lm_head.to_dict(),
             "include_vision": self.include_vision,
             **({} if self.smooth is None else {"smooth": self.smooth}),
+            **ranges,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "Recipe":
-        overrides = [(pattern, Scheme(**scheme)) for pattern, scheme in data.get("overrides", ())]
+        overrides = [(pattern, Scheme.from_dict(scheme)) for pattern, scheme in data.get("overrides", ())]
         head = data.get("lm_head")
         if head is True:  # of a report from before heads had a scheme of their own
             head = data["scheme"]
         return cls(
-            Scheme(**data["scheme"]),
+            Scheme.from_dict(data["scheme"]),
             data["method"],
             data.get("options", {}),
             overrides,
             data.get("ignore", ()),
-            Scheme(**head) if head else None,
+            Scheme.from_dict(head) if head else None,
             data.get("include_vision", False),
             smooth=data.get("smooth"),
+            activation_range=data.get("activation_range", ACTIVATION_RANGES[0]),
         )

@@ -16,7 +16,7 @@ from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.formats import detect_format, get_format
 from lowbit.formats.bitpack import unpack
-from lowbit.qweight import QuantWeight
+from lowbit.qweight import QuantWeight, input_grid
 from lowbit.scheme import Scheme
 
 
@@ -61,7 +61,7 @@ class StoredWeights:
         self.config = self.fmt.parse(config)
         grouped, self.plain = defaultdict(dict), []
         for tensor in reader.tensors.values():
-            base, suffix = _split(tensor.name, self.fmt.SUFFIXES)
+            base, suffix = _split(tensor, self.fmt.SUFFIXES)
             if suffix:
                 grouped[base][suffix] = tensor
             else:
@@ -98,11 +98,12 @@ class StoredWeights:
         scheme = self.config.lookup([base], "Linear")
         if scheme is None:
             raise InputError(f"{base} is stored quantized, but the quantization_config leaves it out")
-        for suffix in self.config.required(scheme):
+        required = self.config.required(scheme)
+        for suffix in required:
             if suffix not in tensors:
                 raise InputError(f"{base}.{suffix} is not in the checkpoint: it is incomplete")
-        lead = tensors[self.fmt.SUFFIXES[0]].shape[:-2]
-        if len(lead) > self.fmt.FUSED_EXPERTS or len(tensors[self.fmt.SUFFIXES[0]].shape) < 2:
+        lead = tensors[required[0]].shape[:-2]
+        if len(lead) > self.fmt.FUSED_EXPERTS or len(tensors[required[0]].shape) < 2:
             raise InputError(f"{base} is not stored as a matrix: the checkpoint is damaged, or not {self.format}")
         shape = self.config.shape(tensors, scheme)
         if shape is None:
@@ -111,6 +112,7 @@ class StoredWeights:
             raise InputError(f"{base} is {list(shape)}, which group_size {scheme.group_size} does not divide")
         weight = StoredWeight(base, tensors, scheme, shape, experts=lead[0] if lead else 0)
         self._check_shapes(weight, lead)
+        self._check_inputs(weight)
         return replace(weight, act_order=self._has_act_order(weight))
 
     def _stored_shape(self, info: TensorInfo, lead: tuple[int, ...]) -> tuple[int, int]:
@@ -126,6 +128,16 @@ class StoredWeights:
             expected = (*lead, *written[suffix].shape) if suffix in written else info.shape
             if info.shape != expected and suffix not in older:
                 raise InputError(f"{info.name} has shape {list(info.shape)}, expected {list(expected)}")
+
+    def _check_inputs(self, weight: StoredWeight) -> None:
+        """The grid of static activations: one number each, that every token depends on."""
+        for name in input_grid(weight.scheme):
+            info = weight.tensors[packed_format.INPUT_SUFFIXES[name]]
+            value = self.reader.tensor(info.name)
+            if name == "input_scale" and not (value.isfinite() & (value > 0)).all():
+                raise InputError(f"{info.name} is {value.item()}, expected a positive number: calibrate the model anew")
+            if name == "input_zero" and info.dtype != torch.int8:
+                raise InputError(f"{info.name} is {info.dtype}, expected torch.int8: a code from -128 to 127")
 
     def _has_act_order(self, weight: StoredWeight) -> bool:
         if "g_idx" not in weight.tensors:
@@ -159,9 +171,13 @@ class StoredWeights:
         return bool((zeros == weight.scheme.middle).all())
 
 
-def _split(name: str, suffixes: tuple[str, ...]) -> tuple[str, str | None]:
-    """`x.weight_scale` -> (x, weight_scale); a fused `x.gate_up_proj_scale` -> (x.gate_up_proj, weight_scale)."""
+def _split(tensor: TensorInfo, suffixes: tuple[str, ...]) -> tuple[str, str | None]:
+    """`x.weight_scale` -> (x, weight_scale); a fused `x.gate_up_proj_scale` -> (x.gate_up_proj, weight_scale). A
+    `weight` under its own name is one of codes if it is int8."""
+    name = tensor.name
     for suffix in suffixes:
+        if suffix == "weight" and tensor.dtype != torch.int8:
+            continue
         if name.endswith(f".{suffix}"):
             return name.removesuffix(f".{suffix}"), suffix
         fused = suffix.removeprefix("weight")

@@ -3,6 +3,7 @@
 1. Ceilings of this very card: copying, and multiplying dense matrices.
 2. Every kernel against float64, into outputs full of NaN, and 50 repeats that must be equal to the bit.
 3. Times in CUDA graphs over rotating weights, of lowbit's kernels and of every peer in turn.
+4. Whole models, where transformers is installed: gpu_end_to_end.py.
 
 Writes gpu_check.json into --out. Exits with 1 if a result was wrong.
 """
@@ -21,10 +22,12 @@ import torch
 import triton
 from gpu_peers import PEERS
 
-from lowbit_kernels import gemm, gemm_hopper, ops, reference, select, skinny
-from lowbit_kernels.layout import Layout, pack
+from lowbit_kernels import gemm, gemm_hopper, int8, ops, reference, select, skinny
+from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels.layout import Layout
 from lowbit_kernels.timing import copies_for, microseconds
-from lowbit_kernels.tune import random_weight
+from lowbit_kernels.tune import packed as packed_as
+from lowbit_kernels.tune import random_weight, seen
 
 # Largest relative error: products are exact in float32, y is rounded once; beyond decoding, the scaled weight too
 ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12}
@@ -61,6 +64,7 @@ def main() -> int:
     print(json.dumps(result, indent=1), flush=True)
     result["correctness"] = check_in_parts(args.out, args.tiny, 0.5 * args.seconds)
     result["timings"], result["left_out"] = time_all(device, args.tiny, started + args.seconds)
+    result["end_to_end"] = end_to_end(device, args.tiny)
     result["seconds"] = time.perf_counter() - started
     (args.out / "gpu_check.json").write_text(json.dumps(result, indent=1) + "\n")
     show(result)
@@ -71,6 +75,18 @@ def main() -> int:
         f"{len(result['correctness'])} cases, {len(wrong)} wrong; {result['seconds']:.0f} s; {args.out}/gpu_check.json"
     )
     return 1 if wrong else 0
+
+
+def end_to_end(device: torch.device, tiny: bool) -> dict:
+    """What gpu_end_to_end.measure gives, or {"reason"}."""
+    try:
+        import gpu_end_to_end
+    except ImportError as error:
+        return {"reason": f"{error.name} is not installed"}
+    try:
+        return gpu_end_to_end.measure(device, tiny)
+    except Exception as error:  # what was measured before is still to be written
+        return {"reason": f"{type(error).__name__}: {str(error).strip()[:300]}"}
 
 
 def facts(device: torch.device) -> dict:
@@ -121,6 +137,12 @@ def correctness_cases(tiny: bool):
                         yield layout, rows, "dense", select.Dense(2**20)
                         if not tiny:
                             yield layout, rows, "hopper", gemm_hopper.Config()
+    for bits in (4,) if tiny else (4, 8):
+        for group_size in (128,) if tiny else (128, 64, 256, -1):
+            for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float16):
+                layout = Int8Layout(bits, group_size, dtype, *shape)
+                for rows in (33,) if tiny else (1, 7, 16, 33, 129, 512):
+                    yield layout, rows, "int8", int8.default_config(layout, rows)
 
 
 def check_in_parts(out: Path, tiny: bool, seconds: float) -> list[dict]:
@@ -149,7 +171,7 @@ def check_all(device: torch.device, tiny: bool, part: int) -> list[dict]:
     results = []
     for layout, rows, kernel, config in list(correctness_cases(tiny))[part :: 1 if tiny else PARTS]:
         weight = random_weight(layout, device)
-        packed = pack(*weight, layout.bits)
+        packed = packed_as(weight, layout)
         x = torch.randn(rows, layout.in_features, device=device).to(layout.dtype)
         if kernel == "hopper" and gemm_hopper.refusal(layout, config, x):
             continue
@@ -164,13 +186,13 @@ def check_all(device: torch.device, tiny: bool, part: int) -> list[dict]:
 
 def check(x, weight, packed, layout: Layout, choice: select.Choice) -> tuple[float, str | None]:
     """(relative error, what is wrong or None)"""
-    exact = x.double() @ reference.dequantize(*weight, layout.bits).double().T
+    exact = seen(x, layout).double() @ reference.dequantize(*weight, layout.bits).double().T
     # what is not initialised is full of NaN: an element that is not written shows
     torch.use_deterministic_algorithms(True, warn_only=True)
     first = ops.run(x, *packed, layout, None, choice)
     torch.use_deterministic_algorithms(False)
     error = float((first.double() - exact).norm() / exact.norm())
-    allowed = ROUNDING[layout.dtype] * (1 if choice.kernel == "skinny" else 2)
+    allowed = ROUNDING[layout.dtype] * (1 if choice.kernel in ("skinny", "int8") else 2)
     if not error <= allowed:
         return error, f"relative error {error:.2e}, allowed {allowed:.2e}"
     for repeat in range(50 if x.is_cuda else 1):
@@ -183,6 +205,8 @@ def variants(layout: Layout, rows: int, gpu: select.Gpu):
     """What lowbit could run: the choice of its tables or rule first, then what else might win."""
     chosen = select.choose(layout, rows, torch.device("cuda") if gpu.name != "interpreter" else torch.device("cpu"))
     yield chosen
+    if chosen.kernel == "int8":
+        return
     if rows > select.SKINNY_ROWS and gpu.capability == (9, 0):
         for config in (gemm_hopper.Config(64), gemm_hopper.Config(128), gemm_hopper.Config(256, 3)):
             if config.block_m <= 2 * rows:
@@ -195,21 +219,22 @@ def variants(layout: Layout, rows: int, gpu: select.Gpu):
 
 
 def time_all(device: torch.device, tiny: bool, deadline: float) -> tuple[list[dict], list[str]]:
-    rows_of, results, left_out = (TINY_ROWS if tiny else ROWS), [], []
-    cases = [(4, name, shape) for name, shape in (TINY_SHAPES if tiny else SHAPES).items()]
-    cases += [] if tiny else [(8, "8B gate_up", SHAPES["8B gate_up"])]
-    for bits, name, shape in cases:
-        layout = Layout(bits, 128, True, torch.bfloat16, *shape)
+    shapes, rows_of, large = (TINY_SHAPES, TINY_ROWS, "tiny") if tiny else (SHAPES, ROWS, "8B gate_up")
+    results, left_out = [], []
+    cases = [(f"w4 {name}", Layout(4, 128, True, torch.bfloat16, *shape), rows_of) for name, shape in shapes.items()]
+    cases += [] if tiny else [(f"w8 {large}", Layout(8, 128, True, torch.bfloat16, *shapes[large]), rows_of)]
+    cases.append((f"w8a8 {large}", Int8Layout(8, -1, torch.bfloat16, *shapes[large]), (rows_of[-1] if tiny else 4096,)))
+    for name, layout, rows_of in cases:
         if time.perf_counter() > deadline:
-            left_out.append(f"w{bits} {name}")
+            left_out.append(name)
             continue
-        results += time_shape(layout, f"w{bits} {name}", rows_of, device, deadline)
+        results += time_shape(layout, name, rows_of, device, deadline)
     return results, left_out
 
 
 def time_shape(layout: Layout, name: str, rows_of, device: torch.device, deadline: float) -> list[dict]:
     weight = random_weight(layout, device)
-    packed = pack(*weight, layout.bits)
+    packed = packed_as(weight, layout)
     stored = sum(part.nbytes for part in packed)
     weights = [packed, *(tuple(p.clone() for p in packed) for _ in range(copies_for(stored, device) - 1))]
     results, peers_of_shape = [], make_peers(weight, layout, device)
@@ -217,7 +242,7 @@ def time_shape(layout: Layout, name: str, rows_of, device: torch.device, deadlin
         if time.perf_counter() > deadline:
             break
         x = torch.randn(rows, layout.in_features, device=device).to(layout.dtype)
-        wanted = reference.linear(x.float(), *weight, layout.bits)
+        wanted = reference.linear(seen(x, layout), *weight, layout.bits)
         times = {}
         for choice in variants(layout, rows, select.gpu_of(device)):
             calls = [partial(ops.run, x, *pair, layout, None, choice) for pair in weights]
@@ -290,6 +315,13 @@ def show(result: dict) -> None:
         print(line(entry))
     for name in result["left_out"]:
         print(f"left out, no time: {name}")
+    whole = result["end_to_end"]
+    if "reason" in whole:
+        print(f"whole models not measured: {whole['reason']}")
+    else:
+        from gpu_end_to_end import lines
+
+        print("\n".join(lines(whole)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Names, checks and fallbacks of schemes and recipes."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 
 from lowbit.errors import UsageError
-from lowbit.scheme import BITS, GROUP_SIZES, Recipe, Scheme
+from lowbit.scheme import BITS, GROUP_SIZES, TENSOR, TOKEN, Activations, Recipe, Scheme
 
 NAMES = {
     "W4A16": Scheme(4, 128, True),
@@ -16,6 +17,13 @@ NAMES = {
     "W3A16-CHANNEL": Scheme(3, -1, True),
     "W3A16_ASYM-CHANNEL": Scheme(3, -1, False),
     "  w4a16_asym-g1024 ": Scheme(4, 1024, False),
+    "W8A8": Scheme(8, -1, True, Activations(8, True, TOKEN)),
+    "W8A8-G128": Scheme(8, 128, True, Activations()),
+    "W8A8-STATIC": Scheme(8, -1, True, Activations(8, False, TENSOR)),
+    "w8a8-static_sym": Scheme(8, -1, True, Activations(8, True, TENSOR)),
+    "W4A8": Scheme(4, 128, True, Activations()),
+    "W4A8-CHANNEL-DYNAMIC_ASYM": Scheme(4, -1, True, Activations(8, False, TOKEN)),
+    "W3A8_ASYM-G64-STATIC": Scheme(3, 64, False, Activations(8, False, TENSOR)),
 }
 
 
@@ -24,16 +32,45 @@ def test_parse(name):
     assert Scheme.parse(name) == NAMES[name]
 
 
+EVERY_ACTIVATIONS = [None, *(Activations(8, sym, strategy) for sym in (True, False) for strategy in (TOKEN, TENSOR))]
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_every_name_reads_back(bits):
-    for group in GROUP_SIZES:
-        for sym in (True, False):
-            scheme = Scheme(bits, group, sym)
-            assert Scheme.parse(scheme.name) == scheme
+    names = set()
+    for fields in itertools.product(GROUP_SIZES, (True, False), EVERY_ACTIVATIONS):
+        scheme = Scheme(bits, *fields)
+        assert Scheme.parse(scheme.name) == scheme
+        assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+        names.add(scheme.name)
+    assert len(names) == len(GROUP_SIZES) * 2 * len(EVERY_ACTIVATIONS)
+
+
+def test_without_activations_nothing_is_said_of_them():
+    assert Scheme(4, 64).to_dict() == {"bits": 4, "group_size": 64, "sym": True}
+    assert "activation_range" not in Recipe(Scheme.parse("W8A8")).to_dict()
+    static = Recipe(overrides=[("x", Scheme.parse("W8A8-STATIC"))], activation_range="mse")
+    assert static.is_static and static.to_dict()["activation_range"] == "mse"
+    assert Recipe.from_dict(static.to_dict()) == static
 
 
 @pytest.mark.parametrize(
-    "name", ["", "W4", "W4A8", "W4A16-", "W4A16-G", "W4A16_SYM", "W4A16-G-1", "W4A16-CHANNEL-G32", "4", "W4A16 -G32"]
+    "name",
+    [
+        "",
+        "W4",
+        "W4A4",
+        "W4A16-STATIC",
+        "W8A8-DYNAMIC",
+        "W8A8-STATIC-CHANNEL",
+        "W4A16-",
+        "W4A16-G",
+        "W4A16_SYM",
+        "W4A16-G-1",
+        "W4A16-CHANNEL-G32",
+        "4",
+        "W4A16 -G32",
+    ],
 )
 def test_parse_names_the_pattern_it_expects(name):
     with pytest.raises(UsageError, match=r"is not known; expected W<bits>A16\[_ASYM\]\[-G<group>\|-CHANNEL\]"):
@@ -67,6 +104,17 @@ def test_errors_list_the_allowed_values(fields, message):
 def test_parse_checks_values(name):
     with pytest.raises(UsageError, match="allowed: "):
         Scheme.parse(name)
+
+
+@pytest.mark.parametrize("fields", [{"bits": 4}, {"bits": 8.0}, {"sym": 1}, {"strategy": "channel"}], ids=str)
+def test_errors_of_activations_list_the_allowed_values(fields):
+    with pytest.raises(UsageError, match=f"activation {next(iter(fields))} is .*; allowed: "):
+        Activations(**fields)
+
+
+def test_an_unknown_range_of_activations():
+    with pytest.raises(UsageError, match="activation_range is 'max'; allowed: minmax, percentile, mse"):
+        Recipe(activation_range="max")
 
 
 def test_schemes_are_frozen():

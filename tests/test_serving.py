@@ -65,6 +65,12 @@ CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
         ("vLLM", AWQ, replace(PLAIN, scheme=scheme("W8A16")), "4 bits"),
         ("vLLM", AWQ, replace(PLAIN, scheme=scheme("W4A16-G16"), out_features=4100), "multiple of 8, found 4100"),
         ("SGLang", AWQ, replace(PLAIN, scheme=scheme("W8A16_ASYM")), "4 bits"),
+        ("vLLM", CT, replace(PLAIN, scheme=scheme("W8A8-G128")), "W8A8Int8 needs group_size -1"),
+        ("vLLM", CT, replace(PLAIN, scheme=scheme("W8A8_ASYM")), "W8A8Int8 needs weights that are not asymmetric"),
+        ("vLLM", CT, replace(PLAIN, scheme=scheme("W4A8-STATIC")), "8 bits where weights are symmetric"),
+        ("vLLM", CT, replace(EXPERT, scheme=scheme("W8A8")), "symmetric dynamic inputs, needed: inputs in floating"),
+        ("lowbit", CT, replace(EXPERT, scheme=scheme("W8A8-STATIC")), "asymmetric static inputs, needed: inputs in"),
+        ("SGLang", CT, replace(PLAIN, scheme=scheme("W4A8")), "W8A8Int8 needs 8 bits"),
     ],
 )  # fmt: skip
 def test_refused(engine, format, module, needed):
@@ -84,6 +90,12 @@ def test_refused(engine, format, module, needed):
         ("vLLM", CT, replace(PLAIN, scheme=scheme("W4A16-CHANNEL"), act_order=True)),
         ("vLLM", CT, replace(EXPERT, scheme=scheme("W4A16-CHANNEL"))),
         ("SGLang", CT, replace(EXPERT, in_features=2112, split=ROW)),
+        ("lowbit", CT, replace(PLAIN, scheme=scheme("W3A8_ASYM-G16-STATIC"), out_features=17)),
+        ("transformers", CT, replace(PLAIN, scheme=scheme("W4A8-CHANNEL-DYNAMIC_ASYM"))),
+        ("vLLM", CT, replace(PLAIN, scheme=scheme("W8A8"), out_features=17, in_features=33)),
+        ("vLLM", CT, replace(PLAIN, scheme=scheme("W8A8-STATIC"))),
+        ("vLLM", CT, replace(PLAIN, scheme=scheme("W4A8"))),
+        ("SGLang", CT, replace(PLAIN, scheme=scheme("W8A8-STATIC_SYM"))),
         ("SGLang", GPTQ, replace(PLAIN, act_order=True)),
         ("GPTQModel", GPTQ, replace(PLAIN, scheme=scheme("W2A16_ASYM-G1024"), act_order=True)),
     ],
@@ -250,6 +262,10 @@ def test_modules_of_a_model(model):
 # docs/serving.md
 
 
+def inputs(activations) -> str:
+    return f"{'static' if activations.static else 'dynamic'} {'symmetric' if activations.sym else 'asymmetric'}"
+
+
 def described(kernel) -> str:
     said = [f"{kernel.name}:".lstrip(":")] if kernel.name else []
     for bits, kind in ((kernel.sym, "symmetric"), (kernel.asym, "asymmetric")):
@@ -260,6 +276,10 @@ def described(kernel) -> str:
         multiple = getattr(kernel, side.removesuffix("features") + "multiple")
         said += [f"{side} % {multiple} == 0;"] if multiple > 1 else []
     said += [f"hidden size % {kernel.hidden} == 0;"] if kernel.hidden > 1 else []
+    integers = [a for a in kernel.activations if a is not None]
+    also = "" if None not in kernel.activations else " too"
+    kinds = "any" if len(integers) == 4 else ", ".join(map(inputs, integers))
+    said += [f"int8 inputs{also} ({kinds});"] if integers else []
     return " ".join(said).rstrip(";")
 
 

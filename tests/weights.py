@@ -49,7 +49,7 @@ def as_loaded(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def assert_same(actual: QuantWeight, expected: QuantWeight) -> None:
     assert actual.scheme == expected.scheme
-    for field in ("codes", "scales", "zeros"):
+    for field in ("codes", "scales", "zeros", "input_scale", "input_zero"):
         got, want = getattr(actual, field), getattr(expected, field)
         if want is None:
             assert got is None, field

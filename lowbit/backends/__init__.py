@@ -28,8 +28,10 @@ logger = logging.getLogger("lowbit")
 
 BACKENDS = {
     "triton": "lowbit.backends.triton",
+    "triton_int8": "lowbit.backends.triton_int8",
     "native": "lowbit.backends.native",
     "torch_cpu": "lowbit.backends.torch_cpu",
+    "int8_cpu": "lowbit.backends.int8_cpu",
     "reference": "lowbit.backends.reference",
 }
 
@@ -38,6 +40,11 @@ def get_backend(name: str):
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; allowed: {', '.join(BACKENDS)}")
     return import_module(BACKENDS[name])
+
+
+def kernels_for(scheme: Scheme):
+    """The backend module that runs a scheme on GPUs, which can also `explain` and `tune`."""
+    return get_backend("triton" if scheme.activations is None else "triton_int8")
 
 
 def choose(

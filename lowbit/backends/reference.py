@@ -1,6 +1,6 @@
-"""Dequantize, then multiply: correct for every scheme, dtype and device, fast for none."""
+"""The definition, run as it is written: correct for every scheme, dtype and device, fast for none."""
 
-from lowbit.qweight import QuantWeight
+from lowbit.qweight import QuantWeight, input_grid
 from lowbit.reference import linear as reference_linear
 
 
@@ -18,11 +18,11 @@ def prepare(qweight: QuantWeight):
     buffers = {"codes": qweight.codes, "scales": qweight.scales}
     if qweight.zeros is not None:
         buffers["zeros"] = qweight.zeros
-    return buffers
+    return buffers | {name: getattr(qweight, name) for name in input_grid(qweight.scheme)}
 
 
 def restore(buffers, scheme, shape):
-    return QuantWeight(buffers["codes"], buffers["scales"], scheme, buffers.get("zeros"))
+    return QuantWeight(**buffers, scheme=scheme)
 
 
 def linear(x, buffers, scheme, shape, bias=None):

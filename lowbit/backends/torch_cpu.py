@@ -52,6 +52,8 @@ def _block_rows() -> int | None:
 
 
 def refuse(scheme, device, dtype, shape):
+    if scheme.activations is not None:
+        return "multiplies inputs in floating point only"
     if torch.device(device).type != "cpu":
         return f"runs on cpu, not on {torch.device(device).type}"
     if dtype not in (torch.bfloat16, torch.float16):

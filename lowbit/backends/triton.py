@@ -58,6 +58,8 @@ def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device, exper
 
 
 def refuse(scheme, device, dtype, shape):
+    if scheme.activations is not None:
+        return "multiplies inputs in floating point only"
     kind = torch.device(device).type
     if kind != ("cpu" if INTERPRETED else "cuda"):
         return f"runs on GPUs, not on {kind}"
@@ -83,12 +85,12 @@ def prepare(qweight: QuantWeight):
 def restore(buffers, scheme, shape):
     from lowbit_kernels.layout import Layout, unpack
 
-    layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, *shape)
+    layout = Layout(scheme.bits, kernel_group(scheme, shape), scheme.sym, buffers["scales_like"].dtype, *shape)
     codes, scales, zeros = unpack(buffers["weight"], buffers["meta"], layout)
     return QuantWeight(codes, scales, scheme, zeros)
 
 
-def _group_size(scheme, shape) -> int:
+def kernel_group(scheme, shape) -> int:
     """A group that is the whole row is a scale per row, whatever it is called."""
     return scheme.group_size if scheme.groups(shape[-1]) > 1 else PER_CHANNEL
 
@@ -96,14 +98,14 @@ def _group_size(scheme, shape) -> int:
 def linear(x, buffers, scheme, shape, bias=None):
     return torch.ops.lowbit_kernels.linear(
         x, buffers["weight"], buffers["meta"], bias,
-        scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, shape[0],
+        scheme.bits, kernel_group(scheme, shape), scheme.sym, buffers["scales_like"].dtype, shape[0],
     )  # fmt: skip
 
 
 def experts(x, buffers, expert_start, scheme, shape, bias=None):
     return torch.ops.lowbit_kernels.experts(
         x, buffers["weight"], buffers["meta"], expert_start, bias,
-        scheme.bits, _group_size(scheme, shape), scheme.sym, buffers["scales_like"].dtype, shape[-2],
+        scheme.bits, kernel_group(scheme, shape), scheme.sym, buffers["scales_like"].dtype, shape[-2],
     )  # fmt: skip
 
 
@@ -122,18 +124,24 @@ def tables(device) -> dict[str, dict]:
     return {origin: {"path": str(path), "entries": len(select.read_table(path))} for origin, path in files.items()}
 
 
+def _layout(scheme, shape, dtype):
+    from lowbit_kernels.layout import Layout
+
+    return Layout(scheme.bits, kernel_group(scheme, shape), scheme.sym, dtype, *shape[-2:])
+
+
 def explain(scheme, shape: tuple[int, ...], dtype, rows: int, device) -> dict:
     """{"kernel", "config", "reason"}: what multiplies x [rows, in_features] by a weight (out_features, in_features),
     or, sorted by expert, by (experts, out_features, in_features), and why."""
     from lowbit_kernels import select
-    from lowbit_kernels.layout import Layout
 
-    device = torch.device(device)
-    layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, dtype, *shape[-2:])
+    layout, device = _layout(scheme, shape, dtype), torch.device(device)
     if len(shape) == 3:
-        choice = select.choose_for_experts(layout, rows, shape[0], device)
-    else:
-        choice = select.choose(layout, rows, device)
+        return described(select.choose_for_experts(layout, rows, shape[0], device))
+    return described(select.choose(layout, rows, device))
+
+
+def described(choice) -> dict:
     return {"kernel": choice.kernel, "config": vars(choice.config), "reason": choice.reason}
 
 
@@ -142,12 +150,15 @@ def tune(scheme, shape: tuple[int, int], dtype, rows: int, device) -> dict:
 
     {"kernel", "config", "us", "key", "dropped"}: dropped says which candidates failed, and why.
     """
+    return tuned(_layout(scheme, shape, dtype), rows, device)
+
+
+def tuned(layout, rows: int, device) -> dict:
+    """`tune` for a layout of either kind."""
     from lowbit_kernels import select
-    from lowbit_kernels.layout import Layout
     from lowbit_kernels.tune import fastest
 
     device = torch.device(device)
-    layout = Layout(scheme.bits, _group_size(scheme, shape), scheme.sym, dtype, *shape)
     kernel, config, us, dropped = fastest(layout, rows, device)
     gpu, key = select.gpu_of(device), select.key(layout, rows)
     select.write_table(select.user_table(gpu), gpu, {key: (kernel, config, us)})

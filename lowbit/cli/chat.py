@@ -190,7 +190,7 @@ class Conversation:
     def answer(self, line: str) -> None:
         question = {"role": "user", "content": line}
         try:
-            ids = self._prompt(question)
+            ids, dropped = self._prompt(question)
             room = self._room(ids)
             result = self.session.generate(ids, **{**self.options, "max_new_tokens": room}, on_text=_show)
         except LowbitError as error:
@@ -202,24 +202,21 @@ class Conversation:
         notes.print(
             f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second{ending}]", style="dim", markup=False
         )
-        self.last = result.stats
+        if dropped and not self.dropped:
+            notes.print("[the context is full: the oldest turns are dropped from here on]", markup=False)
+        self.last, self.dropped = result.stats, dropped
         if self.stats:
             show_stats(self.last)
         self.turns += [question, {"role": "assistant", "content": result.text}]
 
     def _prompt(self, question: dict):
-        """The ids [1, T] of the conversation and a question, less the oldest turns where they are to slide."""
-        shown = [*self.turns[self.dropped :], question]
-        ids = self.session.encode_chat([*self.start, *shown])
-        if not self.slide or self._fits(ids):
-            return ids
-        while not self._fits(ids) and len(shown) > 1:
-            shown = shown[2:]
-            ids = self.session.encode_chat([*self.start, *shown])
-        if not self.dropped:
-            notes.print("[the context is full: the oldest turns are dropped from here on]", markup=False)
-        self.dropped = len(self.turns) + 1 - len(shown)
-        return ids
+        """The ids [1, T] of the conversation and a question, and how many messages were left out: those before, and
+        where they are to slide as many of the oldest turns as need be."""
+        for dropped in range(self.dropped, len(self.turns) + 1, 2):
+            ids = self.session.encode_chat([*self.start, *self.turns[dropped:], question])
+            if not self.slide or self._fits(ids):
+                break
+        return ids, dropped
 
     def _fits(self, ids) -> bool:
         """Whether there is room for an answer as long as wanted, or else a quarter of the context."""

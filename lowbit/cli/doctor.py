@@ -101,17 +101,18 @@ def kernels_of(model: str, devices: list[str]) -> list[dict]:
     device and number of rows. shape: [out_features, in_features], of fused experts [experts, ...], whose rows are those
     of all experts together. Where no kernel runs a layer, kernel and rows are None and the reason says why.
     """
-    from lowbit.backends import get_backend
+    from lowbit.backends import kernels_for
 
-    triton, found = get_backend("triton"), []
+    found = []
     layers, dtype = _layers(model)
     for scheme, shape in layers:
         for device in devices:
             case = {"scheme": scheme.name, "shape": list(shape), "device": device}
-            if reason := triton.refuse(scheme, device, dtype, shape):
+            kernels = kernels_for(scheme)
+            if reason := kernels.refuse(scheme, device, dtype, shape):
                 found.append({**case, "rows": None, "kernel": None, "config": {}, "reason": reason})
                 continue
-            found += [{**case, "rows": rows, **triton.explain(scheme, shape, dtype, rows, device)} for rows in _ROWS]
+            found += [{**case, "rows": rows, **kernels.explain(scheme, shape, dtype, rows, device)} for rows in _ROWS]
     return found
 
 

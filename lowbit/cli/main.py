@@ -30,6 +30,7 @@ COMMANDS = {
     "report": ("lowbit.cli.report:report", "Show what a quantize run did as one HTML page."),
     "generate": ("lowbit.cli.generate:generate", "Complete a prompt."),
     "chat": ("lowbit.cli.chat:chat", "Talk to a model."),
+    "bench": ("lowbit.cli.bench:bench", "Measure how fast a model runs here, beside others."),
     "push": ("lowbit.cli.push:push", "Write the model card and upload a quantized folder to the Hub."),
     "tune": ("lowbit.cli.tune:tune", "Find the fastest kernels for a model on this GPU."),
     "doctor": ("lowbit.cli.doctor:doctor", "Show versions, devices, and which backends run here."),

@@ -20,6 +20,7 @@ from lowbit.cli.common import (
 )  # fmt: skip
 from lowbit.cli.half import only_converts, preview_dtype
 from lowbit.cli.recipe import (
+    ActivationRangeOption,
     BitsOption,
     FormatOption,
     GroupSizeOption,
@@ -57,6 +58,7 @@ def plan(
     lm_head_scheme: LmHeadSchemeOption = None,
     include_vision: IncludeVisionOption = False,
     smooth: SmoothOption = None,
+    activation_range: ActivationRangeOption = None,
     override: OverrideOption = None,
     ignore: IgnoreOption = None,
     format: FormatOption = "compressed-tensors",
@@ -71,7 +73,7 @@ def plan(
     """
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-        include_vision, smooth,
+        include_vision, smooth, activation_range,
     )  # fmt: skip
     name, files = one_model(model, model_option), {"max_shard_size": max_shard_size, "revision": revision}
     options = {"num_samples": num_samples, "seqlen": seqlen, "format": format}

@@ -34,6 +34,7 @@ from lowbit.cli.common import (
 from lowbit.cli.half import convert_to_dtype, only_converts, preview_dtype
 from lowbit.cli.plan import preview
 from lowbit.cli.recipe import (
+    ActivationRangeOption,
     BitsOption,
     FormatOption,
     GroupSizeOption,
@@ -85,6 +86,7 @@ def quantize(
     lm_head_scheme: LmHeadSchemeOption = None,
     include_vision: IncludeVisionOption = False,
     smooth: SmoothOption = None,
+    activation_range: ActivationRangeOption = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +117,7 @@ def quantize(
     model = one_model(model, model_option)
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-        include_vision, smooth,
+        include_vision, smooth, activation_range,
     )  # fmt: skip
     files = {"max_shard_size": max_shard_size, "revision": revision}
     how = {"dataset": dataset, "num_samples": num_samples, "seqlen": seqlen, "seed": seed, "redo": redo}

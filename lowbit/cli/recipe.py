@@ -9,7 +9,11 @@ from lowbit.errors import UsageError
 
 SchemeOption = Annotated[
     str | None,
-    typer.Option(help="W4A16, W8A16-G64, W4A16_ASYM, ... (default W4A16), or FP16, BF16.", show_default=False),
+    typer.Option(
+        help="W4A16, W8A16-G64, W4A16_ASYM, ...; with integer activations W8A8, W8A8-STATIC, W4A8; or FP16, BF16 "
+        "(default W4A16).",
+        show_default=False,
+    ),
 ]
 BitsOption = Annotated[int | None, typer.Option(help="2, 3, 4 or 8; instead of --scheme.", show_default=False)]
 GroupSizeOption = Annotated[
@@ -49,6 +53,12 @@ SmoothOption = Annotated[
 OverrideOption = Annotated[
     list[str] | None, typer.Option(help="REGEX=SCHEME for the modules it matches; repeatable.", show_default=False)
 ]
+ActivationRangeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of W8A8-STATIC: the range of inputs is minmax, percentile or mse (default minmax).", show_default=False
+    ),
+]
 IgnoreOption = Annotated[
     list[str] | None, typer.Option(help="Regex of modules to leave alone; repeatable.", show_default=False)
 ]
@@ -57,7 +67,7 @@ FormatOption = Annotated[str, typer.Option(help="compressed-tensors, gptq or awq
 
 def recipe_arguments(
     scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-    include_vision, smooth,
+    include_vision, smooth, activation_range,
 ) -> dict:  # fmt: skip
     """The keywords of `lowbit.quantize` and `lowbit.plan` that these options stand for."""
     if scheme is not None and bits is not None:
@@ -73,6 +83,7 @@ def recipe_arguments(
         "lm_head": head_scheme(lm_head, lm_head_scheme),
         "include_vision": include_vision,
         "smooth": smooth,
+        "activation_range": activation_range,
     }
 
 

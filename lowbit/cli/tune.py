@@ -34,7 +34,7 @@ def tune(
     """
     import torch
 
-    from lowbit.backends import get_backend
+    from lowbit.backends import get_backend, kernels_for
 
     triton = get_backend("triton")
     if dtype not in _DTYPES:
@@ -42,14 +42,14 @@ def tune(
     counts = _counts(rows)
     cases = []
     for weight_scheme, shape in _weights(what, scheme):
-        reason = triton.refuse(weight_scheme, device, getattr(torch, dtype), shape)
+        reason = kernels_for(weight_scheme).refuse(weight_scheme, device, getattr(torch, dtype), shape)
         if reason:
             raise BackendError(f"cannot tune {weight_scheme.name} {list(shape)} on {device}: {reason}")
         cases += [(weight_scheme, shape, count) for count in counts]
     found = []
     with progress("tuning", len(cases), quiet=json) as advance:
         for weight_scheme, shape, count in cases:
-            result = triton.tune(weight_scheme, shape, getattr(torch, dtype), count, device)
+            result = kernels_for(weight_scheme).tune(weight_scheme, shape, getattr(torch, dtype), count, device)
             found.append(result)
             advance(1, f"{result['key']}: {result['kernel']}, {result['us']:.1f} us")
     if json:

@@ -11,7 +11,7 @@ whose main scheme is `default`;
 `detect(config) -> bool`; `parse(config)`, which says of a checkpoint
     `lookup(names, class_name) -> Scheme or None`, of a module known under any of `names`;
     `exhaustive`: modules that `lookup` finds are all stored quantized; `silent_on_symmetry`: only zeros tell;
-    `required(scheme)`: the suffixes that every quantized module has;
+    `required(scheme)`: the suffixes that every quantized module has, that of its codes first;
     `shape(tensors, scheme) -> (out_features, in_features)`, None where they are stored;
     `converted(tensors, scheme, shape)`: which suffixes of a weight's tensors are not those of compressed-tensors, or
     not laid out as it is today -> theirs there;

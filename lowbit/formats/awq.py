@@ -27,6 +27,8 @@ _PLACES = tuple(_ORDER.index(column) for column in range(8))
 
 
 def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
+    if scheme.activations is not None:
+        return f"awq has no quantized activations, which {scheme.name} asks for"
     if scheme.bits != _BITS:
         return f"awq has {_BITS} bits, not {scheme.bits}"
     if shape[0] % 8:

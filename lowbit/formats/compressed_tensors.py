@@ -1,8 +1,11 @@
-"""compressed-tensors `pack-quantized`: weight-only integers as llm-compressor writes them and vLLM reads them.
+"""compressed-tensors `pack-quantized` and `int-quantized`: integers as llm-compressor writes and vLLM reads them.
 
-Tensors of a module X with weight [N, K]: `weight_packed` int32 [N, ceil(K*bits/32)], `weight_scale` [N, G],
-`weight_zero_point` int32 [ceil(N*bits/32), G] (asymmetric only, packed along N), `weight_shape` int64 [2] = [N, K].
-The spec is the compressed-tensors package; facts that are easy to get wrong are marked below.
+Tensors of a module X with weight [N, K] in `pack-quantized`: `weight_packed` int32 [N, ceil(K*bits/32)], `weight_scale`
+[N, G], `weight_zero_point` int32 [ceil(N*bits/32), G] (asymmetric only, packed along N), `weight_shape` int64 [2] =
+[N, K]. In `int-quantized`, which weights of 8 bits are stored in where activations are quantized: `weight` int8 [N, K],
+`weight_scale` [N, G], `weight_zero_point` int8 [N, G] (asymmetric only), signed: a code of ours less 128. In both,
+where activations are static: `input_scale` [1], `input_zero_point` int8 [1] (asymmetric only). The spec is the
+compressed-tensors package; facts that are easy to get wrong are marked below.
 """
 
 import re
@@ -13,13 +16,15 @@ import torch
 from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import packed_width, unpack
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import PER_CHANNEL, Scheme
+from lowbit.qweight import QuantWeight, input_grid
+from lowbit.scheme import PER_CHANNEL, Activations, Scheme
 
 METHOD = "compressed-tensors"
 # Codes and scales of fused experts are stored as they are in memory where a family stores them fused
 ACT_ORDER, FUSED_EXPERTS = False, True
-SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+SUFFIXES = ("weight", *PACKED_SUFFIXES, "input_scale", "input_zero_point")
+_PACK, _INT, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 # The version of the layout we follow (dense 3-bit); readers show it and dispatch on nothing
 _LAYOUT_VERSION = "0.20.0"
 
@@ -28,19 +33,44 @@ def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | Non
     return None
 
 
+def _stored_as(scheme: Scheme) -> str:
+    """The name of the layout that llm-compressor takes for the scheme."""
+    return _INT if scheme.bits == 8 and scheme.activations is not None else _PACK
+
+
 def suffixes(scheme: Scheme) -> tuple[str, ...]:
-    return tuple(s for s in SUFFIXES if s != "weight_zero_point" or not scheme.sym)
+    """Those that every module of the scheme has; the first is that of the codes."""
+    present = {"weight", "weight_scale"} if _stored_as(scheme) == _INT else {*PACKED_SUFFIXES}
+    present = present - {"weight_zero_point"} if scheme.sym else present | {"weight_zero_point"}
+    present.update(INPUT_SUFFIXES[name] for name in input_grid(scheme))
+    return tuple(s for s in SUFFIXES if s in present)
+
+
+# Fields of a QuantWeight -> how they are stored
+INPUT_SUFFIXES = {"input_scale": "input_scale", "input_zero": "input_zero_point"}
+
+
+def _signed(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes of 8 bits -> the int8 that lie 128 below."""
+    return (codes ^ 128).contiguous().view(torch.int8)
 
 
 def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
     """Meta tensors give meta tensors: the exact shapes and dtypes that a file will hold."""
-    qweight.require_natural_order("pack-quantized")
-    bits = qweight.scheme.bits
-    tensors = {"weight_packed": pack_bits(qweight.codes, bits), "weight_scale": qweight.scales}
-    if qweight.zeros is not None:
-        tensors["weight_zero_point"] = pack_bits(qweight.zeros.T.contiguous(), bits).T.contiguous()
-    tensors["weight_shape"] = torch.tensor(qweight.codes.shape, dtype=torch.int64)
-    return tensors
+    qweight.require_natural_order("compressed-tensors")
+    bits, zeros = qweight.scheme.bits, qweight.zeros
+    tensors = {"weight_scale": qweight.scales}
+    if _stored_as(qweight.scheme) == _INT:
+        tensors["weight"] = _signed(qweight.codes)
+        if zeros is not None:
+            tensors["weight_zero_point"] = _signed(zeros)
+    else:
+        tensors["weight_packed"] = pack_bits(qweight.codes, bits)
+        tensors["weight_shape"] = torch.tensor(qweight.codes.shape, dtype=torch.int64)
+        if zeros is not None:
+            tensors["weight_zero_point"] = pack_bits(zeros.T.contiguous(), bits).T.contiguous()
+    tensors |= {INPUT_SUFFIXES[name]: getattr(qweight, name) for name in input_grid(qweight.scheme)}
+    return {suffix: tensors[suffix] for suffix in suffixes(qweight.scheme)}
 
 
 def shapes(
@@ -48,11 +78,15 @@ def shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """(shape, dtype) of each tensor of one linear; dtype None stands for the model's floating dtype."""
     groups = scheme.groups(in_features)
+    zeros = ((packed_width(out_features, scheme.bits), groups), torch.int32)
     table = {
+        "weight": ((out_features, in_features), torch.int8),
         "weight_packed": ((out_features, packed_width(in_features, scheme.bits)), torch.int32),
         "weight_scale": ((out_features, groups), None),
-        "weight_zero_point": ((packed_width(out_features, scheme.bits), groups), torch.int32),
+        "weight_zero_point": ((out_features, groups), torch.int8) if _stored_as(scheme) == _INT else zeros,
         "weight_shape": ((2,), torch.int64),
+        "input_scale": ((1,), torch.float32),
+        "input_zero_point": ((1,), torch.int8),
     }
     return {suffix: table[suffix] for suffix in suffixes(scheme)}
 
@@ -61,6 +95,13 @@ def unpack_weight(
     tensors: Mapping[str, torch.Tensor], scheme: Scheme, out_features: int, in_features: int
 ) -> QuantWeight:
     """The inverse of `pack`; raises InputError for a packed width that does not belong to the scheme."""
+    grid = {name: tensors[INPUT_SUFFIXES[name]] for name in input_grid(scheme)}
+    if grid:
+        grid["input_scale"] = grid["input_scale"].float()
+    if _stored_as(scheme) == _INT:
+        codes = tensors["weight"].view(torch.uint8) ^ 128
+        zeros = None if scheme.sym else tensors["weight_zero_point"].view(torch.uint8) ^ 128
+        return QuantWeight(codes, tensors["weight_scale"], scheme, zeros, **grid)
     packed = tensors["weight_packed"]
     if packed.shape[1] != packed_width(in_features, scheme.bits):
         raise InputError(
@@ -76,7 +117,7 @@ def unpack_weight(
             raise InputError(f"weight_zero_point has shape {list(packed_zeros.shape)}, expected {expected}")
         zeros = unpack(packed_zeros.T, scheme.bits, out_features).T.contiguous()
     # no file of this format has one: other formats' act-order, on its way into memory
-    return QuantWeight(codes, tensors["weight_scale"], scheme, zeros, tensors.get("weight_g_idx"))
+    return QuantWeight(codes, tensors["weight_scale"], scheme, zeros, tensors.get("weight_g_idx"), **grid)
 
 
 def _weight_args(scheme: Scheme) -> dict:
@@ -88,6 +129,17 @@ def _weight_args(scheme: Scheme) -> dict:
         "strategy": "channel" if per_channel else "group",
         "group_size": None if per_channel else scheme.group_size,
         "dynamic": False,
+    }
+
+
+def _activation_args(scheme: Scheme) -> dict | None:
+    activations = scheme.activations
+    return activations and {
+        "num_bits": activations.bits,
+        "type": "int",
+        "symmetric": activations.sym,
+        "strategy": activations.strategy,
+        "dynamic": not activations.static,
     }
 
 
@@ -103,18 +155,19 @@ def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[
         return {
             "targets": list(group_targets),
             "weights": _weight_args(scheme),
-            "input_activations": None,
+            "input_activations": _activation_args(scheme),
             "output_activations": None,
-            "format": "pack-quantized",
+            "format": _stored_as(scheme),
         }
 
     groups = {"group_0": group(["Linear"], default)}
     for scheme in sorted(set(exceptions.values()), key=lambda s: s.name):
         names = [name for name, other in exceptions.items() if other == scheme]
         groups[f"group_{len(groups)}"] = group(names, scheme)
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": METHOD,
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else _MIXED,
         # without this status transformers would run on random weights
         "quantization_status": "compressed",
         "config_groups": groups,
@@ -131,14 +184,13 @@ def detect(quantization_config: Mapping) -> bool:
 
 def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
     stored = group.get("format") or fallback_format
-    if stored != "pack-quantized":
-        raise InputError(f"compressed-tensors format {stored!r} is not weight-only integers; expected 'pack-quantized'")
+    if stored not in (_PACK, _INT):
+        raise InputError(f"compressed-tensors format {stored!r} is not of integers; expected {_PACK!r} or {_INT!r}")
     weights = group.get("weights") or {}
     if weights.get("type", "int") != "int":
         raise InputError(f"weights of type {weights['type']!r} cannot be read; expected 'int'")
-    for activations in ("input_activations", "output_activations"):
-        if group.get(activations):
-            raise InputError(f"{activations} are quantized in this checkpoint; expected weight-only quantization")
+    if group.get("output_activations"):
+        raise InputError("output_activations are quantized in this checkpoint; expected those of inputs at most")
     if weights.get("actorder") in ("group", "dynamic"):
         raise InputError(
             "actorder 'group' needs g_idx, which pack-quantized no longer carries; expected null or 'static'"
@@ -148,9 +200,27 @@ def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
         raise InputError(f"strategy {strategy!r} cannot be read; expected 'group' or 'channel'")
     group_size = PER_CHANNEL if strategy == "channel" else weights.get("group_size")
     try:
-        return Scheme(weights.get("num_bits"), group_size, weights.get("symmetric", True))
+        activations = _activations_of(group.get("input_activations"))
+        scheme = Scheme(weights.get("num_bits"), group_size, weights.get("symmetric", True), activations)
     except UsageError as error:
         raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
+    if stored != _stored_as(scheme):
+        raise InputError(f"{scheme.name} is stored as {stored!r} in this checkpoint; expected {_stored_as(scheme)!r}")
+    return scheme
+
+
+def _activations_of(args: Mapping | None) -> Activations | None:
+    if not args:
+        return None
+    if args.get("type", "int") != "int":
+        raise InputError(f"input_activations of type {args['type']!r} cannot be read; expected 'int'")
+    activations = Activations(args.get("num_bits"), args.get("symmetric", True), args.get("strategy"))
+    if args.get("dynamic", False) is activations.static:
+        raise InputError(
+            f"input_activations of strategy {activations.strategy!r} are expected to "
+            f"{'be static' if activations.static else 'be dynamic'}, found dynamic {args.get('dynamic', False)}"
+        )
+    return activations
 
 
 class SchemeMap:
@@ -192,13 +262,16 @@ class SchemeMap:
     def required(self, scheme: Scheme) -> tuple[str, ...]:
         return suffixes(scheme)
 
-    def shape(self, tensors: Mapping, scheme: Scheme) -> None:
-        """(out_features, in_features) are stored, in `weight_shape`."""
+    def shape(self, tensors: Mapping, scheme: Scheme) -> tuple[int, int] | None:
+        """(out_features, in_features) are stored, in `weight_shape`, where they do not show."""
+        return tuple(tensors["weight"].shape[-2:]) if _stored_as(scheme) == _INT else None
 
     def converted(self, tensors: Mapping, scheme: Scheme, shape: tuple[int, int]) -> dict[str, str]:
         """Before version 0.18, ten codes of 3 bits lay in a word, which lost two of its bits."""
+        if scheme.bits != 3:
+            return {}
         width = tensors["weight_packed"].shape[-1]
-        if scheme.bits != 3 or width != -(-shape[1] // 10) or width == packed_width(shape[1], 3):
+        if width != -(-shape[1] // 10) or width == packed_width(shape[1], 3):
             return {}
         return {suffix: suffix for suffix in _STREAM_DIM if suffix in tensors}
 

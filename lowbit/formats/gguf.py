@@ -18,6 +18,8 @@ BLOCK = 32
 
 
 def refuse(scheme: Scheme, in_features: int) -> str | None:
+    if scheme.activations is not None:
+        return f"GGUF has no quantized activations, which {scheme.name} has"
     group = scheme.group_of(in_features)
     if group % BLOCK:
         return f"GGML has one scale for {BLOCK} inputs, and groups of {group} inputs are no multiple of that"

@@ -26,6 +26,8 @@ _PACKED = dict(zip(SUFFIXES, ("weight_packed", "weight_zero_point", "weight_scal
 
 
 def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
+    if scheme.activations is not None:
+        return f"gptq has no quantized activations, which {scheme.name} asks for"
     unit = 32 // math.gcd(scheme.bits, 32)
     if shape[0] % unit or shape[1] % unit:
         return f"gptq packs {unit} codes of {scheme.bits} bits together, which do not divide {shape[0]} x {shape[1]}"

@@ -20,6 +20,8 @@ GROUP_SIZES = (32, 64, 128)
 
 
 def refuse(scheme: Scheme) -> str | None:
+    if scheme.activations is not None:
+        return f"MLX has no quantized activations, which {scheme.name} has"
     if scheme.group_size not in GROUP_SIZES:
         return f"MLX has groups of {', '.join(map(str, GROUP_SIZES))} inputs only, not {scheme.name}"
     return None

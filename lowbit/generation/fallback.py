@@ -47,8 +47,8 @@ def refuse(model) -> str | None:
 
 
 @cache
-def say_once(message: str) -> None:
-    logger.info(message)
+def say_once(message: str, level: int = logging.INFO) -> None:
+    logger.log(level, message)
 
 
 class Listener(StoppingCriteria):

@@ -3,16 +3,18 @@
 Models that have no static cache run in `model.generate`, with the same parameters.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
-from lowbit.errors import UsageError, first_line
+from lowbit.errors import InputError, UsageError, first_line
 from lowbit.generation.answer import Answer
 from lowbit.generation.cache import filled_cache, rewind, room, static_cache, unusable
 from lowbit.generation.fallback import model_generate, refuse, say_once
 from lowbit.generation.graph import CudaGraphs, Direct, Pipeline
+from lowbit.generation.kv_int8 import in_int8
 from lowbit.generation.sampling import Sampling
 from lowbit.generation.stats import Stats, Stopwatch
 from lowbit.generation.step import Step
@@ -53,12 +55,22 @@ class Decoder:
     tensor `cumulative_length` and change nothing else than tensors in a step; by default one of those in `cache`.
     compile: torch.compile the step; by default it is not.
     graphs: where steps run (see `graph`); by default CUDA graphs on CUDA, plain calls elsewhere.
+    int8_cache: keys and values are kept in 8 bits (see `kv_int8`).
     """
 
-    def __init__(self, model, *, make_cache: Callable | None = None, compile: bool | None = None, graphs=None):
-        self.model, self.compile = model, bool(compile)
+    def __init__(
+        self,
+        model,
+        *,
+        make_cache: Callable | None = None,
+        compile: bool | None = None,
+        graphs=None,
+        int8_cache: bool = False,
+    ):
+        self.model, self.compile, self.int8_cache = model, bool(compile), int8_cache
         self.graphs = graphs or (CudaGraphs(model.device) if model.device.type == "cuda" else Direct())
         called = isinstance(self.graphs, Direct) and not compile
+        self.cache_asked = make_cache is not None
         self.make_cache = make_cache or (filled_cache if called else static_cache)
         self.refusal = refuse(model)
         self.step: Step | None = None
@@ -156,6 +168,7 @@ class Decoder:
             length = room(needed, old.length if old is not None else 0)
             self.step = self.replay = self.held = old = None  # frees the old cache before there is a new one
             cache = self.make_cache(self.model, batch, length)
+            cache = in_int8(cache) if self.int8_cache else cache
             self.refusal = unusable(cache)
             if self.refusal is not None:
                 return
@@ -234,8 +247,12 @@ class Decoder:
             say_once(f"{type(self.model).__name__} is not compiled: {self.why}")
 
     def _fall_back(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int) -> None:
+        if self.int8_cache:
+            raise InputError(f"keys and values in int8 need a cache that this model does not run with: {self.refusal}")
         self.path, self.why = "model.generate", self.refusal
-        say_once(f"{type(self.model).__name__} runs in model.generate: {self.why}")
+        name, without = type(self.model).__name__, ", without the cache that was asked for" if self.cache_asked else ""
+        level = logging.WARNING if self.cache_asked else logging.INFO
+        say_once(f"{name} runs in model.generate{without}: {self.why}", level)
 
         def on_token(tokens: list[int]) -> bool:
             if not run.answer.steps:

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoTokenizer
 
 from lowbit.errors import InputError, first_line
-from lowbit.generation.kv_int8 import Int8StaticCache
 from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
@@ -41,20 +40,13 @@ class Generation:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def _int8_cache(model, batch: int, length: int) -> Int8StaticCache:
-    return Int8StaticCache(model.config, length)
-
-
-_CACHES = {"full": None, "int8": _int8_cache}  # None: what the decoder finds best
-
-
 class Session:
     """A loaded model that completes text and answers chats. What a prompt shares with the text before it stays in the
-    cache. make_cache and compile are those of `Decoder`."""
+    cache. int8_cache and compile are those of `Decoder`."""
 
-    def __init__(self, model, tokenizer, *, make_cache: Callable | None = None, compile: bool | None = None):
+    def __init__(self, model, tokenizer, *, int8_cache: bool = False, compile: bool | None = None):
         self.model, self.tokenizer = model, tokenizer
-        self.decoder = Decoder(model, make_cache=make_cache, compile=compile)
+        self.decoder = Decoder(model, int8_cache=int8_cache, compile=compile)
 
     @property
     def context_length(self) -> int | None:
@@ -132,4 +124,4 @@ def open_session(
     folder = resolve(model, revision)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     loaded = load(folder, trust_remote_code=trust_remote_code, **kwargs)
-    return Session(loaded, tokenizer, make_cache=_CACHES[kv_cache], compile=compile)
+    return Session(loaded, tokenizer, int8_cache=kv_cache == "int8", compile=compile)

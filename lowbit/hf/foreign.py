@@ -49,6 +49,11 @@ class StoredModel:
             self.sites = {
                 name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
             }
+        for name, found in self.sites.items():
+            if found.site.kind == "experts" and found.scheme.activations is not None:
+                raise InputError(
+                    f"{name} is {found.scheme.name}: of experts lowbit runs weight-only schemes, W<bits>A16"
+                )
         # suffixes of tensors that are laid out otherwise -> those that they become
         self._converted: dict[str, str] = {}
         for weight in self.stored.weights.values():
@@ -113,7 +118,7 @@ def _combined(site: Site, weights: list[StoredWeight]) -> StoredSite:
 
 
 def _packed_names(site: Site) -> list[str]:
-    suffixes = (*packed_format.SUFFIXES, "weight_g_idx")
+    suffixes = (*packed_format.PACKED_SUFFIXES, "weight_g_idx")
     if site.kind == "experts":
         return [packed_name(site.parameter, suffix) for suffix in suffixes]
     return [f"{site.module}.{suffix}" for suffix in suffixes]

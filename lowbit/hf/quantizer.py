@@ -82,7 +82,7 @@ class QuantizeOnLoad(ConversionOps):
         return {f"{site.module}.{suffix}": part for suffix, part in packed.items()}
 
 
-_PACKED = tuple(suffix.removeprefix("weight") for suffix in packed_format.SUFFIXES)
+_PACKED = tuple(suffix.removeprefix("weight") for suffix in packed_format.PACKED_SUFFIXES)
 
 
 def _is_of_packed(conversion) -> bool:
@@ -123,7 +123,7 @@ class LowbitQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: LowbitConfig
     # lets the merges that transformers does for fused experts apply to each packed tensor
-    serialized_names = {"weight": list(packed_format.SUFFIXES)}  # noqa: RUF012
+    serialized_names = {"weight": list(packed_format.PACKED_SUFFIXES)}  # noqa: RUF012
 
     def validate_environment(self, *args, **kwargs):
         if self.pre_quantized and self.quantization_config.source is None:
@@ -249,7 +249,7 @@ class LowbitQuantizer(HfQuantizer):
     def _check_loaded(self, name: str, module: nn.Module, parameters) -> None:
         """transformers fills a parameter that the checkpoint lacks with whatever is there; here it is an error."""
         missing = [p for p in parameters if not getattr(module._parameters[p], "_is_hf_initialized", False)]
-        if "weight" in module._parameters:
+        if "weight" in module._parameters and "weight" not in parameters:
             missing = ["weight"]
         if missing:
             raise InputError(

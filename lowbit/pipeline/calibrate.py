@@ -24,14 +24,13 @@ from lowbit.pipeline.calibrated import LayerRun, quantize_layer
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.layers import LayeredModel
 from lowbit.pipeline.memory import available_memory, expected_peak, held_between_stages, peak_memory
-from lowbit.pipeline.plan import Plan, Step
+from lowbit.pipeline.plan import Plan, Step, statistics
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import Report
 from lowbit.pipeline.smoothing import Smoothed, Smoother, recorded_edits, scaled
 from lowbit.pipeline.streams import NoStreams, Streams, StreamsWriter
 from lowbit.pipeline.targets import Target, targets
 from lowbit.pipeline.write import Progress, read_checked
-from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Recipe
 
@@ -113,7 +112,7 @@ def _silent(*_) -> None:
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether a run goes through the layers with calibration samples."""
-    return bool(get_quantizer(recipe.method).needs(recipe.options)) or recipe.smooth is not None
+    return bool(statistics(recipe)) or recipe.smooth is not None
 
 
 def compute_dtype(config, device: torch.device) -> torch.dtype:
@@ -147,8 +146,7 @@ class _LayerLoop:
         quantized = LayeredModel(
             self.config, self.reader, samples.input_ids, self.dtype, self.device, self.calibration.trust_remote_code
         )
-        needs = get_quantizer(self.plan.recipe.method).needs(self.plan.recipe.options)
-        models = (quantized, quantized.twin()) if "missing" in needs else (quantized,)
+        models = (quantized, quantized.twin()) if "missing" in statistics(self.plan.recipe) else (quantized,)
         steps = self._steps_by_layer(quantized)
         size, hidden = self.dtype.itemsize, quantized.model.config.get_text_config().hidden_size
         report.expected_peak = expected_peak(steps, len(models), size)
@@ -248,6 +246,11 @@ class _LayerLoop:
                 layers[number].append(step)
             elif model.is_head(parameter):
                 head.append(step)
+            elif step.scheme.is_static:
+                raise InputError(
+                    f"{step.base} lies outside of the decoder layers, where calibration does not see its inputs: leave "
+                    "it alone with --ignore, or give it a dynamic scheme with --override"
+                )
         return layers + ([head] if head else [])
 
     def _resume(self, steps: list[list[Step]], samples: Samples) -> int:

@@ -8,11 +8,13 @@ quantized weights.
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from lowbit.calibration.moments import Moments
 from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
+from lowbit.errors import InputError
 from lowbit.grid import dequantize
 from lowbit.memory import return_freed
 from lowbit.pipeline.layers import LayeredModel
@@ -23,6 +25,8 @@ from lowbit.pipeline.streams import Streams, StreamsWriter
 from lowbit.pipeline.targets import Target, targets
 from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
+from lowbit.ranges import RangeObserver
+from lowbit.scheme import Recipe
 
 # An expert that saw fewer tokens than this is shown others, that were routed elsewhere
 _FEWEST_TOKENS = 256
@@ -127,32 +131,58 @@ def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, 
     of the report."""
     todo = targets(steps, tensors, run.quantized.names, run.quantized.model)
     for number, stage in enumerate(run.find_stages(list(todo))):
-        for together, moments, routed in _measured(run, number, stage, todo, ranks):
+        for together, seen in _measured(run, number, stage, todo, ranks):
             kinds = _alike(together)
             for alike in kinds:
-                _quantize_together(alike, moments, routed, plan, run, ranks, done, last=alike is kinds[-1])
+                _quantize_together(alike, seen, plan, run, ranks, done, last=alike is kinds[-1])
         for name in stage.parameters:
             del todo[name]
     for name in list(todo):  # never used in the forward pass: nothing was measured
         for target in todo[name]:
-            _quantize_together([target], None, None, plan, run, ranks, done, last=True)
+            _quantize_together([target], Seen(None), plan, run, ranks, done, last=True)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was measured of an input. moments: None where the forward pass does not use it. ranges: of the quantized
+    stream, which is what static activations will meet. routed: how many tokens a router sent there."""
+
+    moments: Moments | None
+    ranges: RangeObserver | None = None
+    routed: int | None = None
+
+    def input_grid(self, target: Target, recipe: Recipe) -> dict[str, torch.Tensor | None]:
+        """The grid of the inputs of `target` as `QuantWeight.with_inputs` takes it. Raises InputError if it is static,
+        and no token came by."""
+        if not target.step.scheme.is_static:
+            return {}
+        if self.ranges is None or self.ranges.is_empty:
+            raise InputError(
+                f"no calibration token reached {target.step.base}, so the range of its inputs is unknown: give it more "
+                "samples, leave it alone with --ignore, or give it a dynamic scheme with --override"
+            )
+        # rounded to what the other scales are stored in: readers keep all of them in one dtype
+        grid = self.ranges.grid(recipe.activation_range, target.step.scheme.activations, target.weight.dtype)
+        return {"scale": grid[0].float(), "zero": grid[1]}
 
 
 def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], ranks: Ranks):
-    """(targets that share an input, its Moments, how many tokens a router sent there or None) for each input of a
-    stage."""
+    """(targets that share an input, what was Seen of it) for each input of a stage."""
     drift = len(run.models) > 1
     if stage.experts is None:
         together = [target for name in stage.parameters for target in todo[name]]
         weight = together[0].weight
         few_outputs = weight if len(together) == 1 and weight.shape[0] <= weight.shape[1] else None
         moments = Moments(weight.shape[1], run.quantized.device, drift, few_outputs)
+        ranges = RangeObserver() if any(target.step.scheme.is_static for target in together) else None
         for arrived in run.arrivals(number):
             moments.add(*(None if tensor is None else tensor.flatten(0, -2) for tensor in arrived))
+            if ranges is not None:
+                _observe(ranges, arrived[0], together[0])
         return_freed()
         moments.merge(ranks.sum)
         moments.finish()
-        yield together, moments, None
+        yield together, Seen(moments, None if ranges is None else _merged(ranges, ranks))
         return
     inputs = [_of_experts(*arrived) for *arrived, _ in run.arrivals(number)]
     modules = [model.model.get_submodule(stage.experts) for model in (run.models[0], run.models[-1])]
@@ -175,7 +205,21 @@ def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Tar
                     ))  # fmt: skip
             moments.merge(ranks.sum)
             moments.finish()
-            yield together, moments, int(seen[expert])
+            yield together, Seen(moments, routed=int(seen[expert]))
+
+
+def _observe(ranges: RangeObserver, x: torch.Tensor, target: Target) -> None:
+    try:
+        ranges.add(x)
+    except ValueError as error:
+        raise InputError(f"the inputs of {target.step.base} in the calibration are {error}") from None
+
+
+def _merged(ranges: RangeObserver, ranks: Ranks) -> RangeObserver:
+    merged = RangeObserver()
+    for part in ranks.all_of(ranges):
+        merged.merge(part)
+    return merged
 
 
 def _of_experts(quantized: tuple, original: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -204,10 +248,11 @@ def _alike(together: list[Target]) -> list[list[Target]]:
 
 
 def _quantize_together(
-    alike: list[Target], moments: Moments | None, routed: int | None, plan: Plan, run: LayerRun, ranks: Ranks,
-    done: Done, last: bool,
-) -> None:  # fmt: skip
+    alike: list[Target], seen: Seen, plan: Plan, run: LayerRun, ranks: Ranks, done: Done, last: bool
+) -> None:
     started = time.perf_counter()
+    moments, routed = seen.moments, seen.routed
+    grid = seen.input_grid(alike[0], plan.recipe)
     note = _note(moments, routed)
     scheme, weight = alike[0].step.scheme, torch.cat([target.weight for target in alike])
     share = ranks.share_of(len(weight))
@@ -219,12 +264,12 @@ def _quantize_together(
         stats = {"hessian": moments.hessian, "missing": moments.missing(weight, share)}
         if last:
             moments.forget()  # it is the quantizer's now, who frees it
-    parts = ranks.all_of(quantizer.quantize(mine, stats, scheme, options))
+    parts = ranks.all_of(quantizer.quantize(mine, stats, scheme.weight_only, options))
     whole = _joined([part for part, _ in parts])
     notes = [notes for _, notes in parts]
     seconds = (time.perf_counter() - started) * len(alike[0].weight) / len(weight)
     for target, rows in zip(alike, _consecutive(alike), strict=True):
-        qweight = _rows(whole, rows)
+        qweight = _rows(whole, rows).with_inputs(scheme, **grid)
         entry = {
             **layer_entry(target.step, target.expert),
             "error": weight_error(target.weight, qweight),

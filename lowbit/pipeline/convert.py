@@ -298,6 +298,8 @@ def _compare(source: StoredWeights, written: StoredWeights) -> None:
                 ("scales", before.scales, after.scales),
                 ("zeros", _zeros(before), _zeros(after)),
                 ("g_idx", before.g_idx, after.g_idx),
+                ("scales of inputs", before.input_scale, after.input_scale),
+                ("zero points of inputs", before.input_zero, after.input_zero),
             ):
                 same = first is second if first is None or second is None else torch.equal(first, second)
                 if not same:

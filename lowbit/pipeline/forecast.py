@@ -7,7 +7,7 @@ import torch
 
 from lowbit.discovery import decoder_layers
 from lowbit.pipeline.memory import available_memory, expected_peak, held_between_stages, peak_memory
-from lowbit.pipeline.plan import Plan, Step
+from lowbit.pipeline.plan import Plan, Step, statistics
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Recipe
 
@@ -32,7 +32,7 @@ class Forecast:
 def forecast(plan: Plan, model, file_bytes: int, num_samples: int, seqlen: int) -> Forecast:
     """Of running `plan` here. model: the skeleton it was made with. file_bytes: the weight files it writes."""
     recipe = plan.recipe
-    needs = get_quantizer(recipe.method).needs(recipe.options)
+    needs = statistics(recipe)
     copying = (plan.source_bytes + file_bytes) / _COPY_RATE
     if not needs and recipe.smooth is None:
         weights = sum(step.source.numel for step in plan.quantized)
@@ -89,9 +89,9 @@ def _seconds_per_weight(recipe: Recipe, needs: tuple[str, ...]) -> float:
     if needs:
         x = torch.randn(2 * _SIDE, _SIDE, generator=rng).cumsum(1)  # neighbours are alike
         stats = {"hessian": x.T @ x / len(x), "missing": torch.zeros(_ROWS, _SIDE)}
-    scheme = recipe.scheme.fitted(_SIDE)
+    scheme = recipe.scheme.fitted(_SIDE).weight_only
     started = time.perf_counter()
-    get_quantizer(recipe.method).quantize(weight, {name: stats[name] for name in needs}, scheme, recipe.options)
+    get_quantizer(recipe.method).quantize(weight, stats, scheme, recipe.options)
     return (time.perf_counter() - started) / weight.numel()
 
 

@@ -11,6 +11,7 @@ from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
 from lowbit.formats import get_format
+from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Recipe, Scheme
 
@@ -42,6 +43,12 @@ class Step:
         return output_name(self.source.name, suffix)
 
 
+def statistics(recipe: Recipe) -> tuple[str, ...]:
+    """What has to be measured with data: what the method needs ("hessian", "missing"), and the ranges of inputs."""
+    needs = get_quantizer(recipe.method).needs(recipe.options)
+    return (*needs, "ranges") if recipe.is_static else needs
+
+
 def output_name(source: str, suffix: str) -> str:
     """`x.weight` -> `x.weight_packed`; a fused parameter `x.gate_up_proj` -> `x.gate_up_proj_packed`."""
     base = source.removesuffix(".weight")
@@ -67,9 +74,8 @@ class Plan:
     @property
     def fallbacks(self) -> list[Step]:
         """Quantized with another group size than asked, because theirs does not divide in_features."""
-        return [
-            step for step in self.quantized if step.scheme != self.recipe.asked_for(step.site.module, step.site.is_head)
-        ]
+        asked = ((step, self.recipe.asked_for(step.site.module, step.site.is_head)) for step in self.quantized)
+        return [step for step, scheme in asked if step.scheme.group_size != scheme.group_size]
 
     @property
     def total_parameters(self) -> int:

@@ -59,6 +59,7 @@ def plan(
     lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
     smooth: float | str | None = None,
+    activation_range: str | None = None,
     num_samples: int = 128,
     seqlen: int = 2048,
     format: str = "compressed-tensors",
@@ -70,7 +71,9 @@ def plan(
 
     Raises UsageError and InputError where `lowbit.quantize` would before it reads a weight.
     """
-    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth)
+    recipe = make_recipe(
+        scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth, activation_range
+    )
     shard_bytes = parse_size(max_shard_size)
     headers, config = open_headers(model, revision, trust_remote_code)
     planned = make_plan(headers, skeleton(config, trust_remote_code), recipe, format)

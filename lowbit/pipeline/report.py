@@ -28,7 +28,7 @@ def weight_error(weight: torch.Tensor, qweight: QuantWeight) -> float:
     sampled = QuantWeight(
         qweight.codes[::step],
         qweight.scales[::step],
-        qweight.scheme,
+        qweight.scheme.weight_only,
         None if qweight.zeros is None else qweight.zeros[::step],
     )
     difference = dequantize(sampled, torch.float32).sub_(rows)

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader
@@ -20,7 +21,7 @@ from lowbit.pipeline.report import Report, save_report
 from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options
-from lowbit.scheme import HEAD_SCHEME, Recipe, Scheme
+from lowbit.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
 from lowbit.sources import check_apart, load_config, resolve
 
 
@@ -38,6 +39,7 @@ def quantize(
     lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
     smooth: float | str | None = None,
+    activation_range: str | None = None,
     dataset=None,
     num_samples: int = 128,
     seqlen: int = 2048,
@@ -61,20 +63,24 @@ def quantize(
     ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head (its scheme, or
     True for W8A16-G128), and what a model sees, hears or projects with unless include_vision. smooth: scale the inputs
     of linears for smaller errors, and fold the scales into what is before them; a SmoothQuant alpha from 0 to 1, or
-    "auto", which searches it by module.
+    "auto", which searches it by module. activation_range: how schemes with static activations find the range of a
+    linear's inputs in the calibration: "minmax" (default), "percentile" or "mse".
     dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
     with the Plan, may return a progress callback. announce: called with lines a user should read.
 
-    Methods that need data ("gptq"), and all of them with smooth, go through the model layer by layer with the
-    calibration samples: dataset (a name of `datasets`, a file, "self", or token ids [samples, seqlen]), num_samples,
-    seqlen, seed. What they have finished is kept beside the output until it is whole: the same call again after a kill
-    goes on from there. redo: regex of modules whose layers, and all that depend on them, are done again. max_memory:
-    bytes, or "8GB", that activations held between the steps of a layer must fit into with all else; default half of
-    what is free. Under `torchrun` all processes call this, share the work, and get the report; the first one writes.
+    Methods and schemes that need data ("gptq", "W8A8-STATIC"), and all of them with smooth, go through the model layer
+    by layer with the calibration samples: dataset (a name of `datasets`, a file, "self", or token ids [samples,
+    seqlen]), num_samples, seqlen, seed. What they have finished is kept beside the output until it is whole: the same
+    call again after a kill goes on from there. redo: regex of modules whose layers, and all that depend on them, are
+    done again. max_memory: bytes, or "8GB", that activations held between the steps of a layer must fit into with all
+    else; default half of what is free. Under `torchrun` all processes call this, share the work, and get the report;
+    the first one writes.
 
     Raises UsageError (options that cannot work), InputError (the checkpoint), OutputError (the output folder).
     """
-    recipe = make_recipe(scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth)
+    recipe = make_recipe(
+        scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth, activation_range
+    )
     memory = None if max_memory is None else parse_size(max_memory)
     calibration = Calibration(dataset, num_samples, seqlen, seed, redo, memory, trust_remote_code)
     shard_bytes = parse_size(max_shard_size)
@@ -124,14 +130,20 @@ def _nothing(step) -> None:
 
 
 def make_recipe(
-    scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False, smooth=None
-) -> Recipe:
+    scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False, smooth=None,
+    activation_range=None,
+) -> Recipe:  # fmt: skip
     """A Recipe from what a user types; raises UsageError for anything that is not allowed."""
     if is_dtype(scheme):
         raise UsageError(f"{scheme} is a dtype, which nothing is quantized to: lowbit.convert_dtype converts to it")
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    base = Scheme(base.bits, base.group_size if group_size is None else group_size, base.sym if sym is None else sym)
+    asked = {"group_size": group_size, "sym": sym}
+    base = replace(base, **{field: value for field, value in asked.items() if value is not None})
     parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     head = Scheme.parse(lm_head) if isinstance(lm_head, str) else {True: HEAD_SCHEME, False: None}.get(lm_head, lm_head)
-    return Recipe(base, method, checked_options(method, options or {}), parsed, ignore, head, include_vision, smooth)
+    options, ranges = checked_options(method, options or {}), activation_range or ACTIVATION_RANGES[0]
+    recipe = Recipe(base, method, options, parsed, ignore, head, include_vision, smooth, ranges)
+    if activation_range is not None and not recipe.is_static:
+        raise UsageError(f"activation_range is of static schemes, such as W8A8-STATIC, not of {base.name}")
+    return recipe

@@ -288,7 +288,8 @@ def _trip(folder: Folder, weight: StoredWeight, tensors: dict[str, torch.Tensor]
     packed = [fmt.pack(qweight) for qweight in folder.stored.unpacked(weight, tensors)]
     for suffix, info in weight.tensors.items():
         again = [matrix[suffix] for matrix in packed if suffix in matrix]
-        if again and not torch.equal(torch.stack(again) if weight.experts else again[0], tensors[suffix]):
+        stored = tensors[suffix]
+        if again and not torch.equal((torch.stack(again) if weight.experts else again[0]).to(stored.dtype), stored):
             problems.add(f"{info.name} has bits outside of its codes, or codes that its config does not allow")
 
 

@@ -52,8 +52,7 @@ def _write(reader, plan: Plan, folder: Path, shard_bytes: int, report: Report, p
     ):
         copy_side_files(reader.folder, folder)
         written = None
-        for step, outputs in _read_ahead(reader, plan.steps, made, reading):
-            finished_before = step.source.name not in outputs
+        for step, outputs, finished_before in _read_ahead(reader, plan.steps, made, reading):
             if step.scheme is not None and not finished_before:
                 packed, error = _quantize_tensor(outputs[step.source.name], step, plan.recipe, fmt)
                 outputs = {step.output_name(suffix): part for suffix, part in packed.items()}
@@ -91,20 +90,22 @@ def read_checked(reader: CheckpointReader, name: str) -> torch.Tensor:
 
 def _read_ahead(
     reader: CheckpointReader, steps: Iterable[Step], made: Made, pool
-) -> Iterator[tuple[Step, dict[str, torch.Tensor]]]:
-    """Each step with its source tensor or with the output tensors that are made already, the next one being read."""
+) -> Iterator[tuple[Step, dict[str, torch.Tensor], bool]]:
+    """Each step with its source tensor, or with the output tensors where they are made already, and which of the two it
+    is; the next one is being read."""
 
     def read(step: Step):
-        return made(step) or {step.source.name: read_checked(reader, step.source.name)}
+        outputs = made(step)
+        return outputs or {step.source.name: read_checked(reader, step.source.name)}, outputs is not None
 
     pending = None
     for step in steps:
         following = (step, pool.submit(read, step))
         if pending:
-            yield pending[0], pending[1].result()
+            yield pending[0], *pending[1].result()
         pending = following
     if pending:
-        yield pending[0], pending[1].result()
+        yield pending[0], *pending[1].result()
 
 
 def _matrices(tensor: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
@@ -119,7 +120,8 @@ def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> t
         quantizer, options = get_quantizer("rtn"), {"scale_search": "mse"}
     packed, errors = [], []
     for matrix in _matrices(tensor, step):
-        qweight, _ = quantizer.quantize(matrix, {}, step.scheme, options)
+        qweight, _ = quantizer.quantize(matrix, {}, step.scheme.weight_only, options)
+        qweight = qweight.with_inputs(step.scheme)
         errors.append(weight_error(matrix, qweight))
         packed.append(fmt.pack(qweight))
     if tensor.ndim == 2:

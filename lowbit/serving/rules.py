@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lowbit.scheme import PER_CHANNEL, Scheme
+from lowbit.scheme import PER_CHANNEL, TENSOR, Activations, Scheme
 
 RANKS = (1, 2, 4, 8)  # sizes of tensor parallelism that a verdict is about
 COLUMN, ROW = "column", "row"
@@ -30,7 +30,8 @@ class Module:
 @dataclass(frozen=True)
 class Kernel:
     """What a kernel multiplies: bits by symmetry, group sizes (None: each that divides in_features), multiples that the
-    sides of a rank's matrix have to be of; hidden: the same of that side of an expert which ranks do not divide."""
+    sides of a rank's matrix have to be of; hidden: the same of that side of an expert which ranks do not divide.
+    activations: what inputs it takes, None for those in floating point."""
 
     name: str
     sym: tuple[int, ...]
@@ -39,6 +40,7 @@ class Kernel:
     in_multiple: int = 1
     out_multiple: int = 1
     hidden: int = 1
+    activations: tuple[Activations | None, ...] = (None,)
     capability: tuple[int, int] | None = None  # of the GPU, at least; None: runs without one
 
 
@@ -65,6 +67,8 @@ class Rule:
     note: str = ""
 
 
+_TOKEN, _STATIC = Activations(), Activations(strategy=TENSOR)
+_INTEGERS = (_TOKEN, replace(_TOKEN, sym=False), _STATIC, replace(_STATIC, sym=False))
 _ALL, _MARLIN_GROUPS = (2, 3, 4, 8), (PER_CHANNEL, 32, 64, 128)
 
 # vLLM 0.33.0, paths below vllm/model_executor. The order of kernels: kernels/linear/__init__.py `_POSSIBLE_KERNELS`.
@@ -72,6 +76,11 @@ _ALL, _MARLIN_GROUPS = (2, 3, 4, 8), (PER_CHANNEL, 32, 64, 128)
 # capability: layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py
 _VLLM_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, capability=(7, 5))
 _VLLM_HUMMING = Kernel("Humming", _ALL, _ALL, capability=(7, 5))
+# layers/quantization/compressed_tensors/compressed_tensors.py `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8` and
+# schemes/compressed_tensors_w8a8_int8.py there: one scale for each output; schemes/compressed_tensors_wNa8.py: inputs
+# by token, around zero
+_VLLM_INT8 = Kernel("W8A8Int8", (8,), (), (PER_CHANNEL,), activations=_INTEGERS, capability=(7, 5))
+_VLLM_WNA8 = Kernel("WNA8Int", (2, 3, 4), (), activations=(_TOKEN,), capability=(7, 5))
 # layers/quantization/utils/marlin_utils.py `check_moe_marlin_supports_config`; other kernels of experts take groups
 # only (layers/quantization/compressed_tensors/compressed_tensors_moe/compressed_tensors_moe_wna16.py)
 _VLLM_MARLIN_EXPERTS = replace(_VLLM_MARLIN, hidden=128)
@@ -84,27 +93,32 @@ _VLLM_AWQ = Kernel("AWQ", (4,), (4,), (16, 32, 64, 128, 256, 512, 1024), out_mul
 # SGLang 0.5.23, paths below sglang/srt/layers/quantization: marlin_utils.py `verify_marlin_supports_shape`, and for
 # experts `check_moe_marlin_supports_layer` there
 _SGLANG_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, in_multiple=128, out_multiple=64, capability=(8, 0))
+# compressed_tensors/schemes/compressed_tensors_w8a8_int8.py
+_SGLANG_INT8 = _VLLM_INT8
 _SGLANG_MARLIN_EXPERTS = replace(_SGLANG_MARLIN, in_multiple=64, out_multiple=128)
 
 _ANY, _ANY_AWQ = (Kernel("", _ALL, _ALL),), (Kernel("", (4,), (4,)),)
+_ANY_INPUTS = (Kernel("", _ALL, _ALL, activations=(None, *_INTEGERS)),)
 # transformers 5.23: quantizers/quantizer_compressed_tensors.py and integrations/compressed_tensors.py
-_TRANSFORMERS = (Kernel("", _ALL, ()),)
+_TRANSFORMERS_EXPERTS = (Kernel("", _ALL, ()),)
+_TRANSFORMERS = (replace(_TRANSFORMERS_EXPERTS[0], activations=(None, *_INTEGERS)),)
 # GPTQModel 7.6: nn_modules/qlinear/torch.py and torch_awq.py
 _GPTQMODEL = (Kernel("", _ALL, _ALL, (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),)
 _GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),)
 
 RULES = (
-    Rule("lowbit", "this", "compressed-tensors", _ANY, _ANY, fuses=False, fused_experts=True, ranks=(1,),
+    Rule("lowbit", "this", "compressed-tensors", _ANY_INPUTS, _ANY, fuses=False, fused_experts=True, ranks=(1,),
          dtypes=("float16", "bfloat16", "float32"), run=True),
-    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS, _TRANSFORMERS,
-         fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
+    Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS,
+         _TRANSFORMERS_EXPERTS, fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
          note="dequantizes the whole model at its first call; asymmetric linears of one scheme load with "
               "quantization_config=CompressedTensorsConfig(dequantize=True)"),
-    Rule("vLLM", "0.33", "compressed-tensors", (_VLLM_MARLIN, _VLLM_HUMMING),
+    Rule("vLLM", "0.33", "compressed-tensors", (_VLLM_MARLIN, _VLLM_HUMMING, _VLLM_INT8, _VLLM_WNA8),
          (_VLLM_MARLIN_EXPERTS, _VLLM_HUMMING_EXPERTS)),
     # compressed_tensors/schemes/compressed_tensors_wNa16.py and compressed_tensors_wNa16_moe.py, whose zero points of
     # experts are laid out wrongly (pull request 39510)
-    Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN,), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),)),
+    Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN, _SGLANG_INT8),
+         (replace(_SGLANG_MARLIN_EXPERTS, asym=()),)),
     Rule("lowbit", "this", "gptq", _ANY, _ANY, act_order=True, fuses=False, ranks=(1,),
          dtypes=("float16", "bfloat16", "float32"), run=True, note="experts without act-order only"),
     Rule("GPTQModel", "7.6", "gptq", _GPTQMODEL, _GPTQMODEL, act_order=True, fuses=False, ranks=(1,), run=True,
@@ -125,10 +139,17 @@ RULES = (
     Rule("SGLang", "0.5.23", "awq", (replace(_SGLANG_MARLIN, sym=(4,)),), (replace(_SGLANG_MARLIN_EXPERTS, sym=(4,)),)),
 )  # fmt: skip
 
+
+def _packed_sides(scheme: Scheme) -> tuple[str, ...]:
+    if scheme.bits == 8 and scheme.activations is not None:
+        return ()  # stored as bytes
+    return ("in_features",) if scheme.sym else ("in_features", "out_features")
+
+
 # Scheme -> the sides along which a format packs codes or zero points into int32 words: where a matrix is cut or joined
 # along one of them, every part has to be whole words
 PACKED = {
-    "compressed-tensors": lambda scheme: ("in_features",) if scheme.sym else ("in_features", "out_features"),
+    "compressed-tensors": _packed_sides,
     "gptq": lambda scheme: ("in_features", "out_features"),
     "awq": lambda scheme: ("out_features",),
 }

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lowbit.scheme import PER_CHANNEL
+from lowbit.scheme import PER_CHANNEL, Activations
 from lowbit.serving.rules import COLUMN, PACKED, ROW, RULES, Kernel, Module, Rule
 
 
@@ -105,13 +105,24 @@ def _kernel(rule, name, joined, modules, size, capability) -> tuple[Kernel | Non
     if problem is not None:
         return None, f"{where} {problem}"
     whole = replace(part, out_features=sum(other.out_features for other, _ in parts))
+    kernels = rule.experts if module.expert else rule.linear
+    taken = {activations: None for kernel in kernels for activations in kernel.activations}
+    if module.scheme.activations not in taken:
+        return None, f"{where} has {_inputs(module.scheme.activations)}, needed: {' or '.join(map(_inputs, taken))}"
     reasons = []
-    for kernel in rule.experts if module.expert else rule.linear:
+    for kernel in (kernel for kernel in kernels if module.scheme.activations in kernel.activations):
         reason = _unfit(kernel, whole, capability)
         if reason is None:
             return kernel, None
         reasons.append(f"{kernel.name} needs {reason}".lstrip())
     return None, f"{where}{f' on each of {size} ranks' if size > 1 else ''}: {'; '.join(reasons)}"
+
+
+def _inputs(activations: Activations | None) -> str:
+    if activations is None:
+        return "inputs in floating point"
+    kind = "symmetric" if activations.sym else "asymmetric"
+    return f"{kind} {'static' if activations.static else 'dynamic'} inputs"
 
 
 def _on_rank(module: Module, size: int) -> tuple[Module, str | None]:

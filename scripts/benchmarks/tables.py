@@ -12,7 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = ("README.md", "triton_kernels/README.md", "model_cards/reference.md", "docs/architectures.md")
+DOCUMENTS = (
+    "README.md",
+    "triton_kernels/README.md",
+    "model_cards/reference.md",
+    "docs/architectures.md",
+    "docs/benchmarks.md",
+)
 
 
 def result(name: str) -> dict:
@@ -91,6 +97,40 @@ def cpu_decode() -> str:
         "prefill tokens/s, 512 tokens",
     ]
     return markdown(header, rows) + source(data, "cpu_decode")
+
+
+def cpu_generation() -> str:
+    if not (RESULTS / "cpu_generation.json").exists():
+        return (
+            "Beside torchao and GPTQModel: not yet measured. `python scripts/benchmarks/cpu_generation.py` measures it."
+        )
+    data = result("cpu_generation")
+    rows = []
+    for row in data["rows"]:
+        cells = []
+        for kind in ("decode", "prefill"):
+            low, high = row[kind]["spread"]
+            cells += [
+                f"{row[kind]['tokens_per_second']:.1f} ({low:.1f} to {high:.1f})",
+                f"{row[kind]['over_baseline']:.2f}x",
+            ]
+        rows.append([row["side"], f"{row['weights_bytes'] / 1e9:.2f}", *cells])
+    header = [f"{data['shapes']} shapes, {data['layers']} layers", "weights GB", "decode tokens/s, batch 1", "",
+              f"prefill tokens/s, {data['prefill_tokens']} tokens", ""]  # fmt: skip
+    return markdown(header, rows) + source(data, "cpu_generation")
+
+
+def speculative() -> str:
+    if not (RESULTS / "speculative.json").exists():
+        return "Not yet measured. `python scripts/benchmarks/speculative.py` measures it."
+    data = result("speculative")
+    rows = [
+        [row["variant"], f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:.1f}",
+         f"{row['over_plain']:.2f}x", f"{row['prompts_with_the_same_tokens']} of {data['prompts']}"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    header = [f"embedded model, {data['target']}", "tokens per step", "tokens/s", "over plain", "same tokens"]
+    return markdown(header, rows) + source(data, "speculative")
 
 
 _PEER_NAMES = {
@@ -207,6 +247,34 @@ def gpu_check() -> str:
     )
 
 
+def gpu_end_to_end() -> str:
+    """Decoding of whole models in CUDA graphs, and how much of the bandwidth it takes."""
+    if not (RESULTS / "gpu_check.json").exists():
+        return "Not yet measured: no GPU has run a whole model. `bash scripts/gpu_check.sh` measures it."
+    data = result("gpu_check")
+    facts, whole = data["facts"], data["end_to_end"]
+    if "reason" in whole:
+        return f"Not measured: {whole['reason']}."
+    sides = list(dict.fromkeys(row["side"] for row in whole["rows"]))
+    found = {(row["side"], row["batch"]): row for row in whole["rows"]}
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "-"
+        return f"{row['decode_tokens_per_second']:.0f} ({row['bandwidth_share']:.0%})".replace("%", " %")
+
+    rows = []
+    for batch in dict.fromkeys(batch for _, batch in found):
+        cells = [found.get((side, batch)) for side in sides]
+        faster = next((f"{row['slower']:.2f}x" for row in cells if row and row["slower"]), "-")
+        rows.append([str(batch), *map(cell, cells), faster])
+    header = [f"batch, {whole['shapes']} shapes", *(f"{side} tokens/s (of bandwidth)" for side in sides), "speed-up"]
+    return markdown(header, rows) + (
+        f"\n\n{facts['date'][:10]}, {facts['device']}, torch {facts['torch']}, triton {facts['triton']}; "
+        f"{whole['prompt_tokens']} prompt tokens, {whole['new_tokens']} new ones; `bash scripts/gpu_check.sh`"
+    )
+
+
 def _rows(number: int) -> str:
     return f"{number} row{'s' * (number > 1)}"
 
@@ -281,6 +349,7 @@ TABLES = {
     f.__name__: f
     for f in (
         architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, gpu_check,
+        gpu_end_to_end, cpu_generation, speculative,
         gpu_predictions, interop, reference_training,
     )
 }  # fmt: skip

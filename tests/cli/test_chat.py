@@ -99,9 +99,16 @@ def test_a_full_context_stops(done, quantized, monkeypatch):
 
 
 def test_a_question_that_is_too_long_by_itself(done, quantized, monkeypatch):
+    """It is refused, and costs no turn of the conversation."""
+    from lowbit.generation import Session
+
+    real, shown = Session.encode_chat, []
+    monkeypatch.setattr(Session, "encode_chat", lambda self, messages: shown.append(messages) or real(self, messages))
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n" + "x" * 400 + "\nonce more\n"))
     outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0", "--context", "slide")
     assert outcome.err.count("exceed the model's context") == 1 and outcome.err.count("4 tokens") == 2
+    assert [message["content"] for message in shown[-1] if message["role"] == "user"] == ["hello", "once more"]
+    assert "dropped" not in outcome.err
 
 
 def test_statistics_in_chat(done, quantized, monkeypatch):

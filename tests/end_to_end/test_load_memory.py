@@ -50,7 +50,7 @@ def test_layers_are_laid_out_one_by_one(quantized, tmp_path, monkeypatch, method
 
     monkeypatch.setattr(LowbitLinear, "__init__", recorded)
     monkeypatch.setattr(LowbitLinear, "prepare", watched)
-    AutoModelForCausalLM.from_pretrained(folder, config=loading_config(folder))
+    AutoModelForCausalLM.from_pretrained(folder, config=loading_config(folder, fuse=False))
     assert [sum(packed) for packed in turns] == list(range(len(built), 0, -1))
 
 
@@ -88,9 +88,9 @@ def sample():
     while not loaded.wait(0.002):
         samples.append(anonymous())
 
-sampler = threading.Thread(target=sample)
+sampler = threading.Thread(target=sample, daemon=True)
 sampler.start()
-model = lowbit.load(sys.argv[1], backend="torch_cpu")
+model = lowbit.load(sys.argv[1], backend="torch_cpu", fuse=False)
 loaded.set()
 sampler.join()
 prepared = [module for module in model.modules() if isinstance(module, lowbit.linear.LowbitLinear)]

@@ -1,10 +1,12 @@
 """Our tensors and configs against the compressed-tensors package, which is the specification."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.compressors import IntQuantizationCompressor, PackedQuantizationCompressor
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
@@ -13,7 +15,7 @@ from weights import BITS, DTYPES, as_loaded, assert_same, matrix, random_quantiz
 from lowbit.errors import InputError, LowbitError
 from lowbit.formats import compressed_tensors as ct
 from lowbit.formats import detect_format
-from lowbit.qweight import QuantWeight
+from lowbit.qweight import QuantWeight, input_grid
 from lowbit.scheme import Scheme
 
 # (N, K, group): rows that do not fill a word of zero points, inputs that do not fill a word of codes
@@ -48,6 +50,34 @@ def test_pack_writes_their_bits(scheme, rows, columns):
         )
     assert tuple(tensors) == ct.suffixes(scheme)  # a symmetric file has no zero points
     assert all(tensor.is_contiguous() for tensor in tensors.values())
+
+
+def with_activations(scheme, name):
+    return dataclasses.replace(scheme, activations=Scheme.parse(f"W8A8{name}").activations)
+
+
+@pytest.mark.parametrize("name", ["", "-DYNAMIC_ASYM", "-STATIC", "-STATIC_SYM"])
+@pytest.mark.parametrize(("scheme", "rows", "columns"), [case for case in CASES if case[0].bits >= 4])
+def test_integer_activations_are_stored_as_theirs(scheme, rows, columns, name):
+    """The layout that they would choose, and in it the same matrix and the same grid of inputs."""
+    plain, scheme = random_quantized(scheme, rows, columns), with_activations(scheme, name)
+    grid = {"input_scale": torch.tensor([0.25]), "input_zero": torch.tensor([-7], dtype=torch.int8)}
+    qweight = plain.with_inputs(scheme, *(grid[field] if field in input_grid(scheme) else None for field in grid))
+    tensors, config = ct.pack(qweight), ct.config(scheme, {}, [])
+    theirs = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    assert infer_module_format(torch.nn.Linear, theirs).value == config["format"] or scheme.bits < 8
+    compressor = IntQuantizationCompressor if scheme.bits == 8 else PackedQuantizationCompressor
+    assert torch.equal(compressor.decompress(tensors, theirs)["weight"], matrix(plain).float())
+    assert ("input_scale" in tensors) == scheme.is_static
+    if "input_zero_point" in tensors:
+        assert tensors["input_scale"] == 0.25 and tensors["input_zero_point"] == -7
+        assert not theirs.input_activations.symmetric and not theirs.input_activations.dynamic
+    assert ct.parse(config).lookup(["a"], "Linear") == scheme
+    assert_same(ct.unpack_weight(as_loaded(tensors), scheme, rows, columns), qweight)
+    meta = ct.pack(QuantWeight.meta(rows, columns, scheme, torch.float32))
+    assert {key: (t.shape, t.dtype) for key, t in meta.items()} == {
+        key: (t.shape, t.dtype) for key, t in tensors.items()
+    }
 
 
 @cases
@@ -234,12 +264,32 @@ def test_weights_that_are_read(fields, scheme):
 
 INT8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
 REFUSED = {
-    "int-quantized": ({"format": "int-quantized"}, {}, {}, "'int-quantized' is not weight-only.*'pack-quantized'"),
-    "float-quantized-group": ({}, {"format": "float-quantized"}, {}, "'float-quantized' is not weight-only"),
-    "no-format": ({"format": None}, {}, {}, "format None is not weight-only"),
-    "mixed-precision": ({"format": "mixed-precision"}, {}, {}, "'mixed-precision' is not weight-only"),
+    "int-quantized": ({"format": "int-quantized"}, {}, {}, "W4A16-.* is stored as 'int-quantized'.*'pack-quantized'"),
+    "packed-W8A8": ({}, {"input_activations": INT8}, {"num_bits": 8}, "W8A8-.* 'pack-quantized'.*'int-quantized'"),
+    "float-quantized-group": ({}, {"format": "float-quantized"}, {}, "'float-quantized' is not of integers"),
+    "no-format": ({"format": None}, {}, {}, "format None is not of integers"),
+    "mixed-precision": ({"format": "mixed-precision"}, {}, {}, "'mixed-precision' is not of integers"),
     "float-weights": ({}, {}, {"type": "float"}, "type 'float' cannot be read; expected 'int'"),
-    "activations": ({}, {"input_activations": INT8}, {}, "input_activations are quantized.*expected weight-only"),
+    "float-activations": ({}, {"input_activations": INT8 | {"type": "float"}}, {}, "type 'float' cannot be read"),
+    "activations-of-4-bits": (
+        {},
+        {"input_activations": INT8 | {"num_bits": 4}},
+        {},
+        "activation bits is 4",
+    ),
+    "activation-groups": (
+        {},
+        {"input_activations": INT8 | {"strategy": "group"}},
+        {},
+        "strategy is 'group'",
+    ),
+    "static-tokens": ({}, {"input_activations": INT8 | {"dynamic": False}}, {}, "'token' are expected to be dynamic"),
+    "dynamic-tensor": (
+        {},
+        {"input_activations": INT8 | {"strategy": "tensor"}},
+        {},
+        "expected to be static",
+    ),
     "outputs": ({}, {"output_activations": INT8}, {}, "output_activations"),
     "actorder-group": ({}, {}, {"actorder": "group"}, "actorder 'group'.*expected null or 'static'"),
     "actorder-dynamic": ({}, {}, {"actorder": "dynamic"}, "actorder.*expected null or 'static'"),

@@ -7,6 +7,9 @@ from tiny import tiny_model_that_runs
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
+from lowbit.errors import InputError
+from lowbit.generation import Decoder
+from lowbit.generation.cache import filled_cache, static_cache
 from lowbit.generation.kv_int8 import Int8StaticCache, channel_factors, decode, encode, in_int8
 
 MODELS = {
@@ -159,3 +162,21 @@ def test_a_step_is_one_graph():
             actual = step(token, past_key_values=caches[0], use_cache=True).logits
             assert relative_error(actual, model(token, past_key_values=caches[1], use_cache=True).logits) < 1e-5
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("make_cache", [static_cache, filled_cache])
+def test_the_loop_decodes_with_it(name, make_cache):
+    model = tiny_model(name, **MODELS[name])
+    decoder = Decoder(model, make_cache=make_cache, int8_cache=True)
+    made = decoder.generate(token_ids(9), max_new_tokens=12, eos_token_id=())
+    arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(token_ids(9), past_key_values=rounded(model.config, 21), **arguments)
+    assert made.stats.path == "static loop" and torch.equal(made.tokens[0], expected[0, 9:])
+    assert all(layer.keys.dtype == torch.int8 for layer in decoder.step.cache.layers)
+
+
+def test_models_that_the_loop_does_not_run():
+    model, inputs = tiny_model_that_runs("AutoModelForCausalLM", "falcon_h1")
+    with pytest.raises(InputError, match="int8 need a cache that this model does not run with"):
+        Decoder(model, int8_cache=True).generate(inputs["input_ids"], max_new_tokens=2)

@@ -11,8 +11,9 @@ from tiny import tiny_model_that_runs
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from lowbit.errors import InputError, UsageError
-from lowbit.generation import Decoder, generate
+from lowbit.generation import Decoder, Session, generate
 from lowbit.generation.fallback import say_once
+from lowbit.generation.stream import CACHES
 
 # architecture -> what its config needs: prompts are longer than the windows
 ARCHITECTURES = {
@@ -221,7 +222,22 @@ def test_models_without_a_static_cache_run_in_model_generate(name, caplog):
     assert torch.equal(stopped.tokens, result.tokens[:, :1])
 
 
-def test_a_cache_that_fails_or_counts_in_python_is_not_used(model):
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_an_int8_cache_runs_in_the_loop(name, quantized_model):
+    """Past the window too; captured and called it holds the same."""
+    model = quantized_model(name, max_position_embeddings=512, **ARCHITECTURES[name])
+    called = Session(model, None, make_cache=CACHES["int8"]).decoder
+    ids, mask = batch(2, 30)
+    first = called.generate(ids, mask, max_new_tokens=NEW, eos_token_id=())
+    captured = generate(
+        model, ids, mask, max_new_tokens=NEW, eos_token_id=(), make_cache=CACHES["int8"], graphs=Tapes()
+    )
+    assert torch.equal(first.tokens, captured.tokens)
+    assert (first.stats.path, captured.stats.path) == ("static loop", "tape")
+    assert all(layer.keys.dtype == torch.int8 for layer in called.step.cache.layers)
+
+
+def test_a_cache_that_fails_or_counts_in_python_is_not_used(model, caplog):
     ids, mask = batch(1, 9)
     wanted = expected(model, ids, mask)
 
@@ -237,6 +253,7 @@ def test_a_cache_that_fails_or_counts_in_python_is_not_used(model):
         result = generate(model, ids, mask, max_new_tokens=NEW, make_cache=make_cache)
         assert torch.equal(result.tokens, wanted)
         assert result.stats.path == "model.generate" and reason in result.stats.why
+        assert caplog.records[-1].levelname == "WARNING" and "asked for" in caplog.records[-1].message
 
 
 def test_processors_of_a_generation_config_are_kept():

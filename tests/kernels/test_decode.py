@@ -14,6 +14,7 @@ import triton.language as tl
 from packed import DTYPES
 
 from lowbit_kernels.decode import fragment, fragment_ptx, scale_ptx, scaled, slices_of
+from lowbit_kernels.int8 import nibbles_ptx
 from lowbit_kernels.layout import SLICES, fields, zero_offset
 
 HALFWORDS = np.arange(65536, dtype=np.uint32)
@@ -57,6 +58,8 @@ def execute(text, *inputs):
             result = sources[0]
         elif operation == "shr.u32":
             result = sources[0] >> sources[1]
+        elif operation == "shl.b32":
+            result = sources[0] << sources[1]
         elif operation == "lop3.b32":
             a, b, c, table = sources
             result = np.uint32(0)
@@ -159,3 +162,12 @@ def test_instructions_per_weight():
     for bits, most in ((2, 3), (3, 3), (4, 3), (8, 4)):
         text = fragment_ptx(bits, 1, True, "bf16")
         assert len(re.findall(r"(shr|lop3|fma)\.", text)) == most
+
+
+@pytest.mark.parametrize("p", [0, 1])
+def test_nibbles_of_an_integer_product(p):
+    """Four bytes of a register at once: a nibble in two's complement becomes the int8 that is 16 times its code."""
+    packed = HALFWORDS | OTHERS << 16
+    found = execute(nibbles_ptx(p), packed).view(np.int8)
+    nibble = (packed.view(np.uint8) >> (4 * p)) & 15
+    assert (found == 16 * (nibble.astype(np.int16) - 16 * (nibble > 7))).all()

@@ -26,6 +26,12 @@ def test_generate(run):
     assert out.startswith(prompt) and len(out) > len(prompt) + 20
 
 
+def test_speculative(run):
+    prompt = "def main():\n    import "
+    alone, *others = run("speculative.py", "reference", prompt).split("--- ")[1:]
+    assert len(others) == 2 and all(text.partition("\n")[2].startswith(prompt) for text in (alone, *others))
+
+
 @pytest.mark.parametrize("end", ["", "\n"], ids=["end-of-input", "empty-line"])
 def test_chat(run, end):
     out = run("chat.py", typed="Return the larger number.\nAnd the smaller one?\n" + end)

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, select, skinny
+from lowbit_kernels import gemm, gemm_hopper, int8_ops, select, skinny
 from lowbit_kernels.layout import Layout
 
 _FORM = "int bits, int group_size, bool sym, ScalarType dtype, int out_features"
@@ -36,6 +36,8 @@ experts = torch.ops.lowbit_kernels.experts
 
 def run(x: torch.Tensor, weight: torch.Tensor, meta: torch.Tensor, layout: Layout, bias, choice: select.Choice):
     """y [M, N] for x layout.dtype [M, K] by the kernel that `choice` names."""
+    if choice.kernel == "int8":
+        return int8_ops.run(x, weight, meta, layout, bias, choice.config)
     if choice.kernel == "hopper" and (reason := gemm_hopper.refusal(layout, choice.config, x)):
         choice = select.Choice(*select.rule(layout, len(x), select.gpu_of(x.device)), reason)
     if choice.kernel == "dense":

@@ -28,3 +28,51 @@ def linear(x, codes, scales, zeros, bits, g_idx=None, bias=None) -> torch.Tensor
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def quantize_rows(
+    x: torch.Tensor, sym: bool = True, scale: torch.Tensor | None = None, zero: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x [..., K] -> codes int8 [..., K], scales float32 [...] and zeros int8 [...], or None if sym:
+    x ~ (codes - zeros) * scales.
+
+    scale float32 [1] and, unless sym, zero int8 [1] are those of all rows; None: each row has its own. Quotients are
+    rounded to nearest even. The scale of a row with NaN is NaN, without `scale` that of one with an infinity too.
+    """
+    x = x.float()
+    tiny = torch.finfo(torch.float32).tiny
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    if scale is not None:
+        scales = scale.expand(low.shape).masked_fill(x.isnan().any(-1), float("nan"))
+        zeros = None if sym else zero.expand(low.shape)
+    else:
+        scales = x.abs().amax(-1) / 127.5 if sym else (high - low) / 255
+        scales = scales.clamp(min=tiny).masked_fill(~x.isfinite().all(-1), float("nan"))
+        zeros = None if sym else (-128 - low / scales).round().clamp(-128, 127).to(torch.int8)
+    codes = (x / scales[..., None]).round() + (0 if zeros is None else zeros[..., None].float())
+    return codes.clamp(-128, 127).to(torch.int8), scales, zeros
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., K] / sqrt(mean of its squares + eps) * weight [K], float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def int8_linear(
+    x_codes: torch.Tensor,
+    x_scales: torch.Tensor,
+    x_zeros: torch.Tensor | None,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x_codes int8 [M, K], x_scales float32 [M], x_zeros int8 [M] or None (0), codes uint8 [N, K] around 2^(bits-1),
+    scales [N, G]: float32 [M, N]. Sums of products of codes are exact: float64 holds every integer on the way."""
+    groups = scales.shape[1]
+    x = x_codes.double() - (0 if x_zeros is None else x_zeros.double()[:, None])
+    w = codes.double() - 2 ** (bits - 1)
+    sums = torch.einsum("mgk,ngk->mng", x.unflatten(1, (groups, -1)), w.unflatten(1, (groups, -1)))
+    y = (sums * scales.double()).sum(-1) * x_scales.double()[:, None]
+    return (y if bias is None else y + bias.double()).float()

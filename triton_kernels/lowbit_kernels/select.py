@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import triton
 
-from lowbit_kernels import gemm, gemm_hopper, skinny
+from lowbit_kernels import gemm, gemm_hopper, int8, skinny
+from lowbit_kernels.int8_layout import Int8Layout
 from lowbit_kernels.layout import Layout
 
 logger = logging.getLogger("lowbit_kernels")
@@ -39,7 +40,10 @@ class Dense:
     chunk: int = 16 * 2**20
 
 
-CONFIGS = {"skinny": skinny.Config, "gemm": gemm.Config, "hopper": gemm_hopper.Config, "dense": Dense}
+CONFIGS = {
+    "skinny": skinny.Config, "gemm": gemm.Config, "hopper": gemm_hopper.Config, "dense": Dense, "int8": int8.Config
+}  # fmt: skip
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,17 @@ def bucket(rows: int) -> int:
     return next((size for size in BUCKETS if rows <= size), BUCKETS[-1])
 
 
-def key(layout: Layout, rows: int) -> str:
-    """What a table calls this case: "w4 g128 sym bf16 4096x14336 m16", out_features x in_features, rows."""
+def key(layout: Layout | Int8Layout, rows: int) -> str:
+    """What a table calls this case: "w4 g128 sym bf16 4096x14336 m16", out_features x in_features, rows; "w4a8 ..."
+    where rows are quantized."""
     group = "row" if layout.groups == 1 else layout.group_size
-    kind = "bf16" if layout.dtype == torch.bfloat16 else "fp16"
+    inputs = "a8" if isinstance(layout, Int8Layout) else ""
     symmetry = "sym" if layout.sym else "asym"
     shape = f"{layout.out_features}x{layout.in_features}"
-    return f"w{layout.bits} g{group} {symmetry} {kind} {shape} m{bucket(rows)}"
+    return f"w{layout.bits}{inputs} g{group} {symmetry} {_DTYPES[layout.dtype]} {shape} m{bucket(rows)}"
 
 
-def choose(layout: Layout, rows: int, device: torch.device) -> Choice:
+def choose(layout: Layout | Int8Layout, rows: int, device: torch.device) -> Choice:
     """The choice for x [rows, in_features] on `device`."""
     return _choose(layout, bucket(rows), device)
 
@@ -117,9 +122,11 @@ def _log(layout: Layout, rows: int, gpu: Gpu, choice: Choice) -> None:
     logger.debug("%s on %s: %s %s, %s", key(layout, rows), gpu.name, choice.kernel, choice.config, choice.reason)
 
 
-def rule(layout: Layout, rows: int, gpu: Gpu) -> tuple[str, object]:
+def rule(layout: Layout | Int8Layout, rows: int, gpu: Gpu) -> tuple[str, object]:
     """(kernel, config) where no table says anything. A start that nobody has measured yet; the Hopper kernel, which no
     GPU has run yet, is for tables: `tune.py` compares results before it compares times."""
+    if isinstance(layout, Int8Layout):
+        return "int8", int8.default_config(layout, rows, programs=4 * gpu.processors)
     if rows <= SKINNY_ROWS:
         return "skinny", skinny.default_config(layout, rows, programs=4 * gpu.processors)
     if rows >= DENSE_ROWS:

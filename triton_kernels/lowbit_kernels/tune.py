@@ -8,17 +8,21 @@ from collections.abc import Iterator
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, ops, reference, select, skinny
+from lowbit_kernels import gemm, gemm_hopper, int8, int8_layout, ops, reference, select, skinny
+from lowbit_kernels.int8_layout import Int8Layout
 from lowbit_kernels.layout import SLICES, Layout, pack
 from lowbit_kernels.timing import copies_for, microseconds
 
 # Largest relative error against float32 of the dequantized weight: two roundings to 16 bits (the scaled weight, y)
-_TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3}
+_TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 _REPEATS, _REPEATS_INTERPRETED = 5, 2
 
 
-def candidates(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
+def candidates(layout: Layout | Int8Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
     """(kernel, config) that may be the fastest for [rows, in_features]."""
+    if isinstance(layout, Int8Layout):
+        yield from _int8(layout, rows, gpu)
+        return
     if rows <= 2 * select.SKINNY_ROWS:
         yield from _skinny(layout, rows, gpu)
     if rows > 8:
@@ -60,7 +64,39 @@ def _gemm(layout: Layout, rows: int) -> Iterator[tuple[str, object]]:
                     yield "gemm", config
 
 
-def random_weight(layout: Layout, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def _int8(layout: Int8Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
+    most = max(16, 2 * rows)
+    for block_m in (size for size in (8, 16, 32, 64, 128, 256) if skinny.FEWEST_ROWS <= size <= most):
+        for block_n, warps in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
+            if layout.padded_out % block_n or block_m * block_n > 4096 * warps:
+                continue
+            programs = layout.padded_out // block_n * -(-rows // block_m)
+            for split in (1, 2, 4, 8):
+                if split > 1 and (programs * split > 16 * gpu.processors or split > layout.tiles):
+                    continue
+                for tiles in (t for t in (1, 2) if layout.tiles % t == 0):
+                    yield from (
+                        ("int8", int8.Config(block_n, block_m, split, tiles, 8, warps, stages)) for stages in (3, 4)
+                    )
+
+
+def packed(weight: tuple[torch.Tensor, ...], layout: Layout | Int8Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` of `random_weight` as the kernels for `layout` read it."""
+    if isinstance(layout, Int8Layout):
+        codes, scales, _ = weight
+        return int8_layout.pack(codes, scales, layout)
+    return pack(*weight, layout.bits)
+
+
+def seen(x: torch.Tensor, layout: Layout | Int8Layout) -> torch.Tensor:
+    """x as the kernels for `layout` see it, float32: what is left of it in eight bits, or x."""
+    if isinstance(layout, Int8Layout):
+        codes, scales, _ = reference.quantize_rows(x)
+        return codes.float() * scales[:, None]
+    return x.float()
+
+
+def random_weight(layout: Layout | Int8Layout, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """codes uint8 [N, K], scales [N, G], zeros uint8 [N, G] or None, for measuring."""
     rng = torch.Generator(device=device).manual_seed(seed)
 
@@ -73,16 +109,16 @@ def random_weight(layout: Layout, device: torch.device, seed: int = 0) -> tuple[
     return codes, scales, None if layout.sym else integers(*shape)
 
 
-def fastest(layout: Layout, rows: int, device: torch.device) -> tuple[str, object, float, dict[str, str]]:
+def fastest(layout: Layout | Int8Layout, rows: int, device: torch.device) -> tuple[str, object, float, dict[str, str]]:
     """(kernel, config, microseconds, candidate -> why it was dropped). Raises RuntimeError if none is left."""
     gpu = select.gpu_of(device)
     weight = random_weight(layout, device)
-    packed, meta = pack(*weight, layout.bits)
-    copies = copies_for(packed.nbytes + meta.nbytes, device)
-    weights = [(packed, meta), *((packed.clone(), meta.clone()) for _ in range(copies - 1))]
+    stored = packed(weight, layout)
+    copies = copies_for(sum(part.nbytes for part in stored), device)
+    weights = [stored, *(tuple(part.clone() for part in stored) for _ in range(copies - 1))]
     rng = torch.Generator(device=device).manual_seed(1)
     x = torch.randn(rows, layout.in_features, generator=rng, device=device).to(layout.dtype)
-    wanted = reference.linear(x.float(), *weight, layout.bits)
+    wanted = reference.linear(seen(x, layout), *weight, layout.bits)
     best, dropped = None, {}
     for kernel, config in candidates(layout, rows, gpu):
         choice = select.Choice(kernel, config, "candidate")

@@ -19,7 +19,7 @@ _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 # 16-bit integers that stand for an input
 _PIECES = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
 # From how many rows on dequantize + GEMM wins; see scripts/benchmarks/cpu_linear.py
-_CROSSOVER_NATIVE, _CROSSOVER_FP32 = 16, 48
+_CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 48
 
 
 def available() -> str | None:
@@ -28,6 +28,8 @@ def available() -> str | None:
 
 
 def refuse(scheme, device, dtype, shape):
+    if scheme.activations is not None:
+        return "multiplies inputs in floating point only"
     if torch.device(device).type != "cpu":
         return f"runs on cpu, not on {torch.device(device).type}"
     if dtype not in _PIECES:
@@ -119,7 +121,7 @@ def experts(x, buffers, expert_start, scheme, shape, bias=None):
 def _linear(x, codes, scales, zeros, bias, bits, group_size, sym, out_features):
     scheme, (rows, in_features) = Scheme(bits, group_size, sym), x.shape
     weight = _weight(codes, scales, zeros, scheme, (out_features, in_features))
-    crossover = _CROSSOVER_FP32 if dense.gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_NATIVE
+    crossover = _CROSSOVER_FP32 if dense.gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
     if rows >= crossover:
         return dense.product(x, _blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
     wide = torch.empty(rows, in_features).copy_(x)  # the kernel uses it up

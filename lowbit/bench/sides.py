@@ -1,0 +1,166 @@
+"""The sides of a comparison: of a checkpoint, or of random weights in the shapes of a model."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+from lowbit.bench.peers import PEERS, UNQUANTIZED, Task, load_peer
+from lowbit.bench.random_model import check_memory, dense_model, quantized_model
+from lowbit.bench.rounds import Side
+from lowbit.bench.shapes import config_of
+from lowbit.errors import InputError, UsageError
+from lowbit.hf import load
+from lowbit.pipeline import dequantize, quantize
+from lowbit.pipeline.memory import available_memory
+from lowbit.scheme import Scheme
+from lowbit.sources import REFERENCE, load_config, resolve
+from lowbit.stored import summarize
+
+LOWBIT = "lowbit"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sides have in common. work: a folder for files that some of them need; dtype: "auto" or a name.
+    backend, lm_head: as in `lowbit.load`, of lowbit's side."""
+
+    work: Path
+    device: str = "cpu"
+    dtype: str = "auto"
+    backend: str | None = None
+    lm_head: Scheme | None = None
+
+    @property
+    def head_origin(self) -> str:
+        return "" if self.lm_head is None else f", head {self.lm_head.name}"
+
+
+def _peers(names: list[str], setting: Setting, scheme: Scheme, dtype, folder: Callable[[], Path]) -> list[Side]:
+    """folder: gives the unquantized checkpoint, and is asked for it only when a peer that is installed wants it."""
+
+    def load_one(name: str):
+        if reason := PEERS[name].refuse(scheme):
+            raise InputError(reason)
+        return load_peer(name, Task(folder(), setting.work, scheme, dtype, setting.device))
+
+    return [Side(name, "the unquantized ones", partial(load_one, name)) for name in names]
+
+
+def save_random(model, folder: Path) -> None:
+    """Some tools load no model without a tokenizer: any will do."""
+    model.save_pretrained(folder)
+    for file in resolve(REFERENCE).glob("*token*"):
+        shutil.copy(file, folder)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Random weights in the shapes of the model `name`, of which `layers` are made."""
+
+    name: str
+    layers: int | None
+    scheme: Scheme
+    setting: Setting
+
+    @cached_property
+    def config(self):
+        return config_of(self.name, self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.setting.dtype == "auto" else getattr(torch, self.setting.dtype)
+
+    @property
+    def describes(self) -> str:
+        return f"{self.name} shapes, {self.config.num_hidden_layers} layers, random weights"
+
+    def subject(self) -> Side:
+        check_memory(self.config, self.scheme, self.dtype, available_memory())
+        made = partial(
+            quantized_model, self.config, self.scheme, dtype=self.dtype, device=self.setting.device,
+            backend=self.setting.backend, lm_head=self.setting.lm_head,
+        )  # fmt: skip
+        return Side(LOWBIT, f"{self.scheme.name}{self.setting.head_origin}, random codes", made)
+
+    def others(self, unquantized: bool, peers: list[str]) -> list[Side]:
+        sides = [Side(UNQUANTIZED, "random weights", self._dense)] if unquantized else []
+        return sides + _peers(peers, self.setting, self.scheme, self.dtype, self._folder)
+
+    def _dense(self, device: str | None = None):
+        check_memory(self.config, None, self.dtype, available_memory())
+        return dense_model(self.config, dtype=self.dtype, device=device or self.setting.device)
+
+    def _folder(self) -> Path:
+        folder = self.setting.work / "unquantized"
+        if not folder.exists():
+            save_random(self._dense("cpu"), folder)
+        return folder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder or Hub id. An unquantized one is quantized to `scheme` by `method`; of a quantized one, `source`
+    is what it was made from, and without it, it is dequantized."""
+
+    model: str
+    source: str | None
+    scheme: Scheme
+    method: str
+    setting: Setting
+
+    @cached_property
+    def folder(self) -> Path:
+        return resolve(self.model)
+
+    @cached_property
+    def is_quantized(self) -> bool:
+        return getattr(load_config(self.folder), "quantization_config", None) is not None
+
+    @property
+    def describes(self) -> str:
+        return self.model
+
+    def subject(self) -> Side:
+        if not self.is_quantized and self.source is not None:
+            raise UsageError(f"--source is for a quantized MODEL, and {self.model} is not quantized")
+        origin = "as stored" if self.is_quantized else f"{self.scheme.name}, {self.method}"
+        return Side(LOWBIT, origin + self.setting.head_origin, self._load_quantized)
+
+    def others(self, unquantized: bool, peers: list[str]) -> list[Side]:
+        origin = self.source or ("dequantized" if self.is_quantized else self.model)
+        sides = [Side(UNQUANTIZED, origin, lambda: self._load(self._unquantized()))] if unquantized else []
+        return sides + _peers(peers, self.setting, self._scheme(), self._dtype(), self._unquantized)
+
+    def _load(self, folder: Path, **options):
+        return load(folder, dtype=self.setting.dtype, device_map=self.setting.device, **options)
+
+    def _load_quantized(self):
+        folder = self.folder
+        if not self.is_quantized:
+            folder = self.setting.work / "quantized"
+            quantize(self.folder, folder, scheme=self.scheme, method=self.method)
+        return self._load(folder, backend=self.setting.backend, lm_head=self.setting.lm_head)
+
+    def _unquantized(self) -> Path:
+        if self.source is not None or not self.is_quantized:
+            return resolve(self.source or self.model)
+        folder = self.setting.work / "unquantized"
+        if not folder.exists():
+            dequantize(self.folder, folder)
+        return folder
+
+    def _scheme(self) -> Scheme:
+        """What most layers of it have."""
+        if not self.is_quantized:
+            return self.scheme
+        parts = {part["name"]: part["parameters"] for part in summarize(self.folder)["parts"]}
+        names = [name for name in parts if name.startswith("W")]
+        return Scheme.parse(max(names, key=parts.get).partition(",")[0])
+
+    def _dtype(self) -> torch.dtype:
+        name = self.setting.dtype
+        return load_config(self.folder).dtype or torch.bfloat16 if name == "auto" else getattr(torch, name)

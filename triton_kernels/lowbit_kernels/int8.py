@@ -1,0 +1,226 @@
+"""Eight-bit rows: y = x @ W^T on the integer tensor cores, for any number of rows. W8A8 and W4A8.
+
+Weights are the left operand, as in the other kernels. Per channel, sums are int32 over all inputs: exact. A group has
+an int32 sum of its own, which its scale adds to a float32. The scale of a row of x, its zero point, which takes off the
+sum of the weight's rows, and a bias come last.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from lowbit_kernels.decode import AMD, PTX, first_group, load_words, slices_per_group, words_per_iteration
+from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels.skinny import FEWEST_ROWS, Workspace, check_config, check_tensor, finish, workspace_of
+
+# Up to so many rows reading the weight takes longer than multiplying: W is split over more programs
+FEW_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_n: out_features of a program, block_m: rows, split: programs that share the inputs of an output tile,
+    tiles: K tiles of a loop iteration, group_m: row tiles that programs launched together share, so that weights are
+    found in the L2 cache; warps, stages: of triton."""
+
+    block_n: int = 128
+    block_m: int = 128
+    split: int = 1
+    tiles: int = 1
+    group_m: int = 8
+    warps: int = 8
+    stages: int = 3
+
+    def __post_init__(self):
+        check_config(self, block_n=(32, 64, 128, 256), block_m=(8, 16, 32, 64, 128, 256), split=1, group_m=1, stages=1)
+        check_config(self, tiles=(1, 2, 4), warps=(1, 2, 4, 8))
+
+
+def default_config(layout: Int8Layout, rows: int, programs: int = 528) -> Config:
+    """A guess, not measured: few rows in narrow blocks, about `programs` of them by splitting; many in square ones."""
+    stages = 2 if AMD else 3
+    if rows <= FEW_ROWS:
+        block_m = max(FEWEST_ROWS, next(size for size in (8, 16, 32, 64) if rows <= size))
+        tiles = 2 if layout.tiles % 2 == 0 else 1
+        split = max(1, min(layout.tiles // tiles // 2, programs // (layout.padded_out // 64), 16))
+        return Config(64, block_m, split, tiles, warps=2 if block_m < 32 else 4, stages=stages)
+    block_n = 128 if layout.padded_out % 128 == 0 else 64
+    return Config(block_n, 128, warps=8 if block_n == 128 else 4, stages=stages)
+
+
+@triton.constexpr_function
+def nibbles_ptx(p):
+    """PTX of slice `p` of eight nibbles: $0 = four codes times 16, as bytes."""
+    shift = "shl.b32 t, $1, 4;" if p == 0 else "mov.b32 t, $1;"
+    return f"{{ .reg .b32 t; {shift} lop3.b32 $0, t, 0xF0F0F0F0, 0, 0xC0; }}"
+
+
+@triton.jit
+def nibbles(packed, P: tl.constexpr, PTX: tl.constexpr):
+    """Slice P of uint8 pairs of nibbles as int8, the code times 16."""
+    if PTX:
+        ASM: tl.constexpr = nibbles_ptx(P)
+        return tl.inline_asm_elementwise(ASM, "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        return (packed << (4 - 4 * P) & 0xF0).to(tl.uint8).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def fragments(packed, P: tl.constexpr, NB: tl.constexpr, PTX: tl.constexpr):
+    """Slice P of a K tile uint8 [2 * NB, 512] as the matrix [16 * NB, 64] it is; no register moves."""
+    codes = nibbles(tl.reshape(packed, (2, NB, 8, 4, 2, 2, 4)), P, PTX)  # half slice, nb, g, c, kh, rh, e
+    return tl.reshape(tl.permute(codes, (1, 5, 2, 0, 4, 3, 6)), (NB * 16, 64))
+
+
+@triton.jit(do_not_specialize=["rows"])  # one compilation for any number of them
+def int8_kernel(
+    x, x_scales, x_zeros, weight, scales, sums, y, bias, partials, counters,
+    rows, out_features, k_tiles, padded_out,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP_M: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Grid (padded_out / BN * rows / BM, SPLIT): GROUP_M row tiles pass over all columns before the next GROUP_M do.
+    None for x_zeros and sums (0), and for bias."""
+    NB: tl.constexpr = BN // 16
+    SLICES: tl.constexpr = 4 * TILES  # of 32 inputs, of an iteration
+    PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
+    WORDS: tl.constexpr = words_per_iteration(SLICES, GROUP_SIZE, False)
+    STEP: tl.constexpr = PER_GROUP if BITS == 8 else 2  # slices of a dot
+    pid = tl.program_id(0)
+    pk = tl.program_id(1)
+    in_group = GROUP_M * (padded_out // BN)
+    first_m = pid // in_group * GROUP_M
+    size = tl.minimum(tl.cdiv(rows, BM) - first_m, GROUP_M)
+    pm = first_m + pid % in_group % size
+    pn = pid % in_group // size
+
+    iterations = k_tiles // TILES
+    start = iterations * pk // SPLIT
+    stop = iterations * (pk + 1) // SPLIT
+    rn = pn * BN + tl.arange(0, BN)
+    rm = pm * BM + tl.arange(0, BM)
+    rx = tl.minimum(rm, rows - 1)  # rows beyond the last are that one again: their products are not stored
+    k = tl.arange(0, 32 * STEP)
+    xp = x + rx.to(tl.int64)[:, None] * (k_tiles * 128) + (start * (TILES * 128) + k)[None, :]
+    if BITS == 8:
+        wp = weight + rn.to(tl.int64)[:, None] * (k_tiles * 128) + (start * (TILES * 128) + k)[None, :]
+    else:
+        half_slice = tl.arange(0, 2 * NB)  # (j, row tile)
+        block = ((pn * NB + half_slice % NB).to(tl.int64) * k_tiles + start * TILES) * 2 + half_slice // NB
+        wp = weight + block[:, None] * 512 + tl.arange(0, 512)[None, :]
+    sp = scales + rn
+    scale = load_words(sp + first_group(start, SLICES, GROUP_SIZE) * padded_out, padded_out, WORDS)
+
+    total = tl.zeros((BN, BM), dtype=tl.float32)
+    acc = tl.zeros((BN, BM), dtype=tl.int32)
+    for it in tl.range(start, stop):
+        if GROUP_SIZE > 0:  # loaded an iteration ahead, into registers
+            ahead = first_group(tl.minimum(it + 1, stop - 1), SLICES, GROUP_SIZE)
+            next_scale = load_words(sp + ahead * padded_out, padded_out, WORDS)
+        for s in tl.static_range(0, SLICES, STEP):
+            if BITS == 8:
+                w = tl.load(wp + s * 32)
+            else:
+                if s % 4 == 0:
+                    packed = tl.load(wp + s * 256)
+                w = fragments(packed, s // 2 % 2, NB, PTX)
+            acc = tl.dot(w, tl.trans(tl.load(xp + s * 32)), acc, out_dtype=tl.int32)
+            if GROUP_SIZE > 0 and (s + STEP) % PER_GROUP == 0:
+                of_group = tl.broadcast_to(scale[s // PER_GROUP][:, None], (BN, BM))
+                total = tl.fma(of_group, acc.to(tl.float32), total)
+                acc = tl.zeros((BN, BM), dtype=tl.int32)
+        if GROUP_SIZE > 0:
+            scale = next_scale
+        wp += TILES * (128 if BITS == 8 else 1024)
+        xp += TILES * 128
+    if GROUP_SIZE < 0:
+        total = acc.to(tl.float32) * scale[0][:, None]
+
+    if SPLIT == 1:
+        finish_rows(total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM)
+    else:
+        tile = pm * (padded_out // BN) + pn
+        pp = partials + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM
+        pp += tl.arange(0, BM)[None, :]
+        tl.store(pp + pk * (BN * BM), total)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+        if arrived == SPLIT - 1:  # the last program adds all partial sums, always in the same order
+            total = tl.load(pp, cache_modifier=".cg")
+            for i in tl.static_range(1, SPLIT):
+                total += tl.load(pp + i * (BN * BM), cache_modifier=".cg")
+            finish_rows(total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM)
+            tl.store(counters + tile, 0)  # ready for the next launch
+
+
+@triton.jit
+def finish_rows(
+    total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features,
+    BITS: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """What the codes of x stand for, and the store of y. total [BN, BM]: codes of x times W, times 16 for four bits."""
+    if BITS == 4:
+        total = total * 0.0625
+    if x_zeros is not None:
+        zeros = tl.load(x_zeros + rm, mask=rm < rows, other=0).to(tl.float32)
+        total = total - tl.load(sums + pn * BN + tl.arange(0, BN))[:, None] * zeros[None, :]
+    total = total * tl.load(x_scales + rm, mask=rm < rows, other=0.0)[None, :]
+    finish(total, y, bias, None, pn, rm, rm < rows, out_features, BN, BM, False)
+
+
+def launch(
+    codes: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    layout: Int8Layout,
+    config: Config,
+    *,
+    x_zeros: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> torch.Tensor:
+    """y [M, N] = ((codes - x_zeros) * x_scales) @ W^T + bias.
+
+    codes int8 [M, padded_in]; x_scales float32 [M]; x_zeros int8 [M] or None (0), and then sums float32 [padded_out] of
+    `int8_layout.row_sums`. weight, scales as `layout` says. bias [N] and y are layout.dtype, or y the
+    dtype of `out` (float32 too). Everything on one device.
+    """
+    layout.check(weight, scales)
+    rows, device = len(codes), codes.device
+    check_tensor("codes", codes, torch.int8, (rows, layout.padded_in), weight.device)
+    check_tensor("x_scales", x_scales, torch.float32, (rows,), device)
+    if (x_zeros is None) != (sums is None):
+        raise ValueError("x_zeros and sums are given together or not at all")
+    if x_zeros is not None:
+        check_tensor("x_zeros", x_zeros, torch.int8, (rows,), device)
+        check_tensor("sums", sums, torch.float32, (layout.padded_out,), device)
+    if bias is not None:
+        check_tensor("bias", bias, layout.dtype, (layout.out_features,), device)
+    if out is None:
+        out = torch.empty(rows, layout.out_features, dtype=layout.dtype, device=device)
+    check_tensor("out", out, (layout.dtype, torch.float32), (rows, layout.out_features), device)
+    for name, size, of in (("block_n", config.block_n, layout.padded_out), ("tiles", config.tiles, layout.tiles)):
+        if of % size:
+            raise ValueError(f"{name} is {size}, expected a divisor of {of} for {layout}")
+    if rows == 0:
+        return out
+    split = min(config.split, layout.tiles // config.tiles)  # a program without inputs would be waste
+    tiles = layout.padded_out // config.block_n * triton.cdiv(rows, config.block_m)
+    partials = counters = None
+    if split > 1:
+        workspace = workspace or workspace_of(device)
+        partials, counters = workspace.get(tiles * split * config.block_n * config.block_m, tiles)
+    with torch.cuda.device_of(codes):
+        int8_kernel[(tiles, split)](
+            codes, x_scales, x_zeros, weight, scales, sums, out, bias, partials, counters,
+            rows, layout.out_features, layout.tiles, layout.padded_out,
+            BITS=layout.bits, GROUP_SIZE=layout.group_size, BN=config.block_n, BM=config.block_m, TILES=config.tiles,
+            SPLIT=split, GROUP_M=config.group_m, PTX=PTX,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
