@@ -142,7 +142,7 @@ class LowbitLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.weight_packed.device if self.backend is None else next(iter(self._prepared().values())).device
+        return self.weight_scale.device if self.backend is None else next(iter(self._prepared().values())).device
 
     def best_backend(self) -> str:
         """The one that `prepare` lays the packed weight out for."""

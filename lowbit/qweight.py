@@ -81,9 +81,10 @@ class QuantWeight:
         return replace(self, scheme=scheme, input_scale=scale, input_zero=zero)
 
     def rows(self, start: int, stop: int) -> "QuantWeight":
-        """Outputs [start, stop); views."""
+        """Outputs [start, stop); views, but for a grid of inputs: tensors of a file may not share memory."""
         zeros = None if self.zeros is None else self.zeros[start:stop]
-        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=zeros)
+        grid = {name: getattr(self, name).clone() for name in input_grid(self.scheme)}
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=zeros, **grid)
 
     @classmethod
     def concatenated(cls, weights: Sequence["QuantWeight"]) -> "QuantWeight":

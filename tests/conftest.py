@@ -40,3 +40,12 @@ def nan_poison():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine without a C compiler."""
+    from lowbit import backends
+
+    others = {name: module for name, module in backends.BACKENDS.items() if name != "native"}
+    monkeypatch.setattr(backends, "BACKENDS", others)

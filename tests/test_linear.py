@@ -169,7 +169,7 @@ def test_to_another_dtype(dtype, prepared):
     assert torch.equal(moved.scales, qweight.scales.to(dtype)) and moved.scales.dtype == dtype
     assert layer.bias.dtype == layer.dtype == layer.weight.dtype == dtype
     if prepared:
-        assert layer.backend == ("reference" if dtype == torch.float32 else "torch_cpu")
+        assert layer.backend == "native"
     x = torch.randn(3, 96).to(dtype)
     exact = x.double() @ matrix(moved).T + 1
     steps = 4 + (96**0.5 if dtype == torch.float32 else 0)
@@ -178,7 +178,7 @@ def test_to_another_dtype(dtype, prepared):
 
 def test_to_another_device_keeps_the_state():
     layer = LowbitLinear.from_quantized(random_quantized(Scheme(4, 32), 16, 32, torch.bfloat16))
-    assert layer.to("cpu").backend == "torch_cpu"
+    assert layer.to("cpu").backend == "native"
     meta = copy.deepcopy(layer).to("meta")
     assert meta.backend is None and {p.device.type for p in meta.parameters()} == {"meta"}
     assert meta.prepare() is meta and meta.backend is None  # nothing to lay out without data
@@ -214,5 +214,5 @@ def test_placeholder_is_a_parameter_until_it_is_removed():
 def test_repr_names_scheme_and_backend():
     layer = LowbitLinear.from_quantized(random_quantized(Scheme(4, 32), 16, 32, torch.bfloat16))
     assert repr(layer) == (
-        "LowbitLinear(in_features=32, out_features=16, bias=False, scheme=W4A16-G32, backend=torch_cpu)"
+        "LowbitLinear(in_features=32, out_features=16, bias=False, scheme=W4A16-G32, backend=native)"
     )

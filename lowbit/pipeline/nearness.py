@@ -24,7 +24,7 @@ _LEAST_LIMIT = 0.004
 def difference(qweight: QuantWeight, source: torch.Tensor) -> str | None:
     """What is too different in a weight quantized from `source`, floating [N, K]; None if it is near enough."""
     made = dequantize(qweight, torch.float32)
-    rounded = dequantize(quantize_nearest(source.contiguous(), qweight.scheme), torch.float32)
+    rounded = dequantize(quantize_nearest(source.contiguous(), qweight.scheme.weight_only), torch.float32)
     source = source.float()
     size = source.norm().clamp_min(1e-30)
     error, limit = float((made - source).norm() / size), float((rounded - source).norm() / size) * _FACTOR

@@ -140,14 +140,18 @@ class Smoother:
         consumers = consumers[:: -(-len(consumers) // _MOST_MATRICES)]
         device = self.model.device
         each = [Consumer(target.weight.to(device), _rounded(target)) for target in consumers]
-        return choose_scales(each, activations, fold.channels, fold.width, self.plan.recipe.smooth)
+        inputs = consumers[0].step.scheme.activations
+        bits = None if inputs is None else inputs.bits
+        return choose_scales(each, activations, fold.channels, fold.width, self.plan.recipe.smooth, bits)
 
 
 def _rounded(target: Target) -> Callable[[torch.Tensor], torch.Tensor]:
     """Rounding to nearest stands for the quantizer of the run, which may take a thousand times as long."""
 
     def rounded(weight: torch.Tensor) -> torch.Tensor:
-        return dequantize(quantize_nearest(weight.to(target.weight.dtype), target.step.scheme), torch.float32)
+        return dequantize(
+            quantize_nearest(weight.to(target.weight.dtype), target.step.scheme.weight_only), torch.float32
+        )
 
     return rounded
 

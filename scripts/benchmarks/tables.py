@@ -84,21 +84,6 @@ def cpu_quantize() -> str:
     return markdown(header, rows) + source(data, "cpu_quantize")
 
 
-def cpu_decode() -> str:
-    data = result("cpu_decode")
-    rows = [
-        [name, f"{data[name]['decode_tokens_per_second']:.1f}", f"{data[name]['prefill_tokens_per_second']:.0f}"]
-        for name in ("bf16", "W4A16")
-    ]
-    rows.append(["speed-up", f"{data['decode_speedup']:.2f}x", f"{data['prefill_speedup']:.2f}x"])
-    header = [
-        "Llama-3.2-1B shapes, transformers `generate`",
-        "decode tokens/s, batch 1",
-        "prefill tokens/s, 512 tokens",
-    ]
-    return markdown(header, rows) + source(data, "cpu_decode")
-
-
 def cpu_generation() -> str:
     if not (RESULTS / "cpu_generation.json").exists():
         return (
@@ -348,7 +333,7 @@ def architecture_names() -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, cpu_decode, gpu_check,
+        architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
         gpu_end_to_end, cpu_generation, speculative,
         gpu_predictions, interop, reference_training,
     )

@@ -17,7 +17,8 @@ from lowbit.scheme import Scheme
 
 # (N, K): one output, blocks of 16, 32 and 64 outputs with and without a rest, inputs off every multiple, long inputs
 SHAPES = [
-    (1, 32), (16, 32), (48, 96), (80, 96), (160, 96), (7, 172), (48, 172), (80, 256), (160, 256), (96, 1024),
+    (1, 32), (5, 1), (6, 20), (16, 32), (48, 96), (80, 96), (160, 96), (7, 172), (48, 172), (80, 256), (160, 256),
+    (96, 1024),
 ]  # fmt: skip
 ROWS = (0, 1, 3, 17, 64, 130)  # on both sides of 16 and 96, where torch_cpu passes from one path to the other
 LAYOUTS = [Scheme(4, 32), Scheme(2, 128), Scheme(3, 64, False), Scheme(4, -1, False), Scheme(8, 64), Scheme(8, -1)]
@@ -207,12 +208,6 @@ def test_compiles_as_one_graph():
 
 
 # --- choosing ---
-
-
-@pytest.fixture
-def without_native(monkeypatch):
-    """As on a machine without a C compiler."""
-    monkeypatch.setattr(backends, "BACKENDS", {name: module for name, module in BACKENDS.items() if name != "native"})
 
 
 def test_every_backend_says_whether_it_is_available():

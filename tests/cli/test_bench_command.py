@@ -83,7 +83,7 @@ def test_model_that_is_not_quantized_is_for_the_run(cli, plain):
         (("reference", "--layers", "1"), "--layers is for --shapes"),
         (("--shapes", "tiny", "--source", "reference"), "--source is for a quantized MODEL"),
         (("reference", "--source", "reference"), "--source is for a quantized MODEL"),
-        (("--shapes", "tiny", "--scheme", "W4A8"), "scheme 'W4A8' is not known"),
+        (("--shapes", "tiny", "--scheme", "W4A4"), "scheme 'W4A4' is not known"),
         (("--shapes", "tiny", "--device-map", "auto"), "device_map is 'auto': expected one device"),
     ],
 )  # fmt: skip

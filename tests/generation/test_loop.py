@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from lowbit.errors import InputError, UsageError
 from lowbit.generation import Decoder, Session, generate
 from lowbit.generation.fallback import say_once
-from lowbit.generation.stream import CACHES
 
 # architecture -> what its config needs: prompts are longer than the windows
 ARCHITECTURES = {
@@ -226,12 +225,10 @@ def test_models_without_a_static_cache_run_in_model_generate(name, caplog):
 def test_an_int8_cache_runs_in_the_loop(name, quantized_model):
     """Past the window too; captured and called it holds the same."""
     model = quantized_model(name, max_position_embeddings=512, **ARCHITECTURES[name])
-    called = Session(model, None, make_cache=CACHES["int8"]).decoder
+    called = Session(model, None, int8_cache=True).decoder
     ids, mask = batch(2, 30)
     first = called.generate(ids, mask, max_new_tokens=NEW, eos_token_id=())
-    captured = generate(
-        model, ids, mask, max_new_tokens=NEW, eos_token_id=(), make_cache=CACHES["int8"], graphs=Tapes()
-    )
+    captured = generate(model, ids, mask, max_new_tokens=NEW, eos_token_id=(), int8_cache=True, graphs=Tapes())
     assert torch.equal(first.tokens, captured.tokens)
     assert (first.stats.path, captured.stats.path) == ("static loop", "tape")
     assert all(layer.keys.dtype == torch.int8 for layer in called.step.cache.layers)

@@ -23,7 +23,7 @@ logger = logging.getLogger("lowbit")
 
 CACHE_VARIABLE = "LOWBIT_CACHE"
 _SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-fwrapv", "-fopenmp", "-fPIC")
 _SECONDS = 120
 
 
@@ -32,7 +32,7 @@ class Weight(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("bits", "out_features", "in_features", "group_size")),
+        *((name, ctypes.c_int64) for name in ("bits", "out_features", "in_features", "group_size", "integer_inputs")),
     )
 
 

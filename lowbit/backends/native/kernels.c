@@ -6,6 +6,9 @@
    has left. Products of codes and integers are summed exactly, and a step adds
        scale * 2^exponent * (sum of code x - zero * sum of x)    with w = (code - zero) * scale.
 
+   Integer activations (integer_inputs) are what they are, below 256: a step may be as long as INTEGER_STEP, has the
+   exponent 0, and is rounded once, when it becomes a float.
+
    Layout of W [N, K]: blocks of ROWS rows; in a block, one after the other, the chunks of K; in a chunk, a vector of
    16-bit words for each row. Field f (of `bits` bits) of lane l of a word is the code of input f * LANES + l of the
    chunk. Scales and zeros are [N / ROWS, groups, ROWS]. N and K are padded with zeros to whole blocks and chunks. */
@@ -20,6 +23,7 @@
 #define ROWS 4
 #define COLUMNS 4 /* rows of x that share the unpacking of a code, where there are as many */
 #define STEP 256  /* 256 * 255 * 2^15 < 2^31 */
+#define INTEGER_STEP (1 << 15) /* 2^15 * 255 * 255 < 2^31 */
 #define INLINE static inline __attribute__((always_inline))
 
 #define LANES 16
@@ -44,7 +48,7 @@ INLINE integers multiply_add(words code, shorts x) {
 typedef struct {
     const words *codes;          /* [blocks, chunks, ROWS] */
     const float *scales, *zeros; /* [blocks, groups, ROWS]; zeros NULL: the middle code */
-    int64_t bits, out_features, in_features, group_size;
+    int64_t bits, out_features, in_features, group_size, integer_inputs;
 } Weight;
 
 /* x [rows, in_features] as integers: codes [rows, chunks, fields], and for each step 2^exponent and the sums of lanes */
@@ -60,8 +64,14 @@ INLINE int64_t fields_of(const Weight *w) { return 16 / w->bits; }
 INLINE int64_t chunk_of(const Weight *w) { return fields_of(w) * LANES; }
 INLINE int64_t chunks_of(const Weight *w) { return ceil_div(w->in_features, chunk_of(w)); }
 INLINE int64_t groups_of(const Weight *w) { return ceil_div(w->in_features, w->group_size); }
-INLINE int64_t step_of(const Weight *w) { return smaller(w->group_size, STEP); }
+INLINE int64_t step_of(const Weight *w) { return smaller(w->group_size, w->integer_inputs ? INTEGER_STEP : STEP); }
 INLINE int64_t steps_of(const Weight *w) { return ceil_div(w->in_features, step_of(w)); }
+
+INLINE int32_t sum_of(integers v) {
+    int32_t total = 0;
+    for (int lane = 0; lane < LANES / 2; lane++) total += v[lane];
+    return total;
+}
 
 /* Rows [first, first + rows) of a block times `columns` rows of x. chunk_steps: steps in a chunk, 1 where a step has
    whole chunks. */
@@ -96,10 +106,15 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int rows, int colu
             }
             const int64_t group = step / group_steps;
             for (int r = 0; r < rows; r++) {
+                const float scale = scales[group * ROWS + r];
                 const int32_t zero = zeros ? (int32_t)zeros[group * ROWS + r] : 1 << (bits - 1);
-                for (int m = 0; m < columns; m++)
-                    total[r][m] += scales[group * ROWS + r] * x.scales[m * steps + step] *
-                                   __builtin_convertvector(sums[r][m] - zero * x.sums[m * steps + step], floats);
+                for (int m = 0; m < columns; m++) {
+                    const integers sum = sums[r][m] - zero * x.sums[m * steps + step];
+                    if (w->integer_inputs)
+                        total[r][m][0] += scale * x.scales[m * steps + step] * (float)sum_of(sum);
+                    else
+                        total[r][m] += scale * x.scales[m * steps + step] * __builtin_convertvector(sum, floats);
+                }
             }
             step++;
         }
@@ -159,7 +174,7 @@ static void to_integers(const Weight *w, float *x, Inputs to) {
         }
         to.scales[step] = NAN; /* an input that is not finite makes y NaN */
         if (nothing != 0.0f) continue;
-        const int exponent = ilogbf(largest) - 14;
+        const int exponent = w->integer_inputs ? 0 : ilogbf(largest) - 14;
         const float scale = ldexpf(1.0f, exponent), inverse = ldexpf(1.0f, -exponent);
         for (int64_t k = start; k < end; k++) {
             float code = rintf(x[k] * inverse);

@@ -1,10 +1,10 @@
-"""Integers on the float32 GEMM: the sums are those of int64, whatever the codes."""
+"""Integer activations on CPUs, in C and on the float32 GEMM: the sums are those of int64, whatever the codes."""
 
 import pytest
 import torch
 from weights import assert_same, random_quantized
 
-from lowbit.backends import choose, int8_cpu
+from lowbit.backends import choose, int8_cpu, native
 from lowbit.linear import LowbitLinear
 from lowbit.qweight import QuantWeight, input_grid
 from lowbit.ranges import quantize_input
@@ -23,10 +23,15 @@ def with_inputs(qweight, activations, scale=0.02, zero=-5):
     return qweight.with_inputs(scheme, *stored)
 
 
-def run(x, qweight, bias=None):
-    buffers = int8_cpu.prepare(qweight)
-    assert_same(int8_cpu.restore(buffers, qweight.scheme, qweight.codes.shape), qweight)
-    return int8_cpu.linear(x, buffers, qweight.scheme, tuple(qweight.codes.shape), bias)
+@pytest.fixture(params=[int8_cpu, native], ids=["int8_cpu", "native"])
+def run(request):
+    def product(x, qweight, bias=None):
+        backend, shape = request.param, tuple(qweight.codes.shape)
+        buffers = backend.prepare(qweight)
+        assert_same(backend.restore(buffers, qweight.scheme, shape), qweight)
+        return backend.linear(x, buffers, qweight.scheme, shape, bias)
+
+    return product
 
 
 def by_int64(x, qweight):
@@ -40,7 +45,7 @@ def by_int64(x, qweight):
 @each_activations
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("in_features", [1, 7, 515, 4099])
-def test_extreme_codes_are_summed_exactly(sym, in_features, activations):
+def test_extreme_codes_are_summed_exactly(run, sym, in_features, activations):
     """All products as large as they get and of one sign: 16 bits saturate, and float32 in one piece rounds."""
     for weight_code, zero_code in ((0, 255), (255, 0)):
         for value in (-1.0, 1.0):
@@ -61,13 +66,14 @@ def test_inputs_are_divided_no_more_than_needed():
     assert int8_cpu._parts(with_inputs(narrow, EVERY[0])) == 1
     wide, x = with_inputs(random_quantized(Scheme(8, -1), 8, 4096), EVERY[0]), torch.randn(5, 4096)
     assert int8_cpu._parts(wide) == 4
-    assert torch.equal(run(x, wide), by_int64(x, wide)[0])
+    y = int8_cpu.linear(x, int8_cpu.prepare(wide), wide.scheme, (8, 4096))
+    assert torch.equal(y, by_int64(x, wide)[0])
 
 
 @each_activations
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", BITS)
-def test_equals_the_definition(bits, sym, activations, nan_poison):
+def test_equals_the_definition(run, bits, sym, activations, nan_poison):
     for group, shape in ((-1, (33, 37)), (16, (5, 48)), (128, (900, 1280)), (32, (1, 32)), (-1, (7, 1))):
         qweight = with_inputs(random_quantized(Scheme(bits, group, sym), *shape), activations)
         x = torch.randn(19, shape[1]) + 0.5
@@ -82,7 +88,7 @@ def test_equals_the_definition(bits, sym, activations, nan_poison):
 
 @each_activations
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(dtype, activations):
+def test_half_precision_is_rounded_once(run, dtype, activations):
     qweight = with_inputs(random_quantized(Scheme(8, -1), 24, 100, dtype), activations)
     x = torch.randn(9, 100).to(dtype)
     y, exact = run(x, qweight), definition(x.double(), qweight)
@@ -91,7 +97,7 @@ def test_half_precision_is_rounded_once(dtype, activations):
 
 
 @each_activations
-def test_a_token_with_nan_stays_one(activations):
+def test_a_token_with_nan_stays_one(run, activations):
     qweight = with_inputs(random_quantized(Scheme(8, -1), 5, 40), activations)
     x = torch.randn(3, 40)
     clean = run(x, qweight)
@@ -101,7 +107,7 @@ def test_a_token_with_nan_stays_one(activations):
 
 
 @each_activations
-def test_gradients_are_those_of_the_definition(activations):
+def test_gradients_are_those_of_the_definition(run, activations):
     for scheme in (Scheme(8, -1), Scheme(4, 16, False)):
         qweight = with_inputs(random_quantized(scheme, 40, 48), activations)
         grad, found = torch.randn(6, 40), []
@@ -122,12 +128,13 @@ def test_the_operator_is_what_torch_expects():
     torch.library.opcheck(torch.ops.lowbit.linear_int8_cpu.default, arguments)
 
 
-def test_a_layer_chooses_it_and_gives_its_tensors_back():
+@pytest.mark.parametrize("backend", ["int8_cpu", "native"])
+def test_a_layer_runs_and_gives_its_tensors_back(backend):
     for activations in EVERY:
         qweight = with_inputs(random_quantized(Scheme(8, -1), 16, 40), activations)
-        assert choose(qweight.scheme, CPU, torch.float32, (16, 40)) == "int8_cpu"
-        layer = LowbitLinear.from_quantized(qweight)
-        assert layer.backend == "int8_cpu"
+        assert choose(qweight.scheme, CPU, torch.float32, (16, 40)) == "native"
+        layer = LowbitLinear.from_quantized(qweight, backend=backend)
+        assert layer.backend == backend
         x = torch.randn(2, 3, 40)
         wanted = definition(x, qweight)
         assert torch.allclose(layer(x), wanted, rtol=1e-6, atol=1e-6)
@@ -140,4 +147,3 @@ def test_a_layer_chooses_it_and_gives_its_tensors_back():
 @pytest.mark.parametrize("name", ["W4A16", "W8A16-CHANNEL"])
 def test_it_leaves_floating_point_inputs_to_others(name):
     assert int8_cpu.refuse(Scheme.parse(name), CPU, torch.float32, (16, 128)) == "multiplies integer inputs only"
-    assert choose(Scheme.parse(name), CPU, torch.float32, (16, 128)) == "reference"
