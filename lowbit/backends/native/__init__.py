@@ -134,21 +134,25 @@ def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_
     scheme, in_features = _parse(scheme), x.shape[1]
     weight = _weight(codes, scales, zeros, scheme, (out_features, in_features))
     if scheme.activations is not None:
-        steps, scale, zero = quantize_input(x, scheme.activations, input_scale, input_zero)
-        steps = steps.float() if zero is None else steps.float().sub_(zero)
-        y = steps.new_zeros(len(x), out_features)
-        for start in range(0, len(x), _ROWS_OF_INTEGERS):
-            rows = slice(start, start + _ROWS_OF_INTEGERS)
-            _add_product(weight, steps[rows], y[rows], 1)
-        y = y.mul_(scale)
+        y = _integer_product(x, weight, scheme, input_scale, input_zero)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     crossover = _CROSSOVER_FP32 if dense.gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
     if len(x) >= crossover:
         return dense.product(x, _blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
     wide = torch.empty(x.shape).copy_(x)
-    y = wide.new_zeros(len(x), out_features) if bias is None else bias.float().repeat(len(x), 1)
+    y = wide.new_zeros(len(x), out_features)
     _add_product(weight, wide, y, _PIECES[x.dtype])
-    return y.to(x.dtype)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def _integer_product(x, weight: Weight, scheme: Scheme, input_scale, input_zero) -> torch.Tensor:
+    steps, scale, zero = quantize_input(x, scheme.activations, input_scale, input_zero)
+    steps = steps.float() if zero is None else steps.float().sub_(zero)
+    y = steps.new_zeros(len(x), weight.out_features)
+    for start in range(0, len(x), _ROWS_OF_INTEGERS):
+        rows = slice(start, start + _ROWS_OF_INTEGERS)
+        _add_product(weight, steps[rows], y[rows], 1)
+    return y.mul_(scale)
 
 
 def _add_product(weight: Weight, x: torch.Tensor, y: torch.Tensor, pieces: int) -> None:
