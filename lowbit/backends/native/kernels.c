@@ -24,6 +24,7 @@
 #define COLUMNS 4 /* rows of x that share the unpacking of a code, where there are as many */
 #define STEP 256  /* 256 * 255 * 2^15 < 2^31 */
 #define INTEGER_STEP (1 << 15) /* 2^15 * 255 * 255 < 2^31 */
+#define AHEAD 1024 /* bytes, of what is fetched while codes are multiplied */
 #define INLINE static inline __attribute__((always_inline))
 
 #define LANES 16
@@ -32,6 +33,8 @@ typedef uint16_t words __attribute__((vector_size(32)));
 typedef int16_t shorts __attribute__((vector_size(32)));
 typedef int32_t integers __attribute__((vector_size(32)));
 typedef float floats __attribute__((vector_size(32)));
+
+enum Mode { SYMMETRIC, ASYMMETRIC, INTEGER };
 
 /* Products of neighbours, added in pairs */
 INLINE integers multiply_add(words code, shorts x) {
@@ -75,8 +78,8 @@ INLINE int32_t sum_of(integers v) {
 
 /* Rows [first, first + rows) of a block times `columns` rows of x. chunk_steps: steps in a chunk, 1 where a step has
    whole chunks. */
-INLINE void block(const Weight *w, int bits, int chunk_steps, int rows, int columns, int64_t index, int first, Inputs x,
-                  float *y) {
+INLINE void block(const Weight *w, int bits, int mode, int chunk_steps, int rows, int columns, int64_t index, int first,
+                  Inputs x, float *y) {
     const int fields = 16 / bits, step_fields = fields / chunk_steps;
     const int64_t chunks = chunks_of(w), groups = groups_of(w), steps = steps_of(w);
     const int64_t step_chunks = ceil_div(step_of(w), chunk_of(w)), group_steps = ceil_div(w->group_size, step_of(w));
@@ -84,7 +87,7 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int rows, int colu
     const float *scales = w->scales + index * groups * ROWS + first;
     const float *zeros = w->zeros ? w->zeros + index * groups * ROWS + first : 0;
     floats total[ROWS][COLUMNS] = {0};
-    int64_t step = 0;
+    int64_t step = 0, steps_done = 0; /* of all, and of the group */
     for (int64_t start = 0; start < chunks; start += step_chunks) {
         const int64_t end = smaller(start + step_chunks, chunks);
 #pragma GCC unroll 16
@@ -92,6 +95,8 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int rows, int colu
             if (chunk_steps > 1 && step == steps) break; /* the rest of the chunk is padding */
             integers sums[ROWS][COLUMNS] = {0};
             for (int64_t chunk = start; chunk < end; chunk++) {
+                for (int byte = 0; byte < rows * 32; byte += 64) /* the hardware stops at the end of a page */
+                    __builtin_prefetch((const char *)(codes + chunk * ROWS) + AHEAD + byte);
 #pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     const words word = codes[chunk * ROWS + r];
@@ -104,17 +109,22 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int rows, int colu
                     }
                 }
             }
-            const int64_t group = step / group_steps;
-            for (int r = 0; r < rows; r++) {
-                const float scale = scales[group * ROWS + r];
-                const int32_t zero = zeros ? (int32_t)zeros[group * ROWS + r] : 1 << (bits - 1);
-                for (int m = 0; m < columns; m++) {
-                    const integers sum = sums[r][m] - zero * x.sums[m * steps + step];
-                    if (w->integer_inputs)
-                        total[r][m][0] += scale * x.scales[m * steps + step] * (float)sum_of(sum);
+            for (int m = 0; m < columns; m++) {
+                const float x_scale = x.scales[m * steps + step];
+                const integers x_sums = x.sums[m * steps + step], x_middle = x_sums << (bits - 1);
+                for (int r = 0; r < rows; r++) {
+                    const float scale = scales[r] * x_scale;
+                    const integers sum =
+                        sums[r][m] - (mode != SYMMETRIC && zeros ? (int32_t)zeros[r] * x_sums : x_middle);
+                    if (mode == INTEGER)
+                        total[r][m][0] += scale * (float)sum_of(sum);
                     else
-                        total[r][m] += scale * x.scales[m * steps + step] * __builtin_convertvector(sum, floats);
+                        total[r][m] += scale * __builtin_convertvector(sum, floats);
                 }
+            }
+            if (++steps_done == group_steps) {
+                steps_done = 0, scales += ROWS;
+                if (zeros) zeros += ROWS;
             }
             step++;
         }
@@ -131,33 +141,49 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int rows, int colu
 }
 
 /* One block times all rows of x */
-INLINE void block_columns(const Weight *w, int bits, int chunk_steps, int64_t index, Inputs x, float *y, int64_t columns) {
+INLINE void block_columns(const Weight *w, int bits, int mode, int chunk_steps, int64_t index, Inputs x, float *y,
+                          int64_t columns) {
     const int64_t codes = chunks_of(w) * (16 / bits), steps = steps_of(w);
     int64_t m = 0;
 #define FROM_M (Inputs){x.codes + m * codes, x.sums + m * steps, x.scales + m * steps}, y + m * w->out_features
     for (; m + COLUMNS <= columns; m += COLUMNS)
         for (int first = 0; first < ROWS; first += 2) /* as many sums as there are registers */
-            block(w, bits, chunk_steps, 2, COLUMNS, index, first, FROM_M);
-    for (; m < columns; m++) block(w, bits, chunk_steps, ROWS, 1, index, 0, FROM_M);
+            block(w, bits, mode, chunk_steps, 2, COLUMNS, index, first, FROM_M);
+    for (; m < columns; m++) block(w, bits, mode, chunk_steps, ROWS, 1, index, 0, FROM_M);
 #undef FROM_M
 }
 
 typedef void Kernel(const Weight *, int64_t index, Inputs x, float *y, int64_t columns);
 
-/* A kernel for each (bits, steps in a chunk): both are constants in it */
-#define KERNELS(_) \
-    _(2, 1) _(2, 2) _(2, 4) _(2, 8) _(4, 1) _(4, 2) _(4, 4) _(8, 1) _(8, 2)
-#define DEFINE(BITS, STEPS)                                                                              \
-    static void kernel_##BITS##_##STEPS(const Weight *w, int64_t index, Inputs x, float *y, int64_t columns) { \
-        block_columns(w, BITS, STEPS, index, x, y, columns);                                             \
+/* A kernel for each (bits, steps in a chunk) and mode: they are constants in it */
+#define KERNELS(_, MODE)                                                                                     \
+    _(2, 1, MODE) _(2, 2, MODE) _(2, 4, MODE) _(2, 8, MODE) _(4, 1, MODE) _(4, 2, MODE) _(4, 4, MODE)        \
+    _(8, 1, MODE) _(8, 2, MODE)
+#define DEFINE(BITS, STEPS, MODE)                                                                            \
+    static void kernel_##BITS##_##STEPS##_##MODE(const Weight *w, int64_t index, Inputs x, float *y, int64_t columns) { \
+        block_columns(w, BITS, MODE, STEPS, index, x, y, columns);                                           \
     }
-KERNELS(DEFINE)
+KERNELS(DEFINE, SYMMETRIC)
+KERNELS(DEFINE, ASYMMETRIC)
+KERNELS(DEFINE, INTEGER)
 
-static Kernel *kernel_for(int64_t bits, int64_t chunk_steps) {
-#define CASE(BITS, STEPS) \
-    if (bits == BITS && chunk_steps == STEPS) return kernel_##BITS##_##STEPS;
-    KERNELS(CASE)
+static Kernel *kernel_for(const Weight *w) {
+    const int64_t chunk_steps = step_of(w) < chunk_of(w) ? chunk_of(w) / step_of(w) : 1;
+    const enum Mode mode = w->integer_inputs ? INTEGER : w->zeros ? ASYMMETRIC : SYMMETRIC;
+#define CASE(BITS, STEPS, MODE) \
+    if (w->bits == BITS && chunk_steps == STEPS && mode == MODE) return kernel_##BITS##_##STEPS##_##MODE;
+    KERNELS(CASE, SYMMETRIC)
+    KERNELS(CASE, ASYMMETRIC)
+    KERNELS(CASE, INTEGER)
     return 0;
+}
+
+INLINE uint32_t bits_of(float value) {
+    union {
+        float value;
+        uint32_t bits;
+    } both = {value};
+    return both.bits;
 }
 
 /* One row of x as integers; x becomes what they leave of it */
@@ -167,19 +193,19 @@ static void to_integers(const Weight *w, float *x, Inputs to) {
     for (int64_t step = 0; step < steps_of(w); step++) {
         const int64_t start = step * step_size, end = smaller(start + step_size, w->in_features);
         int16_t *codes = (int16_t *)to.codes;
-        float largest = 0x1p-80f, nothing = 0;
+        uint32_t largest = 0; /* as bits: integers have a maximum that needs no care for what is not a number */
         for (int64_t k = start; k < end; k++) {
-            largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
-            nothing += x[k] * 0.0f;
+            const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
+            largest = magnitude > largest ? magnitude : largest;
         }
         to.scales[step] = NAN; /* an input that is not finite makes y NaN */
-        if (nothing != 0.0f) continue;
-        const int exponent = w->integer_inputs ? 0 : ilogbf(largest) - 14;
+        if (largest >= bits_of(INFINITY)) continue;
+        const int exponent = w->integer_inputs ? 0 : (largest >> 23 > 47 ? (int)(largest >> 23) : 47) - 127 - 14;
         const float scale = ldexpf(1.0f, exponent), inverse = ldexpf(1.0f, -exponent);
         for (int64_t k = start; k < end; k++) {
-            float code = rintf(x[k] * inverse);
-            code = code > 32767.0f ? 32767.0f : code;
-            codes[k] = (int16_t)code;
+            const float nearest = x[k] * inverse + 0x1.8p23f - 0x1.8p23f; /* rounds to an integer */
+            const float code = nearest > 32767.0f ? 32767.0f : nearest;
+            codes[k] = (int16_t)(int32_t)code;
             x[k] -= code * scale;
         }
         integers sums = {0};
@@ -194,7 +220,7 @@ static void to_integers(const Weight *w, float *x, Inputs to) {
    rows * (padded in_features * 2 + steps * 36) bytes, aligned to 32. Returns 0 if there is no kernel. */
 int lowbit_linear(const Weight *w, float *x, float *y, int64_t rows, int64_t pieces, char *scratch) {
     const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w), blocks = ceil_div(w->out_features, ROWS);
-    Kernel *kernel = kernel_for(w->bits, step_of(w) < chunk_of(w) ? chunk_of(w) / step_of(w) : 1);
+    Kernel *kernel = kernel_for(w);
     if (!kernel) return 0;
     Inputs inputs = {(shorts *)scratch, (integers *)scratch + rows * codes, 0};
     inputs.scales = (float *)(inputs.sums + rows * steps);
