@@ -195,7 +195,8 @@ def test_moves_copies_and_loading_join_again():
     assert_equal(together(x), other(x))
     together.linears[1].unprepare()
     calls = counted(together)
-    assert_equal(together(x), other(x))
+    for actual, expected in zip(together(x), other(x), strict=True):  # one by its dense weight: rounded differently
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert calls == [48, 32]
 
 

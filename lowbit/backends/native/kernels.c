@@ -1,9 +1,9 @@
 /* y = x W^T for a group-wise quantized W, in integers: compiled by build.py for the processor it runs on.
 
-   Inputs become 16-bit integers. The inputs of a step, at most STEP of a group, share a power of two, chosen so that the
-   largest of them takes 15 bits: an input down to 1/128 of it, if it was a bfloat16, is kept exactly, others are off by
-   2^-16 of it at most, far below the rounding of y. float32 takes two such integers, of the input and of what the first
-   has left. Products of codes and integers are summed exactly, and a step adds
+   Inputs become 16-bit integers. The inputs of a step, at most STEP of a group, share a power of two, chosen so that
+   the largest of them takes 15 bits: an input down to 1/128 of it, if it was a bfloat16, is kept exactly, others are
+   off by 2^-15 of it at most, far below the rounding of y. float32 takes two such integers, of the input and of what
+   the first has left. Products of codes and integers are summed exactly, and a step adds
        scale * 2^exponent * (sum of code x - zero * sum of x)    with w = (code - zero) * scale.
 
    Integer activations (integer_inputs) are what they are, below 256: a step may be as long as INTEGER_STEP, has the
@@ -54,7 +54,7 @@ typedef struct {
     int64_t bits, out_features, in_features, group_size, integer_inputs;
 } Weight;
 
-/* x [rows, in_features] as integers: codes [rows, chunks, fields], and for each step 2^exponent and the sums of lanes */
+/* x [rows, in_features] as integers: codes [rows, chunks, fields]; for each step, 2^exponent and the sums of lanes */
 typedef struct {
     shorts *codes;
     integers *sums;
@@ -160,7 +160,8 @@ typedef void Kernel(const Weight *, int64_t index, Inputs x, float *y, int64_t c
     _(2, 1, MODE) _(2, 2, MODE) _(2, 4, MODE) _(2, 8, MODE) _(4, 1, MODE) _(4, 2, MODE) _(4, 4, MODE)        \
     _(8, 1, MODE) _(8, 2, MODE)
 #define DEFINE(BITS, STEPS, MODE)                                                                            \
-    static void kernel_##BITS##_##STEPS##_##MODE(const Weight *w, int64_t index, Inputs x, float *y, int64_t columns) { \
+    static void kernel_##BITS##_##STEPS##_##MODE(const Weight *w, int64_t index, Inputs x, float *y,         \
+                                                 int64_t columns) {                                          \
         block_columns(w, BITS, MODE, STEPS, index, x, y, columns);                                           \
     }
 KERNELS(DEFINE, SYMMETRIC)
@@ -216,8 +217,8 @@ static void to_integers(const Weight *w, float *x, Inputs to) {
     }
 }
 
-/* y [rows, out_features] += x W^T. x [rows, in_features] is used up; pieces: 16-bit integers for each of it. scratch has
-   rows * (padded in_features * 2 + steps * 36) bytes, aligned to 32. Returns 0 if there is no kernel. */
+/* y [rows, out_features] += x W^T. x [rows, in_features] is used up; pieces: 16-bit integers for each of it. scratch
+   has rows * (padded in_features * 2 + steps * 36) bytes, aligned to 32. Returns 0 if there is no kernel. */
 int lowbit_linear(const Weight *w, float *x, float *y, int64_t rows, int64_t pieces, char *scratch) {
     const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w), blocks = ceil_div(w->out_features, ROWS);
     Kernel *kernel = kernel_for(w);
