@@ -18,6 +18,7 @@ DOCUMENTS = (
     "model_cards/reference.md",
     "docs/architectures.md",
     "docs/benchmarks.md",
+    "docs/kv_cache.md",
 )
 
 
@@ -103,6 +104,17 @@ def cpu_generation() -> str:
     header = [f"{data['shapes']} shapes, {data['layers']} layers", "weights GB", "decode tokens/s, batch 1", "",
               f"prefill tokens/s, {data['prefill_tokens']} tokens", ""]  # fmt: skip
     return markdown(header, rows) + source(data, "cpu_generation")
+
+
+def kv_cache() -> str:
+    data = result("kv_cache")
+    rows = [
+        [row["dtype"], f"{row['kl_mean']:.6f}", f"{row['kl_p99']:.5f}", f"{100 * row['top1_agreement']:.2f} %",
+         f"{row['int8_bytes'] / row['full_bytes']:.2f}"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    header = ["embedded model", "mean KL (nats)", "99th percentile", "top-1 agreement", "bytes, of the full cache's"]
+    return markdown(header, rows) + source(data, "kv_cache")
 
 
 def speculative() -> str:
@@ -334,7 +346,7 @@ TABLES = {
     f.__name__: f
     for f in (
         architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
-        gpu_end_to_end, cpu_generation, speculative,
+        gpu_end_to_end, cpu_generation, kv_cache, speculative,
         gpu_predictions, interop, reference_training,
     )
 }  # fmt: skip
