@@ -228,7 +228,7 @@ def test_an_int8_cache_runs_in_the_loop(name, quantized_model):
     called = Session(model, None, int8_cache=True).decoder
     ids, mask = batch(2, 30)
     first = called.generate(ids, mask, max_new_tokens=NEW, eos_token_id=())
-    captured = generate(model, ids, mask, max_new_tokens=NEW, eos_token_id=(), int8_cache=True, graphs=Tapes())
+    captured = Decoder(model, int8_cache=True, graphs=Tapes()).generate(ids, mask, max_new_tokens=NEW, eos_token_id=())
     assert torch.equal(first.tokens, captured.tokens)
     assert (first.stats.path, captured.stats.path) == ("static loop", "tape")
     assert all(layer.keys.dtype == torch.int8 for layer in called.step.cache.layers)

@@ -121,7 +121,7 @@ def linear(x, buffers, scheme, shape, bias=None):
 
 
 def experts(x, buffers, expert_start, scheme, shape, bias=None):
-    bounds, y = expert_start.tolist(), []
+    bounds, y = [start.item() for start in expert_start], []  # not tolist, which what records operators does not see
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
             of_expert = {name: tensor[expert] for name, tensor in buffers.items()}
