@@ -147,10 +147,9 @@ def _what(model, model_option, shapes, layers, scheme, method, source, setting):
 def _facts(device: str) -> dict:
     import torch
 
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    from lowbit.pipeline.report import cpu
+
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu()
     versions = {}
     for package in _PACKAGES:
         try:
@@ -159,14 +158,6 @@ def _facts(device: str) -> dict:
             continue
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"date": date, "device": name, "python": platform.python_version(), **versions}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _show(result: dict) -> None:

@@ -68,6 +68,11 @@ def machine() -> str:
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return torch.cuda.get_device_name() + (f" x {count}" if count > 1 else "")
+    return cpu()
+
+
+def cpu() -> str:
+    """The CPU with its threads."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
