@@ -56,8 +56,8 @@ class Decoder:
     make_cache(model, batch, length) -> a transformers Cache of `length` positions whose layers keep their length in a
     tensor `cumulative_length` and change nothing else than tensors in a step; by default one of those in `cache`.
     compile: torch.compile the step; by default it is not.
-    graphs: where steps run (see `graph` and `recording`); by default in CUDA graphs on CUDA, recorded on CPUs that have a
-        C compiler, called elsewhere.
+    graphs: where steps run (see `graph` and `recording`); by default in CUDA graphs on CUDA, recorded on CPUs that have
+        a C compiler, called elsewhere.
     int8_cache: keys and values are kept in 8 bits (see `kv_int8`).
     """
 
