@@ -11,14 +11,18 @@ from folders import ROOT
 from lowbit.cli.main import load_command
 
 PAGE = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+BLOCKS = [block.splitlines() for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)]
+DRAFTING = "--assistant", "--prompt-lookup"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command, done, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    outcome = done(*shlex.split(command)[1:])
-    assert ("by static loop" in outcome.err) == ("--stats" in command)
+@pytest.mark.parametrize("block", BLOCKS, ids=["options", "drafts"])
+def test_commands_run(block, done, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for command in block:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        outcome = done(*shlex.split(command)[1:])
+        path = "model.generate" if any(option in command for option in DRAFTING) else "static loop"
+        assert (f"by {path}" in outcome.err) == ("--stats" in command)
 
 
 def test_code_runs(capsys):
@@ -30,5 +34,7 @@ def test_code_runs(capsys):
 
 
 def test_options_are_those_of_the_commands():
-    known = {name for command in ("generate", "chat") for p in load_command(command).params for name in p.opts}
-    assert len(COMMANDS) == 5 and set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
+    commands = {shlex.split(command)[1] for block in BLOCKS for command in block}
+    assert commands == {"generate", "chat", "quantize"}
+    known = {name for command in commands for p in load_command(command).params for name in p.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", PAGE)) <= known
