@@ -1,6 +1,6 @@
 """Speculative decoding of the embedded model in 8 bits: drafts by itself in 4 and 2 bits, and by looking up the prompt.
 
-    python scripts/benchmarks/speculative.py [--prompts N] [--new-tokens N]
+    python scripts/benchmarks/speculative.py [--prompts N] [--new-tokens N] [--rounds N]
 
 Greedy, batch 1, transformers' assisted generation as `lowbit generate --assistant` and `--prompt-lookup` run it, beside
 `model.generate` and lowbit's loop without drafts. Prompts are 128 tokens of modules of the standard library that the
@@ -55,18 +55,18 @@ class Loop:
         return {"tokens": result.tokens[0].tolist(), "drafted": stats.drafted_tokens, "accepted": stats.accepted_tokens}
 
 
-def measure(runs: dict, prompts: dict[str, list[torch.Tensor]], new: int) -> dict:
-    """{(text, variant): [what a run gives, and its seconds]}, one for each prompt."""
+def measure(runs: dict, prompts: dict[str, list[torch.Tensor]], new: int, rounds: int) -> dict:
+    """{(text, variant): [what a run gives, and its seconds]}, one for each round and prompt."""
     for run in runs.values():  # warms up
         run(prompts["code"][0], 8)
-    found = {}
-    for text, batch in prompts.items():
-        for ids in batch:
+    found = {(text, name): [] for text in prompts for name in runs}
+    for _ in range(rounds):
+        for text, ids in ((text, ids) for text, batch in prompts.items() for ids in batch):
             for name, run in runs.items():
                 started = time.perf_counter()
                 made = run(ids, new)
                 made["seconds"] = time.perf_counter() - started
-                found.setdefault((text, name), []).append(made)
+                found[text, name].append(made)
                 print(text, name, made["drafted"], made["accepted"], f"{made['seconds']:.2f}", flush=True)
     return found
 
@@ -74,21 +74,25 @@ def measure(runs: dict, prompts: dict[str, list[torch.Tensor]], new: int) -> dic
 def row(text: str, name: str, runs: list[dict], plain: list[dict]) -> dict:
     tokens = sum(len(run["tokens"]) for run in runs)
     drafted, accepted = (sum(run[key] for run in runs) for key in ("drafted", "accepted"))
+    ratios = [before["seconds"] / run["seconds"] for run, before in zip(runs, plain, strict=True)]
+    same = [run["tokens"] == before["tokens"] for run, before in zip(runs, plain, strict=True)]
     return {
         "text": text,
         "variant": name,
         "accepted_share": accepted / drafted if drafted else None,
         "tokens_per_step": tokens / (tokens - accepted),
         "tokens_per_second": statistics.median(len(run["tokens"]) / run["seconds"] for run in runs),
-        "over_plain": statistics.median(p["seconds"] / run["seconds"] for run, p in zip(runs, plain, strict=True)),
-        "prompts_with_the_same_tokens": sum(a["tokens"] == b["tokens"] for a, b in zip(runs, plain, strict=True)),
+        "over_plain": statistics.median(ratios),
+        "quartiles": [statistics.quantiles(ratios, n=4)[number] for number in (0, 2)],
+        "same_tokens_share": statistics.mean(same),
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=6, help="of each text")
+    parser.add_argument("--prompts", type=int, default=8, help="of each text")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     work, models = WORK / "speculative", {}
     for scheme in (TARGET, *DRAFTS):
@@ -103,11 +107,12 @@ def main():
     stream = token_stream(load_tokenizer("reference"), "stdlib", args.prompts * PROMPT_TOKENS)
     code = list(stream[: args.prompts * PROMPT_TOKENS].view(-1, 1, PROMPT_TOKENS))
     repeated = [ids[:, :REPEATED].repeat(1, 3)[:, :PROMPT_TOKENS] for ids in code]
-    found = measure(runs, {"code": code, "repeated": repeated}, args.new_tokens)
+    found = measure(runs, {"code": code, "repeated": repeated}, args.new_tokens, args.rounds)
     shutil.rmtree(work)
     rows = [row(text, name, made, found[text, PLAIN]) for (text, name), made in found.items()]
     save("speculative", {"target": TARGET, "prompts": args.prompts, "prompt_tokens": PROMPT_TOKENS,
-                         "new_tokens": args.new_tokens, "dtype": str(target.dtype), "rows": rows})  # fmt: skip
+                         "new_tokens": args.new_tokens, "rounds": args.rounds, "dtype": str(target.dtype),
+                         "rows": rows})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -121,22 +121,18 @@ def speculative() -> str:
     if not (RESULTS / "speculative.json").exists():
         return "Not yet measured. `python scripts/benchmarks/speculative.py` measures it."
     data = result("speculative")
-    texts = list(dict.fromkeys(row["text"] for row in data["rows"]))
-    found = {(row["variant"], row["text"]): row for row in data["rows"]}
     rows = []
-    for variant in dict.fromkeys(row["variant"] for row in data["rows"]):
-        cells, alone = [], variant.endswith("alone")  # a draft without the model
-        same = sum(found[variant, text]["prompts_with_the_same_tokens"] for text in texts)
-        for text in texts:
-            row = found[variant, text]
-            share = "" if row["accepted_share"] is None else f"{100 * row['accepted_share']:.0f} %"
-            cells += [f"{row['tokens_per_second']:.0f} ({row['over_plain']:.2f}x)", share,
-                      f"{row['tokens_per_step']:.2f}"]  # fmt: skip
-        rows.append([variant, *cells, "" if alone else f"{same} of {data['prompts'] * len(texts)}"])
-    header = [f"embedded model, {data['target']}"]
-    for text in texts:
-        header += [f"{text}: tokens/s (over the first)", "accepted", "tokens per step"]
-    return markdown([*header, "same tokens"], rows) + source(data, "speculative")
+    for row in data["rows"]:
+        low, high = row["quartiles"]
+        accepted = "" if row["accepted_share"] is None else f"{100 * row['accepted_share']:.0f} %"
+        rows.append(
+            [f"{row['text']}: {row['variant']}", f"{row['tokens_per_second']:.0f}",
+             f"{row['over_plain']:.2f}x ({low:.2f} to {high:.2f})", accepted, f"{row['tokens_per_step']:.2f}",
+             f"{100 * row['same_tokens_share']:.0f} %"]
+        )  # fmt: skip
+    header = [f"embedded model, {data['target']}", "tokens/s", "over model.generate (quartiles)", "accepted",
+              "tokens per step", "prompts with the same tokens"]  # fmt: skip
+    return markdown(header, rows) + source(data, "speculative")
 
 
 _PEER_NAMES = {
