@@ -133,12 +133,15 @@ def open_session(
     """
     folder, kwargs = resolve(model, revision), {**kwargs, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    drafts = {"lookup": prompt_lookup}
+    draft = None if prompt_lookup is None else Draft(lookup=prompt_lookup)
     if assistant is not None:
-        assistant = resolve(assistant)
-        check_same_tokens(load_config(folder, trust_remote_code), load_config(assistant, trust_remote_code))
-        if load_tokenizer(assistant, trust_remote_code).get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"the tokenizer of {assistant} is another than that of {folder}: expected the same tokens")
-        drafts["assistant"] = load(assistant, **kwargs)
-    draft = Draft(**drafts) if assistant is not None or prompt_lookup is not None else None
+        _check_tokenizers(folder, tokenizer, resolve(assistant), trust_remote_code)
+        draft = Draft(assistant=load(assistant, **kwargs), lookup=prompt_lookup)
     return Session(load(folder, **kwargs), tokenizer, int8_cache=kv_cache == "int8", compile=compile, draft=draft)
+
+
+def _check_tokenizers(folder: Path, tokenizer, assistant: Path, trust_remote_code: bool) -> None:
+    """Before any weights are loaded. transformers itself only compares how many tokens there are."""
+    check_same_tokens(load_config(folder, trust_remote_code), load_config(assistant, trust_remote_code))
+    if load_tokenizer(assistant, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"the tokenizer of {assistant} is another than that of {folder}: expected the same tokens")
