@@ -62,6 +62,19 @@ def test_greedy_tokens_are_those_of_model_generate(name, rows, quantized_model):
         assert called.stats.path == "static loop"
 
 
+@pytest.mark.parametrize("name", ["kosmos-2.5", "exaone4_5", "hyperclovax_vision_v2"])
+def test_models_that_count_positions_for_themselves(name):
+    """From an offset, say; with positions from 0 on they would give something else."""
+    model, _ = tiny_model_that_runs("AutoModelForImageTextToText", name)
+    ids, mask = batch(3, 9)
+    pad = model.generation_config.pad_token_id or 0
+    ids = (ids % 90 + 3).masked_fill(mask == 0, pad)
+    wanted = expected(model, ids, mask, eos_token_id=None)
+    for graphs in (None, Tapes()):
+        result = generate(model, ids, mask, max_new_tokens=NEW, eos_token_id=(), graphs=graphs)
+        assert torch.equal(result.tokens, wanted) and result.stats.path != "model.generate", result.stats.why
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_eager_attention_is_captured_too(name, tapes):
     model = tiny_model(name, attn_implementation="eager", **ARCHITECTURES[name])
