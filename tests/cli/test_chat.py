@@ -114,11 +114,11 @@ def test_a_question_that_is_too_long_by_itself(done, quantized, monkeypatch):
 def test_statistics_in_chat(done, quantized, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("!stats\nhello\nand again\n!stats\n"))
     outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0")
-    assert "no answer yet" in outcome.err and outcome.err.count("by static loop") == 1
+    assert "no answer yet" in outcome.err and outcome.err.count("by recorded loop") == 1
     assert "in the cache" in outcome.err  # the first turn
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand again\n"))
     outcome = done("chat", quantized, "--max-new-tokens", "4", "--temperature", "0", "--stats")
-    assert outcome.err.count("by static loop") == 2
+    assert outcome.err.count("by recorded loop") == 2
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])

@@ -32,11 +32,11 @@ def test_statistics(done, json_of, quantized):
     result = json_of("generate", quantized, *PROMPT, "--prefill-chunk", "1")
     stats = result["stats"]
     assert stats["prompt_tokens"] == result["prompt_tokens"] and stats["new_tokens"] == result["tokens"]
-    assert stats["path"] == "static loop" and stats["why"] is None and stats["reused_tokens"] == 0
+    assert stats["path"] == "recorded loop" and stats["why"] is None and stats["reused_tokens"] == 0
     assert 0 < stats["time_to_first_token"] < stats["seconds"] and stats["decode_tokens_per_second"] > 0
     lines = done("generate", quantized, *PROMPT, "--stats").err
-    assert "16 tokens" in lines and "per second" in lines and "by static loop" in lines
-    assert "by static loop" not in done("generate", quantized, *PROMPT, "--no-compile").err
+    assert "16 tokens" in lines and "per second" in lines and "by recorded loop" in lines
+    assert "by recorded loop" not in done("generate", quantized, *PROMPT, "--no-compile").err
 
 
 def test_wrong_options(refused, wrong_usage, quantized):

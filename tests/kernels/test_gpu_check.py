@@ -39,7 +39,7 @@ def test_gpu_check(tmp_path, monkeypatch):
     assert "0 wrong" in done.stdout
     whole = result["end_to_end"]
     assert {(row["side"], row["batch"], row["path"]) for row in whole["rows"]} == {
-        (side, batch, "static loop") for side in ("W4A16-G128", "bf16") for batch in (1, 2)
+        (side, batch, "recorded loop") for side in ("W4A16-G128", "bf16") for batch in (1, 2)
     }
     assert "tiny bf16       batch   2" in done.stdout
 

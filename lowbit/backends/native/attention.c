@@ -9,7 +9,7 @@
 #include "numbers.h"
 
 #define QUERIES 8 /* that share the conversion of a key to floats */
-#define BLOCK 64  /* keys */
+#define BLOCK 512 /* keys, as in torch */
 #define HEAD 512  /* the longest */
 
 typedef struct {
@@ -59,10 +59,11 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
     }
     for (int64_t start = 0; start < a->keys; start += BLOCK) {
         const int64_t end = smaller(start + BLOCK, a->keys);
-        int any[BLOCK] = {0}, block = 0;
+        const int64_t width = ceil_div(end - start, WIDTH) * WIDTH;
+        uint8_t any[BLOCK] = {0}, block = 0;
         for (int q = 0; q < count; q++)
-            for (int k = 0; k < BLOCK; k++) {
-                const int sees = start + k < end && (!seen[q] || seen[q][(start + k) * a->last]);
+            for (int64_t k = 0; k < width; k++) {
+                const uint8_t sees = start + k < end && (!seen[q] || seen[q][(start + k) * a->last]);
                 any[k] |= sees, block |= sees;
                 scores[q].of[k] = sees ? 0 : -INFINITY;
             }
@@ -78,20 +79,20 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
         }
         for (int q = 0; q < count; q++) {
             float most = largest[q]; /* NaN, once there is one */
-            for (int k = 0; k < BLOCK; k++) {
+            for (int64_t k = 0; k < width; k++) {
                 const float score = scores[q].of[k];
                 most = score > most || score != score ? score : most;
             }
             if (most == -INFINITY) { /* nothing is seen yet */
-                for (int k = 0; k < BLOCK; k++) scores[q].of[k] = 0;
+                for (int64_t k = 0; k < width; k++) scores[q].of[k] = 0;
                 continue;
             }
             const float before = largest[q] == -INFINITY ? 0 : expf(largest[q] - most);
             floats sums = {0};
-            for (int v = 0; v < BLOCK / WIDTH; v++)
+            for (int64_t v = 0; v < width / WIDTH; v++)
                 sums += scores[q].vectors[v] = exponential(scores[q].vectors[v] - most);
             if (a->dtype == BFLOAT16)
-                for (int k = 0; k < BLOCK; k++) scores[q].of[k] = of_bits((uint32_t)to_bfloat16(scores[q].of[k]) << 16);
+                for (int64_t k = 0; k < width; k++) scores[q].of[k] = of_bits((uint32_t)to_bfloat16(scores[q].of[k]) << 16);
             weights[q] = weights[q] * before + sum_of(sums);
             for (int64_t v = 0; v < value_vectors; v++) total[q][v] *= before;
             largest[q] = most;
