@@ -19,6 +19,7 @@ from lowbit.errors import InputError, UsageError
 from lowbit.pipeline.calibrated import Seen
 from lowbit.pipeline.convert import convert, dequantize
 from lowbit.pipeline.verify import static_checks
+from lowbit.quantizers import rtn
 from lowbit.ranges import RangeObserver
 from lowbit.scheme import Recipe, Scheme
 
@@ -192,6 +193,18 @@ def test_ranges_are_of_the_inputs_in_the_calibration(source, folders):
     for method in ("percentile", "mse"):
         other = stored_tensors(folders("W8A8-STATIC", activation_range=method))
         assert float(other[f"{name}.input_scale"]) <= float(tensors[f"{name}.input_scale"]) * 1.001
+
+
+def test_ranges_are_all_that_rounding_measures(source, tmp_path, monkeypatch):
+    given, round_to_nearest = [], rtn.quantize
+
+    def quantize(weight, stats, *rest):
+        given.append(stats)
+        return round_to_nearest(weight, stats, *rest)
+
+    monkeypatch.setattr(rtn, "quantize", quantize)
+    lowbit.quantize(source, tmp_path / "q", scheme="W8A8-STATIC", dataset=SAMPLES)
+    assert given and all(moment is None for stats in given for moment in stats.values())
 
 
 def test_a_mixed_model_names_the_format_of_each_group(source, folders, tmp_path):
