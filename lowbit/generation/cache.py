@@ -21,27 +21,45 @@ class WholeSlidingLayer(StaticLayer):
 
 class FilledLayer(StaticLayer):
     """Gives only the positions that are filled, and of those only what the window still reaches: attention has no more
-    to read, and nothing to mask where there is no padding. It counts in Python: for steps that are called."""
+    to read, and nothing to mask where there is no padding. `length` counts them, in Python.
 
-    is_compileable = False
+    A step that is recorded cannot count so: while it is, `visible` says how many positions it is given, filled or not,
+    the mask tells which are, and `cumulative_length`, one tensor for all layers of a cache, where its keys and values go
+    (see `hold` and `advance`).
+    """
 
-    def __init__(self, max_cache_len: int, window: int | None = None):
+    def __init__(self, max_cache_len: int, count: torch.Tensor, window: int | None = None):
         super().__init__(max_cache_len)
+        self.cumulative_length = count
         self.is_sliding, self.window, self.length = window is not None, window or max_cache_len, 0
+        self.visible: int | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """transformers always makes a mask where this is true."""
+        return self.visible is not None
 
     def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.visible is not None:
+            position = self.cumulative_length.view(1)
+            self.keys.index_copy_(2, position, key_states)
+            self.values.index_copy_(2, position, value_states)
+            return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first, start, end = self._first(), self.length, self.length + key_states.shape[-2]
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
+        self.cumulative_length.fill_(end)
         return self.keys[:, :, first:end], self.values[:, :, first:end]
 
-    def get_seq_length(self) -> int:
-        return self.length
+    def get_seq_length(self) -> int | torch.Tensor:
+        return self.length if self.visible is None else super().get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.visible is not None:
+            return self.visible, 0
         return self.length + query_length - self._first(), self._first()
 
     def _first(self) -> int:
@@ -56,13 +74,14 @@ def static_cache(model, batch: int, length: int) -> Cache:
 
 
 def filled_cache(model, batch: int, length: int) -> Cache:
-    """The same, for steps that are called."""
+    """The same, for steps that are called or recorded."""
+    count = torch.tensor(0)
     return _static(
         model,
         length,
         {
-            StaticLayer: lambda layer: FilledLayer(length),
-            StaticSlidingWindowLayer: lambda layer: FilledLayer(length, window=layer.max_cache_len),
+            StaticLayer: lambda layer: FilledLayer(length, count),
+            StaticSlidingWindowLayer: lambda layer: FilledLayer(length, count, window=layer.max_cache_len),
         },
     )
 
@@ -98,9 +117,23 @@ def rewind(cache: Cache, length: int) -> None:
     """Forget all positions from `length` on. What they hold stays until it is overwritten, and is not seen."""
     for layer in cache.layers:
         if isinstance(layer, FilledLayer):
-            layer.length = length
-        elif isinstance(layer, CacheLayerMixin):
+            layer.length, layer.visible = length, None
+        if isinstance(layer, CacheLayerMixin):
             layer.cumulative_length.fill_(length)
+
+
+def hold(cache: Cache, visible: int) -> None:
+    """Attention sees so many positions in every step of one token to come, until the cache is rewound."""
+    for layer in cache.layers:
+        if isinstance(layer, FilledLayer):
+            layer.visible = visible
+
+
+def advance(cache: Cache) -> None:
+    """What a step that sees `visible` positions ends with."""
+    filled = (layer for layer in cache.layers if isinstance(layer, FilledLayer))
+    if (layer := next(filled, None)) is not None:
+        layer.cumulative_length.add_(1)
 
 
 def room(needed: int, before: int = 0) -> int:

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lowbit.backends import native
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.generation.answer import Answer
 from lowbit.generation.cache import filled_cache, rewind, room, static_cache, unusable
 from lowbit.generation.fallback import model_generate, refuse, say_once
 from lowbit.generation.graph import CudaGraphs, Direct, Pipeline
 from lowbit.generation.kv_int8 import in_int8
+from lowbit.generation.recording import Recordings
 from lowbit.generation.sampling import Sampling
 from lowbit.generation.stats import Stats, Stopwatch
 from lowbit.generation.step import Step
@@ -54,7 +56,8 @@ class Decoder:
     make_cache(model, batch, length) -> a transformers Cache of `length` positions whose layers keep their length in a
     tensor `cumulative_length` and change nothing else than tensors in a step; by default one of those in `cache`.
     compile: torch.compile the step; by default it is not.
-    graphs: where steps run (see `graph`); by default CUDA graphs on CUDA, plain calls elsewhere.
+    graphs: where steps run (see `graph` and `recording`); by default in CUDA graphs on CUDA, recorded on the CPU where it
+        has its kernels, called elsewhere.
     int8_cache: keys and values are kept in 8 bits (see `kv_int8`).
     """
 
@@ -68,8 +71,8 @@ class Decoder:
         int8_cache: bool = False,
     ):
         self.model, self.compile, self.int8_cache = model, bool(compile), int8_cache
-        self.graphs = graphs or (CudaGraphs(model.device) if model.device.type == "cuda" else Direct())
-        called = isinstance(self.graphs, Direct) and not compile
+        self.graphs = graphs or _graphs(model.device, self.compile)
+        called = isinstance(self.graphs, Direct | Recordings) and not compile
         self.cache_asked = make_cache is not None
         self.make_cache = make_cache or (filled_cache if called else static_cache)
         self.refusal = refuse(model)
@@ -266,6 +269,12 @@ class Decoder:
             )  # fmt: skip
         finally:
             run.decode_seconds = run.watch.lap()
+
+
+def _graphs(device: torch.device, compiled: bool):
+    if device.type == "cuda":
+        return CudaGraphs(device)
+    return Recordings() if device.type == "cpu" and not compiled and native.available() is None else Direct()
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowbit.generation.cache import grows, rewind
+from lowbit.generation.cache import advance, grows, hold, rewind
 from lowbit.generation.sampling import Sampling, pick
 
 
@@ -30,7 +30,8 @@ class Step:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.generator = torch.Generator(device)
         self.seen: torch.Tensor | None = None
-        self.visible: int | None = None  # positions that attention sees, where it does not see all
+        self.filled = 0  # positions of the cache
+        self.visible: int | None = None  # those that a step sees that is recorded
         self.forward: Callable = model  # the compiled one, where that was asked for
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor, seed: int | None) -> None:
@@ -38,7 +39,7 @@ class Step:
         self.prompt, self.prompt_positions = ids, (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         self.mask.fill_(1)
         self.mask[:, : mask.shape[1]] = mask
-        self.visible = mask.shape[1] if grows(self.cache) else None
+        self.filled, self.visible = mask.shape[1], None
         self.finished.fill_(False)
         self.positions.copy_(self.prompt_positions[:, -1:])
         if seed is None:
@@ -63,22 +64,29 @@ class Step:
         self._take(logits)
 
     def __call__(self) -> None:
+        self.filled += 1
+        seen = self.visible or (self.filled if grows(self.cache) else self.length)
+        self._take(self._logits(self.forward, self.inputs, self.mask[:, :seen], self.positions))
         if self.visible is not None:
-            self.visible += 1
-        self._take(self._logits(self.forward, self.inputs, self.mask[:, : self.visible], self.positions))
+            advance(self.cache)
+
+    def hold(self, visible: int) -> None:
+        """See the first `visible` positions in every step to come, until `begin`."""
+        self.visible = visible
+        hold(self.cache, visible)
 
     def restoring(self) -> Callable[[], None]:
         """A function that undoes the steps that will have been made when it is called."""
         kept = [self.tokens, self.inputs, self.positions, self.finished]
         kept += [self.seen] if self.seen is not None else []
         values, state = [tensor.clone() for tensor in kept], self.generator.get_state()
-        held, visible = self.prompt.shape[1], self.visible
+        held = self.prompt.shape[1]
 
         def restore():
             for tensor, value in zip(kept, values, strict=True):
                 tensor.copy_(value)
             self.generator.set_state(state)
-            self.visible = visible
+            self.filled, self.visible = held, None
             rewind(self.cache, held)
 
         return restore

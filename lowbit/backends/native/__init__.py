@@ -1,11 +1,12 @@
-"""Kernels in C for the CPU, compiled on the machine they run on (build.py); kernels.c says what they compute.
+"""Kernels in C for the CPU, compiled on the machine they run on (build.py); linear.c says what they compute.
 
 Few rows are multiplied by the packed weight as it is, many by a dense copy, made block by block. Integer activations
 are integers to the kernels already, and always theirs. 3-bit codes are stored in 4 bits: taking three from words costs
 more time than reading a bit more.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -16,11 +17,13 @@ from lowbit.qweight import QuantWeight, input_grid
 from lowbit.ranges import quantize_input
 from lowbit.scheme import Scheme
 
-# As in kernels.c
+# As in linear.c
 _ROWS, _LANES, _STEP = 4, 16, 256  # a step of integer inputs is longer: there are fewer
 _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 # 16-bit integers that stand for an input
 _PIECES = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
+# What the kernels read and write, and their number for it; float16 becomes float32
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # From how many rows on dequantize + GEMM wins; see scripts/benchmarks/cpu_linear.py
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 48
 # Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
@@ -53,7 +56,7 @@ def prepare(qweight: QuantWeight):
     qweight.require_natural_order("native")
     bits, (out_features, in_features) = _BITS[qweight.scheme.bits], qweight.codes.shape
     blocks = -(-out_features // _ROWS)
-    codes = torch.zeros(blocks, _width(in_features, bits) // _chunk(bits), _ROWS, _LANES, dtype=torch.int16)
+    codes = torch.empty(blocks, _width(in_features, bits) // _chunk(bits), _ROWS, _LANES, dtype=torch.int16)
     # scales_like, without elements: for `restore` to know the dtype
     buffers = {"codes": codes, "scales": _by_block(qweight.scales), "scales_like": qweight.scales.new_empty(0)}
     zeros = _zeros(qweight)
@@ -62,7 +65,8 @@ def prepare(qweight: QuantWeight):
     buffers |= {name: getattr(qweight, name) for name in input_grid(qweight.scheme)}
     source = qweight.codes.contiguous()
     weight = _weight_of(buffers, qweight.scheme, qweight.codes.shape)
-    library().lowbit_pack(weight, source.data_ptr(), codes.data_ptr())
+    if not library().lowbit_pack(weight, source.data_ptr(), codes.data_ptr()):
+        raise AssertionError(f"there is no kernel for {bits} bits in groups of {weight.group_size}")
     return buffers
 
 
@@ -121,13 +125,20 @@ def linear(x, buffers, scheme, shape, bias=None):
 
 
 def experts(x, buffers, expert_start, scheme, shape, bias=None):
-    bounds, y = [start.item() for start in expert_start], []  # not tolist, which what records operators does not see
+    optional = (buffers.get(name) for name in ("zeros", "input_scale", "input_zero"))
+    return torch.ops.lowbit.experts_native(
+        x, buffers["codes"], buffers["scales"], *optional, bias, expert_start, scheme.name, shape[1]
+    )
+
+
+def _experts(x, codes, scales, zeros, input_scale, input_zero, bias, expert_start, scheme, out_features):
+    bounds, tensors = expert_start.tolist(), (codes, scales, zeros, input_scale, input_zero, bias)
+    y = x.new_zeros(x.shape[0], out_features)  # for the rows behind the last expert's
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start < stop:
-            of_expert = {name: tensor[expert] for name, tensor in buffers.items()}
-            part = None if bias is None else bias[expert]
-            y.append(linear(x[start:stop], of_expert, scheme, shape[1:], part))
-    return torch.cat([*y, x.new_zeros(x.shape[0] - bounds[-1], shape[1])])
+            of_expert = (None if tensor is None else tensor[expert] for tensor in tensors)
+            y[start:stop] = _linear(x[start:stop], *of_expert, scheme, out_features)
+    return y
 
 
 def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_features):
@@ -136,32 +147,50 @@ def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_
     if scheme.activations is not None:
         y = _integer_product(x, weight, scheme, input_scale, input_zero)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
-    crossover = _CROSSOVER_FP32 if dense.gemm_dtype(x.dtype) == torch.float32 else _CROSSOVER_BF16
-    if len(x) >= crossover:
+    if _dense_is_faster(x):
         return dense.product(x, _blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
-    wide = torch.empty(x.shape).copy_(x)
-    y = wide.new_zeros(len(x), out_features)
-    _add_product(weight, wide, y, _PIECES[x.dtype])
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    stored = x.dtype if x.dtype in DTYPES else torch.float32
+    y = torch.empty(len(x), out_features, dtype=stored)
+    bias = None if bias is None else bias.to(stored)
+    product(weight, x.to(stored).contiguous(), y, bias, _PIECES[x.dtype])()
+    return y.to(x.dtype)
+
+
+def _dense_is_faster(x: torch.Tensor) -> bool:
+    wide = dense.gemm_dtype(x.dtype) == torch.float32
+    return len(x) >= (_CROSSOVER_FP32 if wide else _CROSSOVER_BF16)
 
 
 def _integer_product(x, weight: Weight, scheme: Scheme, input_scale, input_zero) -> torch.Tensor:
     steps, scale, zero = quantize_input(x, scheme.activations, input_scale, input_zero)
     steps = steps.float() if zero is None else steps.float().sub_(zero)
-    y = steps.new_zeros(len(x), weight.out_features)
+    y = steps.new_empty(len(x), weight.out_features)
     for start in range(0, len(x), _ROWS_OF_INTEGERS):
         rows = slice(start, start + _ROWS_OF_INTEGERS)
-        _add_product(weight, steps[rows], y[rows], 1)
+        product(weight, steps[rows], y[rows], None, 1)()
     return y.mul_(scale)
 
 
-def _add_product(weight: Weight, x: torch.Tensor, y: torch.Tensor, pieces: int) -> None:
-    """y += x W^T, float32 both; x is used up."""
+def product(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, pieces: int) -> Callable:
+    """The call that computes y = x W^T + bias, all three contiguous and of one dtype of DTYPES; what `weight` points to
+    must outlive it."""
     steps = -(-weight.in_features // min(weight.group_size, _STEP))
-    bytes_of_row = 2 * _width(weight.in_features, weight.bits) + 36 * steps
+    bytes_of_row = 2 * _width(weight.in_features, weight.bits) + 36 * steps + 4 * weight.in_features
     scratch = torch.empty(len(x) * bytes_of_row, dtype=torch.uint8)
-    if not library().lowbit_linear(weight, x.data_ptr(), y.data_ptr(), len(x), pieces, scratch.data_ptr()):
-        raise AssertionError(f"there is no kernel for {weight.bits} bits in groups of {weight.group_size}")
+    pointers = x.data_ptr(), DTYPES[x.dtype], None if bias is None else bias.data_ptr(), y.data_ptr()
+    call = partial(library().lowbit_linear, weight, *pointers, len(x), pieces, scratch.data_ptr())
+    call.keeps = x, y, bias, scratch
+    return call
+
+
+def replay(y, x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_features) -> Callable | None:
+    """For those who repeat `linear_native` on tensors that stay where they are: the call that computes its result `y`
+    anew, where that is one call of a kernel."""
+    parsed = _parse(scheme)
+    if parsed.activations is not None or x.dtype not in DTYPES or not x.is_contiguous() or _dense_is_faster(x):
+        return None
+    weight = _weight(codes, scales, zeros, parsed, (out_features, x.shape[1]))
+    return product(weight, x, y, bias, _PIECES[x.dtype])
 
 
 def _grad_input(grad, codes, scales, zeros, scheme, in_features):
@@ -176,13 +205,23 @@ _library.define(
     f"linear_native(Tensor x, {_WEIGHT}, Tensor? input_scale, Tensor? input_zero, Tensor? bias, str scheme, "
     "int out_features) -> Tensor"
 )
+_library.define(
+    f"experts_native(Tensor x, {_WEIGHT}, Tensor? input_scale, Tensor? input_zero, Tensor? bias, Tensor expert_start, "
+    "str scheme, int out_features) -> Tensor"
+)
 _library.define(f"grad_input_native(Tensor grad, {_WEIGHT}, str scheme, int in_features) -> Tensor")
 _library.impl("linear_native", _linear, "CPU")
+_library.impl("experts_native", _experts, "CPU")
 _library.impl("grad_input_native", _grad_input, "CPU")
 
 
 @torch.library.register_fake("lowbit::linear_native", lib=_library)
 def _(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_features):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.register_fake("lowbit::experts_native", lib=_library)
+def _(x, codes, scales, zeros, input_scale, input_zero, bias, expert_start, scheme, out_features):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -204,4 +243,23 @@ def _backward(ctx, grad):
     return of_x, None, None, None, None, None, of_bias, None, None
 
 
+def _keep_experts_for_backward(ctx, inputs, output):
+    x, codes, scales, zeros, *_, expert_start, scheme, _ = inputs
+    ctx.save_for_backward(codes, scales, zeros, expert_start)
+    ctx.form = scheme, x.shape[1]
+
+
+def _backward_of_experts(ctx, grad):
+    *weight, expert_start = ctx.saved_tensors
+    of_x, of_bias = grad.new_zeros(len(grad), ctx.form[1]), grad.new_zeros(len(weight[0]), grad.shape[1])
+    for expert, (start, stop) in enumerate(pairwise(expert_start.tolist())):
+        part, of_expert = grad[start:stop], (None if tensor is None else tensor[expert] for tensor in weight)
+        of_x[start:stop] = torch.ops.lowbit.grad_input_native(part, *of_expert, *ctx.form)
+        of_bias[expert] = part.sum(0)
+    return of_x, None, None, None, None, None, of_bias if ctx.needs_input_grad[6] else None, None, None, None
+
+
 torch.library.register_autograd("lowbit::linear_native", _backward, setup_context=_keep_for_backward, lib=_library)
+torch.library.register_autograd(
+    "lowbit::experts_native", _backward_of_experts, setup_context=_keep_experts_for_backward, lib=_library
+)

@@ -1,6 +1,6 @@
-"""Compiles kernels.c with the C compiler of this machine, once, and loads it.
+"""Compiles the kernels with the C compiler of this machine, once, and loads them.
 
-Everything it computes with is in that file: it needs no headers of torch or Python. The result is kept in the user's
+Everything they compute with is in their files: they need no headers of torch or Python. The result is kept in the user's
 cache folder under a name that depends on the source, the compiler, torch's OpenMP and the processor.
 """
 
@@ -22,13 +22,14 @@ from lowbit.errors import first_line
 logger = logging.getLogger("lowbit")
 
 CACHE_VARIABLE = "LOWBIT_CACHE"
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "attention.c", "elementwise.c"))
+_HEADER = Path(__file__).with_name("numbers.h")
 _FLAGS = ("-O3", "-march=native", "-fwrapv", "-fopenmp", "-fPIC")
 _SECONDS = 120
 
 
 class Weight(ctypes.Structure):
-    """`Weight` of kernels.c."""
+    """`Weight` of linear.c."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
@@ -36,11 +37,48 @@ class Weight(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """`Rows` of attention.c."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token")))
+
+
+class Attention(ctypes.Structure):
+    """`Attention` of attention.c."""
+
+    _sizes = ("batch", "heads", "group", "queries", "keys", "head_dim", "value_dim", "dtype", "last")
+    _fields_ = (
+        *((name, Rows) for name in ("query", "key", "value", "mask", "out")),
+        *((name, ctypes.c_int64) for name in _sizes),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Operand(ctypes.Structure):
+    """`Operand` of elementwise.c."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("dtype", ctypes.c_int64), ("value", ctypes.c_float)
+    )  # fmt: skip
+
+
+class Instruction(ctypes.Structure):
+    """`Instruction` of elementwise.c."""
+
+    _fields_ = (
+        ("operation", ctypes.c_int64), ("sizes", ctypes.c_int64 * 4), ("out", Operand), ("a", Operand), ("b", Operand),
+        ("index", ctypes.c_void_p), ("step", ctypes.c_int64),
+    )  # fmt: skip
+
+
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_WEIGHT = ctypes.POINTER(Weight)
 _FUNCTIONS = {
-    "lowbit_linear": (ctypes.c_int, (ctypes.POINTER(Weight), _POINTER, _POINTER, _INT, _INT, _POINTER)),
-    "lowbit_pack": (None, (ctypes.POINTER(Weight), _POINTER, _POINTER)),
-    "lowbit_unpack": (None, (ctypes.POINTER(Weight), _INT, _INT, _POINTER, _POINTER)),
+    "lowbit_linear": (None, (_WEIGHT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER)),
+    "lowbit_pack": (ctypes.c_int, (_WEIGHT, _POINTER, _POINTER)),
+    "lowbit_unpack": (None, (_WEIGHT, _INT, _INT, _POINTER, _POINTER)),
+    "lowbit_run": (None, (ctypes.POINTER(Instruction), _INT)),
+    "lowbit_attention": (None, (ctypes.POINTER(Attention),)),
 }
 
 
@@ -92,7 +130,7 @@ def _key(compiler: str) -> str:
         )
     except OSError:
         processor = platform.processor()
-    parts = (_SOURCE.read_text(), version, *_FLAGS, *map(str, _openmp()), processor)
+    parts = (*(file.read_text() for file in (*_SOURCES, _HEADER)), version, *_FLAGS, *map(str, _openmp()), processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -100,11 +138,11 @@ def _compile(compiler: str, path: Path) -> None:
     logger.info("compiling the CPU kernels (once): %s", path)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = Path(folder) / "kernels.o", Path(folder) / path.name
-        libraries = [str(file) for file in _openmp()] or ["-fopenmp"]
+        compiled = {source: str(Path(folder) / f"{source.stem}.o") for source in _SOURCES}
+        linked, libraries = Path(folder) / path.name, [str(file) for file in _openmp()] or ["-fopenmp"]
         for arguments in (
-            [*_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-            ["-shared", str(compiled), "-o", str(linked), *libraries, "-lm"],
+            *([*_FLAGS, "-c", str(source), "-o", to] for source, to in compiled.items()),
+            ["-shared", *compiled.values(), "-o", str(linked), *libraries, "-lm"],
         ):
             subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
         os.replace(linked, path)  # whole or not at all, whoever else compiles at the same time

@@ -9,30 +9,33 @@
    Integer activations (integer_inputs) are what they are, below 256: a step may be as long as INTEGER_STEP, has the
    exponent 0, and is rounded once, when it becomes a float.
 
+   x, y and the bias have one dtype, and y is rounded to it once.
+
    Layout of W [N, K]: blocks of ROWS rows; in a block, one after the other, the chunks of K; in a chunk, a vector of
    16-bit words for each row. Field f (of `bits` bits) of lane l of a word is the code of input f * LANES + l of the
    chunk. Scales and zeros are [N / ROWS, groups, ROWS]. N and K are padded with zeros to whole blocks and chunks. */
 
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+
+#include "numbers.h"
 
 #define ROWS 4
 #define COLUMNS 4 /* rows of x that share the unpacking of a code, where there are as many */
 #define STEP 256  /* 256 * 255 * 2^15 < 2^31 */
 #define INTEGER_STEP (1 << 15) /* 2^15 * 255 * 255 < 2^31 */
-#define AHEAD 1024 /* bytes, of what is fetched while codes are multiplied */
-#define INLINE static inline __attribute__((always_inline))
+#define AHEAD 4096 /* bytes, of what is fetched while codes are multiplied */
 
 #define LANES 16
 
 typedef uint16_t words __attribute__((vector_size(32)));
 typedef int16_t shorts __attribute__((vector_size(32)));
-typedef int32_t integers __attribute__((vector_size(32)));
-typedef float floats __attribute__((vector_size(32)));
 
 enum Mode { SYMMETRIC, ASYMMETRIC, INTEGER };
 
@@ -61,8 +64,6 @@ typedef struct {
     float *scales;
 } Inputs;
 
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t fields_of(const Weight *w) { return 16 / w->bits; }
 INLINE int64_t chunk_of(const Weight *w) { return fields_of(w) * LANES; }
 INLINE int64_t chunks_of(const Weight *w) { return ceil_div(w->in_features, chunk_of(w)); }
@@ -70,16 +71,23 @@ INLINE int64_t groups_of(const Weight *w) { return ceil_div(w->in_features, w->g
 INLINE int64_t step_of(const Weight *w) { return smaller(w->group_size, w->integer_inputs ? INTEGER_STEP : STEP); }
 INLINE int64_t steps_of(const Weight *w) { return ceil_div(w->in_features, step_of(w)); }
 
-INLINE int32_t sum_of(integers v) {
+INLINE int32_t total_of(integers v) {
     int32_t total = 0;
-    for (int lane = 0; lane < LANES / 2; lane++) total += v[lane];
+    for (int lane = 0; lane < WIDTH; lane++) total += v[lane];
     return total;
 }
+
+/* y [rows, out_features], for a second piece of x with what the first has given; bias may be NULL */
+typedef struct {
+    void *y;
+    const void *bias;
+    int dtype, second;
+} Outputs;
 
 /* Rows [first, first + rows) of a block times `columns` rows of x. chunk_steps: steps in a chunk, 1 where a step has
    whole chunks. */
 INLINE void block(const Weight *w, int bits, int mode, int chunk_steps, int rows, int columns, int64_t index, int first,
-                  Inputs x, float *y) {
+                  Inputs x, Outputs to) {
     const int fields = 16 / bits, step_fields = fields / chunk_steps;
     const int64_t chunks = chunks_of(w), groups = groups_of(w), steps = steps_of(w);
     const int64_t step_chunks = ceil_div(step_of(w), chunk_of(w)), group_steps = ceil_div(w->group_size, step_of(w));
@@ -93,7 +101,14 @@ INLINE void block(const Weight *w, int bits, int mode, int chunk_steps, int rows
 #pragma GCC unroll 16
         for (int part = 0; part < chunk_steps; part++) {
             if (chunk_steps > 1 && step == steps) break; /* the rest of the chunk is padding */
-            integers sums[ROWS][COLUMNS] = {0};
+            integers sums[ROWS][COLUMNS];
+#pragma GCC unroll 4
+            for (int m = 0; m < columns; m++) {
+                const integers x_sums = x.sums[m * steps + step], x_middle = x_sums << (bits - 1);
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++)
+                    sums[r][m] = mode != SYMMETRIC && zeros ? -((int32_t)zeros[r] * x_sums) : -x_middle;
+            }
             for (int64_t chunk = start; chunk < end; chunk++) {
                 for (int byte = 0; byte < rows * 32; byte += 64) /* the hardware stops at the end of a page */
                     __builtin_prefetch((const char *)(codes + chunk * ROWS) + AHEAD + byte);
@@ -109,17 +124,16 @@ INLINE void block(const Weight *w, int bits, int mode, int chunk_steps, int rows
                     }
                 }
             }
+#pragma GCC unroll 4
             for (int m = 0; m < columns; m++) {
                 const float x_scale = x.scales[m * steps + step];
-                const integers x_sums = x.sums[m * steps + step], x_middle = x_sums << (bits - 1);
+#pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     const float scale = scales[r] * x_scale;
-                    const integers sum =
-                        sums[r][m] - (mode != SYMMETRIC && zeros ? (int32_t)zeros[r] * x_sums : x_middle);
                     if (mode == INTEGER)
-                        total[r][m][0] += scale * (float)sum_of(sum);
+                        total[r][m][0] += scale * (float)total_of(sums[r][m]);
                     else
-                        total[r][m] += scale * __builtin_convertvector(sum, floats);
+                        total[r][m] += scale * __builtin_convertvector(sums[r][m], floats);
                 }
             }
             if (++steps_done == group_steps) {
@@ -133,19 +147,26 @@ INLINE void block(const Weight *w, int bits, int mode, int chunk_steps, int rows
         const int64_t row = index * ROWS + first + r;
         if (row < w->out_features)
             for (int m = 0; m < columns; m++) {
-                float all = 0;
-                for (int lane = 0; lane < LANES / 2; lane++) all += total[r][m][lane];
-                y[m * w->out_features + row] += all;
+                const int64_t at = m * w->out_features + row;
+                float all = sum_of(total[r][m]);
+                if (to.second)
+                    all += load(to.y, to.dtype, at);
+                else if (to.bias)
+                    all += load(to.bias, to.dtype, row);
+                store(to.y, to.dtype, at, all);
             }
     }
 }
 
 /* One block times all rows of x */
-INLINE void block_columns(const Weight *w, int bits, int mode, int chunk_steps, int64_t index, Inputs x, float *y,
-                          int64_t columns) {
+INLINE void block_columns(const Weight *w, int bits, int mode, int chunk_steps, int64_t index, Inputs x,
+                          Outputs to, int64_t columns) {
     const int64_t codes = chunks_of(w) * (16 / bits), steps = steps_of(w);
     int64_t m = 0;
-#define FROM_M (Inputs){x.codes + m * codes, x.sums + m * steps, x.scales + m * steps}, y + m * w->out_features
+    const int64_t size = w->out_features * (to.dtype == FLOAT32 ? 4 : 2);
+#define FROM_M                                                               \
+    (Inputs){x.codes + m * codes, x.sums + m * steps, x.scales + m * steps}, \
+        (Outputs){(char *)to.y + m * size, to.bias, to.dtype, to.second}
     for (; m + COLUMNS <= columns; m += COLUMNS)
         for (int first = 0; first < ROWS; first += 2) /* as many sums as there are registers */
             block(w, bits, mode, chunk_steps, 2, COLUMNS, index, first, FROM_M);
@@ -153,16 +174,16 @@ INLINE void block_columns(const Weight *w, int bits, int mode, int chunk_steps, 
 #undef FROM_M
 }
 
-typedef void Kernel(const Weight *, int64_t index, Inputs x, float *y, int64_t columns);
+typedef void Kernel(const Weight *, int64_t index, Inputs x, Outputs to, int64_t columns);
 
 /* A kernel for each (bits, steps in a chunk) and mode: they are constants in it */
 #define KERNELS(_, MODE)                                                                                     \
     _(2, 1, MODE) _(2, 2, MODE) _(2, 4, MODE) _(2, 8, MODE) _(4, 1, MODE) _(4, 2, MODE) _(4, 4, MODE)        \
     _(8, 1, MODE) _(8, 2, MODE)
 #define DEFINE(BITS, STEPS, MODE)                                                                            \
-    static void kernel_##BITS##_##STEPS##_##MODE(const Weight *w, int64_t index, Inputs x, float *y,         \
+    static void kernel_##BITS##_##STEPS##_##MODE(const Weight *w, int64_t index, Inputs x, Outputs to,       \
                                                  int64_t columns) {                                          \
-        block_columns(w, BITS, MODE, STEPS, index, x, y, columns);                                           \
+        block_columns(w, BITS, MODE, STEPS, index, x, to, columns);                                          \
     }
 KERNELS(DEFINE, SYMMETRIC)
 KERNELS(DEFINE, ASYMMETRIC)
@@ -177,14 +198,6 @@ static Kernel *kernel_for(const Weight *w) {
     KERNELS(CASE, ASYMMETRIC)
     KERNELS(CASE, INTEGER)
     return 0;
-}
-
-INLINE uint32_t bits_of(float value) {
-    union {
-        float value;
-        uint32_t bits;
-    } both = {value};
-    return both.bits;
 }
 
 /* One row of x as integers; x becomes what they leave of it */
@@ -217,24 +230,28 @@ static void to_integers(const Weight *w, float *x, Inputs to) {
     }
 }
 
-/* y [rows, out_features] += x W^T. x [rows, in_features] is used up; pieces: 16-bit integers for each of it. scratch
-   has rows * (padded in_features * 2 + steps * 36) bytes, aligned to 32. Returns 0 if there is no kernel. */
-int lowbit_linear(const Weight *w, float *x, float *y, int64_t rows, int64_t pieces, char *scratch) {
+/* y [rows, out_features] = x W^T + bias, which may be NULL. pieces: 16-bit integers for each of x. scratch has
+   rows * (padded in_features * 2 + steps * 36 + in_features * 4) bytes, aligned to 32. */
+void lowbit_linear(const Weight *w, const void *x, int64_t dtype, const void *bias, void *y, int64_t rows,
+                   int64_t pieces, char *scratch) {
     const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w), blocks = ceil_div(w->out_features, ROWS);
     Kernel *kernel = kernel_for(w);
-    if (!kernel) return 0;
     Inputs inputs = {(shorts *)scratch, (integers *)scratch + rows * codes, 0};
     inputs.scales = (float *)(inputs.sums + rows * steps);
+    float *wide = inputs.scales + rows * steps;
 #pragma omp parallel
     for (int64_t piece = 0; piece < pieces; piece++) {
+        const Outputs outputs = {y, bias, (int)dtype, piece > 0};
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; m++)
-            to_integers(w, x + m * w->in_features,
-                        (Inputs){inputs.codes + m * codes, inputs.sums + m * steps, inputs.scales + m * steps});
+        for (int64_t m = 0; m < rows; m++) {
+            float *row = wide + m * w->in_features;
+            if (!piece)
+                for (int64_t k = 0; k < w->in_features; k++) row[k] = load(x, (int)dtype, m * w->in_features + k);
+            to_integers(w, row, (Inputs){inputs.codes + m * codes, inputs.sums + m * steps, inputs.scales + m * steps});
+        }
 #pragma omp for schedule(static)
-        for (int64_t index = 0; index < blocks; index++) kernel(w, index, inputs, y, rows);
+        for (int64_t index = 0; index < blocks; index++) kernel(w, index, inputs, outputs, rows);
     }
-    return 1;
 }
 
 /* Where the code of row n, input k is: the vector of words, then lane and field as above */
@@ -242,9 +259,24 @@ INLINE int64_t vector_of(const Weight *w, int64_t n, int64_t chunk) {
     return (n / ROWS * chunks_of(w) + chunk) * ROWS + n % ROWS;
 }
 
-/* codes [out_features, in_features] -> packed, which begins as zeros */
-void lowbit_pack(const Weight *w, const uint8_t *codes, words *packed) {
+/* Memory that nothing was written to yet comes in pages of 2 MiB if the system has some: the processor knows where a
+   few thousand pages lie, and a product reads more small ones than that. */
+static void in_large_pages(char *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) / page * page;
+    const int64_t whole = (int64_t)((uintptr_t)memory + (uintptr_t)bytes - first);
+    if (whole > 0) madvise((void *)first, (size_t)whole, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+/* codes [out_features, in_features] -> packed, which holds nothing yet. Returns 0 if there is no kernel for them. */
+int lowbit_pack(const Weight *w, const uint8_t *codes, words *packed) {
     const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
+    const int64_t bytes = ceil_div(w->out_features, ROWS) * chunks_of(w) * ROWS * (int64_t)sizeof(words);
+    in_large_pages((char *)packed, bytes);
+    memset(packed, 0, (size_t)bytes);
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < w->out_features; n++)
         for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
@@ -253,6 +285,7 @@ void lowbit_pack(const Weight *w, const uint8_t *codes, words *packed) {
             const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
             for (int64_t lane = 0; lane < lanes; lane++) word[lane] |= (uint16_t)(from[lane] << shift);
         }
+    return kernel_for(w) != 0;
 }
 
 /* Rows [start, stop): their codes [stop - start, in_features], or, with weights, (code - zero) * scale */

@@ -1,0 +1,94 @@
+"""torch's small operations, as elementwise.c computes them: a list of instructions in one call."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from lowbit.backends.native import DTYPES
+from lowbit.backends.native.build import Instruction, Operand, library
+
+_LARGEST = 2**15  # elements; from there on torch divides an operation among its threads
+_DIMENSIONS = 4
+# As in elementwise.c
+_NUMBERS = {
+    name: number
+    for number, name in enumerate(
+        ("copy", "add", "sub", "mul", "div", "neg", "square", "cube", "rsqrt", "sigmoid", "silu", "tanh", "gelu",
+         "gelu_tanh", "mean")
+    )
+}  # fmt: skip
+_aten = torch.ops.aten
+# Operators with their operands in front, and nothing else that counts
+_PLAIN = {
+    getattr(_aten, name): name for name in ("mul", "div", "neg", "rsqrt", "sigmoid", "silu", "tanh")
+} | {_aten._to_copy: "copy", _aten.clone: "copy"}  # fmt: skip
+_POWERS = {2: "square", 3: "cube"}
+
+
+def instructions(func, args: tuple, kwargs: dict, output) -> list[Instruction] | None:
+    """What computes anew the `output` that operator `func` has given, None where the kernel does not know how."""
+    made = [_instruction(*small) for small in _small_operations(func, args, kwargs, output)]
+    return made if made and None not in made else None
+
+
+def _instruction(
+    operation: str, out: torch.Tensor, operands: tuple, index: torch.Tensor | None = None, step: int = 0
+) -> Instruction | None:
+    """out = operation(operands), which are numbers and tensors that broadcast to the shape of the result. index: one
+    number that is read anew each time; `out` lies by that many `step` further on."""
+    inputs = [value for value in operands if isinstance(value, torch.Tensor)]
+    tensors = [out, *inputs]
+    sizes = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+    # torch rounds what it computes in bfloat16 to that before
+    exact = operation == "copy" or out.dtype == torch.float32 or all(tensor.dtype == out.dtype for tensor in inputs)
+    known = all(tensor.dtype in DTYPES and tensor.device.type == "cpu" for tensor in tensors)
+    if not exact or not known or len(sizes) > _DIMENSIONS or not 0 < sizes.numel() <= _LARGEST:
+        return None
+    a, b, *_ = (*(_operand(value, sizes) for value in operands), Operand())
+    padded = (1,) * (_DIMENSIONS - len(sizes)) + tuple(sizes)
+    where = None if index is None else index.data_ptr()
+    made = Instruction(_NUMBERS[operation], padded, _operand(out, sizes), a, b, where, step)
+    made.keeps = *tensors, index
+    return made
+
+
+def _operand(value: torch.Tensor | float, sizes: torch.Size) -> Operand:
+    if not isinstance(value, torch.Tensor):
+        return Operand(value=value)
+    strides = value.expand(sizes).stride()
+    return Operand(value.data_ptr(), (0,) * (_DIMENSIONS - len(sizes)) + strides, DTYPES[value.dtype])
+
+
+def _small_operations(func, args: tuple, kwargs: dict, output) -> list[tuple]:
+    """Arguments of `_instruction`."""
+    packet = func.overloadpacket
+    if packet is _aten.copy_:
+        return [("copy", args[0], args[1:2])]
+    if packet is _aten.index_copy_ and args[2].numel() == 1 and args[2].dtype == torch.int64:
+        into, dim, index, rows = args
+        return [("copy", into.narrow(dim, 0, 1), (rows,), index, into.stride(dim))]
+    if func._schema.is_mutable:
+        return []
+    if packet is _aten.cat:
+        parts, dim = args[0], args[1] if len(args) > 1 else 0
+        pieces = output.split([part.shape[dim] for part in parts], dim)
+        return [("copy", piece, (part,)) for piece, part in zip(pieces, parts, strict=True) if part.numel()]
+    if packet in (_aten.add, _aten.sub) and kwargs.get("alpha", 1) == 1:
+        return [(packet.__name__, output, args[:2])]
+    if packet is _aten.pow and args[1] in _POWERS:
+        return [(_POWERS[args[1]], output, args[:1])]
+    if packet is _aten.gelu:
+        return [("gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu", output, args[:1])]
+    if packet is _aten.mean and len(args) > 2 and args[1] in ([-1], [args[0].ndim - 1]) and args[2]:
+        return [("mean", output, args[:1])]
+    if packet in _PLAIN and "rounding_mode" not in kwargs:
+        return [(_PLAIN[packet], output, args[:2])]
+    return []
+
+
+def program(instructions: list[Instruction]) -> Callable:
+    """The call that does them all, in order."""
+    call = partial(library().lowbit_run, (Instruction * len(instructions))(*instructions), len(instructions))
+    call.keeps = instructions
+    return call

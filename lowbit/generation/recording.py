@@ -1,0 +1,161 @@
+"""What CUDA graphs are on a GPU, on a CPU: the operations of a step are recorded once, and repeated on the same tensors.
+
+Python runs for the first step only, and with it what a model does between its operations; views are made once, and
+results are written where those of the first step are. As in a CUDA graph, a step may neither read a tensor on the host
+nor count in Python.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from itertools import chain, groupby
+
+import torch
+from torch._C import DispatchKey
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from lowbit.backends import native
+from lowbit.backends.native import attention, elementwise
+
+_MULTIPLE = 256  # positions that a recorded step sees are rounded up to it
+_READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+# What is computed by one call of a kernel: operator -> (its result, its arguments) -> that call
+_CALLS = {
+    torch.ops.lowbit.linear_native.default: native.replay,
+    torch.ops.aten.scaled_dot_product_attention.default: attention.replay,
+}
+
+
+class Recordings:
+    """Repeats a recorded step. Its tokens are there when it returns."""
+
+    path = "recorded loop"
+    lag = 0
+
+    def capture(self, step, generator: torch.Generator) -> Callable[[], None]:
+        """See `CudaGraphs`. The step has been made once when this returns. It is recorded anew when it has used up the
+        positions that it sees."""
+        recorded = _Recorded(step)
+        recorded.record()
+        return recorded
+
+    def fetch(self, tokens: torch.Tensor) -> Callable[[], list[int]]:
+        return tokens.tolist
+
+
+class _Recorded:
+    def __init__(self, step):
+        self.step, self.calls, self.sees = step, [], 0
+
+    def record(self) -> None:
+        self.calls.clear()  # its tensors are gone before there are new ones
+        self.sees = min(-(-(self.step.filled + 1) // _MULTIPLE) * _MULTIPLE, self.step.length)
+        self.step.hold(self.sees)
+        with _Recording() as recording:
+            self.step()
+        self.calls = recording.calls()
+
+    def __call__(self) -> None:
+        if self.step.filled >= self.sees:
+            self.record()
+            return
+        self.step.filled += 1
+        for call in self.calls:
+            call()
+
+
+class _Recording(TorchDispatchMode):
+    """Takes down the operations that are made under this mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[Callable[[], object] | _Constant | list] = []  # lists: instructions for `elementwise`
+        self.changed: set[int] = set()  # memory that is written to in place
+
+    def calls(self) -> list[Callable[[], object]]:
+        """What has to be called to repeat them."""
+        needed = (one for one in self.made if not isinstance(one, _Constant) or _memory(one.tensor) in self.changed)
+        calls = []
+        for small, run in groupby(needed, key=lambda made: isinstance(made, list)):
+            calls += [elementwise.program([*chain.from_iterable(run)])] if small else run
+        return calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name in _READS:
+            raise RuntimeError(f"the host reads a tensor in a step: {func._schema.name}")
+        if func not in _CALLS and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+            with self:  # the operations that it is made of
+                return func.decompose(*args, **kwargs)
+        output = func(*args, **kwargs)
+        self.changed |= {_memory(tensor) for tensor in _written(func, args, kwargs)}
+        made = _repeat(func, args, kwargs, output)
+        if made is not None:
+            self.made.append(made)
+        return output
+
+
+class _Constant:
+    """A tensor that Python made: its value comes back before each step."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.value = tensor, tensor.clone()
+
+    def __call__(self) -> None:
+        self.tensor.copy_(self.value)
+
+
+def _repeat(func, args: tuple, kwargs: dict, output) -> Callable[[], object] | list | None:
+    """The call or the instructions that write into `output` what `func` gives, None if nothing has to be done."""
+    if (instructions := elementwise.instructions(func, args, kwargs, output)) is not None:
+        return instructions
+    if func._schema.is_mutable:
+        return partial(func._op, *args, **kwargs)
+    results, inputs = _tensors(output), _tensors((args, kwargs))
+    if func._schema.name == "aten::lift_fresh" or not inputs and torch.Tag.nondeterministic_seeded not in func.tags:
+        return _Constant(output)
+    given = {_memory(tensor) for tensor in inputs}
+    if all(_memory(result) in given for result in results):
+        return None  # a view
+    if (made := _CALLS.get(func)) and (call := made(output, *args, **kwargs)):
+        return call
+    if func is torch.ops.aten._to_copy.default:
+        return partial(output.copy_, args[0])
+    if (out := _out_variant(func)) is None:
+        return partial(_copy, func._op, args, kwargs, results)
+    overload, names = out
+    return partial(overload._op, *args, **kwargs, **dict(zip(names, results, strict=True)))
+
+
+def _copy(op, args: tuple, kwargs: dict, results: list[torch.Tensor]) -> None:
+    for result, new in zip(results, _tensors(op(*args, **kwargs)), strict=True):
+        result.copy_(new)
+
+
+@cache
+def _out_variant(func):
+    """(the overload that writes what `func` returns into its arguments, their names), None if there is none."""
+    inputs = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        overload = getattr(func.overloadpacket, name)
+        arguments = overload._schema.arguments
+        taken = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
+        names = [argument.name for argument in arguments if argument.is_out]
+        if taken == inputs and len(names) == len(func._schema.returns):
+            return overload, names
+    return None
+
+
+def _written(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """What `func` changes in place."""
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    names = [argument.name for argument in func._schema.arguments if argument.is_write]
+    return _tensors([given[name] for name in names if name in given])
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
