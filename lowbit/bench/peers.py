@@ -1,6 +1,7 @@
 """Other tools that run a model quantized, each set up as its documents say for the device."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def _bitsandbytes_nf4(task: Task):
 def _bitsandbytes_int8(task: Task):
     from transformers import BitsAndBytesConfig
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each product that it casts to float16
     return _with_config(task, BitsAndBytesConfig(load_in_8bit=True))
 
 

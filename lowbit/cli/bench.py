@@ -161,6 +161,8 @@ def _facts(device: str) -> dict:
 
 
 def _show(result: dict) -> None:
+    from lowbit.bench.peers import PEERS
+
     facts = result["facts"]
     console.print(f"{result['model']} on {facts['device']}, which moves {result['bytes_per_second'] / 1e9:.1f} GB/s")
     console.print(f"prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones\n")
@@ -168,7 +170,7 @@ def _show(result: dict) -> None:
     for name, side in result["sides"].items():
         peak = size(side["peak_bytes"]) if side["peak_bytes"] else "-"
         sides.add_row(name, side["origin"], f"{side['load_seconds']:.1f}", size(side["weights_bytes"]), peak,
-                      _kernel_names(side["kernels"]))  # fmt: skip
+                      _kernel_names(side["kernels"]) or ("its own" if name in PEERS else "dense"))  # fmt: skip
     console.print(sides)
     for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
         console.print()
@@ -199,4 +201,4 @@ def _kernel_names(kernels: list[dict]) -> str:
     names = {}
     for found in kernels:
         names.update(dict.fromkeys(found["kernels"].values() or [found["backend"] or "dequantized"]))
-    return ", ".join(names) or "dense"
+    return ", ".join(names)

@@ -28,10 +28,13 @@ from lowbit.cli.common import (
     quiet_transformers,
 )  # fmt: skip
 from lowbit.cli.generate import (
+    PREFILL_CHUNK,
+    AssistantOption,
     CompileOption,
     MinPOption,
     NewTokensOption,
     PrefillChunkOption,
+    PromptLookupOption,
     RepetitionPenaltyOption,
     SeedOption,
     StatsOption,
@@ -39,6 +42,7 @@ from lowbit.cli.generate import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    checked_drafts,
     checked_stop,
     show_stats,
 )
@@ -74,8 +78,10 @@ def chat(
     repetition_penalty: RepetitionPenaltyOption = 1.0,
     stop: StopOption = None,
     seed: SeedOption = None,
-    prefill_chunk: PrefillChunkOption = 1024,
+    prefill_chunk: PrefillChunkOption = None,
     compile: CompileOption = None,
+    assistant: AssistantOption = None,
+    prompt_lookup: PromptLookupOption = None,
     stats: StatsOption = False,
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
@@ -88,6 +94,7 @@ def chat(
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
     name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    drafts = checked_drafts(assistant, prompt_lookup, checked_kv_cache(kv_cache), compile, prefill_chunk)
     read_ahead(Path(name))  # while all else is imported
 
     from lowbit.generation import open_session
@@ -100,15 +107,16 @@ def chat(
         backend=backend,
         compile=compile,
         lm_head=head_scheme(lm_head, lm_head_scheme),
-        kv_cache=checked_kv_cache(kv_cache),
+        kv_cache=kv_cache,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        **drafts,
     )
     notes.print(f"{name}: !help for commands, !exit or Ctrl-D to leave", markup=False)
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": checked_stop(stop), "seed": seed,
-        "prefill_chunk": prefill_chunk,
+        "prefill_chunk": prefill_chunk or PREFILL_CHUNK,
     }  # fmt: skip
     Conversation(session, system, options, context is Context.slide, stats).run()
 

@@ -46,7 +46,10 @@ RepetitionPenaltyOption = Annotated[
 StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.", show_default=False)
 ]
-PrefillChunkOption = Annotated[int, typer.Option(min=1, help="Prompt tokens to run at once.")]
+PREFILL_CHUNK = 1024
+PrefillChunkOption = Annotated[
+    int | None, typer.Option(min=1, help=f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", show_default=False)
+]
 CompileOption = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoding step.", show_default=False)
 ]
@@ -54,12 +57,36 @@ StatsOption = Annotated[bool, typer.Option("--stats", help="Show times, rates, a
 SeedOption = Annotated[
     int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.", show_default=False)
 ]
+AssistantOption = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Drafts tokens that MODEL then checks: a cheaper one with the same tokens.",
+                 show_default=False),
+]  # fmt: skip
+PromptLookupOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Draft so many tokens from what followed the last ones before.", show_default=False),
+]
 
 
 def checked_stop(stop: list[str] | None) -> list[str]:
     if stop and "" in stop:
         raise UsageError("--stop is empty: expected some text")
     return stop or []
+
+
+def checked_drafts(
+    assistant: str | None, prompt_lookup: int | None, kv_cache: str, compile: bool | None, prefill_chunk: int | None
+) -> dict:
+    """The keywords of `open_session` about drafts. They are checked in `model.generate`, which has none of the rest."""
+    drafts = {"--assistant": assistant, "--prompt-lookup": prompt_lookup}
+    wanted = [option for option, value in drafts.items() if value is not None]
+    if len(wanted) > 1:
+        raise UsageError("--assistant and --prompt-lookup: pass one of them")
+    others = {"--kv-cache int8": kv_cache == "int8", "--compile": compile, "--prefill-chunk": prefill_chunk}
+    for option, given in others.items():
+        if wanted and given:
+            raise UsageError(f"{option} does not go with {wanted[0]}, which runs in transformers' assisted generation")
+    return {"assistant": assistant, "prompt_lookup": prompt_lookup}
 
 
 def show_stats(stats) -> None:
@@ -75,6 +102,9 @@ def show_stats(stats) -> None:
         "answer", str(stats.new_tokens), f"{stats.decode_seconds:.3f}", f"{stats.decode_tokens_per_second:.1f}"
     )
     notes.print(shown)
+    if stats.drafted_tokens:
+        share = 100 * stats.accepted_tokens / stats.drafted_tokens
+        notes.print(f"accepted {stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens ({share:.0f} %)")
     notes.print(f"by {stats.path}{f': {stats.why}' if stats.why else ''}", markup=False)
 
 
@@ -93,8 +123,10 @@ def generate(
     repetition_penalty: RepetitionPenaltyOption = 1.0,
     stop: StopOption = None,
     seed: SeedOption = None,
-    prefill_chunk: PrefillChunkOption = 1024,
+    prefill_chunk: PrefillChunkOption = None,
     compile: CompileOption = None,
+    assistant: AssistantOption = None,
+    prompt_lookup: PromptLookupOption = None,
     stats: StatsOption = False,
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
@@ -108,6 +140,7 @@ def generate(
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
     name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    drafts = checked_drafts(assistant, prompt_lookup, checked_kv_cache(kv_cache), compile, prefill_chunk)
     read_ahead(Path(name))  # while all else is imported
 
     from lowbit.generation import open_session
@@ -125,9 +158,10 @@ def generate(
         backend=backend,
         compile=compile,
         lm_head=head_scheme(lm_head, lm_head_scheme),
-        kv_cache=checked_kv_cache(kv_cache),
+        kv_cache=kv_cache,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        **drafts,
     )
 
     def show(text):
@@ -146,7 +180,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         stop=checked_stop(stop),
         seed=seed,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=prefill_chunk or PREFILL_CHUNK,
         on_text=(lambda text: None) if json else show,
     )
     if json:

@@ -24,8 +24,8 @@ class FilledLayer(StaticLayer):
     to read, and nothing to mask where there is no padding. `length` counts them, in Python.
 
     A step that is recorded cannot count so: while it is, `visible` says how many positions it is given, filled or not,
-    the mask tells which are, and `cumulative_length`, one tensor for all layers of a cache, where its keys and values go
-    (see `hold` and `advance`).
+    the mask tells which are, and `cumulative_length`, one tensor for all layers of a cache, where its keys and values
+    go (see `hold` and `advance`).
     """
 
     def __init__(self, max_cache_len: int, count: torch.Tensor, window: int | None = None):

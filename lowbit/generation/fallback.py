@@ -62,8 +62,11 @@ class Listener(StoppingCriteria):
         return torch.full((len(input_ids),), bool(stop), device=input_ids.device)
 
 
-def model_generate(model, ids, mask, *, max_new_tokens: int, sampling, eos, pad: int, seed: int | None, on_token):
-    """`model.generate` with the same parameters. A seed leaves the global random state as it was."""
+def model_generate(
+    model, ids, mask, *, max_new_tokens: int, sampling, eos, pad: int, seed: int | None, listener, **more
+) -> None:
+    """`model.generate` with the same parameters, and `more` of its own. A seed leaves the global random state as it
+    was."""
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -74,8 +77,9 @@ def model_generate(model, ids, mask, *, max_new_tokens: int, sampling, eos, pad:
                 max_new_tokens=max_new_tokens,
                 eos_token_id=list(eos) or None,
                 pad_token_id=pad,
-                stopping_criteria=StoppingCriteriaList([Listener(on_token)]),
+                stopping_criteria=StoppingCriteriaList([listener]),
                 **sampling.arguments(),
+                **more,
             )
         except RuntimeError as error:  # of torch.multinomial
             if "nan" not in str(error):

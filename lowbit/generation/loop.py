@@ -13,7 +13,8 @@ from lowbit.backends import native
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.generation.answer import Answer
 from lowbit.generation.cache import filled_cache, rewind, room, static_cache, unusable
-from lowbit.generation.fallback import model_generate, refuse, say_once
+from lowbit.generation.draft import Draft, Tally
+from lowbit.generation.fallback import Listener, model_generate, refuse, say_once
 from lowbit.generation.graph import CudaGraphs, Direct, Pipeline
 from lowbit.generation.kv_int8 import in_int8
 from lowbit.generation.recording import Recordings
@@ -56,9 +57,10 @@ class Decoder:
     make_cache(model, batch, length) -> a transformers Cache of `length` positions whose layers keep their length in a
     tensor `cumulative_length` and change nothing else than tensors in a step; by default one of those in `cache`.
     compile: torch.compile the step; by default it is not.
-    graphs: where steps run (see `graph` and `recording`); by default in CUDA graphs on CUDA, recorded on the CPU where it
-        has its kernels, called elsewhere.
+    graphs: where steps run (see `graph` and `recording`); by default in CUDA graphs on CUDA, recorded on CPUs that have
+        a C compiler, called elsewhere.
     int8_cache: keys and values are kept in 8 bits (see `kv_int8`).
+    draft: who proposes tokens; then `model.generate` runs, for one row, with a cache of its own kind.
     """
 
     def __init__(
@@ -69,13 +71,18 @@ class Decoder:
         compile: bool | None = None,
         graphs=None,
         int8_cache: bool = False,
+        draft: Draft | None = None,
     ):
-        self.model, self.compile, self.int8_cache = model, bool(compile), int8_cache
+        if draft is not None:
+            if int8_cache or compile or make_cache is not None:
+                raise UsageError("drafts go with transformers' own cache and step: no int8 cache, no compiling")
+            draft.check(model)
+        self.model, self.compile, self.int8_cache, self.draft = model, bool(compile), int8_cache, draft
         self.graphs = graphs or _graphs(model.device, self.compile)
         called = isinstance(self.graphs, Direct | Recordings) and not compile
         self.cache_asked = make_cache is not None
         self.make_cache = make_cache or (filled_cache if called else static_cache)
-        self.refusal = refuse(model)
+        self.refusal = refuse(model) if draft is None else str(draft)
         self.step: Step | None = None
         self.replay: Callable[[], None] | None = None
         self.path, self.why = self.graphs.path, None
@@ -102,7 +109,7 @@ class Decoder:
         """Continue input_ids [B, T], left-padded where attention_mask [B, T] is 0, by at most max_new_tokens.
 
         eos_token_id: what ends a row; by default as the model's generation_config says, () for nothing.
-        prefill_chunk: prompt positions that are run at once; None for all.
+        prefill_chunk: prompt positions that are run at once; None for all, as where `model.generate` runs.
         on_token: called with the B tokens of each step; True ends the generation.
         The cache keeps what it holds: the next prompt is run from where it differs. `stats` are of the last run, of
         one too that an exception has ended. Raises UsageError, and InputError if the logits are no numbers.
@@ -111,6 +118,8 @@ class Decoder:
             raise UsageError("max_new_tokens and prefill_chunk are 1 or more")
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         ids, mask = self._prompt(input_ids, attention_mask)
+        if self.draft is not None and len(ids) > 1:
+            raise UsageError(f"drafts are checked for one prompt at a time: got {len(ids)}")
         eos, pad = self._ends(eos_token_id)
         answer = Answer(len(ids), eos, on_token)
         run = _Run(ids, mask, max_new_tokens, seed, answer)
@@ -262,11 +271,12 @@ class Decoder:
                 run.prefill_seconds = run.watch.lap()
             return run.answer.take(tokens)
 
+        options = {"max_new_tokens": run.most, "sampling": sampling, "eos": eos, "pad": pad, "seed": run.seed}
         try:
-            model_generate(
-                self.model, run.ids, run.mask, max_new_tokens=run.most, sampling=sampling, eos=eos, pad=pad,
-                seed=run.seed, on_token=on_token,
-            )  # fmt: skip
+            if self.draft is None:
+                model_generate(self.model, run.ids, run.mask, listener=Listener(on_token), **options)
+            else:
+                self.draft.generate(self.model, run.ids, run.mask, on_token=on_token, tally=run.tally, **options)
         finally:
             run.decode_seconds = run.watch.lap()
 
@@ -291,6 +301,7 @@ class _Run:
     prefill_seconds: float = 0.0
     setup_seconds: float = 0.0
     decode_seconds: float = 0.0
+    tally: Tally = field(default_factory=Tally)
 
     def stats(self, path: str, why: str | None) -> Stats:
         return Stats(
@@ -302,5 +313,7 @@ class _Run:
             decode_seconds=self.decode_seconds,
             path=path,
             why=why,
-            batch=len(self.ids),
+            first_tokens=len(self.ids) + self.tally.early,
+            drafted_tokens=self.tally.drafted,
+            accepted_tokens=self.tally.accepted,
         )

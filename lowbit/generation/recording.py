@@ -1,4 +1,4 @@
-"""What CUDA graphs are on a GPU, on a CPU: the operations of a step are recorded once, and repeated on the same tensors.
+"""What CUDA graphs are to a GPU, for CPUs: the operations of a step are recorded, and repeated on the same tensors.
 
 Python runs for the first step only, and with it what a model does between its operations; views are made once, and
 results are written where those of the first step are. As in a CUDA graph, a step may neither read a tensor on the host
@@ -77,7 +77,8 @@ class _Recording(TorchDispatchMode):
         needed = (one for one in self.made if not isinstance(one, _Constant) or _memory(one.tensor) in self.changed)
         calls = []
         for small, run in groupby(needed, key=lambda made: isinstance(made, list)):
-            calls += [elementwise.program([*chain.from_iterable(run)])] if small else run
+            made = [*run]
+            calls += [elementwise.program([*chain.from_iterable(made)])] if small else made
         return calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -112,7 +113,8 @@ def _repeat(func, args: tuple, kwargs: dict, output) -> Callable[[], object] | l
     if func._schema.is_mutable:
         return partial(func._op, *args, **kwargs)
     results, inputs = _tensors(output), _tensors((args, kwargs))
-    if func._schema.name == "aten::lift_fresh" or not inputs and torch.Tag.nondeterministic_seeded not in func.tags:
+    made_by_python = not inputs and torch.Tag.nondeterministic_seeded not in func.tags
+    if made_by_python or func._schema.name == "aten::lift_fresh":
         return _Constant(output)
     given = {_memory(tensor) for tensor in inputs}
     if all(_memory(result) in given for result in results):

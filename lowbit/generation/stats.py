@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 class Stats:
     """prompt_tokens and new_tokens count all rows of the batch, padding not. reused_tokens: those of the prompt that
     were in the cache already. path: what made the tokens; why: what kept a faster one from it, if anything did.
+    accepted_tokens are those of the drafted_tokens that the model would have given itself. first_tokens came with the
+    prefill: one of each row, and what a draft added to it.
 
     prefill_seconds end with the first token, setup_seconds (capturing or compiling the step) lie between that and
     decode_seconds.
@@ -21,7 +23,9 @@ class Stats:
     decode_seconds: float = 0.0
     path: str = "static loop"
     why: str | None = None
-    batch: int = 1
+    first_tokens: int = 1
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def seconds(self) -> float:
@@ -37,8 +41,8 @@ class Stats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of the tokens after each row's first, which the prefill gives."""
-        return _rate(self.new_tokens - self.batch, self.decode_seconds)
+        """Of the tokens after those that the prefill gives."""
+        return _rate(self.new_tokens - self.first_tokens, self.decode_seconds)
 
     def as_dict(self) -> dict:
         rates = ("seconds", "time_to_first_token", "prefill_tokens_per_second", "decode_tokens_per_second")

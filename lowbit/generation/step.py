@@ -21,7 +21,7 @@ class Step:
         device = model.device
         self.model, self.cache, self.length, self.sampling, self.pad = model, cache, length, sampling, pad
         self.settings = (sampling, eos, pad)
-        self.takes = set(inspect.signature(model.forward).parameters)
+        self.takes = _taken(model)
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
         self.inputs = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -119,3 +119,14 @@ class Step:
         self.positions += 1
         if self.seen is not None:
             self.seen.scatter_(1, self.inputs, True)
+
+
+def _taken(model) -> set[str]:
+    """Arguments that a model has use for: those of its forward, but for positions where its own generation leaves them
+    out. Such a model counts for itself, from an offset or in several dimensions."""
+    names = set(inspect.signature(model.forward).parameters)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    prepared = model.prepare_inputs_for_generation(
+        token, attention_mask=torch.ones_like(token), position_ids=token, use_cache=True, is_first_iteration=True
+    )
+    return names if prepared.get("position_ids") is not None else names - {"position_ids"}

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lowbit.errors import InputError, first_line
+from lowbit.generation.draft import Draft, check_same_tokens
 from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
@@ -42,15 +43,18 @@ class Generation:
 
 class Session:
     """A loaded model that completes text and answers chats. What a prompt shares with the text before it stays in the
-    cache. int8_cache and compile are those of `Decoder`."""
+    cache. options: those of `Decoder`."""
 
-    def __init__(self, model, tokenizer, *, int8_cache: bool = False, compile: bool | None = None):
+    def __init__(self, model, tokenizer, **options):
         self.model, self.tokenizer = model, tokenizer
-        self.decoder = Decoder(model, int8_cache=int8_cache, compile=compile)
+        self.decoder = Decoder(model, **options)
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """How many tokens a prompt and its answer may have; None for any number."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        draft = self.decoder.draft
+        return limit if draft is None else draft.context_length(limit)
 
     def encode(self, prompt: str) -> torch.Tensor:
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -118,10 +122,26 @@ def open_session(
     trust_remote_code: bool = False,
     kv_cache: str = "full",
     compile: bool | None = None,
+    assistant: str | Path | None = None,
+    prompt_lookup: int | None = None,
     **kwargs,
 ) -> Session:
-    """Load a model (keywords as in `lowbit.load`) and its tokenizer. kv_cache: "full" or "int8"."""
-    folder = resolve(model, revision)
+    """Load a model (keywords as in `lowbit.load`) and its tokenizer. kv_cache: "full" or "int8".
+
+    Drafts come from another model, `assistant`, which is loaded the same way, or from the text so far, `prompt_lookup`
+    tokens at a time (see `Draft`).
+    """
+    folder, kwargs = resolve(model, revision), {**kwargs, "trust_remote_code": trust_remote_code}
     tokenizer = load_tokenizer(folder, trust_remote_code)
-    loaded = load(folder, trust_remote_code=trust_remote_code, **kwargs)
-    return Session(loaded, tokenizer, int8_cache=kv_cache == "int8", compile=compile)
+    draft = None if prompt_lookup is None else Draft(lookup=prompt_lookup)
+    if assistant is not None:
+        _check_tokenizers(folder, tokenizer, resolve(assistant), trust_remote_code)
+        draft = Draft(assistant=load(assistant, **kwargs), lookup=prompt_lookup)
+    return Session(load(folder, **kwargs), tokenizer, int8_cache=kv_cache == "int8", compile=compile, draft=draft)
+
+
+def _check_tokenizers(folder: Path, tokenizer, assistant: Path, trust_remote_code: bool) -> None:
+    """Before any weights are loaded. transformers itself only compares how many tokens there are."""
+    check_same_tokens(load_config(folder, trust_remote_code), load_config(assistant, trust_remote_code))
+    if load_tokenizer(assistant, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"the tokenizer of {assistant} is another than that of {folder}: expected the same tokens")

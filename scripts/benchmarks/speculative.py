@@ -1,12 +1,15 @@
 """Speculative decoding of the embedded model in 8 bits: drafts by itself in 4 and 2 bits, and by looking up the prompt.
 
-    python scripts/benchmarks/speculative.py
+    python scripts/benchmarks/speculative.py [--prompts N] [--new-tokens N] [--rounds N]
 
-Greedy, batch 1, transformers' assisted generation, prompts from modules of the standard library that the model never
-saw. The variants take turns on each prompt. A step is a forward pass of the 8-bit model; plain decoding accepts one
-token in each.
+Greedy, batch 1, transformers' assisted generation as `lowbit generate --assistant` and `--prompt-lookup` run it, beside
+`model.generate` and lowbit's loop without drafts. Prompts are 128 tokens of modules of the standard library that the
+model never saw: as they are ("code"), and 48 of them over and over ("repeated"). The variants take turns on each
+prompt; seconds are of the whole call, the prompt included. A step is a pass of the 8-bit model; without drafts it gives
+one token.
 """
 
+import argparse
 import shutil
 import statistics
 import time
@@ -16,56 +19,100 @@ from common import WORK, save
 
 import lowbit
 from lowbit.calibration.data import token_stream
+from lowbit.generation import Decoder, Draft
 from lowbit.generation.stream import load_tokenizer
 
 TARGET, DRAFTS = "W8A16-G128", ("W4A16-G128", "W2A16_ASYM-G16")
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 6, 128, 48
-
+LOOKUPS = (3, 8)
+PLAIN = "model.generate, no draft"
+PROMPT_TOKENS, REPEATED = 128, 48
 NEVER = -1  # a token that no model has: every run makes as many tokens
 
 
-def run(model, ids: torch.Tensor, options: dict) -> tuple[list[int], int, float]:
-    """(new tokens, forward passes of the model, seconds), the prompt's first pass included."""
-    steps = []
-    hook = model.register_forward_pre_hook(lambda *_: steps.append(1))
-    started = time.perf_counter()
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
-                         eos_token_id=NEVER, pad_token_id=0, **options)  # fmt: skip
-    seconds = time.perf_counter() - started
-    hook.remove()
-    return out[0, ids.shape[1] :].tolist(), len(steps), seconds
+class Generate:
+    """`model.generate` without drafts, as a `Decoder`."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, ids: torch.Tensor, new: int) -> dict:
+        with torch.inference_mode():
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False,
+                                      eos_token_id=NEVER, pad_token_id=0)  # fmt: skip
+        return {"tokens": out[0, ids.shape[1] :].tolist(), "drafted": 0, "accepted": 0}
+
+
+class Loop:
+    """lowbit's `Decoder`, with drafts or without; the cache is empty at first, as that of `model.generate` is."""
+
+    def __init__(self, model, draft: Draft | None = None):
+        self.decoder = Decoder(model, draft=draft)
+
+    def __call__(self, ids: torch.Tensor, new: int) -> dict:
+        self.decoder.forget()
+        result = self.decoder.generate(ids, max_new_tokens=new, eos_token_id=(), prefill_chunk=None)
+        stats = result.stats
+        return {"tokens": result.tokens[0].tolist(), "drafted": stats.drafted_tokens, "accepted": stats.accepted_tokens}
+
+
+def measure(runs: dict, prompts: dict[str, list[torch.Tensor]], new: int, rounds: int) -> dict:
+    """{(text, variant): [what a run gives, and its seconds]}, one for each round and prompt."""
+    for run in runs.values():  # warms up
+        run(prompts["code"][0], 8)
+    found = {(text, name): [] for text in prompts for name in runs}
+    for _ in range(rounds):
+        for text, ids in ((text, ids) for text, batch in prompts.items() for ids in batch):
+            for name, run in runs.items():
+                started = time.perf_counter()
+                made = run(ids, new)
+                made["seconds"] = time.perf_counter() - started
+                found[text, name].append(made)
+                print(text, name, made["drafted"], made["accepted"], f"{made['seconds']:.2f}", flush=True)
+    return found
+
+
+def row(text: str, name: str, runs: list[dict], plain: list[dict]) -> dict:
+    tokens = sum(len(run["tokens"]) for run in runs)
+    drafted, accepted = (sum(run[key] for run in runs) for key in ("drafted", "accepted"))
+    ratios = [before["seconds"] / run["seconds"] for run, before in zip(runs, plain, strict=True)]
+    same = [run["tokens"] == before["tokens"] for run, before in zip(runs, plain, strict=True)]
+    return {
+        "text": text,
+        "variant": name,
+        "accepted_share": accepted / drafted if drafted else None,
+        "tokens_per_step": tokens / (tokens - accepted),
+        "tokens_per_second": statistics.median(len(run["tokens"]) / run["seconds"] for run in runs),
+        "over_plain": statistics.median(ratios),
+        "quartiles": [statistics.quantiles(ratios, n=4)[number] for number in (0, 2)],
+        "same_tokens_share": statistics.mean(same),
+    }
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=8, help="of each text")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
     work, models = WORK / "speculative", {}
     for scheme in (TARGET, *DRAFTS):
         lowbit.quantize("reference", work / scheme, scheme=scheme, overwrite=True)
         models[scheme] = lowbit.load(work / scheme)
-    variants = {"plain": {}} | {f"draft {draft}": {"assistant_model": models[draft]} for draft in DRAFTS}
-    variants["prompt lookup, 8 tokens"] = {"prompt_lookup_num_tokens": 8}
-    stream = token_stream(load_tokenizer("reference"), "stdlib", PROMPTS * PROMPT_TOKENS)
-    found = {name: [] for name in variants}
-    for options in variants.values():  # warms up
-        run(models[TARGET], stream[None, :32], options)
-    for ids in stream[: PROMPTS * PROMPT_TOKENS].view(PROMPTS, 1, PROMPT_TOKENS):
-        for name, options in variants.items():
-            found[name].append(run(models[TARGET], ids, options))
-            print(name, *found[name][-1][1:], flush=True)
-    rows = []
-    for name, runs in found.items():
-        same = sum(tokens == plain for (tokens, *_), (plain, *_) in zip(runs, found["plain"], strict=True))
-        rows.append({
-            "variant": name,
-            "tokens_per_step": sum(len(tokens) for tokens, *_ in runs) / sum(steps for _, steps, _ in runs),
-            "tokens_per_second": statistics.median(len(tokens) / seconds for tokens, _, seconds in runs),
-            "over_plain": statistics.median(
-                plain[2] / mine[2] for mine, plain in zip(runs, found["plain"], strict=True)
-            ),
-            "prompts_with_the_same_tokens": same,
-        })  # fmt: skip
+    target = models[TARGET]
+    runs = {PLAIN: Generate(target), "lowbit's loop, no draft": Loop(target)}
+    runs |= {f"{scheme} drafts": Loop(target, Draft(assistant=models[scheme])) for scheme in DRAFTS}
+    runs |= {f"prompt lookup, {number} tokens": Loop(target, Draft(lookup=number)) for number in LOOKUPS}
+    # what a token of a draft costs
+    runs |= {f"{scheme} alone": Generate(models[scheme]) for scheme in DRAFTS}
+    stream = token_stream(load_tokenizer("reference"), "stdlib", args.prompts * PROMPT_TOKENS)
+    code = list(stream[: args.prompts * PROMPT_TOKENS].view(-1, 1, PROMPT_TOKENS))
+    repeated = [ids[:, :REPEATED].repeat(1, 3)[:, :PROMPT_TOKENS] for ids in code]
+    found = measure(runs, {"code": code, "repeated": repeated}, args.new_tokens, args.rounds)
     shutil.rmtree(work)
-    save("speculative", {"target": TARGET, "prompts": PROMPTS, "prompt_tokens": PROMPT_TOKENS,
-                         "new_tokens": NEW_TOKENS, "dtype": str(models[TARGET].dtype), "rows": rows})  # fmt: skip
+    rows = [row(text, name, made, found[text, PLAIN]) for (text, name), made in found.items()]
+    save("speculative", {"target": TARGET, "prompts": args.prompts, "prompt_tokens": PROMPT_TOKENS,
+                         "new_tokens": args.new_tokens, "rounds": args.rounds, "dtype": str(target.dtype),
+                         "rows": rows})  # fmt: skip
 
 
 if __name__ == "__main__":

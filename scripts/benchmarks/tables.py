@@ -105,12 +105,17 @@ def speculative() -> str:
     if not (RESULTS / "speculative.json").exists():
         return "Not yet measured. `python scripts/benchmarks/speculative.py` measures it."
     data = result("speculative")
-    rows = [
-        [row["variant"], f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_second']:.1f}",
-         f"{row['over_plain']:.2f}x", f"{row['prompts_with_the_same_tokens']} of {data['prompts']}"]
-        for row in data["rows"]
-    ]  # fmt: skip
-    header = [f"embedded model, {data['target']}", "tokens per step", "tokens/s", "over plain", "same tokens"]
+    rows = []
+    for row in data["rows"]:
+        low, high = row["quartiles"]
+        accepted = "" if row["accepted_share"] is None else f"{100 * row['accepted_share']:.0f} %"
+        rows.append(
+            [f"{row['text']}: {row['variant']}", f"{row['tokens_per_second']:.0f}",
+             f"{row['over_plain']:.2f}x ({low:.2f} to {high:.2f})", accepted, f"{row['tokens_per_step']:.2f}",
+             f"{100 * row['same_tokens_share']:.0f} %"]
+        )  # fmt: skip
+    header = [f"embedded model, {data['target']}", "tokens/s", "over model.generate (quartiles)", "accepted",
+              "tokens per step", "prompts with the same tokens"]  # fmt: skip
     return markdown(header, rows) + source(data, "speculative")
 
 

@@ -29,9 +29,8 @@ def test_integers_are_kept_exactly(scheme, rows):
     scheme_shape = (37, 1024)
     qweight = random_quantized(scheme, *scheme_shape)
     qweight.scales.copy_(2.0 ** torch.randint(-3, 1, qweight.scales.shape))
-    x = torch.randint(-127, 128, (rows, 1024)).bfloat16()
-    y = torch.zeros(rows, 37)
-    _run(qweight, x.float(), y)
+    buffers, x, y = native.prepare(qweight), torch.randint(-127, 128, (rows, 1024)).float(), torch.empty(rows, 37)
+    native.product(native._weight_of(buffers, scheme, scheme_shape), x, y, None, pieces=1)()
     assert torch.equal(y.double(), x.double() @ matrix(qweight).T)
 
 
@@ -44,14 +43,6 @@ def test_small_inputs_beside_large_ones(scheme):
     y = native.linear(x, native.prepare(qweight), scheme, (37, 1024))
     exact = x.double() @ matrix(qweight).T
     assert (y - exact).norm() <= 1e-6 * exact.norm()
-
-
-def _run(qweight, x, y):
-    """One 16-bit integer for each input, summed up in y as float32."""
-    buffers = native.prepare(qweight)
-    weight = native._weight_of(buffers, qweight.scheme, qweight.codes.shape)
-    scratch = torch.empty(len(x) * (4 * x.shape[1] + 36 * 1024), dtype=torch.uint8)
-    assert native.library().lowbit_linear(weight, x.clone().data_ptr(), y.data_ptr(), len(x), 1, scratch.data_ptr())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -113,6 +104,20 @@ def test_operator_is_declared_as_it_behaves(sym, requires_grad):
     x, bias = (torch.randn(size).requires_grad_(requires_grad) for size in ((3, 96), (18,)))
     arguments = (x, buffers["codes"], buffers["scales"], buffers.get("zeros"), None, None, bias, scheme.name, 18)
     torch.library.opcheck(torch.ops.lowbit.linear_native.default, arguments)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("sym", [True, False])
+def test_operator_of_experts_is_declared_as_it_behaves(sym, requires_grad):
+    scheme = Scheme(4, 32, sym)
+    each = [native.prepare(random_quantized(scheme, 18, 96, seed=seed)) for seed in range(3)]
+    codes, scales, *zeros = (
+        torch.stack([one[name] for one in each]) for name in ("codes", "scales", "zeros")[: 3 - sym]
+    )
+    x, bias = (torch.randn(size).requires_grad_(requires_grad) for size in ((7, 96), (3, 18)))
+    start = torch.tensor([0, 2, 2, 6], dtype=torch.int32)  # one row belongs to nobody
+    arguments = (x, codes, scales, *(zeros or [None]), None, None, bias, start, scheme.name, 18)
+    torch.library.opcheck(torch.ops.lowbit.experts_native.default, arguments)
 
 
 # --- building ---

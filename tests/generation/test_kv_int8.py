@@ -172,7 +172,7 @@ def test_the_loop_decodes_with_it(name, make_cache):
     made = decoder.generate(token_ids(9), max_new_tokens=12, eos_token_id=())
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(token_ids(9), past_key_values=rounded(model.config, 21), **arguments)
-    assert made.stats.path == "static loop" and torch.equal(made.tokens[0], expected[0, 9:])
+    assert made.stats.path == "recorded loop" and torch.equal(made.tokens[0], expected[0, 9:])
     assert all(layer.keys.dtype == torch.int8 for layer in decoder.step.cache.layers)
 
 

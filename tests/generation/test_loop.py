@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from lowbit.errors import InputError, UsageError
 from lowbit.generation import Decoder, Session, generate
 from lowbit.generation.fallback import say_once
+from lowbit.generation.graph import Direct
 
 # architecture -> what its config needs: prompts are longer than the windows
 ARCHITECTURES = {
@@ -47,6 +48,7 @@ def model(quantized_model):
 def test_greedy_tokens_are_those_of_model_generate(name, rows, quantized_model):
     model = quantized_model(name, max_position_embeddings=512, **ARCHITECTURES[name])
     decoder, captured = Decoder(model), Decoder(model, graphs=Tapes())
+    called = Decoder(model, graphs=Direct())
     for length, chunks in ((200, (None, 64)), (7, (None, 3)), (1, (1,))):
         ids, mask = batch(rows, length)
         wanted = expected(model, ids, mask)
@@ -56,6 +58,21 @@ def test_greedy_tokens_are_those_of_model_generate(name, rows, quantized_model):
             assert decoder.stats.path == "recorded loop" and decoder.stats.why is None
         assert torch.equal(captured.generate(ids, mask, max_new_tokens=NEW).tokens, wanted)
         assert captured.stats.path == "tape", captured.stats.why
+        assert torch.equal(called.generate(ids, mask, max_new_tokens=NEW).tokens, wanted)
+        assert called.stats.path == "static loop"
+
+
+@pytest.mark.parametrize("name", ["kosmos-2.5", "exaone4_5", "hyperclovax_vision_v2"])
+def test_models_that_count_positions_for_themselves(name):
+    """From an offset, say; with positions from 0 on they would give something else."""
+    model, _ = tiny_model_that_runs("AutoModelForImageTextToText", name)
+    ids, mask = batch(3, 9)
+    pad = model.generation_config.pad_token_id or 0
+    ids = (ids % 90 + 3).masked_fill(mask == 0, pad)
+    wanted = expected(model, ids, mask, eos_token_id=None)
+    for graphs in (None, Tapes()):
+        result = generate(model, ids, mask, max_new_tokens=NEW, eos_token_id=(), graphs=graphs)
+        assert torch.equal(result.tokens, wanted) and result.stats.path != "model.generate", result.stats.why
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -74,7 +91,7 @@ def test_model_generate_takes_a_static_cache_too(quantized_model):
         assert torch.equal(static, generate(model, ids, mask, max_new_tokens=NEW).tokens)
 
 
-@pytest.mark.parametrize("graphs", [None, Tapes()], ids=["direct", "captured"])
+@pytest.mark.parametrize("graphs", [None, Direct(), Tapes()], ids=["recorded", "called", "captured"])
 def test_rows_end_by_themselves(model, graphs):
     """An end token that comes up early in some rows, later or never in others."""
     ids, mask = batch(3, 9)
@@ -103,7 +120,7 @@ def test_end_tokens_of_the_generation_config(quantized_model):
 
 
 def test_a_prompt_is_run_from_where_it_differs(model, monkeypatch):
-    decoder, fed = Decoder(model), []
+    decoder, fed = Decoder(model, graphs=Direct()), []
     real = model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kw: fed.append(kw["input_ids"].shape[1]) or real(*args, **kw))
 
@@ -117,7 +134,7 @@ def test_a_prompt_is_run_from_where_it_differs(model, monkeypatch):
     first = decoder.generate(ids, max_new_tokens=4, eos_token_id=()).tokens
     conversation = torch.cat([ids, first, ids[:, :5]], 1)
     del fed[:]
-    assert run(conversation) == 23 and fed[:1] == [6]  # the last answer token was never fed
+    assert run(conversation) == 23 and fed[:4] == [6, 1, 1, 1]  # the last answer token was never fed
     assert run(conversation) == 28 and fed[:1] == [1]  # the logits of the last one are wanted
     other = conversation.clone()
     other[0, 10] += 1
@@ -270,9 +287,10 @@ def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch):
     forward.__signature__ = inspect.signature(real)
     monkeypatch.setattr(model, "forward", forward)
     ids, mask = batch(2, 9)
-    result = generate(model, ids, mask, max_new_tokens=NEW, graphs=Tapes())
-    assert torch.equal(result.tokens, expected(model, ids, mask))
-    assert result.stats.path == "static loop" and "cannot be captured" in result.stats.why
+    for graphs in (Tapes(), None):
+        result = generate(model, ids, mask, max_new_tokens=NEW, graphs=graphs)
+        assert torch.equal(result.tokens, expected(model, ids, mask))
+        assert result.stats.path == "static loop" and "cannot be captured" in result.stats.why
 
 
 def test_a_compiled_step_gives_the_same_tokens(monkeypatch):

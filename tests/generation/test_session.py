@@ -5,7 +5,8 @@ import torch
 from folders import save_chat_model
 
 from lowbit.errors import InputError, UsageError
-from lowbit.generation import open_session
+from lowbit.generation import Decoder, open_session
+from lowbit.generation.graph import Direct
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def fed(session, monkeypatch):
         lengths.append(kwargs["input_ids"].shape[1])
         return real(*args, **kwargs)
 
+    monkeypatch.setattr(session, "decoder", Decoder(session.model, graphs=Direct()))  # a recorded step runs no forward
     monkeypatch.setattr(session.model, "forward", forward)
     return lengths
 
@@ -38,7 +40,7 @@ def test_text_streams_in_pieces(session):
     wanted = greedy(session, ids, 20)
     assert result.text == "".join(pieces) == session.tokenizer.decode(wanted, skip_special_tokens=True)
     assert len(pieces) > 3 and (result.tokens, result.prompt_tokens) == (len(wanted), ids.shape[1])
-    assert result.stats.path == "static loop" and not result.interrupted
+    assert result.stats.path == "recorded loop" and not result.interrupted
 
 
 def test_stop_strings_end_the_run_and_are_left_out(session, fed):

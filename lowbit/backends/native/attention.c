@@ -1,7 +1,8 @@
 /* Scaled dot product attention of few queries: one pass over keys and values, which skips those that are masked.
 
    The softmax is that of the keys so far (Milakov and Gimelshein, 2018; Dao et al., 2022): BLOCK keys at a time, what
-   was summed before is scaled to the new maximum. Everything is computed in float32. */
+   was summed before is scaled to the new maximum. Everything is computed in float32, but for bfloat16 the weights of the
+   values are rounded to that, as in torch's own kernel: the tokens of a model are to be the same with either. */
 
 #include <math.h>
 
@@ -89,6 +90,8 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
             floats sums = {0};
             for (int v = 0; v < BLOCK / WIDTH; v++)
                 sums += scores[q].vectors[v] = exponential(scores[q].vectors[v] - most);
+            if (a->dtype == BFLOAT16)
+                for (int k = 0; k < BLOCK; k++) scores[q].of[k] = of_bits((uint32_t)to_bfloat16(scores[q].of[k]) << 16);
             weights[q] = weights[q] * before + sum_of(sums);
             for (int64_t v = 0; v < value_vectors; v++) total[q][v] *= before;
             largest[q] = most;

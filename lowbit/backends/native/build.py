@@ -1,7 +1,7 @@
 """Compiles the kernels with the C compiler of this machine, once, and loads them.
 
-Everything they compute with is in their files: they need no headers of torch or Python. The result is kept in the user's
-cache folder under a name that depends on the source, the compiler, torch's OpenMP and the processor.
+Everything they compute with is in their files: they need no headers of torch or Python. The result is kept in the
+user's cache folder under a name that depends on the sources, the compiler, torch's OpenMP and the processor.
 """
 
 import ctypes

@@ -40,8 +40,7 @@ def _instruction(
     inputs = [value for value in operands if isinstance(value, torch.Tensor)]
     tensors = [out, *inputs]
     sizes = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
-    # torch rounds what it computes in bfloat16 to that before
-    exact = operation == "copy" or out.dtype == torch.float32 or all(tensor.dtype == out.dtype for tensor in inputs)
+    exact = operation == "copy" or all(_fits(value, out.dtype) for value in operands)
     known = all(tensor.dtype in DTYPES and tensor.device.type == "cpu" for tensor in tensors)
     if not exact or not known or len(sizes) > _DIMENSIONS or not 0 < sizes.numel() <= _LARGEST:
         return None
@@ -51,6 +50,13 @@ def _instruction(
     made = Instruction(_NUMBERS[operation], padded, _operand(out, sizes), a, b, where, step)
     made.keeps = *tensors, index
     return made
+
+
+def _fits(value: torch.Tensor | float, dtype: torch.dtype) -> bool:
+    """Whether it makes no difference if an operand is rounded to `dtype` before, as some operators of torch do."""
+    if dtype == torch.float32:
+        return True
+    return value.dtype == dtype if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype).item() == value
 
 
 def _operand(value: torch.Tensor | float, sizes: torch.Size) -> Operand:

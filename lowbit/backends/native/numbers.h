@@ -26,13 +26,17 @@ INLINE float load(const void *from, int dtype, int64_t index) {
     return of_bits((uint32_t)((const uint16_t *)from)[index] << 16);
 }
 
+/* The nearest, of two the even one; what is not a number stays so */
+INLINE uint16_t to_bfloat16(float value) {
+    const uint32_t bits = bits_of(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return value == value ? (uint16_t)(rounded >> 16) : 0x7fc0;
+}
+
 INLINE void store(void *to, int dtype, int64_t index, float value) {
     if (dtype == FLOAT32)
         ((float *)to)[index] = value;
-    else { /* to the nearest, halves to even; what is not a number stays so */
-        const uint32_t bits = bits_of(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
-        ((uint16_t *)to)[index] = value == value ? rounded >> 16 : 0x7fc0;
-    }
+    else
+        ((uint16_t *)to)[index] = to_bfloat16(value);
 }
 
 INLINE float sum_of(floats v) {

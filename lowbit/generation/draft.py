@@ -1,0 +1,107 @@
+"""Drafts: tokens that something cheap proposes and the model checks, several in one step, in transformers' assisted
+generation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteria
+from transformers.generation import GenerationMode
+
+from lowbit.errors import InputError, UsageError
+from lowbit.generation.fallback import model_generate
+
+_ONE_AFTER_THE_OTHER = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Who drafts: `assistant`, a model with the same tokens, or the text so far: `lookup` tokens that followed when the
+    last ones were there before. Raises UsageError unless it is one of the two."""
+
+    assistant: PreTrainedModel | None = None
+    lookup: int | None = None
+
+    def __post_init__(self):
+        if (self.assistant is None) == (self.lookup is None):
+            raise UsageError("either an assistant drafts or a prompt lookup: expected one of them")
+        if self.lookup is not None and self.lookup < 1:
+            raise UsageError(f"the prompt lookup is of {self.lookup} tokens: expected 1 or more")
+
+    def __str__(self) -> str:
+        return "drafts come from the text so far" if self.assistant is None else "drafts come from an assistant"
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError where transformers would refuse, or generate without a draft and say nothing; UsageError
+        for a model that is its own assistant, whose passes would count twice."""
+        if self.assistant is model:
+            raise UsageError("the assistant is the model itself: expected a cheaper one")
+        for each in (model, self.assistant):
+            if each is not None and each._is_stateful:
+                raise InputError(f"{type(each).__name__} keeps a state that cannot be taken back: no drafts with it")
+        mode = model.generation_config.get_generation_mode()
+        if mode not in _ONE_AFTER_THE_OTHER:
+            raise InputError(f"the generation_config asks for {mode.value}: transformers checks no drafts in it")
+        if self.assistant is not None:
+            check_same_tokens(model.config, self.assistant.config)
+
+    def context_length(self, limit: int | None) -> int | None:
+        """That of a model with this one: an assistant may have less, and a lookup proposes tokens past the end."""
+        if self.assistant is not None:
+            own = getattr(self.assistant.config.get_text_config(), "max_position_embeddings", None)
+            return min((each for each in (limit, own) if each is not None), default=None)
+        return None if limit is None else max(0, limit - self.lookup)
+
+    def generate(self, model: PreTrainedModel, ids, mask, *, on_token: Callable, tally: "Tally", **options) -> None:
+        """`model_generate` of ids [1, T] with these drafts. on_token: called with [token] of each; True ends it."""
+        listener = _Checks(1 if model.config.is_encoder_decoder else ids.shape[1], on_token, tally)
+        drafts = {"assistant_model": self.assistant, "prompt_lookup_num_tokens": self.lookup}
+        hook = model.register_forward_pre_hook(listener.feed, with_kwargs=True)
+        try:
+            model_generate(model, ids, mask, listener=listener, **options, **drafts)
+        finally:
+            hook.remove()
+
+
+def check_same_tokens(config, assistant) -> None:
+    """Raises InputError if an assistant of this config cannot draft for a model of that one."""
+    if config.is_encoder_decoder != assistant.is_encoder_decoder:
+        raise InputError("of model and assistant one is an encoder-decoder: expected both or neither")
+    sizes = [each.get_text_config(decoder=True).vocab_size for each in (config, assistant)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"the assistant has a vocabulary of {sizes[1]}, the model one of {sizes[0]}: expected the same tokens"
+        )
+
+
+@dataclass
+class Tally:
+    """Tokens that were drafted, how many of them were accepted, and how many of those in the first check."""
+
+    drafted: int = 0
+    accepted: int = 0
+    early: int = 0
+
+
+class _Checks(StoppingCriteria):
+    """Hands each token to a function, and stops if it says so. A pass of the model takes the drafted tokens, and the
+    one before them that is not in the cache yet (the first pass: all of the prompt, `start` tokens), and gives those
+    that it accepts and one more."""
+
+    def __init__(self, start: int, on_token: Callable[[list[int]], bool | None], tally: Tally):
+        self.start, self.on_token, self.tally = start, on_token, tally
+        self.seen = self.known = start
+
+    def feed(self, model, args, kwargs) -> None:
+        fed = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
+        self.tally.drafted += fed.shape[1] - self.known
+        self.known = 1
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        tokens = input_ids[0, self.seen :].tolist()
+        self.tally.accepted += len(tokens) - 1
+        if self.seen == self.start:
+            self.tally.early = len(tokens) - 1
+        self.seen += len(tokens)
+        stop = any(self.on_token([token]) for token in tokens)
+        return torch.full((1,), stop, device=input_ids.device)
