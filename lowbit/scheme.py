@@ -12,7 +12,7 @@ PER_CHANNEL = -1
 SCALE_SEARCHES = ("minmax", "mse")
 
 TOKEN, TENSOR = "token", "tensor"
-ACTIVATION_RANGES = ("minmax", "percentile", "mse")
+ACTIVATION_RANGES = ("mse", "minmax", "percentile")  # the first is the default
 
 _NAME = re.compile(
     r"W(?P<bits>\d+)A(?P<activation_bits>8|16)(?P<asym>_ASYM)?(-G(?P<group>\d+)|-(?P<channel>CHANNEL))?"
@@ -181,7 +181,7 @@ class Recipe:
     options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
-    activation_range: how static schemes find the range of their inputs, "minmax", "percentile" or "mse"
+    activation_range: how static schemes find the range of their inputs, "mse", "minmax" or "percentile"
     (`lowbit.ranges`).
     """
 

@@ -113,7 +113,7 @@ def test_errors_of_activations_list_the_allowed_values(fields):
 
 
 def test_an_unknown_range_of_activations():
-    with pytest.raises(UsageError, match="activation_range is 'max'; allowed: minmax, percentile, mse"):
+    with pytest.raises(UsageError, match="activation_range is 'max'; allowed: mse, minmax, percentile"):
         Recipe(activation_range="max")
 
 

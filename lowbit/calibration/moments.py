@@ -15,6 +15,8 @@ with half and with all of it, one run each: W3 group 64 0.0089, 0.0084, 0.0083; 
 Means over tokens, not over batches: batches of different length would weigh differently.
 """
 
+from collections.abc import Collection
+
 import torch
 
 # x^T x is symmetric: only block pairs on one side of the diagonal are multiplied, 9/16 of the work with 8 blocks
@@ -29,17 +31,21 @@ class Moments:
     """Sums over the tokens of one input of `in_features`: `add` batches, `merge` what other processes have seen, then
     `finish`; from there on `hessian` and `missing` are what the file says above.
 
-    drift: whether `missing` is wanted. weight: floating [N, K], if a single linear is meant: `missing` is that of it.
+    wanted: which of both; what is not stays None. weight: floating [N, K], if a single linear is meant: `missing` is
+    that of it.
     """
 
-    def __init__(self, in_features: int, device="cpu", drift: bool = True, weight: torch.Tensor | None = None):
+    def __init__(
+        self, in_features: int, device="cpu", wanted: Collection[str] = ("hessian", "missing"),
+        weight: torch.Tensor | None = None,
+    ):  # fmt: skip
         def zeros(rows):
             return torch.zeros(rows, in_features, dtype=torch.float32, device=device)
 
         self.tokens, self.in_features = 0, in_features
-        self.hessian = zeros(in_features)
+        self.hessian = zeros(in_features) if "hessian" in wanted else None
         self._weight = None if weight is None else weight.float().to(device)
-        self._drift = zeros(in_features if weight is None else len(weight)) if drift else None
+        self._drift = zeros(in_features if weight is None else len(weight)) if "missing" in wanted else None
         self._samples: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._random = torch.Generator().manual_seed(0)
         self._thinned = 1  # every how many-th of them is kept by now
@@ -52,8 +58,9 @@ class Moments:
         x = x.float()
         f = x if f is None else f.float()
         self.tokens += len(x)
-        for rows, columns in _lower_blocks(x.shape[1]):
-            self.hessian[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+        if self.hessian is not None:
+            for rows, columns in _lower_blocks(x.shape[1]):
+                self.hessian[rows, columns].addmm_(x[:, rows].T, x[:, columns])
         self._keep(x, f)
         if self._drift is None:
             return
@@ -86,8 +93,9 @@ class Moments:
         for tensor in (self.hessian, self._drift):
             if tensor is not None:
                 tensor.div_(max(self.tokens, 1))
-        for rows, columns in _lower_blocks(len(self.hessian)):
-            self.hessian[columns, rows] = self.hessian[rows, columns].T.clone()
+        if self.hessian is not None:
+            for rows, columns in _lower_blocks(len(self.hessian)):
+                self.hessian[columns, rows] = self.hessian[rows, columns].T.clone()
 
     def missing(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor | None:
         """float32: the `rows` of [N, K], for a weight [N, K] that multiplies this input; None if it was not wanted."""

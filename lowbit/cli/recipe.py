@@ -56,7 +56,7 @@ OverrideOption = Annotated[
 ActivationRangeOption = Annotated[
     str | None,
     typer.Option(
-        help="Of W8A8-STATIC: the range of inputs is minmax, percentile or mse (default minmax).", show_default=False
+        help="Of W8A8-STATIC: the range of inputs is mse, minmax or percentile (default mse).", show_default=False
     ),
 ]
 IgnoreOption = Annotated[

@@ -146,10 +146,11 @@ class _LayerLoop:
         quantized = LayeredModel(
             self.config, self.reader, samples.input_ids, self.dtype, self.device, self.calibration.trust_remote_code
         )
-        models = (quantized, quantized.twin()) if "missing" in statistics(self.plan.recipe) else (quantized,)
+        wanted = statistics(self.plan.recipe)
+        models = (quantized, quantized.twin()) if "missing" in wanted else (quantized,)
         steps = self._steps_by_layer(quantized)
         size, hidden = self.dtype.itemsize, quantized.model.config.get_text_config().hidden_size
-        report.expected_peak = expected_peak(steps, len(models), size)
+        report.expected_peak = expected_peak(steps, len(models), size, "hessian" in wanted)
         held = held_between_stages(steps, mine.numel(), len(models), size, hidden)
         allowed = self.calibration.max_memory or peak_memory() + available_memory() // 2
         keep = report.expected_peak + held <= allowed

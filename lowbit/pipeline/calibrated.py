@@ -18,7 +18,7 @@ from lowbit.errors import InputError
 from lowbit.grid import dequantize
 from lowbit.memory import return_freed
 from lowbit.pipeline.layers import LayeredModel
-from lowbit.pipeline.plan import Plan, Step
+from lowbit.pipeline.plan import Plan, Step, statistics
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import layer_entry, weight_error
 from lowbit.pipeline.streams import Streams, StreamsWriter
@@ -131,7 +131,7 @@ def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, 
     of the report."""
     todo = targets(steps, tensors, run.quantized.names, run.quantized.model)
     for number, stage in enumerate(run.find_stages(list(todo))):
-        for together, seen in _measured(run, number, stage, todo, ranks):
+        for together, seen in _measured(run, number, stage, todo, ranks, statistics(plan.recipe)):
             kinds = _alike(together)
             for alike in kinds:
                 _quantize_together(alike, seen, plan, run, ranks, done, last=alike is kinds[-1])
@@ -166,14 +166,15 @@ class Seen:
         return {"scale": grid[0].float(), "zero": grid[1]}
 
 
-def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], ranks: Ranks):
-    """(targets that share an input, what was Seen of it) for each input of a stage."""
-    drift = len(run.models) > 1
+def _measured(
+    run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Target]], ranks: Ranks, wanted: tuple[str, ...]
+):
+    """(targets that share an input, what was Seen of it) for each input of a stage. wanted: as in `Moments`."""
     if stage.experts is None:
         together = [target for name in stage.parameters for target in todo[name]]
         weight = together[0].weight
         few_outputs = weight if len(together) == 1 and weight.shape[0] <= weight.shape[1] else None
-        moments = Moments(weight.shape[1], run.quantized.device, drift, few_outputs)
+        moments = Moments(weight.shape[1], run.quantized.device, wanted, few_outputs)
         ranges = RangeObserver() if any(target.step.scheme.is_static for target in together) else None
         for arrived in run.arrivals(number):
             moments.add(*(None if tensor is None else tensor.flatten(0, -2) for tensor in arrived))
@@ -194,7 +195,7 @@ def _measured(run: LayerRun, number: int, stage: Stage, todo: dict[str, list[Tar
         missing = max(0, _FEWEST_TOKENS - int(seen[expert])) // ranks.world
         for name in stage.parameters:
             together = [target for target in todo[name] if target.expert == expert]
-            moments = Moments(together[0].weight.shape[1], run.quantized.device, drift)
+            moments = Moments(together[0].weight.shape[1], run.quantized.device, wanted)
             for x, f, routing in inputs:
                 rows = _tokens_of(expert, routing, -(-missing // len(inputs)))
                 if len(rows):

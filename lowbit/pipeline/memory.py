@@ -41,17 +41,17 @@ def available_memory() -> int:
     return free
 
 
-def expected_peak(steps: list[list[Step]], streams: int, itemsize: int) -> int:
+def expected_peak(steps: list[list[Step]], streams: int, itemsize: int, hessians: bool) -> int:
     """Bytes: what is held now, the largest layer as each stream has it and its stored form, and a solver at work on its
-    largest matrix; without what `held_between_stages` says. itemsize: of the dtype that layers compute in."""
+    largest matrix; without what `held_between_stages` says. itemsize: of the dtype that layers compute in. hessians:
+    whether the solver has them."""
 
     def layer(group: list[Step]) -> int:
         weights = sum(step.source.numel for step in group)
         inputs = max((step.site.in_features for step in group), default=0)
         largest = max((step.site.in_features * step.site.out_features for step in group), default=0)
-        return (
-            (streams * itemsize + 2) * weights + 4 * _WEIGHTS_AT_A_TIME * largest + 8 * _HESSIANS_AT_A_TIME * inputs**2
-        )
+        solver = 4 * _WEIGHTS_AT_A_TIME * largest + 8 * _HESSIANS_AT_A_TIME * inputs**2 * hessians
+        return (streams * itemsize + 2) * weights + solver
 
     return peak_memory() + max(map(layer, steps), default=0)
 

@@ -33,6 +33,8 @@ class Shipped:
 
     @property
     def id(self) -> str:
+        if self.kernel.startswith("quantize"):
+            return f"{self.kernel}-{self.dtype}-k{self.group}"
         if not self.multiplies:
             return f"{self.kernel}-w{self.bits}-g{self.group}"
         group = "channel" if self.group == PER_CHANNEL else f"g{self.group}"
@@ -106,6 +108,23 @@ SHIPPED = (
     Shipped("dequantize", 4, 128, True, "bf16", 0, 64, 1, 4, 1, also=ANY),
     Shipped("gptq_columns", 4, 128, False, "fp32", 0, 0, 1, 1, 1, also=ANY),
     Shipped("gptq_descend", 4, 128, False, "fp32", 0, 0, 1, 1, 1, also=ANY),
+    Shipped("int8", 8, PER_CHANNEL, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
+    Shipped("int8", 8, PER_CHANNEL, True, "bf16", 64, 64, 4, 4, 3),
+    Shipped("int8", 8, PER_CHANNEL, True, "bf16", 128, 128, 1, 8, 3, also=NVIDIA),
+    Shipped("int8", 8, 128, True, "bf16", 128, 128, 1, 8, 3),
+    Shipped("int8", 4, PER_CHANNEL, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
+    Shipped("int8", 4, 128, True, "bf16", 8, 64, 4, 2, 3),
+    Shipped("int8", 4, PER_CHANNEL, True, "bf16", 64, 64, 4, 4, 3),
+    Shipped("int8", 4, PER_CHANNEL, True, "bf16", 128, 128, 1, 8, 3, also=NVIDIA),
+    Shipped("int8", 4, 128, True, "bf16", 128, 128, 1, 8, 3),
+    Shipped("int8", 8, PER_CHANNEL, True, "bf16", 16, 64, 4, 2, 2, targets=(), also=AMD),
+    Shipped("int8", 4, 128, True, "fp16", 16, 64, 4, 2, 2, targets=(), also=AMD),
+    Shipped("int8", 8, PER_CHANNEL, True, "bf16", 128, 128, 1, 8, 2, targets=(), also=AMD),
+    Shipped("int8", 4, 128, True, "bf16", 128, 128, 1, 8, 2, targets=(), also=AMD),
+    # group: elements of a row
+    Shipped("quantize", 8, 4096, True, "bf16", 0, 0, 1, 8, 1, also=ANY),
+    Shipped("quantize", 8, 32768, True, "bf16", 0, 0, 1, 16, 1),
+    Shipped("quantize_normed", 8, 8192, True, "bf16", 0, 0, 1, 16, 1, also=ANY),
 )
 
 
@@ -193,6 +212,37 @@ def gptq(shipped: Shipped) -> Call:
     return Call(kernel, types, constants, options)
 
 
+def int8(shipped: Shipped) -> Call:
+    from lowbit_kernels.int8 import int8_kernel
+
+    types = {
+        "x": "*i8", "x_scales": "*fp32", "weight": "*i8" if shipped.bits == 8 else "*u8", "scales": "*fp32",
+        "y": f"*{shipped.dtype}", "rows": "i32", "out_features": "i32:16", "k_tiles": "i32",
+        "padded_out": "i32:16",
+    }  # fmt: skip
+    if shipped.split > 1:
+        types |= {"partials": "*fp32", "counters": "*i32"}
+    constants = {
+        "BITS": shipped.bits, "GROUP_SIZE": shipped.group, "BN": shipped.block_n, "BM": shipped.block_m,
+        "TILES": 2 if shipped.split > 1 else 1, "SPLIT": shipped.split, "GROUP_M": 8,
+    }  # fmt: skip
+    options = {"num_warps": shipped.warps, "num_stages": shipped.stages, "enable_fp_fusion": True}
+    return Call(int8_kernel, types, constants, options)
+
+
+def quantize(shipped: Shipped) -> Call:
+    from lowbit_kernels.quantize import quantize_kernel
+
+    types = {
+        "x": f"*{shipped.dtype}", "codes": "*i8", "scales": "*fp32", "in_features": "i32:16", "padded_in": "i32:16",
+        "x_stride": "i32:16", "eps": "fp32",
+    }  # fmt: skip
+    if shipped.kernel == "quantize_normed":
+        types |= {"norm_weight": f"*{shipped.dtype}"}
+    options = {"num_warps": shipped.warps, "enable_fp_fusion": True}
+    return Call(quantize_kernel, types, {"BLOCK": shipped.group}, options)
+
+
 CALLS = {
     "skinny": skinny,
     "gemm": gemm,
@@ -200,6 +250,9 @@ CALLS = {
     "dequantize": dequantize,
     "gptq_columns": gptq,
     "gptq_descend": gptq,
+    "int8": int8,
+    "quantize": quantize,
+    "quantize_normed": quantize,
 }
 
 

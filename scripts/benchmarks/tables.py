@@ -8,10 +8,10 @@
 import json
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).parent / "results"
+from ladder_tables import int8_linear, ladder, ladder_speed
+from rendering import RESULTS, ROOT, markdown, result, source
+
 DOCUMENTS = (
     "README.md",
     "triton_kernels/README.md",
@@ -19,24 +19,8 @@ DOCUMENTS = (
     "docs/architectures.md",
     "docs/benchmarks.md",
     "docs/kv_cache.md",
+    "docs/ladder.md",
 )
-
-
-def result(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def source(data: dict, script: str) -> str:
-    facts = data["facts"]
-    return (
-        f"\n\n{facts['date'][:10]}, {facts['cpu']}, torch {facts['torch']}, transformers {facts['transformers']}; "
-        f"`python scripts/benchmarks/{script}.py`"
-    )
 
 
 def quality() -> str:
@@ -351,7 +335,7 @@ TABLES = {
     f.__name__: f
     for f in (
         architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
-        gpu_end_to_end, cpu_generation, kv_cache, speculative,
+        gpu_end_to_end, cpu_generation, kv_cache, speculative, ladder, ladder_speed, int8_linear,
         gpu_predictions, interop, reference_training,
     )
 }  # fmt: skip

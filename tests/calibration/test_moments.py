@@ -93,9 +93,20 @@ def test_one_stream_has_not_drifted():
 
 def test_without_drift():
     batches = streams(33)
-    moments = measured(batches, 33, drift=False)
+    moments = measured(batches, 33, wanted=("hessian",))
     assert drift_of(moments) is None
     assert torch.equal(moments.hessian, measured(batches, 33).hessian)
+
+
+@pytest.mark.parametrize("wanted", [(), ("missing",)])
+def test_without_hessian(wanted):
+    """The samples are the same, and so is the other moment."""
+    batches = streams(33)
+    moments, both = measured(batches, 33, wanted=wanted), measured(batches, 33)
+    weight = torch.eye(33)
+    assert moments.hessian is None and moments.tokens == sum(LENGTHS)
+    assert all(torch.equal(*pair) for pair in zip(moments.samples, both.samples, strict=True))
+    assert torch.equal(moments.missing(weight), both.missing(weight)) if wanted else moments.missing(weight) is None
 
 
 def test_nothing_measured():
@@ -134,11 +145,11 @@ def test_what_the_residual_stream_lacks():
     assert float((moments.missing(weight) - wanted).norm() / wanted.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("drift", [True, False])
-def test_merged_processes_equal_one(drift):
+@pytest.mark.parametrize("wanted", [("hessian", "missing"), ("hessian",)], ids="-".join)
+def test_merged_processes_equal_one(wanted):
     """Three ranks, one of which has seen nothing."""
     batches = streams(300)
-    ranks = [Moments(300, drift=drift) for _ in range(3)]
+    ranks = [Moments(300, wanted=wanted) for _ in range(3)]
     for number, (x, f) in enumerate(batches):
         ranks[number % 2].add(x, f)
     given = []
@@ -146,7 +157,7 @@ def test_merged_processes_equal_one(drift):
         given.append([])
         rank.merge(lambda tensor: given[-1].append(tensor.clone()))
     sums = [sum(tensors) for tensors in zip(*given, strict=True)]
-    whole = measured(batches, 300, drift=drift)
+    whole = measured(batches, 300, wanted=wanted)
     for rank in ranks:
         left = iter(sums)
         rank.merge(lambda tensor, left=left: tensor.copy_(next(left)))
@@ -154,7 +165,7 @@ def test_merged_processes_equal_one(drift):
         assert rank.tokens == whole.tokens and next(left, None) is None
         assert_moment(rank.hessian, expected(batches)[0], batches)
         torch.testing.assert_close(rank.hessian, whole.hessian)
-        if drift:
+        if "missing" in wanted:
             assert_moment(drift_of(rank), expected(batches)[1], batches)
         else:
             assert drift_of(rank) is None

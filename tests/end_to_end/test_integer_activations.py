@@ -19,6 +19,7 @@ from lowbit.errors import InputError, UsageError
 from lowbit.pipeline.calibrated import Seen
 from lowbit.pipeline.convert import convert, dequantize
 from lowbit.pipeline.verify import static_checks
+from lowbit.quantizers import rtn
 from lowbit.ranges import RangeObserver
 from lowbit.scheme import Recipe, Scheme
 
@@ -185,13 +186,25 @@ def test_ranges_are_of_the_inputs_in_the_calibration(source, folders):
     model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     logits(model, SAMPLES)
     low, high = float(seen[0].min()), float(seen[0].max())
-    tensors = stored_tensors(folders("W8A8-STATIC"))
+    tensors = stored_tensors(folders("W8A8-STATIC", activation_range="minmax"))
     name = "model.layers.0.self_attn.q_proj"
     assert float(tensors[f"{name}.input_scale"]) == pytest.approx((high - low) / 255, rel=1e-5)
     assert int(tensors[f"{name}.input_zero_point"]) == round(-128 - low / float(tensors[f"{name}.input_scale"]))
     for method in ("percentile", "mse"):
         other = stored_tensors(folders("W8A8-STATIC", activation_range=method))
         assert float(other[f"{name}.input_scale"]) <= float(tensors[f"{name}.input_scale"]) * 1.001
+
+
+def test_ranges_are_all_that_rounding_measures(source, tmp_path, monkeypatch):
+    given, round_to_nearest = [], rtn.quantize
+
+    def quantize(weight, stats, *rest):
+        given.append(stats)
+        return round_to_nearest(weight, stats, *rest)
+
+    monkeypatch.setattr(rtn, "quantize", quantize)
+    lowbit.quantize(source, tmp_path / "q", scheme="W8A8-STATIC", dataset=SAMPLES)
+    assert given and all(moment is None for stats in given for moment in stats.values())
 
 
 def test_a_mixed_model_names_the_format_of_each_group(source, folders, tmp_path):
@@ -266,7 +279,7 @@ def test_damaged_folders_are_refused_by_name(case, folders, tmp_path):
 def test_static_schemes_refuse_what_they_cannot_measure(source, tmp_path):
     with pytest.raises(UsageError, match="activation_range is of static schemes, such as W8A8-STATIC, not of W8A8"):
         lowbit.quantize(source, tmp_path / "q", scheme="W8A8", activation_range="mse")
-    with pytest.raises(UsageError, match="activation_range is 'max'; allowed: minmax, percentile, mse"):
+    with pytest.raises(UsageError, match="activation_range is 'max'; allowed: mse, minmax, percentile"):
         lowbit.quantize(source, tmp_path / "q", scheme="W8A8-STATIC", activation_range="max")
     with pytest.raises(InputError, match="gptq has no quantized activations, which W8A8-CHANNEL asks for"):
         lowbit.quantize(source, tmp_path / "q", scheme="W8A8", format="gptq")

@@ -23,6 +23,8 @@ REPRESENTATIVE = (
     "skinny-w4-g128-sym-bf16-m16-n128-",
     "gemm-w4-g128-sym-bf16-m64-",
     "hopper-w4-g128-sym-bf16-m128-",
+    "int8-w8-channel-sym-bf16-m128-",
+    "int8-w4-g128-sym-bf16-m8-",
 )
 
 
@@ -77,7 +79,8 @@ def test_bad_kernels_are_flagged(tmp_path):
 AMD = """
 from aot import measure, shipped
 
-for one in shipped.find(["skinny-w4-g128-sym-bf16-m16-n64-", "gemm-w8-channel-sym-fp16-", "dequantize"]):
+chosen = ["skinny-w4-g128-sym-bf16-m16-n64-", "gemm-w8-channel-sym-fp16-", "dequantize", "int8-w4-g128-sym-fp16-"]
+for one in shipped.find(chosen):
     print(measure.compiles(shipped.call(one), "gfx942", multiplies=True))
 """
 
@@ -86,8 +89,8 @@ for one in shipped.find(["skinny-w4-g128-sym-bf16-m16-n64-", "gemm-w8-channel-sy
 def test_kernels_compile_for_amd(tmp_path):
     done = run("-c", AMD, tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
-    skinny, gemm, dequantize = done.stdout.splitlines()
-    assert skinny == gemm == "yes" and dequantize == "without matrix instructions"
+    skinny, gemm, dequantize, int8 = done.stdout.splitlines()
+    assert skinny == gemm == int8 == "yes" and dequantize == "without matrix instructions"
 
 
 @needs_triton
