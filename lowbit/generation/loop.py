@@ -21,6 +21,7 @@ from lowbit.generation.recording import Recordings
 from lowbit.generation.sampling import Sampling
 from lowbit.generation.stats import Stats, Stopwatch
 from lowbit.generation.step import Step
+from lowbit.hf.quantizer import is_moved_by_accelerate
 
 # What a model raises that does not get along with a static cache
 _CACHE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -78,7 +79,7 @@ class Decoder:
                 raise UsageError("drafts go with transformers' own cache and step: no int8 cache, no compiling")
             draft.check(model)
         self.model, self.compile, self.int8_cache, self.draft = model, bool(compile), int8_cache, draft
-        self.graphs = graphs or _graphs(model.device, self.compile)
+        self.graphs = graphs or _graphs(model, self.compile)
         called = isinstance(self.graphs, Direct | Recordings) and not compile
         self.cache_asked = make_cache is not None
         self.make_cache = make_cache or (filled_cache if called else static_cache)
@@ -281,10 +282,12 @@ class Decoder:
             run.decode_seconds = run.watch.lap()
 
 
-def _graphs(device: torch.device, compiled: bool):
-    if device.type == "cuda":
-        return CudaGraphs(device)
-    return Recordings() if device.type == "cpu" and not compiled and native.available() is None else Direct()
+def _graphs(model, compiled: bool):
+    if any(map(is_moved_by_accelerate, model.modules())):
+        return Direct()  # what is repeated keeps its tensors: the weights would all stay
+    if model.device.type == "cuda":
+        return CudaGraphs(model.device)
+    return Recordings() if model.device.type == "cpu" and not compiled and native.available() is None else Direct()
 
 
 @dataclass

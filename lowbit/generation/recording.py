@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lowbit.backends import native
-from lowbit.backends.native import attention, elementwise
+from lowbit.backends.native import attention, elementwise, matmul
 
 _MULTIPLE = 256  # positions that a recorded step sees are rounded up to it
 _READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 # What is computed by one call of a kernel: operator -> (its result, its arguments) -> that call
 _CALLS = {
     torch.ops.lowbit.linear_native.default: native.replay,
+    torch.ops.aten.mm.default: matmul.replay,
     torch.ops.aten.scaled_dot_product_attention.default: attention.replay,
 }
 
@@ -48,12 +49,12 @@ class _Recorded:
         self.step, self.calls, self.sees = step, [], 0
 
     def record(self) -> None:
-        self.calls.clear()  # its tensors are gone before there are new ones
-        self.sees = min(-(-(self.step.filled + 1) // _MULTIPLE) * _MULTIPLE, self.step.length)
-        self.step.hold(self.sees)
+        self.calls, self.sees = [], 0  # the old tensors are gone before there are new ones
+        sees = min(-(-(self.step.filled + 1) // _MULTIPLE) * _MULTIPLE, self.step.length)
+        self.step.hold(sees)
         with _Recording() as recording:
             self.step()
-        self.calls = recording.calls()
+        self.calls, self.sees = recording.calls(), sees
 
     def __call__(self) -> None:
         if self.step.filled >= self.sees:

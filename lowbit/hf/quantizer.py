@@ -214,7 +214,7 @@ class LowbitQuantizer(HfQuantizer):
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         linears, offloaded, unpacked = [], False, 0
         for name, module in model.named_modules():
-            if _is_moved_by_accelerate(module):
+            if is_moved_by_accelerate(module):
                 offloaded = True
                 continue
             if isinstance(module, LowbitLinear):
@@ -324,6 +324,6 @@ def _check_shapes(name: str, layer: LowbitLinear) -> None:
             raise InputError(f"{name}.{suffix} has shape {list(found)} in the checkpoint, expected {list(shape)}")
 
 
-def _is_moved_by_accelerate(module: nn.Module) -> bool:
+def is_moved_by_accelerate(module: nn.Module) -> bool:
     """Weights that live elsewhere and come to the device for each call keep their packed names."""
     return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))

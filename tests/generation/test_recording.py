@@ -1,5 +1,7 @@
 """Recorded steps: what is repeated is what Python would do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_loop import ARCHITECTURES, batch, expected
@@ -80,6 +82,22 @@ def test_random_numbers_are_drawn_anew():
         )
 
 
+@torch.inference_mode()
+def test_interrupted_while_it_is_recorded_anew():
+    step, interrupted = Counting(lambda x: x * 2 if wanted else interrupted.pop()), []
+    wanted = True
+    replay = Recordings().capture(step, None)
+    step.filled = replay.sees
+    wanted = False
+    with pytest.raises(IndexError):
+        replay()
+    wanted = True
+    for _ in range(3):
+        before = step.x.clone()
+        replay()
+        assert torch.equal(step.y, before * 2) and torch.equal(step.x, before + 1)
+
+
 @pytest.mark.parametrize("reads", [lambda x: x * x.max().item(), lambda x: x if x.sum() > 0 else -x, torch.nonzero])
 @torch.inference_mode()
 def test_a_step_that_reads_a_tensor_cannot_be_recorded(reads):
@@ -109,6 +127,12 @@ def test_sampled_tokens_are_those_of_called_steps(quantized_model):
         ]
         assert torch.equal(results[0].tokens, results[1].tokens)
         assert [result.stats.path for result in results] == ["recorded loop", "static loop"]
+
+
+def test_weights_that_come_and_go_are_not_kept(quantized_model, monkeypatch):
+    model = quantized_model("llama")
+    monkeypatch.setattr(model.model.layers[0], "_hf_hook", SimpleNamespace(offload=True), raising=False)
+    assert isinstance(Decoder(model).graphs, Direct)
 
 
 def test_without_a_compiler_steps_are_called(quantized_model, without_native):

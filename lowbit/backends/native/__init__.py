@@ -190,7 +190,9 @@ def replay(y, x, codes, scales, zeros, input_scale, input_zero, bias, scheme, ou
     if parsed.activations is not None or x.dtype not in DTYPES or not x.is_contiguous() or _dense_is_faster(x):
         return None
     weight = _weight(codes, scales, zeros, parsed, (out_features, x.shape[1]))
-    return product(weight, x, y, bias, _PIECES[x.dtype])
+    call = product(weight, x, y, bias, _PIECES[x.dtype])
+    call.keeps += (codes, scales, zeros)
+    return call
 
 
 def _grad_input(grad, codes, scales, zeros, scheme, in_features):

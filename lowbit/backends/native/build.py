@@ -22,7 +22,7 @@ from lowbit.errors import first_line
 logger = logging.getLogger("lowbit")
 
 CACHE_VARIABLE = "LOWBIT_CACHE"
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "attention.c", "elementwise.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "matmul.c", "attention.c", "elementwise.c"))
 _HEADER = Path(__file__).with_name("numbers.h")
 _FLAGS = ("-O3", "-march=native", "-fwrapv", "-fopenmp", "-fPIC")
 _SECONDS = 120
@@ -77,6 +77,7 @@ _FUNCTIONS = {
     "lowbit_linear": (None, (_WEIGHT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER)),
     "lowbit_pack": (ctypes.c_int, (_WEIGHT, _POINTER, _POINTER)),
     "lowbit_unpack": (None, (_WEIGHT, _INT, _INT, _POINTER, _POINTER)),
+    "lowbit_matmul": (None, (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER)),
     "lowbit_run": (None, (ctypes.POINTER(Instruction), _INT)),
     "lowbit_attention": (None, (ctypes.POINTER(Attention),)),
 }

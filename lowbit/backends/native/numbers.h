@@ -6,6 +6,7 @@
 #define WIDTH 8 /* of a vector of floats */
 
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef floats unaligned_floats __attribute__((aligned(4)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
 
 enum Dtype { FLOAT32, BFLOAT16 };
