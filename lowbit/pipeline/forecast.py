@@ -40,7 +40,8 @@ def forecast(plan: Plan, model, file_bytes: int, num_samples: int, seqlen: int) 
     streams, tokens = 2 if "missing" in needs else 1, num_samples * seqlen
     kept = sum(info.nbytes for step in plan.quantized for info in step.outputs)
     seconds = copying + _walking(plan, tokens, streams) + _solving(recipe, plan, needs)
-    return Forecast(_calibrated_peak(plan, model, tokens, streams), file_bytes + kept, seconds)
+    peak = _calibrated_peak(plan, model, tokens, streams, "hessian" in needs)
+    return Forecast(peak, file_bytes + kept, seconds)
 
 
 def _streaming_peak(plan: Plan) -> int:
@@ -56,11 +57,11 @@ def _streaming_peak(plan: Plan) -> int:
     )
 
 
-def _calibrated_peak(plan: Plan, model, tokens: int, streams: int) -> int:
+def _calibrated_peak(plan: Plan, model, tokens: int, streams: int, hessians: bool) -> int:
     prefix, layers = decoder_layers(model)
     inside = [f"{prefix}.{number}." for number in range(len(layers))]
     groups = [[step for step in plan.quantized if step.site.parameter.startswith(start)] for start in inside]
-    peak = expected_peak(groups, streams, torch.float32.itemsize)
+    peak = expected_peak(groups, streams, torch.float32.itemsize, hessians)
     hidden = model.config.get_text_config().hidden_size
     held = held_between_stages(groups, tokens, streams, torch.float32.itemsize, hidden)
     # what does not fit is walked again instead

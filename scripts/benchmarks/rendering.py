@@ -7,6 +7,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 
+def measured(name: str) -> bool:
+    return (RESULTS / f"{name}.json").exists()
+
+
 def result(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 

@@ -10,7 +10,7 @@ import re
 import sys
 
 from ladder_tables import int8_linear, ladder, ladder_speed
-from rendering import RESULTS, ROOT, markdown, result, source
+from rendering import ROOT, markdown, measured, result, source
 
 DOCUMENTS = (
     "README.md",
@@ -70,7 +70,7 @@ def cpu_quantize() -> str:
 
 
 def cpu_generation() -> str:
-    if not (RESULTS / "cpu_generation.json").exists():
+    if not measured("cpu_generation"):
         return (
             "Beside torchao and GPTQModel: not yet measured. `python scripts/benchmarks/cpu_generation.py` measures it."
         )
@@ -102,7 +102,7 @@ def kv_cache() -> str:
 
 
 def speculative() -> str:
-    if not (RESULTS / "speculative.json").exists():
+    if not measured("speculative"):
         return "Not yet measured. `python scripts/benchmarks/speculative.py` measures it."
     data = result("speculative")
     rows = []
@@ -178,7 +178,7 @@ _CLIENTS = {
 
 
 def interop() -> str:
-    data = json.loads((RESULTS / "interop.json").read_text())
+    data = result("interop")
     rows = []
     for name, what in _CLIENTS.items():
         outcomes = list(data["results"][name].values())
@@ -211,7 +211,7 @@ def reference_training() -> str:
 
 def gpu_check() -> str:
     """Of each case what lowbit runs, in microseconds, and how many times faster that is than others."""
-    if not (RESULTS / "gpu_check.json").exists():
+    if not measured("gpu_check"):
         return "Not yet measured: no GPU has run the kernels. `bash scripts/gpu_check.sh` measures them."
     data = result("gpu_check")
     cells = {}
@@ -235,7 +235,7 @@ def gpu_check() -> str:
 
 def gpu_end_to_end() -> str:
     """Decoding of whole models in CUDA graphs, and how much of the bandwidth it takes."""
-    if not (RESULTS / "gpu_check.json").exists():
+    if not measured("gpu_check"):
         return "Not yet measured: no GPU has run a whole model. `bash scripts/gpu_check.sh` measures it."
     data = result("gpu_check")
     facts, whole = data["facts"], data["end_to_end"]

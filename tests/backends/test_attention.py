@@ -8,7 +8,7 @@ from lowbit.backends.native import attention
 # batch, heads, heads of keys, queries, keys, head_dim, the values' head_dim
 SHAPES = [
     (1, 32, 8, 1, 57, 64, 64), (2, 8, 8, 3, 130, 16, 16), (3, 6, 2, 1, 1, 80, 80), (1, 4, 1, 1, 300, 256, 256),
-    (2, 9, 3, 5, 64, 20, 12), (1, 2, 1, 11, 65, 512, 7),
+    (2, 9, 3, 5, 64, 20, 12), (1, 2, 1, 11, 65, 512, 7), (1, 4, 2, 1, 1100, 32, 32), (2, 2, 2, 3, 513, 8, 24),
 ]  # fmt: skip
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 

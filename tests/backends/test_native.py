@@ -45,6 +45,27 @@ def test_small_inputs_beside_large_ones(scheme):
     assert (y - exact).norm() <= 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_repeated_product(rows, dtype):
+    """One call on tensors that stay where they are; what is not one call is left to the operator."""
+    scheme, shape = Scheme(4, 32, False), (21, 96)
+    buffers, bias = native.prepare(random_quantized(scheme, *shape, dtype)), torch.randn(21).to(dtype)
+    x, y = torch.empty(rows, 96, dtype=dtype), torch.empty(rows, 21, dtype=dtype)
+
+    def repeated(x, bias, name=scheme.name):
+        return native.replay(y, x, buffers["codes"], buffers["scales"], buffers["zeros"], None, None, bias, name, 21)
+
+    call = repeated(x, bias)
+    for _ in range(2):
+        x.copy_(torch.randn(rows, 96))
+        call()
+        assert torch.equal(y, native.linear(x, buffers, scheme, shape, bias))
+    assert repeated(x, bias.double()) is None and repeated(x.half(), None) is None
+    assert repeated(torch.empty(96, rows, dtype=dtype).t(), None) is None or rows == 1
+    assert repeated(torch.empty(64, 96, dtype=dtype), None) is None and repeated(x, None, "W4A8-G32") is None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_is_not_finite_is_not_hidden(value, dtype):

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
 
+import rendering  # noqa: E402
 import tables  # noqa: E402
 
 # The command, with the kernels on the CPU
@@ -43,7 +44,7 @@ def test_gpu_check(tmp_path, monkeypatch):
     }
     assert "tiny bf16       batch   2" in done.stdout
 
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(rendering, "RESULTS", tmp_path)
     assert tables.gpu_check().startswith("Not yet measured")
     assert tables.gpu_end_to_end().startswith("Not yet measured")
     assert [(entry["shape"], entry["rows"]) for entry in result["timings"]] == [

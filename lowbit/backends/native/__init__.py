@@ -186,8 +186,9 @@ def product(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor
 def replay(y, x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_features) -> Callable | None:
     """For those who repeat `linear_native` on tensors that stay where they are: the call that computes its result `y`
     anew, where that is one call of a kernel."""
-    parsed = _parse(scheme)
-    if parsed.activations is not None or x.dtype not in DTYPES or not x.is_contiguous() or _dense_is_faster(x):
+    parsed, alike = _parse(scheme), bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
+    one_call = x.dtype in DTYPES and x.is_contiguous() and alike and not _dense_is_faster(x)
+    if parsed.activations is not None or not one_call:
         return None
     weight = _weight(codes, scales, zeros, parsed, (out_features, x.shape[1]))
     call = product(weight, x, y, bias, _PIECES[x.dtype])

@@ -76,7 +76,7 @@ def _small_operations(func, args: tuple, kwargs: dict, output) -> list[tuple]:
         return [("copy", into.narrow(dim, 0, 1), (rows,), index, into.stride(dim))]
     if func._schema.is_mutable:
         return []
-    if packet is _aten.cat:
+    if packet is _aten.cat and all(part.ndim == output.ndim for part in args[0]):
         parts, dim = args[0], args[1] if len(args) > 1 else 0
         pieces = output.split([part.shape[dim] for part in parts], dim)
         return [("copy", piece, (part,)) for piece, part in zip(pieces, parts, strict=True) if part.numel()]
