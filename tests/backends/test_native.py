@@ -63,7 +63,7 @@ def test_a_repeated_product(rows, dtype):
         assert torch.equal(y, native.linear(x, buffers, scheme, shape, bias))
     assert repeated(x, bias.double()) is None and repeated(x.half(), None) is None
     assert repeated(torch.empty(96, rows, dtype=dtype).t(), None) is None or rows == 1
-    assert repeated(torch.empty(64, 96, dtype=dtype), None) is None and repeated(x, None, "W4A8-G32") is None
+    assert repeated(torch.empty(128, 96, dtype=dtype), None) is None and repeated(x, None, "W4A8-G32") is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
