@@ -24,8 +24,8 @@ _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 _PIECES = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
 # What the kernels read and write, and their number for it; float16 becomes float32
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# From how many rows of 16-bit integers on dequantize + GEMM wins, in float32 as scripts/benchmarks/cpu_linear.py measured
-# it with AVX2 (from 96 in groups of 32 to 300 in one); in bf16 a guess
+# From how many rows of 16-bit integers on dequantize + GEMM wins: in float32 as scripts/benchmarks/cpu_linear.py has it
+# with AVX2 (96 in groups of 32, 300 in one group), in bf16 a guess
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 128
 # Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
 _ROWS_OF_INTEGERS = 64
