@@ -274,17 +274,19 @@ static void in_large_pages(char *memory, int64_t bytes) {
 /* codes [out_features, in_features] -> packed, which holds nothing yet. Returns 0 if there is no kernel for them. */
 int lowbit_pack(const Weight *w, const uint8_t *codes, words *packed) {
     const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
-    const int64_t bytes = ceil_div(w->out_features, ROWS) * chunks_of(w) * ROWS * (int64_t)sizeof(words);
-    in_large_pages((char *)packed, bytes);
-    memset(packed, 0, (size_t)bytes);
+    const int64_t blocks = ceil_div(w->out_features, ROWS), bytes = chunks_of(w) * ROWS * (int64_t)sizeof(words);
+    in_large_pages((char *)packed, blocks * bytes);
 #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < w->out_features; n++)
-        for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
-            uint16_t *word = (uint16_t *)(packed + vector_of(w, n, v * LANES / chunk_size));
-            const uint8_t *from = codes + n * w->in_features + v * LANES;
-            const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
-            for (int64_t lane = 0; lane < lanes; lane++) word[lane] |= (uint16_t)(from[lane] << shift);
-        }
+    for (int64_t block = 0; block < blocks; block++) {
+        memset((char *)packed + block * bytes, 0, (size_t)bytes);
+        for (int64_t n = block * ROWS; n < smaller(block * ROWS + ROWS, w->out_features); n++)
+            for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
+                uint16_t *word = (uint16_t *)(packed + vector_of(w, n, v * LANES / chunk_size));
+                const uint8_t *from = codes + n * w->in_features + v * LANES;
+                const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
+                for (int64_t lane = 0; lane < lanes; lane++) word[lane] |= (uint16_t)(from[lane] << shift);
+            }
+    }
     return kernel_for(w) != 0;
 }
 
