@@ -1,5 +1,5 @@
 """Key-value caches that are allocated once. A step that is captured addresses them by tensors and always reads all of
-them; one that is called reads what is filled."""
+them; one that is called reads what is filled, and one that is recorded some more."""
 
 import torch
 from transformers import StaticCache

@@ -11,7 +11,9 @@
 #define PART 1024
 
 /* As in elementwise.py */
-enum Operation { COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, SQUARE, CUBE, RSQRT, SIGMOID, SILU, TANH, GELU, GELU_TANH, MEAN };
+enum Operation {
+    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, SQUARE, CUBE, RSQRT, SIGMOID, SILU, TANH, GELU, GELU_TANH, MEAN
+};
 
 /* data NULL: the number `value` */
 typedef struct {
