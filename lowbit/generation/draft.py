@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers
 from transformers import PreTrainedModel, StoppingCriteria
-from transformers.generation import GenerationMode
+from transformers.generation import BaseStreamer, GenerationMode
 
-from lowbit.errors import InputError, UsageError
+from lowbit.errors import InputError, UsageError, first_line
 from lowbit.generation.fallback import model_generate
 from lowbit.transformers_api import is_stateful
 
@@ -59,7 +60,14 @@ class Draft:
         drafts = {"assistant_model": self.assistant, "prompt_lookup_num_tokens": self.lookup}
         hook = model.register_forward_pre_hook(listener.feed, with_kwargs=True)
         try:
-            model_generate(model, ids, mask, listener=listener, **options, **drafts)
+            model_generate(model, ids, mask, listener=listener, streamer=listener, **options, **drafts)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # transformers 5.17 with a sliding window
+            raise InputError(
+                f"transformers {transformers.__version__} cannot check drafts of {type(model).__name__}: "
+                f"{first_line(error)}: generate without drafts, or install another release"
+            ) from error
         finally:
             hook.remove()
 
@@ -84,25 +92,36 @@ class Tally:
     early: int = 0
 
 
-class _Checks(StoppingCriteria):
-    """Hands each token to a function, and stops if it says so. A pass of the model takes the drafted tokens, and the
-    one before them that is not in the cache yet (the first pass: all of the prompt, `start` tokens), and gives those
-    that it accepts and one more."""
+class _Checks(BaseStreamer, StoppingCriteria):
+    """Hands each checked token to a function, and stops if it says so. A pass of the model takes the drafted tokens,
+    and the one before them that is not in the cache yet (the first pass: all of the prompt, `start` tokens), and gives
+    those that it accepts and one more.
+
+    As a streamer it sees checked tokens only; as a stopping criterion it may be asked about drafted ones too.
+    """
 
     def __init__(self, start: int, on_token: Callable[[list[int]], bool | None], tally: Tally):
-        self.start, self.on_token, self.tally = start, on_token, tally
-        self.seen = self.known = start
+        self.on_token, self.tally, self.known = on_token, tally, start
+        self.checks = -1  # the prompt is streamed first
+        self.stop = False
 
     def feed(self, model, args, kwargs) -> None:
         fed = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
         self.tally.drafted += fed.shape[1] - self.known
         self.known = 1
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        tokens = input_ids[0, self.seen :].tolist()
+    def put(self, value: torch.Tensor) -> None:
+        self.checks += 1
+        if not self.checks:
+            return
+        tokens = value.flatten().tolist()
         self.tally.accepted += len(tokens) - 1
-        if self.seen == self.start:
+        if self.checks == 1:
             self.tally.early = len(tokens) - 1
-        self.seen += len(tokens)
-        stop = any(self.on_token([token]) for token in tokens)
-        return torch.full((1,), stop, device=input_ids.device)
+        self.stop = self.stop or any(self.on_token([token]) for token in tokens)
+
+    def end(self) -> None:
+        """Nothing is kept back."""
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        return torch.full((1,), self.stop, device=input_ids.device)

@@ -186,13 +186,10 @@ class Decoder:
     def _learn(self, run: "_Run", chunk: int | None) -> torch.Tensor | None:
         """Run the first chunk of the first prompt; the logits after it. Only running a model tells whether it fills the
         cache, and which of its modules encode positions."""
-        if needs_trial(self.model):
-            length = room(1)
-            trial = Step(self.model, self.make_cache(self.model, 2, length), 2, length, Sampling(), (), 0)
-            if why := difference(self.model, trial):
-                self.refusal = Refusal(why, by_nature=True)
-                return None
         step, tables, end = self.step, PositionTables(), min(chunk or run.ids.shape[1], run.ids.shape[1])
+        if needs_trial(self.model) and (why := self._try_out()):
+            self.refusal = Refusal(why, by_nature=True)
+            return None
         step.begin(run.ids, run.mask, run.seed)
         with tables.watching(self.model):
             logits = step.prefill(0, end)
@@ -200,6 +197,14 @@ class Decoder:
             self.refusal = Refusal("its forward does not fill the cache that it is given", by_nature=True)
         self.tables, self.held = tables, torch.stack([run.ids, run.mask])[..., :end]
         return logits
+
+    def _try_out(self) -> str | None:
+        """Why a model that says nothing of static caches does not run with one, None if it does."""
+        if any(getattr(layer, "is_sliding", False) for layer in self.step.cache.layers):
+            return "nothing says that it masks what a static cache keeps beyond its window"
+        length = room(1)
+        cache = self.make_cache(self.model, 2, length)
+        return difference(self.model, Step(self.model, cache, 2, length, Sampling(), (), pad=0))
 
     def _length_refusal(self, run: "_Run") -> Refusal | None:
         """Where positions are encoded by the length of the sequence, the prompt is run as `model.generate` does: anew
