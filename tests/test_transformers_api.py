@@ -84,7 +84,8 @@ def test_documented_names_are_there():
         assert hasattr(transformers, name)
     hooks = (
         "get_quantize_ops", "update_weight_conversions", "param_needs_quantization", "get_state_dict_and_metadata",
-        "_process_model_before_weight_loading", "_process_model_after_weight_loading", "_dequantize", "serialized_names",
+        "_process_model_before_weight_loading", "_process_model_after_weight_loading", "_dequantize",
+        "serialized_names",
     )  # fmt: skip
     assert [hook for hook in hooks if not hasattr(transformers.quantizers.HfQuantizer, hook)] == []
 
@@ -171,9 +172,8 @@ def quantize(quantized):
 
 def quantize_calibrated(quantized):
     ids = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
-    lowbit.quantize(
-        quantized.parent / "dense", quantized.parent / "again", method="gptq", group_size=16, dataset=ids, overwrite=True
-    )  # fmt: skip
+    options = {"method": "gptq", "group_size": 16, "dataset": ids, "overwrite": True}
+    lowbit.quantize(quantized.parent / "dense", quantized.parent / "again", **options)
 
 
 def load(quantized):
