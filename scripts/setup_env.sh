@@ -25,10 +25,12 @@ setup_env() {
     fi
     echo "installing lowbit${extras:+[$extras]} into .venv (minutes the first time)" >&2
     # torch by itself first: only then does pip settle for the build the constraints name before it reads what others ask.
-    if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
-        _quietly "$venv/bin/python" -m pip install --no-input -c "$constraints" torch
+    # What builds the package is pinned too, which pip does not do in an environment of its own.
+    if ! "$venv/bin/python" -c 'import setuptools, torch, wheel' 2>/dev/null; then
+        _quietly "$venv/bin/python" -m pip install --no-input --upgrade -c "$constraints" setuptools torch wheel
     fi
-    _quietly "$venv/bin/python" -m pip install --no-input -c "$constraints" -e "$root${extras:+[$extras]}"
+    _quietly "$venv/bin/python" -m pip install --no-input --no-build-isolation -c "$constraints" \
+        -e "$root${extras:+[$extras]}"
     echo "$state" >"$stamp"
 }
 

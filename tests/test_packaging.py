@@ -5,9 +5,13 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lowbit
 
@@ -63,3 +67,37 @@ def test_requirements_are_lower_bounds():
     for requirement in project["dependencies"] + extras:
         requirement = requirement.partition(";")[0]  # what follows says for which systems
         assert not any(sign in requirement for sign in ("==", "<", "~=", "!=")), requirement
+
+
+def pinned():
+    """Package -> its version in scripts/constraints.txt."""
+    lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
+    pins = (Requirement(line) for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+
+
+def test_all_that_a_fresh_machine_installs_is_pinned():
+    """Each dependency within its bounds; what they pull in too, where this environment is that of the pins."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = pinned()
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    requirements = [requirement for requirement in map(Requirement, wanted) if requirement.name != "lowbit"]
+    assert not [str(each) for each in requirements if pins.get(canonicalize_name(each.name)) not in each.specifier]
+
+    def installed(name):
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            return None
+
+    if any(installed(requirement.name) != pins[canonicalize_name(requirement.name)] for requirement in requirements):
+        pytest.skip("this environment has other versions")
+    seen, todo = set(), [requirement.name for requirement in requirements]
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in seen or installed(name) is None:
+            continue
+        seen.add(name)
+        needed = (Requirement(each) for each in requires(name) or ())
+        todo += [each.name for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    assert seen - pins.keys() <= {"certifi", "tzdata"}  # data, that should be new

@@ -81,10 +81,12 @@ def _first(operation: str, scheme, device, dtype, shape, wanted: str | None) -> 
             raise BackendError(
                 f"backend {name} cannot run {scheme.name} {list(shape)} in {dtype} on {device}: {reason}"
             )
-        _log_once(f"backend {name} passes over {scheme.name} {layers}: {reason}")
+        # that it cannot run on this machine is worth a warning, that it is made for something else is not
+        level = logging.WARNING if reason == backend.available() else logging.INFO
+        _log_once(f"backend {name} passes over {scheme.name} {layers}: {reason}", level)
     return None
 
 
 @cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def _log_once(message: str, level: int) -> None:
+    logger.log(level, message)

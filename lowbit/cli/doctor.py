@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, console, print_json, table
+from lowbit.cli.common import JsonOption, console, default_device_map, print_json, quiet_transformers, table
 from lowbit.errors import UsageError
 
 _PACKAGES = (
@@ -15,6 +15,7 @@ _PACKAGES = (
 )  # fmt: skip
 # Tokens at a time: decoding, a small batch, reading a prompt
 _ROWS = (1, 16, 512)
+_FEW_TOKENS = 8
 
 
 def doctor(
@@ -44,6 +45,8 @@ def doctor(
     for shown in (versions, devices, backends):
         console.print(shown)
         console.print()
+    path, why = findings["generation"]["path"], findings["generation"]["why"]
+    console.print(f"the embedded model generates in: {path}" + (f" ({why})" if why else ""), markup=False)
     if findings["tables"]:
         _show_tables(findings["tables"])
     else:
@@ -75,7 +78,8 @@ def _show_kernels(kernels: list[dict]) -> None:
 
 def examine(model: str | None = None) -> dict:
     """packages: name -> version or None. devices: name -> description. backends: name -> reason why not, or None.
-    tables: GPU -> origin -> {"path", "entries"}. kernels: see `kernels_of`, only with a model."""
+    generation: see `generation_of_the_embedded_model`. tables: GPU -> origin -> {"path", "entries"}. kernels: see
+    `kernels_of`, only with a model."""
     import torch
 
     from lowbit.backends import BACKENDS, get_backend
@@ -91,9 +95,21 @@ def examine(model: str | None = None) -> dict:
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": devices,
         "backends": backends,
+        "generation": generation_of_the_embedded_model(),
         "tables": {gpu: get_backend("triton").tables(gpu) for gpu in gpus},
     }
     return findings if model is None else findings | {"kernels": kernels_of(model, gpus)}
+
+
+def generation_of_the_embedded_model() -> dict:
+    """{"path", "why"}: what ran the steps of a few tokens, and why it was not what is fastest on this device."""
+    from lowbit.generation import open_session
+    from lowbit.sources import REFERENCE
+
+    quiet_transformers()
+    session = open_session(REFERENCE, device_map=default_device_map(None))
+    stats = session.generate(session.encode("import os"), max_new_tokens=_FEW_TOKENS).stats
+    return {"path": stats.path, "why": stats.why}
 
 
 def kernels_of(model: str, devices: list[str]) -> list[dict]:

@@ -341,7 +341,12 @@ def _graphs(model, compiled: bool):
         return Direct()  # what is repeated keeps its tensors: the weights would all stay
     if model.device.type == "cuda":
         return CudaGraphs(model.device)
-    return Recordings() if model.device.type == "cpu" and not compiled and native.available() is None else Direct()
+    if model.device.type != "cpu" or compiled:
+        return Direct()
+    if why := native.available():
+        say_once(f"{type(model).__name__} runs in the {Direct.path}, not recorded: {why}", logging.WARNING)
+        return Direct()
+    return Recordings()
 
 
 @dataclass

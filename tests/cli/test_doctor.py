@@ -5,8 +5,9 @@ import torch
 from models import save_tiny
 
 import lowbit
-from lowbit.backends import BACKENDS, triton
+from lowbit.backends import BACKENDS, native, triton
 from lowbit.cli.doctor import kernels_of
+from lowbit.generation import loop
 
 
 def test_json(json_of):
@@ -17,8 +18,16 @@ def test_json(json_of):
     assert found["tables"].keys() == found["devices"].keys() - {"cpu"} and "kernels" not in found
 
 
+def test_the_embedded_model_generates(json_of, monkeypatch):
+    found = json_of("doctor")["generation"]
+    assert found == {"path": "recorded loop", "why": None} or native.available() in found["why"]
+    monkeypatch.setattr(loop, "refuse", lambda model: loop.Refusal("it is left alone"))
+    assert json_of("doctor")["generation"] == {"path": "model.generate", "why": "it is left alone"}
+
+
 def test_for_people(done):
     out = done("doctor").out
+    assert "the embedded model generates in: " in out and " loop" in out
     assert torch.__version__ in out and "runs here" in out
     assert ("no kernels are chosen here: " in out) is not torch.cuda.is_available()
 
