@@ -3,6 +3,8 @@
 import torch
 import transformers
 
+from lowbit.transformers_api import cache_argument
+
 _SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
@@ -55,3 +57,8 @@ def token_ids(count: int = 24, vocabulary: int = 128) -> torch.Tensor:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = actual.double(), expected.double()
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def as_cache(model, cache) -> dict:
+    """Keywords that hand `cache` to a model or its `generate`, by the name of the installed transformers."""
+    return {cache_argument(model): cache}

@@ -82,7 +82,8 @@ def in_int8(full: Cache) -> Cache:
 
 
 class Int8StaticCache(StaticCache):
-    """`StaticCache`, and used as it is: `model.generate(..., past_key_values=Int8StaticCache(model.config, 4096))`."""
+    """`StaticCache`, and used as it is: `model.generate(..., cache=Int8StaticCache(model.config, 4096))`. Before
+    transformers 5.24 the argument is `past_key_values`."""
 
     def __init__(self, config, max_cache_len: int, **kwargs):
         super().__init__(config, max_cache_len, **kwargs)

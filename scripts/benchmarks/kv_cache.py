@@ -15,6 +15,7 @@ import lowbit
 from lowbit.calibration.data import token_stream
 from lowbit.generation.kv_int8 import Int8StaticCache
 from lowbit.generation.stream import load_tokenizer
+from lowbit.transformers_api import cache_argument
 
 WINDOWS, SEQLEN, PROMPT = 33, 512, 32
 CACHES = {"full": StaticCache, "int8": Int8StaticCache}
@@ -23,7 +24,8 @@ CACHES = {"full": StaticCache, "int8": Int8StaticCache}
 def log_probs(model, window: torch.Tensor, cache) -> torch.Tensor:
     """[T, V] of window [1, T], of which the first PROMPT tokens go in first."""
     parts = window.split([PROMPT, window.shape[1] - PROMPT], dim=1)
-    logits = [model(part, past_key_values=cache, use_cache=True).logits[0] for part in parts]
+    given = {cache_argument(model): cache, "use_cache": True}
+    logits = [model(part, **given).logits[0] for part in parts]
     return torch.cat(logits).float().log_softmax(-1)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import relative_error, tiny_model, token_ids
+from models import as_cache, relative_error, tiny_model, token_ids
 from tiny import tiny_model_that_runs
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
@@ -70,7 +70,7 @@ def test_factors_of_keys_that_are_not_there():
 
 def through(model, cache, ids, chunks):
     with torch.no_grad():
-        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(chunks, dim=1)]
+        parts = [model(part, **as_cache(model, cache), use_cache=True).logits for part in ids.split(chunks, dim=1)]
     return torch.cat(parts, dim=1)
 
 
@@ -113,16 +113,16 @@ def test_logits_are_those_of_rounded_rows(name, chunks):
 def test_generate_takes_it(name):
     model = tiny_model(name, **MODELS[name])
     arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    made = model.generate(token_ids(9), past_key_values=Int8StaticCache(model.config, 21), **arguments)
-    expected = model.generate(token_ids(9), past_key_values=rounded(model.config, 21), **arguments)
+    made = model.generate(token_ids(9), **as_cache(model, Int8StaticCache(model.config, 21)), **arguments)
+    expected = model.generate(token_ids(9), **as_cache(model, rounded(model.config, 21)), **arguments)
     assert torch.equal(made, expected) and made.shape == (1, 21)
 
 
 def test_beams_are_reordered():
     model = tiny_model("llama")
     arguments = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
-    made = model.generate(token_ids(9), past_key_values=Int8StaticCache(model.config, 17), **arguments)
-    assert torch.equal(made, model.generate(token_ids(9), past_key_values=rounded(model.config, 17), **arguments))
+    made = model.generate(token_ids(9), **as_cache(model, Int8StaticCache(model.config, 17)), **arguments)
+    assert torch.equal(made, model.generate(token_ids(9), **as_cache(model, rounded(model.config, 17)), **arguments))
 
 
 def test_a_layer_with_a_recurrent_state_too():
@@ -159,8 +159,8 @@ def test_a_step_is_one_graph():
     step = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         for token in token_ids(4).T[:, None]:
-            actual = step(token, past_key_values=caches[0], use_cache=True).logits
-            assert relative_error(actual, model(token, past_key_values=caches[1], use_cache=True).logits) < 1e-5
+            actual = step(token, **as_cache(model, caches[0]), use_cache=True).logits
+            assert relative_error(actual, model(token, **as_cache(model, caches[1]), use_cache=True).logits) < 1e-5
     assert len(graphs) == 1
 
 
@@ -171,7 +171,7 @@ def test_the_loop_decodes_with_it(name, make_cache):
     decoder = Decoder(model, make_cache=make_cache, int8_cache=True)
     made = decoder.generate(token_ids(9), max_new_tokens=12, eos_token_id=())
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(token_ids(9), past_key_values=rounded(model.config, 21), **arguments)
+    expected = model.generate(token_ids(9), **as_cache(model, rounded(model.config, 21)), **arguments)
     assert made.stats.path == "recorded loop" and torch.equal(made.tokens[0], expected[0, 9:])
     assert all(layer.keys.dtype == torch.int8 for layer in decoder.step.cache.layers)
 
