@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A file imports its own folder and lower lines only; neighbours on a line do not import each other.
 LINES = (
     {"errors", "memory", "read_ahead", "lowbit_kernels"},
-    {"scheme"},
+    {"scheme", "safe_files"},
     {"qweight"},
     {"grid", "ranges"},
     {"reference"},
