@@ -29,6 +29,20 @@ TOP = {"lowbit/__init__.py", "lowbit/__main__.py"}  # above every line: they onl
 KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/backends/triton_int8.py", "lowbit/quantizers/gptq.py"}
 KERNEL_IMPORTS = {"lowbit_kernels", "torch", "triton", *sys.stdlib_module_names}
 MAX_LINES = 450
+# Only these write and remove files by name. The kernel package has no lowbit to import: it writes its own tables.
+WRITERS = {"lowbit/safe_files.py", "lowbit_kernels/select.py"}
+REMOVING = {"unlink", "rmdir", "rmtree", "removedirs"}
+WRITING = {
+    "write_text", "write_bytes", "touch", "truncate", "mkstemp", "copyfile", "copytree", "copy2", "symlink_to",
+    "hardlink_to", "tofile",
+}  # fmt: skip
+# Where the name alone says nothing: list.remove, Tensor.copy, ...
+OF_MODULES = {
+    "os.open", "os.fdopen", "os.remove", "os.symlink", "os.link", "os.mkfifo", "os.mknod", "shutil.copy", "shutil.move",
+    "io.open", "io.FileIO", "codecs.open", "tempfile.NamedTemporaryFile", "tempfile.TemporaryFile", "torch.save",
+    "numpy.save", "np.save", "numpy.savez", "np.savez",
+}  # fmt: skip
+OTHER_FUNCTIONS = {"save_file"}  # of safetensors
 
 
 def source_files():
@@ -83,6 +97,23 @@ def layer_errors(path, source):
     return [f"{path}:{line}: imports {name}: {reason}" for line, name, reason in found if reason]
 
 
+def writes(call: ast.Call) -> bool:
+    """Whether a call makes, changes or removes a file by its name. os.replace and Path.rename follow no link."""
+    name = ast.unparse(call.func)
+    method = call.func.attr if isinstance(call.func, ast.Attribute) else None
+    function = call.func.id if isinstance(call.func, ast.Name) else None
+    if call.args and ast.unparse(call.args[0]) == "os.devnull":
+        return False
+    if name in OF_MODULES or method in REMOVING | WRITING or (method or function) in OTHER_FUNCTIONS:
+        return True
+    if function in REMOVING | WRITING:  # from shutil import rmtree
+        return True
+    if (method or function) != "open":
+        return False
+    mode = [*call.args[1 if function else 0 :][:1], *(k.value for k in call.keywords if k.arg == "mode")]
+    return bool(mode) and not (isinstance(mode[0], ast.Constant) and not set("wax+") & set(str(mode[0].value)))
+
+
 def pattern_errors(path, source):
     errors = []
     if (count := len(source.splitlines())) > MAX_LINES:
@@ -93,6 +124,8 @@ def pattern_errors(path, source):
                 errors.append(f"{path}:{node.lineno}: bare except: name the error")
             elif ast.unparse(node.type) in ("Exception", "BaseException") and isinstance(node.body[0], ast.Pass):
                 errors.append(f"{path}:{node.lineno}: an error is swallowed: name it, or log it")
+        elif isinstance(node, ast.Call) and path not in WRITERS and writes(node):
+            errors.append(f"{path}:{node.lineno}: {ast.unparse(node.func)}: safe_files writes and removes")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             errors.append(f"{path}:{node.lineno}: torch.load: pickled weights are never loaded")
     return errors
@@ -153,6 +186,21 @@ def test_imports_that_are_refused(path, source):
         "try:\n    f()\nexcept Exception:\n    pass",
         "try:\n    f()\nexcept BaseException as error:\n    pass",
         "state = torch.load(path, weights_only=True)",
+        'open(path, "w")',
+        'path.open("a", encoding="utf-8")',
+        'path.open(mode="x")',
+        'open(path, mode="r+b")',
+        "open(path, mode)",  # whatever it is
+        "os.open(path, os.O_WRONLY)",
+        "(folder / name).write_text(text)",
+        "path.write_bytes(data)",
+        "path.unlink(missing_ok=True)",
+        "os.remove(path)",
+        "os.unlink(path)",
+        "shutil.rmtree(folder, ignore_errors=True)",
+        "rmtree(folder)",
+        "shutil.copy(source, target)",
+        "save_file(tensors, path)",
         "\n" * (MAX_LINES + 1),
     ],
 )
@@ -162,4 +210,9 @@ def test_patterns_that_are_refused(source):
 
 def test_patterns_that_are_allowed():
     source = "try:\n    f()\nexcept OSError:\n    pass\nexcept Exception as error:\n    log(error)\njson.load(file)"
+    source += (
+        "\nopen(path)\npath.open()\npath.open('rb', buffering=0)\nopen(path, encoding='utf-8')\nnames.remove(name)"
+    )
+    source += "\nos.replace(made, path)\nfolder.rename(target)\ntensor.copy_(other)\nsafe_open(path, 'pt')"
+    source += "\nos.open(os.devnull, os.O_WRONLY)"
     assert pattern_errors("lowbit/x.py", source) == []

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import shutil
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from folders import contents, read_json, same_bits, stored_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lowbit import safe_files
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.layout import DTYPES
 from lowbit.checkpoint.writer import StagedFolder, parse_size
@@ -399,3 +403,84 @@ def test_two_at_once_in_one_process_do_not_share_a_folder(tmp_path):
     second.commit()
     assert (tmp_path / "one" / "config.json").read_text() == "first"
     assert (tmp_path / "two" / "config.json").read_text() == "second"
+
+
+# One run beside another at any moment
+
+MOMENTS = ["Path.mkdir", "Path.rename", "Path.rmdir", "open_lock", "try_lock", "_is_at", "remove", "remove_claimed"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_another_run_that_starts_meanwhile_takes_nothing_away(tmp_path, monkeypatch, moment, when, overwrite):
+    """It starts, and ends, whenever the first run calls this function: what it removes must be nobody's."""
+    target, others = tmp_path / "out", []
+    if overwrite:
+        old_folder(target)
+    where = type(tmp_path) if moment.startswith("Path.") else safe_files
+    name = moment.removeprefix("Path.")
+    real = getattr(where, name)
+
+    def beside() -> None:
+        if len(others) == 20:  # every time would be for ever: a folder that is removed before it is locked is made anew
+            return
+        with monkeypatch.context() as alone:
+            alone.setattr(where, name, real)
+            others.append(moment)
+            with suppress(OutputError):  # the output is there already
+                StagedFolder(target, overwrite).discard()
+
+    def hooked(*args, **kwargs):
+        if when == "before":
+            beside()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            if when == "after":
+                beside()
+
+    monkeypatch.setattr(where, name, hooked)
+    stage(target, overwrite)
+    monkeypatch.undo()
+    assert others and contents(tmp_path) == {"out": b"", "out/config.json": b"new"}
+
+
+def test_an_old_output_that_is_being_removed_never_comes_back(tmp_path, monkeypatch):
+    """Killed while it removes the old one; then the new one is moved elsewhere."""
+    target = old_folder(tmp_path / "out")
+
+    def killed():
+        shutil.rmtree = lambda path, **_: (os.unlink(path / "config.json"), os._exit(0))
+        stage(target, overwrite=True)
+
+    os.waitpid(in_child(killed), 0)
+    target.rename(tmp_path / "elsewhere")
+    with StagedFolder(target):
+        assert not target.exists()
+    assert contents(tmp_path) == {"elsewhere": b"", "elsewhere/config.json": b"new"}
+
+
+@pytest.mark.parametrize("name", ["", "/.lock", "/old", "/new"])
+def test_leftovers_with_links_in_them_lead_nowhere(tmp_path, name):
+    """An archive may hold what looks like the folder of a run that was killed."""
+    victim = old_folder(tmp_path / "victim")
+    before = contents(victim)
+    leftover = tmp_path / ".out.partial-5"
+    if name:
+        for folder in ("", "new", "old"):
+            (leftover / folder).mkdir(exist_ok=True)
+        shutil.rmtree(f"{leftover}{name}", ignore_errors=True)
+    Path(f"{leftover}{name}").symlink_to(victim / "config.json" if name == "/.lock" else victim)
+    stage(tmp_path / "out")
+    assert contents(victim) == before and contents(tmp_path / "out") == {"config.json": b"new"}
+    assert not (tmp_path / "out").is_symlink() and (name == "/.lock" or not os.path.lexists(leftover))
+
+
+def test_a_leftover_is_left_alone_where_there_are_no_locks(tmp_path, monkeypatch):
+    """It may be the folder of a run that is alive."""
+    monkeypatch.setattr(safe_files, "try_lock", lambda file: None)
+    with StagedFolder(tmp_path / "out") as first:
+        stage(tmp_path / "out")
+        assert first.path.is_dir()
+    assert contents(tmp_path) == {"out": b"", "out/config.json": b"new"}
