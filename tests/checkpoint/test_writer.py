@@ -484,3 +484,17 @@ def test_a_leftover_is_left_alone_where_there_are_no_locks(tmp_path, monkeypatch
         stage(tmp_path / "out")
         assert first.path.is_dir()
     assert contents(tmp_path) == {"out": b"", "out/config.json": b"new"}
+
+
+def test_the_unfinished_output_goes_before_the_old_one(tmp_path, monkeypatch):
+    """Of a run that was killed between the renames, when somebody else has made the output since: the next one may be
+    killed while it removes both, and an old output of which a part is left must not come back."""
+    target, leftover = tmp_path / "out", tmp_path / ".out.partial-5"
+    for folder in ("new", "old"):
+        (leftover / folder).mkdir(parents=True)
+    old_folder(target)
+    real, removed = safe_files.remove, []
+    monkeypatch.setattr(safe_files, "remove", lambda path: (removed.append(path.name), real(path)))
+    with pytest.raises(OutputError, match="exists already"):
+        StagedFolder(target)
+    assert removed == ["new", "old", ".lock"] and not leftover.exists()
