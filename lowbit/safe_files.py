@@ -10,7 +10,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lowbit.errors import OutputError
@@ -91,13 +92,16 @@ def remove(path: Path) -> None:
         pass
 
 
-def remove_empty(folders: Iterable[Path]) -> None:
+def remove_empty(folders: Sequence[Path]) -> None:
     """Remove these folders in this order, up to the first that is not empty."""
-    try:
+
+    def end() -> None:
         for folder in folders:
-            folder.rmdir()
-    except OSError:
-        pass
+            with suppress(FileNotFoundError):
+                folder.rmdir()
+
+    with suppress(OSError):
+        _although_interrupted(end)
 
 
 # Hidden folders of a run, with a lock in each
@@ -144,22 +148,27 @@ def claim(folder: Path, *, make: bool = True, sure: bool = False):
         OSError: it cannot be made or locked; FileNotFoundError if it is not there and not to be made.
     """
     while True:
-        if make and not os.path.lexists(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        lock = None
         try:
+            if make and not os.path.lexists(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             _check_own(folder)
             lock = open_lock(folder / LOCK_NAME)
-        except FileNotFoundError:
-            if make:
-                continue
-            raise
-        locked = try_lock(lock)
-        if locked is False or (sure and not locked):
+            locked = try_lock(lock)
+            if locked is False or (sure and not locked):
+                lock.close()
+                return None
+            if _is_at(lock, folder / LOCK_NAME):
+                return lock
             lock.close()
-            return None
-        if _is_at(lock, folder / LOCK_NAME):
-            return lock
-        lock.close()
+        except BaseException as error:
+            if lock is not None:
+                lock.close()
+            if make and isinstance(error, FileNotFoundError):  # it was removed in between
+                continue
+            if make:  # Ctrl-C, or a full disk
+                remove_empty([folder])
+            raise
 
 
 def remove_claimed(folder: Path, lock, last: Sequence[str] = ()) -> None:
@@ -169,13 +178,24 @@ def remove_claimed(folder: Path, lock, last: Sequence[str] = ()) -> None:
     nobody else can claim the folder, and a process that is killed in between leaves what says how far it was.
     """
     order = (*last, LOCK_NAME)
+
+    def end() -> None:
+        if _is_at(lock, folder / LOCK_NAME):
+            for entry in sorted(folder.iterdir(), key=lambda e: order.index(e.name) if e.name in order else -1):
+                remove(entry)
+        remove_empty([folder])
+
+    with lock, suppress(OSError):
+        _although_interrupted(end)
+
+
+def _although_interrupted(action: Callable[[], None]) -> None:
+    """Ctrl-C while something is cleaned up: it is done again, then the interruption goes on."""
     try:
-        for entry in sorted(folder.iterdir(), key=lambda entry: order.index(entry.name) if entry.name in order else -1):
-            remove(entry)
-        folder.rmdir()
-    except OSError:
-        pass
-    lock.close()
+        action()
+    except BaseException:
+        action()
+        raise
 
 
 def refuse_links(folder: Path) -> None:

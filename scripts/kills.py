@@ -44,23 +44,16 @@ _VARYING = ("seconds", "peak_memory", "expected_peak", "date", "command")
 
 def start(arguments: list[str], log: Path) -> int:
     """`lowbit` with these arguments in a process of its own, forked from this one, which has imported it."""
-    child = os.fork()
-    if child:
+    if child := os.fork():
         return child
-    code = 70
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.argv = ["lowbit", *arguments]
-        from lowbit.cli.main import main
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["lowbit", *arguments]
+    from lowbit.cli.main import main
 
-        main()
-        code = 0
-    except SystemExit as exit:
-        code = exit.code or 0
-    finally:
-        os._exit(code)
+    main()
+    sys.exit(0)  # through the callers of this function, as the end of any process: what cleans up at exit does so
 
 
 def end(child: int, within: float | None = None, number: int | None = None) -> int:
@@ -125,11 +118,12 @@ class Kills:
         out.parent.mkdir()
         for _ in range(min(limit, self.random.randint(1, 5))):
             number = self.random.choice(SIGNALS)
+            before = set(os.listdir(out.parent))
             code = end(self._start(method, out), self.random.uniform(0, self.seconds[method]), number)
             if code == 0:  # it was faster
                 break
             self.counts[method, number.name] += 1
-            self._check_beside(method, number, out)
+            self._check_beside(method, number, out, before)
             if out.exists():
                 break
         again = end(self._start(method, out))
@@ -143,11 +137,11 @@ class Kills:
             raise Difference(f"{method}: left over: {left}")
         shutil.rmtree(out.parent)
 
-    def _check_beside(self, method: str, number: signal.Signals, out: Path) -> None:
-        """A run that is asked to end cleans up itself; only layers that gptq has finished stay."""
-        allowed = {"out", ".out.job"} if method == "gptq" else {"out"}
-        if number != signal.SIGKILL and not set(os.listdir(out.parent)) <= allowed:
-            raise Difference(f"{method}: left by {number.name}: {sorted(os.listdir(out.parent))}")
+    def _check_beside(self, method: str, number: signal.Signals, out: Path, before: set[str]) -> None:
+        """A run that is asked to end leaves nothing of its own but the layers that gptq has finished."""
+        left = set(os.listdir(out.parent)) - before - {"out", ".out.job" if method == "gptq" else ""}
+        if left and number != signal.SIGKILL:
+            raise Difference(f"{method}: left by {number.name}: {sorted(left)}")
 
     @property
     def total(self) -> int:

@@ -1,5 +1,6 @@
 """Everything in a model folder that is not weights: tokenizer, chat template, processor, LICENSE, remote code, ..."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from lowbit.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME
 from lowbit.checkpoint.reader import PICKLE_SUFFIXES
 from lowbit.errors import InputError
 from lowbit.safe_files import copy_file
+
+logger = logging.getLogger("lowbit")
 
 # Weights in other formats are not side files: the quantized folder would be larger than the source
 WEIGHT_SUFFIXES = (
@@ -35,15 +38,15 @@ def visible(folder: Path) -> list[Path]:
 
 def side_files(folder: Path) -> list[Path]:
     """Paths relative to `folder`; hidden files and folders, and links that lead out of it, are left out."""
-    found = []
-    for path in visible(folder):
-        relative = path.relative_to(folder)
-        if not path.is_file() or not is_own(path, folder) or path.suffix.lower() in WEIGHT_SUFFIXES:
-            continue
-        if relative.as_posix() in WRITTEN_ANEW or path.name.endswith((".safetensors.index.json", ".bin.index.json")):
-            continue
-        found.append(relative)
-    return found
+    return [path.relative_to(folder) for path in visible(folder) if _travels(path, folder) and is_own(path, folder)]
+
+
+def _travels(path: Path, folder: Path) -> bool:
+    """Whether it is a file that goes with the weights, by its name."""
+    name = path.relative_to(folder).as_posix()
+    if not path.is_file() or path.suffix.lower() in WEIGHT_SUFFIXES or name in WRITTEN_ANEW:
+        return False
+    return not name.endswith((".safetensors.index.json", ".bin.index.json"))
 
 
 def is_own(path: Path, folder: Path) -> bool:
@@ -74,6 +77,9 @@ def refuse_foreign(folder: Path, paths: Iterable[Path]) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy the side files of a model into a new folder, and say which links were left out. Returns relative names."""
+    if foreign := [path.name for path in visible(source) if _travels(path, source) and not is_own(path, source)]:
+        logger.warning("not copied from %s, because they are links that lead out of it: %r", source, foreign)
     copied = []
     for relative in side_files(source):
         (target / relative).parent.mkdir(parents=True, exist_ok=True)

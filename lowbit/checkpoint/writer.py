@@ -11,7 +11,7 @@ import re
 import shutil
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -79,18 +79,25 @@ class StagedFolder:
         try:
             self._remove_leftovers()
             self._check_target()
-            parents = [p for p in self.target.parents if not p.exists()]
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            lock = None
-            while lock is None:  # a run that takes it for a leftover may be faster
-                self._hidden = self.target.with_name(f".{self.target.name}.partial-{time.time_ns()}")
-                lock = safe_files.claim(self._hidden)
-            self._cleanup = weakref.finalize(self, _discard, self._hidden, self.target, lock, parents)
-            self.path = self._hidden / _NEW
-            self.path.mkdir()
+            self._make([p for p in self.target.parents if not p.exists()])
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"cannot write to {self.target.parent}: {reason}") from None
+
+    def _make(self, parents: list[Path]) -> None:
+        lock = None
+        while lock is None:  # a run that takes it for a leftover may be faster
+            self._hidden = self.target.with_name(f".{self.target.name}.partial-{time.time_ns()}")
+            try:
+                lock = safe_files.claim(self._hidden)
+                if lock is not None:
+                    self._cleanup = weakref.finalize(self, _discard, self._hidden, self.target, lock, parents)
+                    self.path = self._hidden / _NEW
+                    self.path.mkdir()
+            except BaseException:  # Ctrl-C, or a full disk, before there is anything else to clean up
+                safe_files.remove(self._hidden)
+                safe_files.remove_empty(parents)
+                raise
 
     def _check_target(self) -> None:
         if not self.target.exists() and not self.target.is_symlink():
@@ -141,7 +148,7 @@ class StagedFolder:
 _NEW, _OLD = "new", "old"
 
 
-def _discard(hidden: Path, target: Path, lock, parents: Iterable[Path] = ()) -> None:
+def _discard(hidden: Path, target: Path, lock, parents: Sequence[Path] = ()) -> None:
     """Remove a claimed folder of `StagedFolder`, but the old output that `commit` moved into it goes back to its place
     if the new one did not get there. As the new one is removed first, an old one without it is never taken for whole.
     parents: folders that were made for the target, which go too unless others use them by now."""
@@ -152,8 +159,10 @@ def _discard(hidden: Path, target: Path, lock, parents: Iterable[Path] = ()) -> 
         except OSError:  # the only copy: the next run tries again
             lock.close()
             return
-    safe_files.remove_claimed(hidden, lock, last=(_OLD,))
-    safe_files.remove_empty(parents)
+    try:
+        safe_files.remove_claimed(hidden, lock, last=(_OLD,))
+    finally:
+        safe_files.remove_empty(parents)
 
 
 def _is_folder(path: Path) -> bool:

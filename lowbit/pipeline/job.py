@@ -6,6 +6,7 @@ tells a true state. A layer's file carries its hash in its name and is checked b
 
 import hashlib
 import json
+import os
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,35 +31,27 @@ class Job:
 
     def __init__(self, target: Path, identity: dict, *, overwrite: bool = False, owner: bool = True):
         self.folder = _folder_of(target)
-        self.identity, self._overwrite, self._owner = identity, overwrite, owner
+        self.identity, self._overwrite = identity, overwrite
         self.layers: list[dict] = []
         self._output: list[int] | None = None
         self._made: dict[str, StoredTensor] | None = None
-        self._lock = self._claim(target) if owner else None
+        self._lock = None
         try:
+            if owner:
+                self._claim(target)
             self.stored = self._read()
         except BaseException:
-            self._unlock()
+            self.close()
             raise
 
-    def _claim(self, target: Path):
+    def _claim(self, target: Path) -> None:
         try:
-            lock = safe_files.claim(self.folder)
+            self._lock = safe_files.claim(self.folder)
         except OSError as error:
             raise OutputError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
-        if lock is None:
+        if self._lock is None:
             raise OutputError(f"another run is working on {target}: wait for it, or choose another output folder")
-        try:
-            safe_files.refuse_links(self.folder)
-        except BaseException:
-            lock.close()
-            raise
-        return lock
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        safe_files.refuse_links(self.folder)
 
     def _read(self) -> dict:
         try:
@@ -162,9 +155,12 @@ class Job:
 
     def close(self) -> None:
         """Leave the folder to the next run; one in which nothing was begun is removed."""
-        if self._lock is not None and not self._lock.closed and not (self.folder / _STATE).exists():
+        if self._lock is None or self._lock.closed:
+            return
+        if os.path.lexists(self.folder / _STATE):
+            self._lock.close()
+        else:
             _remove(self.folder, self._lock)
-        self._unlock()
 
 
 def clear_finished(target: Path) -> None:

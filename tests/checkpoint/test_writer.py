@@ -1,6 +1,7 @@
 """Shards written at planned offsets, and output folders that appear whole or not at all."""
 
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -498,3 +499,57 @@ def test_the_unfinished_output_goes_before_the_old_one(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="exists already"):
         StagedFolder(target)
     assert removed == ["new", "old", ".lock"] and not leftover.exists()
+
+
+# What changes something
+CHANGING = [
+    (Path, "mkdir"), (Path, "rename"), (Path, "rmdir"), (Path, "unlink"), (shutil, "rmtree"), (safe_files, "open_lock"),
+    (safe_files, "try_lock"), (safe_files, "_is_at"),
+]  # fmt: skip
+
+
+def interrupt_at(monkeypatch, number: int) -> list[str]:
+    """Ctrl-C before (even numbers) or after a call of one of CHANGING. Returns the names of the calls so far."""
+    calls = []
+
+    def moment(name) -> None:
+        calls.append(name)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+
+    def hooked(name, real):
+        def call(*args, **kwargs):
+            moment(name)
+            value = real(*args, **kwargs)
+            moment(name)
+            return value
+
+        return call
+
+    for owner, name in CHANGING:
+        monkeypatch.setattr(owner, name, hooked(name, getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted_at_any_call(tmp_path, overwrite):
+    """The old output or the new one, whole, and nothing beside it."""
+    new = {"deep": b"", "deep/out": b"", "deep/out/config.json": b"new"}
+    interrupted, number = True, 0
+    while interrupted:
+        parent = tmp_path / str(number)
+        parent.mkdir()
+        if overwrite:
+            (parent / "deep").mkdir()
+            old_folder(parent / "deep" / "out")
+        before = contents(parent)
+        with pytest.MonkeyPatch.context() as patched:
+            calls = interrupt_at(patched, number)
+            try:
+                stage(parent / "deep" / "out", overwrite)
+                interrupted = False
+            except KeyboardInterrupt:
+                gc.collect()
+        assert contents(parent) in ((before, new) if interrupted else (new,)), calls[: number + 1]
+        number += 1
+    assert number > 15
