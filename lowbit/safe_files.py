@@ -152,8 +152,13 @@ def claim(folder: Path, *, make: bool = True, sure: bool = False):
         try:
             if make and not os.path.lexists(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            _check_own(folder)
-            lock = open_lock(folder / LOCK_NAME)
+            try:
+                _check_own(folder)
+                lock = open_lock(folder / LOCK_NAME)
+            except FileNotFoundError:
+                if not make:
+                    raise
+                continue  # it was removed in between
             locked = try_lock(lock)
             if locked is False or (sure and not locked):
                 lock.close()
@@ -161,12 +166,10 @@ def claim(folder: Path, *, make: bool = True, sure: bool = False):
             if _is_at(lock, folder / LOCK_NAME):
                 return lock
             lock.close()
-        except BaseException as error:
+        except BaseException:  # Ctrl-C, or a full disk
             if lock is not None:
                 lock.close()
-            if make and isinstance(error, FileNotFoundError):  # it was removed in between
-                continue
-            if make:  # Ctrl-C, or a full disk
+            if make:
                 remove_empty([folder])
             raise
 

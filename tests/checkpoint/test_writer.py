@@ -284,6 +284,11 @@ def test_place_that_cannot_be_written_to(tmp_path):
         StagedFolder(tmp_path / ("x" * 300))
     with pytest.raises(OutputError):
         StagedFolder("/")
+    with pytest.raises(OutputError):
+        StagedFolder("/dev/null/out")
+    if Path("/proc/self").exists():  # where no folder can be made, though nothing is in the way
+        with pytest.raises(OutputError, match="cannot write to /proc/lowbit"):
+            StagedFolder("/proc/lowbit/out")
     assert contents(tmp_path) == {"file": b""}
 
 
