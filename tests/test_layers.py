@@ -16,7 +16,7 @@ LINES = (
     {"errors", "memory", "read_ahead", "lowbit_kernels", "torch_api"},
     {"upstream"},
     {"transformers_api"},
-    {"scheme"},
+    {"scheme", "safe_files"},
     {"qweight"},
     {"grid", "ranges"},
     {"reference"},
@@ -44,6 +44,20 @@ UNDOCUMENTED_MODULES = re.compile(
     r"torch\.(_|utils\._)|transformers\.(core_model_loading|conversion_mapping|modeling_|integrations|pytorch_utils|"
     r"cache_utils|models|quantizers\.\w+_utils|generation\.[a-z])|accelerate\.(?!utils\b)\w+\.|(torch|transformers|accelerate|peft)\..*\._"
 )
+# Only these write and remove files by name. The kernel package has no lowbit to import: it writes its own tables.
+WRITERS = {"lowbit/safe_files.py", "lowbit_kernels/select.py"}
+REMOVING = {"unlink", "rmdir", "rmtree", "removedirs"}
+WRITING = {
+    "write_text", "write_bytes", "touch", "truncate", "mkstemp", "copyfile", "copytree", "copy2", "symlink_to",
+    "hardlink_to", "tofile",
+}  # fmt: skip
+# Where the name alone says nothing: list.remove, Tensor.copy, ...
+OF_MODULES = {
+    "os.open", "os.fdopen", "os.remove", "os.symlink", "os.link", "os.mkfifo", "os.mknod", "shutil.copy", "shutil.move",
+    "io.open", "io.FileIO", "codecs.open", "tempfile.NamedTemporaryFile", "tempfile.TemporaryFile", "torch.save",
+    "numpy.save", "np.save", "numpy.savez", "np.savez",
+}  # fmt: skip
+OTHER_FUNCTIONS = {"save_file"}  # of safetensors
 
 
 def source_files():
@@ -133,6 +147,23 @@ def boundary_errors(path, source):
     return errors
 
 
+def writes(call: ast.Call) -> bool:
+    """Whether a call makes, changes or removes a file by its name. os.replace and Path.rename follow no link."""
+    name = ast.unparse(call.func)
+    method = call.func.attr if isinstance(call.func, ast.Attribute) else None
+    function = call.func.id if isinstance(call.func, ast.Name) else None
+    if call.args and ast.unparse(call.args[0]) == "os.devnull":
+        return False
+    if name in OF_MODULES or method in REMOVING | WRITING or (method or function) in OTHER_FUNCTIONS:
+        return True
+    if function in REMOVING | WRITING:  # from shutil import rmtree
+        return True
+    if (method or function) != "open":
+        return False
+    mode = [*call.args[1 if function else 0 :][:1], *(k.value for k in call.keywords if k.arg == "mode")]
+    return bool(mode) and not (isinstance(mode[0], ast.Constant) and not set("wax+") & set(str(mode[0].value)))
+
+
 def pattern_errors(path, source):
     errors = []
     if (count := len(source.splitlines())) > MAX_LINES:
@@ -143,6 +174,8 @@ def pattern_errors(path, source):
                 errors.append(f"{path}:{node.lineno}: bare except: name the error")
             elif ast.unparse(node.type) in ("Exception", "BaseException") and isinstance(node.body[0], ast.Pass):
                 errors.append(f"{path}:{node.lineno}: an error is swallowed: name it, or log it")
+        elif isinstance(node, ast.Call) and path not in WRITERS and writes(node):
+            errors.append(f"{path}:{node.lineno}: {ast.unparse(node.func)}: safe_files writes and removes")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             errors.append(f"{path}:{node.lineno}: torch.load: pickled weights are never loaded")
     return errors
@@ -203,6 +236,21 @@ def test_imports_that_are_refused(path, source):
         "try:\n    f()\nexcept Exception:\n    pass",
         "try:\n    f()\nexcept BaseException as error:\n    pass",
         "state = torch.load(path, weights_only=True)",
+        'open(path, "w")',
+        'path.open("a", encoding="utf-8")',
+        'path.open(mode="x")',
+        'open(path, mode="r+b")',
+        "open(path, mode)",  # whatever it is
+        "os.open(path, os.O_WRONLY)",
+        "(folder / name).write_text(text)",
+        "path.write_bytes(data)",
+        "path.unlink(missing_ok=True)",
+        "os.remove(path)",
+        "os.unlink(path)",
+        "shutil.rmtree(folder, ignore_errors=True)",
+        "rmtree(folder)",
+        "shutil.copy(source, target)",
+        "save_file(tensors, path)",
         "\n" * (MAX_LINES + 1),
     ],
 )
@@ -238,4 +286,9 @@ def test_own_private_names_are_allowed():
 
 def test_patterns_that_are_allowed():
     source = "try:\n    f()\nexcept OSError:\n    pass\nexcept Exception as error:\n    log(error)\njson.load(file)"
+    source += (
+        "\nopen(path)\npath.open()\npath.open('rb', buffering=0)\nopen(path, encoding='utf-8')\nnames.remove(name)"
+    )
+    source += "\nos.replace(made, path)\nfolder.rename(target)\ntensor.copy_(other)\nsafe_open(path, 'pt')"
+    source += "\nos.open(os.devnull, os.O_WRONLY)"
     assert pattern_errors("lowbit/x.py", source) == []

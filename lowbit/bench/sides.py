@@ -1,6 +1,5 @@
 """The sides of a comparison: of a checkpoint, or of random weights in the shapes of a model."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +15,7 @@ from lowbit.errors import InputError, UsageError
 from lowbit.hf import load
 from lowbit.pipeline import dequantize, quantize
 from lowbit.pipeline.memory import available_memory
+from lowbit.safe_files import copy_file
 from lowbit.scheme import Scheme
 from lowbit.sources import REFERENCE, load_config, resolve
 from lowbit.stored import summarize
@@ -54,7 +54,7 @@ def save_random(model, folder: Path) -> None:
     """Some tools load no model without a tokenizer: any will do."""
     model.save_pretrained(folder)
     for file in resolve(REFERENCE).glob("*token*"):
-        shutil.copy(file, folder)
+        copy_file(file, folder / file.name)
 
 
 @dataclass(frozen=True)

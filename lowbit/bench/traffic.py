@@ -12,6 +12,7 @@ from torch import nn
 from lowbit.bench.random_model import stored_bytes
 from lowbit.experts import expert_weights
 from lowbit.linear import LowbitLinear
+from lowbit.safe_files import open_existing
 
 
 def bytes_per_second(device: torch.device) -> float:
@@ -111,7 +112,8 @@ def _reset_peak(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        with open_existing(Path("/proc/self/clear_refs")) as file:
+            file.write(b"5")
         return _process_memory("VmRSS")
     except OSError:
         return None

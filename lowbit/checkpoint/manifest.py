@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.errors import InputError
+from lowbit.safe_files import write_whole
 
 MANIFEST_NAME = "lowbit_manifest.json"
 REPORT_NAME = "lowbit_report.json"
@@ -47,7 +48,7 @@ def write_manifest(folder: Path, tensors: dict[str, str]) -> None:
     """The last file that is written into a folder. tensors: name -> digest of its bytes."""
     files = {relative.as_posix(): file_digest(folder / relative) for relative in listed_files(folder)}
     data = {"tensors": tensors, "files": files}
-    (folder / MANIFEST_NAME).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST_NAME, json.dumps(data, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest | None:

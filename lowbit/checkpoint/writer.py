@@ -11,10 +11,12 @@ import re
 import shutil
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from lowbit import safe_files
 from lowbit.checkpoint.layout import TensorInfo, build_header
 from lowbit.checkpoint.manifest import digest
 from lowbit.checkpoint.reader import INDEX_NAME, SINGLE_NAME
@@ -62,11 +64,13 @@ def shard_names(count: int) -> list[str]:
 
 
 class StagedFolder:
-    """A folder under construction beside `target`. `commit` renames it into place; anything else removes it.
+    """A folder under construction: `path`, in a hidden folder beside `target`. `commit` renames it into place; anything
+    else removes it.
 
-    Removal is also tied to garbage collection and interpreter exit. What `kill -9` leaves is removed by the next run
-    that writes to the same target: a folder is in use as long as a process holds the lock on the file inside. (Process
-    numbers would not do: containers that share a volume have the same few.)
+    The hidden folder `.NAME.partial-<number>` is locked from before anything is in it until nothing is left of it, and
+    holds the new output and, while the two change places, the old one. Removal is also tied to garbage collection and
+    interpreter exit. What `kill -9` leaves is removed by the next run that writes to the same target and gets the lock.
+    (Process numbers would not do: containers that share a volume have the same few.)
     """
 
     def __init__(self, target: str | Path, overwrite: bool = False):
@@ -75,16 +79,25 @@ class StagedFolder:
         try:
             self._remove_leftovers()
             self._check_target()
-            parents = [p for p in self.target.parents if not p.exists()]
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.path = self.target.with_name(f".{self.target.name}.partial-{time.time_ns()}")
-            self.path.mkdir()
-            self._lock = (self.path / _LOCK).open("w")
-            try_lock(self._lock)
+            self._make([p for p in self.target.parents if not p.exists()])
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise OutputError(f"cannot write to {self.target.parent}: {reason}") from None
-        self._cleanup = weakref.finalize(self, _remove, self.path, self._lock, parents)
+
+    def _make(self, parents: list[Path]) -> None:
+        lock = None
+        while lock is None:  # a run that takes it for a leftover may be faster
+            self._hidden = self.target.with_name(f".{self.target.name}.partial-{time.time_ns()}")
+            try:
+                lock = safe_files.claim(self._hidden)
+                if lock is not None:
+                    self._cleanup = weakref.finalize(self, _discard, self._hidden, self.target, lock, parents)
+                    self.path = self._hidden / _NEW
+                    self.path.mkdir()
+            except BaseException:  # Ctrl-C, or a full disk, before there is anything else to clean up
+                safe_files.remove(self._hidden)
+                safe_files.remove_empty(parents)
+                raise
 
     def _check_target(self) -> None:
         if not self.target.exists() and not self.target.is_symlink():
@@ -98,34 +111,29 @@ class StagedFolder:
             raise OutputError(f"{self.target} does not look like a model folder (no config.json): not overwriting it")
 
     def _remove_leftovers(self) -> None:
-        pattern = re.compile(re.escape(f".{self.target.name}.partial-") + r"\d+(\.old)?")
+        pattern = re.compile(re.escape(f".{self.target.name}.partial-") + r"\d+")
         for leftover in sorted(self.target.parent.glob(".*.partial-*")):
-            match = pattern.fullmatch(leftover.name)
-            if not match or _is_in_use(leftover.with_name(leftover.name.removesuffix(".old"))):
+            if not pattern.fullmatch(leftover.name):
                 continue
-            if match[1] and not self.target.exists():
-                leftover.rename(self.target)  # killed between the two renames of `commit`
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_symlink():  # no run makes one
+                safe_files.remove(leftover)
+                continue
+            try:
+                lock = safe_files.claim(leftover, make=False, sure=True)
+            except (OSError, OutputError):  # gone by now, or not ours to remove
+                continue
+            if lock is not None:
+                _discard(leftover, self.target, lock)
 
     def commit(self) -> None:
         self._check_target()  # someone else may have been faster
-        aside = self.path.with_name(self.path.name + ".old")
         try:
-            (self.path / _LOCK).unlink()
             if self.target.is_dir():
-                self.target.rename(aside)
-            try:
-                self.path.rename(self.target)
-            except BaseException:
-                if aside.is_dir():
-                    aside.rename(self.target)
-                raise
+                self.target.rename(self._hidden / _OLD)
+            self.path.rename(self.target)
         except OSError as error:
             raise OutputError(f"cannot move the finished folder to {self.target}: {error.strerror}") from None
-        self._cleanup.detach()
-        self._lock.close()
-        shutil.rmtree(aside, ignore_errors=True)
+        self.discard()  # the old one
 
     def discard(self) -> None:
         self._cleanup()
@@ -137,38 +145,28 @@ class StagedFolder:
         self.discard()
 
 
-_LOCK = ".lock"
+_NEW, _OLD = "new", "old"
 
 
-def try_lock(file) -> bool:
-    """Lock an open file for as long as it is open; False if another process has it. True where there are no locks."""
+def _discard(hidden: Path, target: Path, lock, parents: Sequence[Path] = ()) -> None:
+    """Remove a claimed folder of `StagedFolder`, but the old output that `commit` moved into it goes back to its place
+    if the new one did not get there. As the new one is removed first, an old one without it is never taken for whole.
+    parents: folders that were made for the target, which go too unless others use them by now."""
+    new, old = hidden / _NEW, hidden / _OLD
+    if _is_folder(new) and _is_folder(old) and not os.path.lexists(target):
+        try:
+            old.rename(target)
+        except OSError:  # the only copy: the next run tries again
+            lock.close()
+            return
     try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return True
-    return True
+        safe_files.remove_claimed(hidden, lock, last=(_OLD,))
+    finally:
+        safe_files.remove_empty(parents)
 
 
-def _is_in_use(folder: Path) -> bool:
-    try:
-        with (folder / _LOCK).open("r+") as lock:
-            return not try_lock(lock)
-    except OSError:
-        return False
-
-
-def _remove(folder: Path, lock, parents: list[Path]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    lock.close()
-    try:
-        for parent in parents:  # those that were made for it, unless others use them by now
-            parent.rmdir()
-    except OSError:
-        pass
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -208,7 +206,7 @@ class CheckpointWriter:
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             header, offsets = build_header(shard, {**_METADATA, **metadata})
             size = len(header) + sum(t.nbytes for t in shard)
-            descriptor = os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            descriptor = safe_files.create(self.folder / name, 0o644)
             self._files.append(descriptor)
             self._claim(descriptor, size, name)
             _write_at(descriptor, header, 0)
@@ -255,7 +253,7 @@ class CheckpointWriter:
         if len(set(self.weight_map.values())) > 1:
             metadata = {"total_parameters": total_parameters, "total_size": self.total_size}
             index = {"metadata": metadata, "weight_map": dict(sorted(self.weight_map.items()))}
-            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            safe_files.write_whole(self.folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
     def close(self) -> None:
         while self._files:

@@ -84,6 +84,7 @@ def bench(
     from lowbit.bench.peers import parse_against
     from lowbit.bench.rounds import Bench
     from lowbit.bench.sides import Setting
+    from lowbit.safe_files import write_whole
     from lowbit.scheme import Scheme
 
     batches, wanted = _batches(batch), parse_against(against)
@@ -105,7 +106,7 @@ def bench(
                 interrupted = True
     result = {"facts": _facts(device), "model": measured.describes, **running.result()}
     if out is not None:
-        out.write_text(json_module.dumps(result, indent=2) + "\n")
+        write_whole(out, json_module.dumps(result, indent=2) + "\n")
     print_json(result) if json else _show(result)
     if interrupted:
         raise _Interrupted("interrupted: what is shown was measured before")

@@ -46,8 +46,9 @@ from lowbit.cli.generate import (
     checked_stop,
     show_stats,
 )
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, OutputError
 from lowbit.read_ahead import read_ahead
+from lowbit.safe_files import write_whole
 
 HELP = """!help         this text
 !clear        forget the conversation
@@ -188,10 +189,9 @@ class Conversation:
         import json
 
         try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(self.messages, file, indent=2)
-        except OSError as error:
-            notes.print(f"cannot write {path}: {error.strerror}", markup=False)
+            write_whole(Path(path), json.dumps(self.messages, indent=2))
+        except OutputError as error:
+            notes.print(str(error), markup=False)
         else:
             notes.print(f"saved to {path}", markup=False)
 

@@ -32,6 +32,7 @@ from lowbit.pipeline.streams import NoStreams, Streams, StreamsWriter
 from lowbit.pipeline.targets import Target, targets
 from lowbit.pipeline.write import Progress, read_checked
 from lowbit.qweight import QuantWeight
+from lowbit.safe_files import remove, write_whole
 from lowbit.scheme import Recipe
 from lowbit.torch_api import cpu_has_bf16_products
 
@@ -226,13 +227,11 @@ class _LayerLoop:
     def _take_over(self, first_to_redo: int | None, samples: Samples) -> int:
         path = self._samples_file(samples.digest)
         if not path.is_file():
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(save({"input_ids": samples.input_ids}, {"source": samples.source}))
-            partial.replace(path)
+            write_whole(path, save({"input_ids": samples.input_ids}, {"source": samples.source}))
         finished = self.job.resume(first_to_redo)
         for other in self.job.folder.glob("samples-*"):
             if other != path:
-                other.unlink()
+                remove(other)
         return finished
 
     def _steps_by_layer(self, model: LayeredModel) -> list[list[Step]]:

@@ -26,6 +26,7 @@ from lowbit.pipeline.plan import output_name
 from lowbit.pipeline.source import QuantizedFolder
 from lowbit.pipeline.write import read_checked, write_configs
 from lowbit.qweight import QuantWeight
+from lowbit.safe_files import write_whole
 from lowbit.scheme import Scheme
 from lowbit.sources import check_apart
 from lowbit.stored import StoredWeight, StoredWeights
@@ -172,7 +173,7 @@ def dequantize(
         config["dtype"] = str(wanted).removeprefix("torch.")
 
     def finish(folder: Path) -> None:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     return _rewrite(source, parts, output_dir, "plain", shard_bytes, overwrite, on_start, finish)
 

@@ -13,6 +13,7 @@ from lowbit.errors import InputError, OutputError
 from lowbit.formats import mlx
 from lowbit.pipeline.exits import Entry, ExitSource, OnPlan, entries, refuse_transposed
 from lowbit.qweight import QuantWeight
+from lowbit.safe_files import write_whole
 
 # What mlx-lm calls the parts of the parameters that transformers fuses
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -70,7 +71,7 @@ def _write(source: ExitSource, plan: list[Entry], folder: Path, shard_bytes: int
     config.pop("quantization_config", None)
     config = _older_names(config, source.config.attribute_map) | config
     config["quantization"] = _quantization(plan)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def _older_names(config: dict, aliases: dict[str, str]) -> dict:

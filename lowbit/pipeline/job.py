@@ -7,14 +7,15 @@ tells a true state. A layer's file carries its hash in its name and is checked b
 import hashlib
 import json
 import os
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
+from lowbit import safe_files
 from lowbit.checkpoint.layout import StoredTensor, TensorInfo, read_header
 from lowbit.checkpoint.reader import SINGLE_NAME, read_tensor
-from lowbit.checkpoint.writer import CheckpointWriter, try_lock
+from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import InputError, OutputError
 from lowbit.pipeline.plan import Step
 
@@ -29,24 +30,28 @@ class Job:
     """
 
     def __init__(self, target: Path, identity: dict, *, overwrite: bool = False, owner: bool = True):
-        self.folder = target.with_name(f".{target.name}.job")
-        self.identity, self._overwrite, self._owner = identity, overwrite, owner
+        self.folder = _folder_of(target)
+        self.identity, self._overwrite = identity, overwrite
         self.layers: list[dict] = []
         self._output: list[int] | None = None
         self._made: dict[str, StoredTensor] | None = None
+        self._lock = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
-        if owner and not try_lock(self._lock):
-            self._lock.close()
-            raise OutputError(f"another run is working on {target}: wait for it, or choose another output folder")
-        try:
+            if owner:
+                self._claim(target)
             self.stored = self._read()
         except BaseException:
-            self._lock.close()
+            self.close()
             raise
+
+    def _claim(self, target: Path) -> None:
+        try:
+            self._lock = safe_files.claim(self.folder)
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.folder.parent}: {error.strerror}") from None
+        if self._lock is None:
+            raise OutputError(f"another run is working on {target}: wait for it, or choose another output folder")
+        safe_files.refuse_links(self.folder)
 
     def _read(self) -> dict:
         try:
@@ -98,7 +103,7 @@ class Job:
             self.layers.append({"report": report})
             return
         aside = self.folder / "layer.partial"
-        shutil.rmtree(aside, ignore_errors=True)
+        safe_files.remove(aside)
         aside.mkdir()
         infos = [TensorInfo(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
         with CheckpointWriter(aside, infos, 2**62, {}) as writer:
@@ -108,7 +113,7 @@ class Job:
         digest = file_hash(aside / SINGLE_NAME)
         name = f"layer-{len(self.layers):04d}-{digest[:16]}.safetensors"
         (aside / SINGLE_NAME).rename(self.folder / name)
-        aside.rmdir()
+        safe_files.remove(aside)
         self.layers.append({"file": name, "sha256": digest, "report": report})
         self._made = None  # what was known of the finished layers lacks this one
         self._write_state()
@@ -133,7 +138,7 @@ class Job:
         """Remove those of all layers but `number`."""
         for path in self.folder.glob(f"streams-*-{rank}*"):
             if path != self.streams(number, rank):
-                shutil.rmtree(path, ignore_errors=True)
+                safe_files.remove(path)
 
     def about_to_move(self, whole: Path) -> None:
         """The folder `whole` is all of the output, and will be renamed to NAME next."""
@@ -142,37 +147,43 @@ class Job:
 
     def _write_state(self) -> None:
         state = {"identity": self.identity, "layers": self.layers, "output": self._output}
-        partial = self.folder / f"{_STATE}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.folder / _STATE)
+        safe_files.write_whole(self.folder / _STATE, json.dumps(state, indent=1), durable=True)
 
     def finish(self) -> None:
         """The output is in place: nothing here is needed any more."""
-        for path in self.folder.iterdir():
-            if path.name != _STATE:  # it goes last: a run that is killed here is known to have finished
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        _remove(self.folder, self._lock)
 
     def close(self) -> None:
         """Leave the folder to the next run; one in which nothing was begun is removed."""
-        if self._owner and not self._lock.closed and not (self.folder / _STATE).exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self._lock.close()
+        if self._lock is None or self._lock.closed:
+            return
+        if os.path.lexists(self.folder / _STATE):
+            self._lock.close()
+        else:
+            _remove(self.folder, self._lock)
 
 
 def clear_finished(target: Path) -> None:
-    """Remove the job folder of a run that was killed when its output was in place already."""
-    folder = target.with_name(f".{target.name}.job")
+    """Remove the job folder of a run that was killed when its output was in place already.
+
+    Raises OutputError for a job folder that no run has left: a link, or one with links in it."""
+    folder = _folder_of(target)
     try:
-        with (folder / ".lock").open("w") as lock:
-            if try_lock(lock) and _is_finished(folder, target):
-                shutil.rmtree(folder, ignore_errors=True)
+        safe_files.refuse_links(folder)
+        with safe_files.claim(folder, make=False) or nullcontext() as lock:
+            if lock is not None and _is_finished(folder, target):
+                _remove(folder, lock)
     except (OSError, ValueError, RecursionError):
         pass
+
+
+def _folder_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.job")
+
+
+def _remove(folder: Path, lock) -> None:
+    """job.json goes last: a run that is killed here is known to have finished."""
+    safe_files.remove_claimed(folder, lock, last=(_STATE,))
 
 
 def _is_finished(folder: Path, target: Path) -> bool:

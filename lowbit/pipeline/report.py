@@ -12,10 +12,12 @@ import torch
 
 from lowbit import __version__
 from lowbit.checkpoint.manifest import REPORT_NAME
-from lowbit.errors import InputError, OutputError, first_line
+from lowbit.checkpoint.side_files import refuse_foreign
+from lowbit.errors import InputError, first_line
 from lowbit.grid import dequantize
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.qweight import QuantWeight
+from lowbit.safe_files import write_whole
 
 # Rows looked at for the error of a layer: enough for three digits, and far cheaper than the quantization itself
 _SAMPLED_ROWS = 64
@@ -164,6 +166,7 @@ def load_report(folder: Path) -> dict:
     path = folder / REPORT_NAME
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder} (expected one that `lowbit quantize` wrote)")
+    refuse_foreign(folder, [path])  # it is shown, and written back to the folder with what was measured
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -178,17 +181,6 @@ def load_report(folder: Path) -> dict:
 
 def save_report(folder: Path, report: dict) -> None:
     write_whole(folder / REPORT_NAME, json.dumps(report, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write or replace a file, all of it or nothing. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _parts(plan: Plan) -> dict[str, dict[str, int]]:

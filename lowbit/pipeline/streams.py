@@ -4,7 +4,6 @@ Kept on disk always: for a large calibration set they are larger than a layer, t
 memory, and a run that was killed goes on from them.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from lowbit.checkpoint.layout import TensorInfo, read_header
 from lowbit.checkpoint.reader import SINGLE_NAME, read_tensor
 from lowbit.checkpoint.writer import CheckpointWriter
+from lowbit.safe_files import remove
 
 _NAMES = ("quantized", "original")
 
@@ -40,7 +40,7 @@ class StreamsWriter:
 
     def __init__(self, folder: Path, shapes: list[tuple[int, ...]], count: int, dtype: torch.dtype):
         self.folder, self._partial = folder, folder.with_name(folder.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)
+        remove(self._partial)
         self._partial.mkdir()
         infos = [TensorInfo(f"{name}.{i}", dtype, shape) for i, shape in enumerate(shapes) for name in _NAMES[:count]]
         self._dtype = dtype
@@ -52,7 +52,7 @@ class StreamsWriter:
 
     def commit(self) -> None:
         self._writer.finish(0)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
         self._partial.rename(self.folder)
 
     def __enter__(self):
@@ -60,4 +60,4 @@ class StreamsWriter:
 
     def __exit__(self, *_):
         self._writer.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        remove(self._partial)

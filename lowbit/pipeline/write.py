@@ -16,6 +16,7 @@ from lowbit.formats import get_format
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.pipeline.report import Report, weight_error
 from lowbit.quantizers import get_quantizer
+from lowbit.safe_files import write_whole
 from lowbit.scheme import Recipe
 
 # Called with each Step that is done, for progress bars, and with what there is to say of it
@@ -73,7 +74,7 @@ def write_configs(folder: Path, config: dict, fmt, quantization_config: dict) ->
     files = fmt.companions(quantization_config)
     files["config.json"] = {**config, "quantization_config": quantization_config}
     for name, data in files.items():
-        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / name, json.dumps(data, indent=2) + "\n")
 
 
 def _write_all(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:

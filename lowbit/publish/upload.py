@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.reader import INDEX_NAME
-from lowbit.checkpoint.side_files import WEIGHT_SUFFIXES, WRITTEN_ANEW, side_files
+from lowbit.checkpoint.side_files import WEIGHT_SUFFIXES, WRITTEN_ANEW, refuse_foreign, side_files, visible
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError, first_line
 from lowbit.publish.card import BASE_CARD_NAME, model_card
 from lowbit.publish.facts import CARD_NAME, Facts, is_hub_id
@@ -60,10 +60,14 @@ def push(
     quality: measurements as `lowbit eval --json` prints them. card: text of the model card, in place of the one that is
     written from the folder. dry_run: stay away from the network.
 
-    Raises UsageError (names), InputError (the folder: it cannot be read, or fails `lowbit verify`) and OutputError (all
-    that the Hub refuses, or does not get).
+    Only files of the folder are published: a link that leads out of it is refused, but for those of a folder in the
+    Hub's cache, which all lead to the blobs beside it.
+
+    Raises UsageError (names), InputError (the folder: it cannot be read, has links that lead out of it, or fails
+    `lowbit verify`) and OutputError (all that the Hub refuses, or does not get).
     """
     folder = Path(folder)
+    refuse_foreign(folder, visible(folder))  # before anything is read: the card quotes what files say
     facts = Facts.of(folder, base_model, quality)
     repo_id = _repo_id(repo, facts)
     text = str(model_card(facts, repo_id)) if card is None else card

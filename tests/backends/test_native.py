@@ -1,7 +1,9 @@
 """The C kernels of the native backend. What every backend must do is tested in test_backends.py, on it too."""
 
 import ctypes
+import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -178,11 +180,151 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "native").iterdir())
 
 
-def test_a_damaged_library_is_built_anew(tmp_path, monkeypatch):
-    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
-    assert isinstance(build.library.__wrapped__(), ctypes.CDLL)
-    (built,) = (tmp_path / "native").iterdir()
-    damaged = tmp_path / "native" / "damaged"
-    damaged.write_bytes(built.read_bytes()[:1000])
-    damaged.replace(built)  # a new file: the old one is mapped
-    assert isinstance(build.library.__wrapped__(), ctypes.CDLL)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder of the libraries, and compilers that take no time: CC makes whatever library $MADE names."""
+
+    class Cache:
+        folder = tmp_path / "lowbit" / "native"
+
+        def compile(self, name: str, functions=tuple(build._FUNCTIONS)):
+            """A library that has these functions, and makes the file NAME.loaded when it is loaded."""
+            source, made = tmp_path / f"{name}.c", tmp_path / f"{name}.so"
+            loaded = (
+                f'__attribute__((constructor)) static void loaded(void) {{ creat("{tmp_path}/{name}.loaded", 384); }}'
+            )
+            source.write_text(
+                f"int creat(const char *, int);\n{loaded}\n" + "".join(f"void {f}(void) {{}}\n" for f in functions)
+            )
+            subprocess.run([real, "-shared", "-fPIC", source, "-o", made], check=True)
+            return made
+
+        def plant(self, name: str, **options):
+            """Put a library where the next process looks for one."""
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            made = self.compile(name, **options)
+            build._seal(made)
+            return shutil.move(made, self.path)
+
+        @property
+        def path(self):
+            return self.folder / f"kernels-{build._key(str(compiler))}.so"
+
+        def loaded(self) -> set[str]:
+            """Names of the libraries that were loaded since the last call."""
+            found = list(tmp_path.glob("*.loaded"))
+            for file in found:
+                file.unlink()
+            return {file.stem for file in found}
+
+        def library(self):
+            return build.library.__wrapped__()
+
+    real, compiler = shutil.which("cc") or shutil.which("gcc"), tmp_path / "cc"
+    script = '#!/bin/sh\n[ "$1" = -shared ] || exit 0\nwhile [ "$1" != -o ]; do shift; done\ncp "$MADE" "$2"\n'
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    cache = Cache()
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "lowbit"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("MADE", str(cache.compile("ours")))
+    return cache
+
+
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "a bit of it": lambda data: data[:4000] + bytes([data[4000] ^ 1]) + data[4001:],
+    "empty": lambda data: b"",
+    "text": lambda data: b"not a library",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_built_anew(cache, caplog, damage):
+    """It is not even tried: to load a library that is cut short ends the process."""
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"ours"}
+    damaged = cache.folder / "damaged"
+    damaged.write_bytes(DAMAGES[damage](cache.path.read_bytes()))
+    damaged.chmod(0o700)
+    damaged.replace(cache.path)  # a new file: the old one is mapped
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"ours"}
+    assert f"{cache.path} is damaged" in caplog.text
+    caplog.clear()
+    assert isinstance(cache.library(), ctypes.CDLL) and not caplog.records
+
+
+def foreign(path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file away")
+    os.lchown(path, 12345, 12345)
+
+
+def as_link(path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+CHANGED = {
+    "anybody may write": lambda path: path.chmod(0o757),
+    "the group may write": lambda path: path.chmod(0o770),
+    "of another user": foreign,
+    "link": as_link,
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_folder_that_others_can_change_is_not_used(cache, changed, caplog):
+    cache.plant("theirs")
+    CHANGED[changed](cache.folder)
+    before = sorted(cache.folder.iterdir()), cache.path.read_bytes()
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"ours"}
+    assert (sorted(cache.folder.iterdir()), cache.path.read_bytes()) == before
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and str(cache.folder) in record.message and "\n" not in record.message
+    assert not list(cache.folder.parent.parent.glob("lowbit-kernels-*"))
+
+
+@pytest.mark.parametrize("changed", ["anybody may write", "of another user"])
+def test_a_folder_above_that_others_can_change(cache, changed, caplog):
+    """They could put another folder in the place of ours."""
+    cache.plant("theirs")
+    CHANGED[changed](cache.folder.parent)
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"ours"}
+    assert f"{cache.folder.parent} " in caplog.text
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_library_that_others_can_change_is_built_anew(cache, changed, caplog):
+    cache.plant("theirs")
+    CHANGED[changed](cache.path)
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"ours"}
+    assert str(cache.path) in caplog.text and not cache.path.is_symlink()
+    caplog.clear()
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() <= {"ours"} and not caplog.records
+
+
+def test_a_library_that_lacks_a_function_is_built_anew(cache, caplog):
+    """By the same process, which has it loaded by then."""
+    cache.plant("old", functions=list(build._FUNCTIONS)[:-1])
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"old", "ours"}
+    assert "damaged" in caplog.text
+    assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() <= {"ours"}
+
+
+def test_a_compiler_whose_library_lacks_a_function(cache, monkeypatch):
+    monkeypatch.setenv("MADE", str(cache.compile("bad", functions=[])))
+    reason = cache.library()
+    assert "lowbit_linear" in reason and "\n" not in reason and not list(cache.folder.iterdir())
+
+
+def test_what_was_built_without_a_umask_is_ours_alone(cache, caplog):
+    before = os.umask(0)
+    try:
+        assert isinstance(cache.library(), ctypes.CDLL)
+    finally:
+        os.umask(before)
+    assert isinstance(cache.library(), ctypes.CDLL) and not caplog.records
+    for path in (cache.folder.parent, cache.folder, cache.path):
+        assert path.stat().st_mode & 0o077 == 0

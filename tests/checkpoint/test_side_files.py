@@ -46,7 +46,7 @@ def test_weights_under_other_spellings_stay_behind(tmp_path):
     assert copied(source, tmp_path / "target") == {}
 
 
-def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path, caplog):
     """A model folder from a stranger must not pull a secret into what is published."""
     secret = fill(tmp_path / "private", ["secret.txt", "deep/key.txt"])
     source = fill(tmp_path / "source", ["LICENSE", "sub/a.txt"])
@@ -56,7 +56,10 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
     (source / "folder").symlink_to(secret)
     (source / "broken.txt").symlink_to("nowhere")
     (source / "loop.txt").symlink_to("loop.txt")
+    (source / "model.bin").symlink_to("../private/secret.txt")  # stays behind in any case
     assert copied(source, tmp_path / "target").keys() == {"LICENSE", "sub/a.txt"}
+    (record,) = caplog.records
+    assert record.message.endswith("lead out of it: ['notes.txt', 'relative.txt', 'chain.txt']")
 
 
 def test_links_within_the_folder_are_copied_as_files(tmp_path):

@@ -1,9 +1,13 @@
 """Shards written at planned offsets, and output folders that appear whole or not at all."""
 
 import errno
+import gc
 import os
+import shutil
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from folders import contents, read_json, same_bits, stored_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lowbit import safe_files
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.layout import DTYPES
 from lowbit.checkpoint.writer import StagedFolder, parse_size
@@ -205,7 +210,7 @@ def test_folder_appears_when_it_is_whole(tmp_path):
     target = tmp_path / "a [b]*" / "out"
     with StagedFolder(target) as staged:
         (staged.path / "config.json").write_text("new")
-        assert not target.exists() and staged.path.parent == target.parent
+        assert not target.exists() and staged.path.is_relative_to(target.parent)  # on the same file system
         staged.commit()
     assert contents(target.parent) == {"out": b"", "out/config.json": b"new"}
 
@@ -279,6 +284,11 @@ def test_place_that_cannot_be_written_to(tmp_path):
         StagedFolder(tmp_path / ("x" * 300))
     with pytest.raises(OutputError):
         StagedFolder("/")
+    with pytest.raises(OutputError):
+        StagedFolder("/dev/null/out")
+    if Path("/proc/self").exists():  # where no folder can be made, though nothing is in the way
+        with pytest.raises(OutputError, match="cannot write to /proc/lowbit"):
+            StagedFolder("/proc/lowbit/out")
     assert contents(tmp_path) == {"file": b""}
 
 
@@ -376,7 +386,7 @@ def test_folder_of_a_live_process_is_left_alone(tmp_path, elsewhere):
     child = in_child(work)
     try:
         deadline = time.time() + 10
-        while not list(tmp_path.glob("*/config.json")) and time.time() < deadline:
+        while not list(tmp_path.glob("*/*/config.json")) and time.time() < deadline:
             time.sleep(0.01)
         (theirs,) = tmp_path.iterdir()
         if elsewhere:
@@ -399,3 +409,152 @@ def test_two_at_once_in_one_process_do_not_share_a_folder(tmp_path):
     second.commit()
     assert (tmp_path / "one" / "config.json").read_text() == "first"
     assert (tmp_path / "two" / "config.json").read_text() == "second"
+
+
+# One run beside another at any moment
+
+MOMENTS = ["Path.mkdir", "Path.rename", "Path.rmdir", "open_lock", "try_lock", "_is_at", "remove", "remove_claimed"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_another_run_that_starts_meanwhile_takes_nothing_away(tmp_path, monkeypatch, moment, when, overwrite):
+    """It starts, and ends, whenever the first run calls this function: what it removes must be nobody's."""
+    target, others = tmp_path / "out", []
+    if overwrite:
+        old_folder(target)
+    where = type(tmp_path) if moment.startswith("Path.") else safe_files
+    name = moment.removeprefix("Path.")
+    real = getattr(where, name)
+
+    def beside() -> None:
+        if len(others) == 20:  # every time would be for ever: a folder that is removed before it is locked is made anew
+            return
+        with monkeypatch.context() as alone:
+            alone.setattr(where, name, real)
+            others.append(moment)
+            with suppress(OutputError):  # the output is there already
+                StagedFolder(target, overwrite).discard()
+
+    def hooked(*args, **kwargs):
+        if when == "before":
+            beside()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            if when == "after":
+                beside()
+
+    monkeypatch.setattr(where, name, hooked)
+    stage(target, overwrite)
+    monkeypatch.undo()
+    assert others and contents(tmp_path) == {"out": b"", "out/config.json": b"new"}
+
+
+def test_an_old_output_that_is_being_removed_never_comes_back(tmp_path, monkeypatch):
+    """Killed while it removes the old one; then the new one is moved elsewhere."""
+    target = old_folder(tmp_path / "out")
+
+    def killed():
+        shutil.rmtree = lambda path, **_: (os.unlink(path / "config.json"), os._exit(0))
+        stage(target, overwrite=True)
+
+    os.waitpid(in_child(killed), 0)
+    target.rename(tmp_path / "elsewhere")
+    with StagedFolder(target):
+        assert not target.exists()
+    assert contents(tmp_path) == {"elsewhere": b"", "elsewhere/config.json": b"new"}
+
+
+@pytest.mark.parametrize("name", ["", "/.lock", "/old", "/new"])
+def test_leftovers_with_links_in_them_lead_nowhere(tmp_path, name):
+    """An archive may hold what looks like the folder of a run that was killed."""
+    victim = old_folder(tmp_path / "victim")
+    before = contents(victim)
+    leftover = tmp_path / ".out.partial-5"
+    if name:
+        for folder in ("", "new", "old"):
+            (leftover / folder).mkdir(exist_ok=True)
+        shutil.rmtree(f"{leftover}{name}", ignore_errors=True)
+    Path(f"{leftover}{name}").symlink_to(victim / "config.json" if name == "/.lock" else victim)
+    stage(tmp_path / "out")
+    assert contents(victim) == before and contents(tmp_path / "out") == {"config.json": b"new"}
+    assert not (tmp_path / "out").is_symlink() and (name == "/.lock" or not os.path.lexists(leftover))
+
+
+def test_a_leftover_is_left_alone_where_there_are_no_locks(tmp_path, monkeypatch):
+    """It may be the folder of a run that is alive."""
+    monkeypatch.setattr(safe_files, "try_lock", lambda file: None)
+    with StagedFolder(tmp_path / "out") as first:
+        stage(tmp_path / "out")
+        assert first.path.is_dir()
+    assert contents(tmp_path) == {"out": b"", "out/config.json": b"new"}
+
+
+def test_the_unfinished_output_goes_before_the_old_one(tmp_path, monkeypatch):
+    """Of a run that was killed between the renames, when somebody else has made the output since: the next one may be
+    killed while it removes both, and an old output of which a part is left must not come back."""
+    target, leftover = tmp_path / "out", tmp_path / ".out.partial-5"
+    for folder in ("new", "old"):
+        (leftover / folder).mkdir(parents=True)
+    old_folder(target)
+    real, removed = safe_files.remove, []
+    monkeypatch.setattr(safe_files, "remove", lambda path: (removed.append(path.name), real(path)))
+    with pytest.raises(OutputError, match="exists already"):
+        StagedFolder(target)
+    assert removed == ["new", "old", ".lock"] and not leftover.exists()
+
+
+# What changes something
+CHANGING = [
+    (Path, "mkdir"), (Path, "rename"), (Path, "rmdir"), (Path, "unlink"), (shutil, "rmtree"), (safe_files, "open_lock"),
+    (safe_files, "try_lock"), (safe_files, "_is_at"),
+]  # fmt: skip
+
+
+def interrupt_at(monkeypatch, number: int) -> list[str]:
+    """Ctrl-C before (even numbers) or after a call of one of CHANGING. Returns the names of the calls so far."""
+    calls = []
+
+    def moment(name) -> None:
+        calls.append(name)
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+
+    def hooked(name, real):
+        def call(*args, **kwargs):
+            moment(name)
+            value = real(*args, **kwargs)
+            moment(name)
+            return value
+
+        return call
+
+    for owner, name in CHANGING:
+        monkeypatch.setattr(owner, name, hooked(name, getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_interrupted_at_any_call(tmp_path, overwrite):
+    """The old output or the new one, whole, and nothing beside it."""
+    new = {"deep": b"", "deep/out": b"", "deep/out/config.json": b"new"}
+    interrupted, number = True, 0
+    while interrupted:
+        parent = tmp_path / str(number)
+        parent.mkdir()
+        if overwrite:
+            (parent / "deep").mkdir()
+            old_folder(parent / "deep" / "out")
+        before = contents(parent)
+        with pytest.MonkeyPatch.context() as patched:
+            calls = interrupt_at(patched, number)
+            try:
+                stage(parent / "deep" / "out", overwrite)
+                interrupted = False
+            except KeyboardInterrupt:
+                gc.collect()
+        assert contents(parent) in ((before, new) if interrupted else (new,)), calls[: number + 1]
+        number += 1
+    assert number > 15

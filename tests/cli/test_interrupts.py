@@ -27,7 +27,7 @@ def running(slow, tmp_path):
     command = [*COMMAND, "quantize", slow, "-o", tmp_path / "out", "--scale-search", "mse"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 60
-    while not list(tmp_path.glob(".out*/*.safetensors")) and process.poll() is None and time.time() < deadline:
+    while not list(tmp_path.glob(".out*/*/*.safetensors")) and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(0.3)
     assert process.poll() is None, process.stderr.read()

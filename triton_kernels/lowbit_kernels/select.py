@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -211,9 +212,10 @@ def write_table(path: Path, gpu: Gpu, choices: dict[str, tuple[str, object, floa
         {"device": gpu.name, "triton": triton.__version__, "entries": dict(sorted(entries.items()))}, indent=1
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tuned-") as folder:  # nobody knows its name beforehand
+        made = Path(folder) / path.name
+        made.write_text(text + "\n", encoding="utf-8")
+        made.replace(path)
     forget()
 
 

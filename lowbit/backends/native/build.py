@@ -1,7 +1,8 @@
 """Compiles the kernels with the C compiler of this machine, once, and loads them.
 
 Everything they compute with is in their files: they need no headers of torch or Python. The result is kept in the
-user's cache folder under a name that depends on the sources, the compiler, torch's OpenMP and the processor.
+user's cache folder under a name that depends on the sources, the compiler, torch's OpenMP and the processor. Loading a
+library runs its code: one that somebody else can have put there is not loaded (safe_files.distrust).
 """
 
 import ctypes
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import first_line
+from lowbit.safe_files import distrust, make_private, open_existing
 
 logger = logging.getLogger("lowbit")
 
@@ -26,6 +28,7 @@ _SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "matmul
 _HEADER = Path(__file__).with_name("numbers.h")
 _FLAGS = ("-O3", "-march=native", "-fwrapv", "-fopenmp", "-fPIC")
 _SECONDS = 120
+_SEAL_BYTES = hashlib.sha256().digest_size
 
 
 class Weight(ctypes.Structure):
@@ -96,20 +99,65 @@ def library() -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C compiler (install gcc or clang, or name one in CC)"
     try:
-        path = cache_folder() / f"kernels-{_key(compiler)}.so"
-        try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError:  # not there, or damaged
-            _compile(compiler, path)
-            loaded = ctypes.CDLL(str(path))
+        return _cached(compiler)
     except subprocess.CalledProcessError as error:
         return f"{compiler} cannot compile the kernels: {_first_error(error.stderr)}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         return f"cannot compile the kernels with {compiler}: {first_line(error)}"
+
+
+def _cached(compiler: str) -> ctypes.CDLL:
+    """The library of the cache folder, which is compiled if it is not there, damaged, or perhaps not ours: loading one
+    runs code. In a folder that others can change nothing is kept, and nothing that is there is loaded."""
+    folder = Path(os.path.abspath(cache_folder()))
+    make_private(folder)
+    if reason := distrust(folder):
+        logger.warning(
+            "%s: the CPU kernels are compiled for this process alone; name a folder of your own in %s to keep them",
+            reason, CACHE_VARIABLE,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="lowbit-kernels-") as private:
+            return _load(_compile(compiler, Path(private)))
+    path = folder / f"kernels-{_key(compiler)}.so"
+    try:
+        if not (reason := distrust(path)):
+            return _load(path)
+    except FileNotFoundError:
+        logger.info("compiling the CPU kernels (once): %s", path)
+    except (OSError, AttributeError) as error:  # cut short, or it lacks a function
+        reason = f"{path} is damaged ({first_line(error)})"
+    if reason:
+        logger.warning("%s: the CPU kernels are compiled anew", reason)
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        made = _compile(compiler, Path(private))
+        loaded = _load(made)  # under a name of its own: of the one at `path`, what is loaded already would come back
+        os.replace(made, path)  # whole or not at all, whoever else compiles at the same time
+    return loaded
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Raises OSError for what is no library as `_seal` left it, AttributeError for one that lacks a function."""
+    data = path.read_bytes()
+    if _digest(data[:-_SEAL_BYTES]) != data[-_SEAL_BYTES:]:
+        raise OSError("its content does not fit its checksum")
+    loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+def _seal(path: Path) -> None:
+    """Append the checksum of a library, which the loader passes over: of a file that is cut short it does not say that
+    it is damaged, the process ends with a bus error."""
+    data = path.read_bytes()
+    with open_existing(path) as file:
+        file.seek(len(data))
+        file.write(_digest(data))
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _first_error(output: str) -> str:
@@ -135,15 +183,15 @@ def _key(compiler: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def _compile(compiler: str, path: Path) -> None:
-    logger.info("compiling the CPU kernels (once): %s", path)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled = {source: str(Path(folder) / f"{source.stem}.o") for source in _SOURCES}
-        linked, libraries = Path(folder) / path.name, [str(file) for file in _openmp()] or ["-fopenmp"]
-        for arguments in (
-            *([*_FLAGS, "-c", str(source), "-o", to] for source, to in compiled.items()),
-            ["-shared", *compiled.values(), "-o", str(linked), *libraries, "-lm"],
-        ):
-            subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
-        os.replace(linked, path)  # whole or not at all, whoever else compiles at the same time
+def _compile(compiler: str, folder: Path) -> Path:
+    """Compile into an empty folder that nobody else can write to. Returns the library."""
+    compiled = {source: str(folder / f"{source.stem}.o") for source in _SOURCES}
+    linked, libraries = folder / "kernels.so", [str(file) for file in _openmp()] or ["-fopenmp"]
+    for arguments in (
+        *([*_FLAGS, "-c", str(source), "-o", to] for source, to in compiled.items()),
+        ["-shared", *compiled.values(), "-o", str(linked), *libraries, "-lm"],
+    ):
+        subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
+    _seal(linked)
+    linked.chmod(0o700)  # whatever the umask is, or it would not be loaded again
+    return linked
