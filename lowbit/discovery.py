@@ -333,6 +333,16 @@ class CheckpointNames:
         return any(parameter.endswith(target) for target in targets)
 
 
+def also_named(names: CheckpointNames, sites: dict[str, Site]) -> Callable[[str], tuple[str, ...]]:
+    """What finds the names that a config may know a stored weight by, besides the one it is stored under."""
+
+    def find(base: str) -> tuple[str, ...]:
+        found = (sites.get(names.locate(name)[0]) for name in (f"{base}.weight", base))
+        return next(((site.module,) for site in found if site is not None), ())
+
+    return find
+
+
 def exceptions_and_ignored(
     model: nn.Module,
     named: Iterable[tuple[Site, str | None, Scheme | None]],

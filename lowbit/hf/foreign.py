@@ -6,6 +6,7 @@ and where transformers merges experts, it runs in front of the merge.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
 from lowbit.checkpoint import CheckpointReader
-from lowbit.discovery import CheckpointNames, Site, find_sites
+from lowbit.discovery import CheckpointNames, Site, also_named, find_sites
 from lowbit.errors import InputError
 from lowbit.experts import packed_name
 from lowbit.formats import compressed_tensors as packed_format
@@ -32,23 +33,19 @@ class StoredSite:
 
 
 class StoredModel:
-    """sites: parameter name -> StoredSite, of the checkpoint in `folder`.
+    """sites: parameter name -> StoredSite, of the checkpoint in `files`, a folder or the weight files of one.
 
     Raises InputError for a checkpoint that is damaged or does not belong to `model`.
     """
 
-    def __init__(self, model: nn.Module, names: CheckpointNames, folder: Path):
+    def __init__(self, model: nn.Module, names: CheckpointNames, files: Path | Sequence[str | Path]):
         self.names = names
-        self.stored = StoredWeights(CheckpointReader(folder))
         sites = find_sites(model)
-        if self.stored.config.exhaustive:
-            # a Conv1D of lowbit's checkpoints is a Linear to every reader: it is stored as one
-            schemes = {name: self.stored.config.lookup(site.names, "Linear") for name, site in sites.items()}
-            self.sites = {name: StoredSite(sites[name], scheme) for name, scheme in schemes.items() if scheme}
-        else:
-            self.sites = {
-                name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
-            }
+        reader = CheckpointReader(files) if isinstance(files, Path) else CheckpointReader(Path(files[0]).parent, files)
+        self.stored = StoredWeights(reader, also_named(names, sites))
+        self.sites = {
+            name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
+        }
         for name, found in self.sites.items():
             if found.site.kind == "experts" and found.scheme.activations is not None:
                 raise InputError(
@@ -73,7 +70,7 @@ class StoredModel:
     def _by_parameter(self) -> dict[str, list[StoredWeight]]:
         found = defaultdict(list)
         for base, weight in self.stored.weights.items():
-            found[self.names.locate(f"{base}.weight")[0]].append(weight)
+            found[self.names.locate(base if weight.experts else f"{base}.weight")[0]].append(weight)
         return found
 
     @property
@@ -107,7 +104,7 @@ def _combined(site: Site, weights: list[StoredWeight]) -> StoredSite:
     """One scheme for what is one parameter in memory: the experts of a layer, gate and up in each."""
     first = weights[0]
     for other in weights:
-        if (other.scheme.bits, other.scheme.group_size) != (first.scheme.bits, first.scheme.group_size):
+        if replace(other.scheme, sym=first.scheme.sym) != first.scheme:
             raise InputError(
                 f"{other.base} is {other.scheme.name} and {first.base} {first.scheme.name}: experts need one scheme"
             )

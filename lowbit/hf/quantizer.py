@@ -136,7 +136,7 @@ class LowbitQuantizer(HfQuantizer):
         self.damaged = []
         if self.pre_quantized:
             with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
-                self.stored = StoredModel(model, self.names, Path(kwargs["checkpoint_files"][0]).parent)
+                self.stored = StoredModel(model, self.names, kwargs["checkpoint_files"])
             self.chosen = {name: (found.site, found.scheme) for name, found in self.stored.sites.items()}
             model._keys_to_ignore_on_load_unexpected.update(self.stored.idle)
         else:

@@ -106,7 +106,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
 
     Raises InputError when the checkpoint is quantized already or nothing in it would be quantized.
     """
-    stored = reader.config.get("quantization_config")
+    stored = reader.quantization_config
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise InputError(f"{reader.folder} is quantized already ({method}): quantize the original model instead")
