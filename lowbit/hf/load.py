@@ -88,6 +88,8 @@ def load(
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
+    for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
+        setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
     try:
         model, info = model_class(config, trust_remote_code).from_pretrained(

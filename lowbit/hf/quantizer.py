@@ -274,7 +274,19 @@ class LowbitQuantizer(HfQuantizer):
                 raise InputError(
                     f"{name} has act-order, which compressed-tensors cannot hold: copy the folder it was loaded from"
                 )
+        self._follow_replaced_layers(model)
         return super().get_state_dict_and_metadata(model)
+
+    def _follow_replaced_layers(self, model) -> None:
+        """Layers may have been replaced since the model was loaded: what is saved has to say what is there now."""
+        now = {name: scheme for name, scheme in _quantized_parameters(model).items() if name in self.sites}
+        if now == {name: scheme for name, (_, scheme) in self.chosen.items()}:
+            return
+        self.chosen = {name: (self.sites[name], scheme) for name, scheme in now.items()}
+        if self.chosen:
+            self.quantization_config.source = self.saved_config(model)
+        elif hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
 
     def is_serializable(self):
         return True
@@ -314,6 +326,17 @@ class LowbitQuantizer(HfQuantizer):
                 dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
             model.set_submodule(name, dense)
         return model
+
+
+def _quantized_parameters(model: nn.Module) -> dict[str, Scheme]:
+    """Parameter name -> scheme of all that is quantized; PEFT keeps a layer as the `base_layer` of its own."""
+    found = {}
+    for name, module in model.named_modules():
+        name = name.removesuffix(".base_layer")
+        if isinstance(module, LowbitLinear):
+            found[f"{name}.weight"] = module.scheme
+        found |= {f"{name}.{parameter}": weights.scheme for parameter, weights in expert_weights(module).items()}
+    return found
 
 
 def _check_shapes(name: str, layer: LowbitLinear) -> None:

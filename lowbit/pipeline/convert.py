@@ -88,6 +88,8 @@ def convert(
     if pre is not None and format != "gguf":
         raise UsageError(f"pre is an option of gguf, not of {format}")
     shard_bytes = parse_size(max_shard_size)
+    if format == "gguf" and shard_bytes != parse_size("5GB"):
+        raise UsageError("max_shard_size is of formats that are folders, a GGUF file is never split: leave it out")
     source = QuantizedFolder(model, revision, trust_remote_code)
     check_apart(source.folder, Path(os.path.abspath(output_dir)))
     if format == "gguf":

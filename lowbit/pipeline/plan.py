@@ -74,7 +74,7 @@ class Plan:
     @property
     def fallbacks(self) -> list[Step]:
         """Quantized with another group size than asked, because theirs does not divide in_features."""
-        asked = ((step, self.recipe.asked_for(step.site.module, step.site.is_head)) for step in self.quantized)
+        asked = ((step, self.recipe.asked_for(*step.site.names, is_head=step.site.is_head)) for step in self.quantized)
         return [step for step, scheme in asked if step.scheme.group_size != scheme.group_size]
 
     @property
