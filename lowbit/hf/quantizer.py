@@ -306,26 +306,30 @@ class LowbitQuantizer(HfQuantizer):
         return param.element_size()
 
     def _dequantize(self, model, dtype=None):
-        from transformers.pytorch_utils import Conv1D
-
         # saving a model leaves the dtype of its config as a name
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.dtype
         for name, module in list(model.named_modules()):
             restore_experts(module, dtype)
-            if not isinstance(module, LowbitLinear):
-                continue
-            weight = module.dequantize(dtype)
-            with torch.device("meta"):
-                if module.transposed:
-                    dense = Conv1D(module.out_features, module.in_features)
-                    weight = weight.T.contiguous()
-                else:
-                    dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            dense.weight = nn.Parameter(weight, requires_grad=False)
-            if module.bias is not None:
-                dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-            model.set_submodule(name, dense)
+            if isinstance(module, LowbitLinear):
+                model.set_submodule(name, dense_layer(module, dtype))
         return model
+
+
+def dense_layer(layer: LowbitLinear, dtype: torch.dtype) -> nn.Module:
+    """The layer of torch or transformers that holds the same weight, dequantized to `dtype`, and the same bias."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight = layer.dequantize(dtype)
+    with torch.device("meta"):
+        if layer.transposed:
+            dense = Conv1D(layer.out_features, layer.in_features)
+            weight = weight.T.contiguous()
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return dense
 
 
 def _quantized_parameters(model: nn.Module) -> dict[str, Scheme]:

@@ -65,7 +65,8 @@ def quantize(
     unless lm_head (its scheme, or True for W8A16-G128), and what a model sees, hears or projects with unless
     include_vision. smooth: scale the inputs of linears for smaller errors, and fold the scales into what is before
     them; a SmoothQuant alpha from 0 to 1, or "auto", which searches it by module. activation_range: how schemes with
-    static activations find the range of a linear's inputs in the calibration: "mse" (default), "minmax" or "percentile".
+    static activations find the range of a linear's inputs in the calibration: "mse" (default), "minmax" or
+    "percentile".
     dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
     with the Plan, may return a progress callback. announce: called with lines a user should read.
 
