@@ -15,12 +15,16 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, Site, also_named, find_sites
 from lowbit.errors import InputError
 from lowbit.experts import packed_name
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.scheme import Scheme
 from lowbit.stored import StoredWeight, StoredWeights
+
+# How the names of tensors end that a layer has no parameter for where they carry nothing
+_IDLE = ("_zero_point", "_g_idx")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class StoredModel:
         sites = find_sites(model)
         reader = CheckpointReader(files) if isinstance(files, Path) else CheckpointReader(Path(files[0]).parent, files)
         self.stored = StoredWeights(reader, also_named(names, sites))
+        # transformers drops what is called like the tensors that have no place here (`idle`), whatever it holds
+        alike = [info.name for info in self.stored.plain if info.name.endswith(_IDLE)]
+        for name, reason in judge(reader, alike)[1].items():
+            raise InputError(f"{name} is unknown to the model: {reason}")
         self.sites = {
             name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
         }
@@ -76,7 +84,7 @@ class StoredModel:
     @property
     def idle(self) -> list[str]:
         """Regexes of tensors that carry nothing here: zeros of symmetric weights, g_idx in natural order."""
-        return [] if self.is_native else [r"_zero_point$", r"_g_idx$"]
+        return [] if self.is_native else [f"{suffix}$" for suffix in _IDLE]
 
     @property
     def is_native(self) -> bool:

@@ -66,6 +66,7 @@ class Folder(OpenedFolder):
         self.trust_remote_code = trust_remote_code
         self.manifest: Manifest | None = read_manifest(path)
         self.dtype = None if self.stored.weights else converted_dtype(path)  # of a plain model that was converted to it
+        self.moved, self.moved_otherwise = _moved(_report(path))
 
 
 def check_structure(path: Path, trust_remote_code: bool = False) -> None:
@@ -217,6 +218,23 @@ def _report(path: Path) -> dict:
         return load_report(path)
     except InputError:
         return {}
+
+
+def _moved(report: dict) -> tuple[dict[tuple[str, int | None], float], float | None]:
+    """How far the run moved weights before it rounded them: (name of the source, expert) -> relative to the weight, and
+    of all others; None for unknown."""
+    found = {}
+    layers = report.get("layers")
+    for layer in layers if isinstance(layers, list) else ():
+        moved = layer.get("moved") if isinstance(layer, dict) else None
+        if type(moved) is float and math.isfinite(moved) and moved >= 0:
+            expert = layer.get("expert")
+            name = str(layer.get("name"))
+            found[name, expert if type(expert) is int else None] = moved
+            found.setdefault((name, None), moved)  # an expert that is stored as a tensor of its own
+    recipe = report.get("recipe")
+    rounded = isinstance(recipe, dict) and recipe.get("method") == "rtn"
+    return found, 0.0 if rounded else None
 
 
 def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
@@ -378,7 +396,9 @@ def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str 
     if source.shape != ((weight.experts,) if weight.experts else ()) + weight.shape:
         return f"is {list(weight.shape)}, {name} is not"
     matrices = list(source) if weight.experts else [source]
-    for qweight, matrix in zip(folder.stored.quantized(weight), matrices, strict=True):
-        if found := difference(qweight, matrix):
+    others = {other.scheme for other in folder.stored.weights.values()} - {weight.scheme}
+    for expert, (qweight, matrix) in enumerate(zip(folder.stored.quantized(weight), matrices, strict=True)):
+        moved = folder.moved.get((name, expert if weight.experts else None), folder.moved_otherwise)
+        if found := difference(qweight, matrix, moved, others):
             return f"is far from {name}: {found}"
     return None
