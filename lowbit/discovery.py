@@ -5,16 +5,18 @@ parameter of an experts module (one matrix per expert). Sites are found on a mod
 checkpoint names through the same renaming rules that transformers applies when it loads.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
-from lowbit.scheme import Recipe, Scheme
+from lowbit.scheme import Recipe, Scheme, names_module
 from lowbit.transformers_api import CheckpointNames, build
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model
@@ -222,7 +224,10 @@ def _left_alone(model: nn.Module, sites: dict[str, Site], recipe: Recipe) -> dic
 
 
 def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Scheme]], dict[str, tuple[Site, str]]]:
-    """What `recipe` quantizes, and what it leaves alone: parameter name -> (Site, Scheme) and -> (Site, reason)."""
+    """What `recipe` quantizes, and what it leaves alone: parameter name -> (Site, Scheme) and -> (Site, reason).
+
+    Raises UsageError for a pattern of the recipe that changes nothing.
+    """
     sites = find_sites(model)
     default_reasons = _left_alone(model, sites, recipe)
     chosen, left = {}, {}
@@ -233,10 +238,46 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Sche
         elif name in default_reasons:
             left[name] = (site, default_reasons[name])
         else:
-            scheme = recipe.asked_for(site.module, site.is_head).fitted(site.in_features)
+            scheme = recipe.asked_for(*site.names, is_head=site.is_head).fitted(site.in_features)
             # the inputs of fused experts stay as they are: no kernel of ours multiplies integers by a stack of matrices
             chosen[name] = (site, scheme.weight_only if site.kind == "experts" else scheme)
+    _check_patterns(model, recipe, [site for site, _ in chosen.values()], left)
     return chosen, left
+
+
+def _check_patterns(model: nn.Module, recipe: Recipe, chosen: list[Site], left: dict[str, tuple[Site, str]]) -> None:
+    """Raise UsageError for the first pattern that changes nothing: it protects only if it names a module (also one that
+    is never quantized), and overrides only if it is the first to name one that is quantized."""
+    if not recipe.ignore and not recipe.overrides:
+        return
+    known = [name for name, _ in model.named_modules() if name]
+    known += [name for site in (*chosen, *(site for site, _ in left.values())) for name in site.names]
+    for pattern in recipe.ignore:
+        if not any(names_module(pattern, name) for name in known):
+            raise UsageError(f"ignore: {pattern!r} names no module of the model{_nearest(pattern, known)}")
+    used = {recipe.overridden_by(*site.names) for site in chosen}
+    for pattern, _ in recipe.overrides:
+        if pattern in used:
+            continue
+        for site in chosen:
+            if any(names_module(pattern, name) for name in site.names):
+                earlier = recipe.overridden_by(*site.names)
+                raise UsageError(f"override {pattern!r} changes nothing: {earlier!r} before it names the same modules")
+        for site, reason in left.values():
+            if any(names_module(pattern, name) for name in site.names):
+                raise UsageError(f"override {pattern!r} changes nothing: {site.module} is left alone ({reason})")
+        linears = [name for site in chosen for name in site.names]
+        raise UsageError(f"override {pattern!r} names no linear layer of the model{_nearest(pattern, linears)}")
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    """The names that are most like a pattern: whole ones, or of their last part, whichever it is like."""
+    text = re.sub(r"[^\w.]|^re:", "", pattern.replace(r"\d", "0")).strip(".")
+    candidates = dict.fromkeys(names)
+    if "." not in text:
+        candidates = dict.fromkeys(name.rpartition(".")[2] for name in candidates)
+    found = get_close_matches(text, candidates, n=3, cutoff=0.4) or list(candidates)[:3]
+    return f"; the nearest names are {', '.join(found)}"
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -262,6 +303,16 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of decoder layers, which calibration goes through: use --method rtn"
         )
     return best
+
+
+def also_named(names: CheckpointNames, sites: dict[str, Site]) -> Callable[[str], tuple[str, ...]]:
+    """What finds the names that a config may know a stored weight by, besides the one it is stored under."""
+
+    def find(base: str) -> tuple[str, ...]:
+        found = (sites.get(names.locate(name)[0]) for name in (f"{base}.weight", base))
+        return next(((site.module,) for site in found if site is not None), ())
+
+    return find
 
 
 def exceptions_and_ignored(

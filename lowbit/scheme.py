@@ -172,12 +172,23 @@ class Scheme:
 HEAD_SCHEME = Scheme(8, 128)
 
 
+# What is no regex but a name, or the end of one
+_PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
+
+
+def names_module(pattern: str, name: str) -> bool:
+    """Whether `pattern` means the module `name`: as a regex it matches from the start of the name; as a plain name it
+    stands in it, whole words between dots (`down_proj`, `mlp`, `layers.0`)."""
+    plain = _PLAIN_NAME.fullmatch(pattern) is not None and f".{pattern}." in f".{name}."
+    return plain or re.match(pattern, name) is not None
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize a model: the scheme of its linears, the method, and what is left alone.
 
-    overrides: (regex, Scheme) pairs, the first one that matches a module name (from its start) wins over `scheme`.
-    ignore: regexes of module names that stay in the source dtype, matched from the start of the name.
+    overrides: (pattern, Scheme) pairs, the first one that names a module (`names_module`) wins over `scheme`.
+    ignore: patterns of modules that stay in the source dtype.
     options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
@@ -212,13 +223,19 @@ class Recipe:
                 raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
 
     def ignored_by(self, *names: str) -> str | None:
-        """The ignore pattern that matches one of `names`, else None."""
-        return next((p for p in self.ignore for name in names if re.match(p, name)), None)
+        """The ignore pattern that means a module known by `names`, else None."""
+        return next((p for p in self.ignore for name in names if names_module(p, name)), None)
 
-    def asked_for(self, name: str, is_head: bool = False) -> Scheme:
-        """The scheme of the module `name`, whether it fits its in_features or not. is_head: the output embedding."""
+    def overridden_by(self, *names: str) -> str | None:
+        """The pattern of the override that means a module known by `names`, else None."""
+        return next((p for p, _ in self.overrides for name in names if names_module(p, name)), None)
+
+    def asked_for(self, *names: str, is_head: bool = False) -> Scheme:
+        """The scheme of a module known by `names`, whether it fits its in_features or not. is_head: the output
+        embedding."""
         usual = self.lm_head if is_head and self.lm_head is not None else self.scheme
-        return next((scheme for pattern, scheme in self.overrides if re.match(pattern, name)), usual)
+        pattern = self.overridden_by(*names)
+        return usual if pattern is None else dict(reversed(self.overrides))[pattern]
 
     @property
     def is_static(self) -> bool:

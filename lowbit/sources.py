@@ -6,26 +6,48 @@ from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.remote import RemoteHeaders
-from lowbit.errors import InputError, OutputError, first_line
+from lowbit.errors import InputError, OutputError, UsageError, first_line
 
 REFERENCE = "reference"
 # What quantizing or running a model needs; pickle weights and other frameworks' copies stay on the Hub
 _UNWANTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*")
 
 
-def resolve(model: str | Path, revision: str | None = None) -> Path:
+def resolve(model: str | Path, revision: str | None = None, **hub) -> Path:
     """The folder of a model, downloaded if MODEL is a Hub id. `reference` is the model that lowbit embeds; a folder of
-    that name is reached as ./reference. Raises InputError when there is no such folder or repository."""
-    return _local(model) or _download(str(model), revision)
+    that name is reached as ./reference.
+
+    Args:
+        model: The folder, Hub id, or "reference".
+        revision: Of a Hub id.
+        **hub: Keywords of `huggingface_hub.snapshot_download`, such as token.
+
+    Raises:
+        InputError: There is no such folder or repository.
+        UsageError: A revision of a folder, which has none.
+    """
+    folder = _local(model)
+    if folder is None:
+        return _download(str(model), revision, **hub)
+    _require_hub(model, revision)
+    return folder
 
 
 def open_headers(model: str | Path, revision: str | None = None, trust_remote_code: bool = False):
     """(the config and tensor headers of a model, its transformers config): of a folder, or read from the Hub without
-    a download. Raises InputError as `resolve` does."""
+    a download; of the local cache, where the Hub cannot be reached. Raises as `resolve` does."""
     folder = _local(model)
     if folder is None:
-        headers = RemoteHeaders(str(model), revision)
-        return headers, load_config(headers.files, trust_remote_code)
+        try:
+            headers = RemoteHeaders(str(model), revision)
+            return headers, load_config(headers.files, trust_remote_code)
+        except InputError as unreachable:
+            try:
+                folder = _download(str(model), revision, local_files_only=True)
+            except InputError:
+                raise unreachable from None
+    else:
+        _require_hub(model, revision)
     return CheckpointReader(folder), load_config(folder, trust_remote_code)
 
 
@@ -47,7 +69,12 @@ def _local(model: str | Path) -> Path | None:
     raise InputError(f"no such model folder: {name} (expected a folder, a Hub id such as org/name, or '{REFERENCE}')")
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _require_hub(model: str | Path, revision: str | None) -> None:
+    if revision is not None:
+        raise UsageError(f"a revision is of a model on the Hub, {model} is a folder here: leave out {revision!r}")
+
+
+def _download(name: str, revision: str | None, **hub) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -57,7 +84,7 @@ def _download(name: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_UNWANTED)))
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_UNWANTED), **hub))
     except RepositoryNotFoundError:
         raise InputError(
             f"{name} is neither a folder nor a model on the Hub (private models need `hf auth login`)"

@@ -6,12 +6,14 @@ has no word for symmetric. Zeros and g_idx do tell; they are small, and are read
 
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.checkpoint.extras import judge
 from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.formats import detect_format, get_format
@@ -47,12 +49,15 @@ class StoredWeight:
 class StoredWeights:
     """format: its name, None if nothing is quantized. weights: base name -> StoredWeight. plain: all other tensors.
 
+    What is stored quantized is; the config says by which scheme. also_named: what finds other names that the config may
+    know a weight by: those of its module in memory.
+
     Raises InputError for tensors that are missing or fit neither each other nor the config.
     """
 
-    def __init__(self, reader: CheckpointReader):
-        self.reader = reader
-        config = reader.config.get("quantization_config")
+    def __init__(self, reader: CheckpointReader, also_named: Callable[[str], Iterable[str]] = lambda base: ()):
+        self.reader, self._also_named = reader, also_named
+        config = reader.quantization_config
         self.format = detect_format(config) if config else None
         self.weights: dict[str, StoredWeight] = {}
         self.plain: list[TensorInfo] = list(reader.tensors.values())
@@ -95,9 +100,26 @@ class StoredWeights:
         return packed_format.unpack_weight(packed, weight.scheme, *weight.shape)
 
     def _weight(self, base: str, tensors: dict[str, TensorInfo]) -> StoredWeight:
-        scheme = self.config.lookup([base], "Linear")
-        if scheme is None:
-            raise InputError(f"{base} is stored quantized, but the quantization_config leaves it out")
+        """Of the scheme that the config names; where its tensors are of another one, of the only other that fits: names
+        of modules change from one version of transformers to the next, tensors do not."""
+        scheme = self.config.lookup([base, *self._also_named(base)], "Linear") or self.config.lookup([base], "Linear")
+        others = {other for other in self.config.targets.values() if other != scheme} if self.config.exhaustive else {}
+        try:
+            if scheme is None:
+                raise InputError(f"{base} is stored quantized, but the quantization_config leaves it out")
+            return self._of_scheme(base, tensors, scheme)
+        except InputError:
+            fitting = []
+            for other in others if scheme is not None else ():
+                try:
+                    fitting.append(self._of_scheme(base, tensors, other))
+                except InputError:
+                    continue
+            if len(fitting) != 1:
+                raise
+            return fitting[0]
+
+    def _of_scheme(self, base: str, tensors: dict[str, TensorInfo], scheme: Scheme) -> StoredWeight:
         required = self.config.required(scheme)
         for suffix in required:
             if suffix not in tensors:
@@ -113,6 +135,10 @@ class StoredWeights:
         weight = StoredWeight(base, tensors, scheme, shape, experts=lead[0] if lead else 0)
         self._check_shapes(weight, lead)
         self._check_inputs(weight)
+        if self.config.exhaustive:
+            _, refused = judge(self.reader, [tensors[suffix].name for suffix in tensors if suffix not in required])
+            for name, reason in refused.items():
+                raise InputError(f"{name} is not expected of {scheme.name}: {reason}")
         return replace(weight, act_order=self._has_act_order(weight))
 
     def _stored_shape(self, info: TensorInfo, lead: tuple[int, ...]) -> tuple[int, int]:

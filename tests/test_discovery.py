@@ -7,8 +7,8 @@ from tiny import tiny_config as shrunk
 from torch import nn
 
 from lowbit.discovery import choose, decoder_layers, find_sites, model_class, skeleton
-from lowbit.errors import InputError
-from lowbit.scheme import Recipe
+from lowbit.errors import InputError, UsageError
+from lowbit.scheme import Recipe, Scheme
 
 LINEAR = nn.functional.linear
 
@@ -133,3 +133,48 @@ def test_decoder_layers_are_those_of_the_language_model():
 def test_calibration_needs_a_decoder_alone():
     with pytest.raises(InputError, match=r"T5ForConditionalGeneration has an encoder and a decoder.*--method rtn"):
         decoder_layers(skeleton(shrunk("t5")))
+
+
+W8 = Scheme(8, 16)
+
+
+def schemes(**options):
+    chosen, _ = choose(skeleton(tiny_config("llama")), Recipe(Scheme(4, 16), **options))
+    return {site.module: scheme.bits for site, scheme in chosen.values()}
+
+
+def test_bare_names_protect_and_override_what_they_name():
+    assert not any("down_proj" in name for name in schemes(ignore=["down_proj"]))
+    assert {name for name, bits in schemes(overrides=[("o_proj", W8)]).items() if bits == 8} == {
+        f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)
+    }
+    assert all(".1." in name for name in schemes(ignore=["layers.0"]))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.norm"])
+def test_what_is_never_quantized_may_be_named(name):
+    assert schemes(ignore=[name]) == schemes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ignore": ["downproj"]}, "ignore: 'downproj' names no module of the model; the nearest names are down_proj"),
+        ({"ignore": ["model.layer.0.mlp"]}, r"nearest names are .*model\.layers\.0\.mlp"),
+        ({"ignore": ["re:.*attention_block"]}, "names no module"),
+        ({"ignore": ["layers.7"]}, "names no module"),
+        ({"overrides": [("gate", W8)]}, "override 'gate' names no linear layer of the model; .*gate_proj"),
+        ({"overrides": [("embed_tokens", W8)]}, "names no linear layer"),
+        ({"overrides": [("lm_head", W8)]}, r"lm_head is left alone \(output embedding\)"),
+        ({"overrides": [("mlp", W8), (".*up_proj", W8)]}, "'.*up_proj' changes nothing: 'mlp' before it"),
+        ({"overrides": [("mlp", W8)], "ignore": ["mlp"]}, r"is left alone \(ignored by 'mlp'\)"),
+    ],
+)
+def test_patterns_that_change_nothing_are_errors(options, message):
+    with pytest.raises(UsageError, match=message):
+        schemes(**options)
+
+
+def test_an_override_of_an_expert_by_the_name_it_has_unfused():
+    chosen, _ = choose(skeleton(tiny_config("mixtral")), Recipe(Scheme(4, 16), overrides=[("up_proj", W8)]))
+    assert {site.module.rpartition(".")[2] for site, scheme in chosen.values() if scheme.bits == 8} == {"gate_up_proj"}

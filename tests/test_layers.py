@@ -22,7 +22,7 @@ LINES = (
     {"reference"},
     {"backends", "quantizers", "formats", "checkpoint", "discovery"},
     {"linear", "experts", "calibration", "sources", "stored", "serving"},
-    {"fusion"},
+    {"fusion", "opened"},
     {"pipeline", "hf"},
     {"eval", "generation"},
     {"bench"},

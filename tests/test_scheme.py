@@ -225,6 +225,10 @@ def test_overrides(name, in_features, expected):
         (["x", "re:.*experts"], ["a.mlp.gate_up_proj", "a.mlp.experts"], ".*experts"),
         ("lm_head", ["lm_head"], "lm_head"),  # one pattern, not seven letters
         ("lm_head", ["lm"], None),
+        (["down_proj"], ["model.layers.0.mlp.down_proj"], "down_proj"),  # a plain name: whole words anywhere
+        (["layers.1"], ["model.layers.1.mlp.up_proj"], "layers.1"),
+        (["layers.1"], ["model.layers.11.mlp.up_proj"], None),
+        (["proj"], ["model.layers.1.mlp.up_proj"], None),
         ([], ["lm_head"], None),
     ],
 )

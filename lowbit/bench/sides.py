@@ -11,6 +11,7 @@ from lowbit.bench.peers import PEERS, UNQUANTIZED, Task, load_peer
 from lowbit.bench.random_model import check_memory, dense_model, quantized_model
 from lowbit.bench.rounds import Side
 from lowbit.bench.shapes import config_of
+from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, UsageError
 from lowbit.hf import load
 from lowbit.pipeline import dequantize, quantize
@@ -33,6 +34,8 @@ class Setting:
     dtype: str = "auto"
     backend: str | None = None
     lm_head: Scheme | None = None
+    revision: str | None = None  # of a model on the Hub
+    trust_remote_code: bool = False
 
     @property
     def head_origin(self) -> str:
@@ -114,11 +117,11 @@ class Checkpoint:
 
     @cached_property
     def folder(self) -> Path:
-        return resolve(self.model)
+        return resolve(self.model, self.setting.revision)
 
     @cached_property
     def is_quantized(self) -> bool:
-        return getattr(load_config(self.folder), "quantization_config", None) is not None
+        return CheckpointReader(self.folder).quantization_config is not None
 
     @property
     def describes(self) -> str:
@@ -136,21 +139,24 @@ class Checkpoint:
         return sides + _peers(peers, self.setting, self._scheme(), self._dtype(), self._unquantized)
 
     def _load(self, folder: Path, **options):
-        return load(folder, dtype=self.setting.dtype, device_map=self.setting.device, **options)
+        setting = self.setting
+        options["trust_remote_code"] = setting.trust_remote_code
+        return load(folder, dtype=setting.dtype, device_map=setting.device, **options)
 
     def _load_quantized(self):
         folder = self.folder
         if not self.is_quantized:
             folder = self.setting.work / "quantized"
-            quantize(self.folder, folder, scheme=self.scheme, method=self.method)
+            trust = self.setting.trust_remote_code
+            quantize(self.folder, folder, scheme=self.scheme, method=self.method, trust_remote_code=trust)
         return self._load(folder, backend=self.setting.backend, lm_head=self.setting.lm_head)
 
     def _unquantized(self) -> Path:
         if self.source is not None or not self.is_quantized:
-            return resolve(self.source or self.model)
+            return self.folder if self.source is None else resolve(self.source)
         folder = self.setting.work / "unquantized"
         if not folder.exists():
-            dequantize(self.folder, folder)
+            dequantize(self.folder, folder, trust_remote_code=self.setting.trust_remote_code)
         return folder
 
     def _scheme(self) -> Scheme:
@@ -163,4 +169,6 @@ class Checkpoint:
 
     def _dtype(self) -> torch.dtype:
         name = self.setting.dtype
-        return load_config(self.folder).dtype or torch.bfloat16 if name == "auto" else getattr(torch, name)
+        if name != "auto":
+            return getattr(torch, name)
+        return load_config(self.folder, self.setting.trust_remote_code).dtype or torch.bfloat16

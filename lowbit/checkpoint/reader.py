@@ -1,6 +1,11 @@
-"""Lazy tensors by name over the shards of a checkpoint folder."""
+"""Lazy tensors by name over the shards of a checkpoint folder.
+
+What a folder holds is decided here, by the rules of transformers, so that whatever reads it reads the same: the file
+that `transformers_weights` in config.json names, else `model.safetensors`, else the shards of the index.
+"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,26 +17,42 @@ from lowbit.errors import InputError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Where AutoGPTQ and AutoAWQ of 2023 say how a checkpoint is quantized -> the method that the file does not name
+_OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# With PEFT installed, transformers would put the adapter on top of the model, and without it would not
+_ADAPTER_NAME = "adapter_config.json"
+# The key of config.json by which transformers lets a folder name its weight file
+_WEIGHTS_KEY = "transformers_weights"
 
 
 class CheckpointReader:
     """The tensors of a model folder. Opening it reads headers only; every shard is checked to be whole.
 
-    tensors: name -> StoredTensor, in the order of the shards. files: the weight files. index_size: the bytes of all
-    tensors as the index says them, None if it does not. unlisted: tensors that are in no index though there is one.
+    tensors: name -> StoredTensor, in the order of the shards. files: the weight files. index: the name of the index
+    that names them, None for a single file. index_size: the bytes of all tensors as the index says them, None if it
+    does not. unlisted: tensors that are in no index though there is one.
+
+    Args:
+        folder: The model folder.
+        files: The weight files, where a caller has chosen others than those that transformers would.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, files: Sequence[str | Path] | None = None):
         self.folder = Path(folder)
         self.config = _read_json(
             self.folder / "config.json", f"{self.folder} is not a model folder: it has no config.json"
         )
-        self.files = [self.folder / name for name in self._shard_names()]
+        self.index: str | None = None
+        self.index_size: int | None = None
+        self._weight_map: dict | None = None
+        if files is None:
+            files = [self.folder / name for name in self._weight_files()]
+        self.files = [Path(file) for file in files]
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             if not file.is_file():
                 raise InputError(
-                    f"{file.name} is named by {INDEX_NAME} but missing in {self.folder}: download it again"
+                    f"{file.name} is named by {self.index} but missing in {self.folder}: download it again"
                 )
             try:
                 stored = read_header(file)
@@ -47,28 +68,43 @@ class CheckpointReader:
     def unlisted(self) -> list[str]:
         return [] if self._weight_map is None else [name for name in self.tensors if name not in self._weight_map]
 
-    def _shard_names(self) -> list[str]:
-        self.index_size: int | None = None
-        if (self.folder / INDEX_NAME).is_file():
-            index = _read_json(self.folder / INDEX_NAME)
-            self._weight_map = index.get("weight_map")
-            if not isinstance(self._weight_map, dict) or not self._weight_map:
-                raise InputError(f"{INDEX_NAME} in {self.folder} has no weight_map: download it again")
-            metadata = index.get("metadata")
-            self.index_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-            names = sorted(set(map(str, self._weight_map.values())))
-            for name in names:
-                # an index comes from strangers: it may only name files beside it
-                if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
-                    raise InputError(
-                        f"{INDEX_NAME} names {name!r}, which is outside {self.folder}: refusing to open it"
-                    )
-                if not name.endswith(".safetensors"):
-                    raise InputError(f"{INDEX_NAME} names {name!r}; expected *.safetensors files only")
-            return names
-        self._weight_map = None
+    @property
+    def quantization_config(self) -> dict | None:
+        """How the folder says that it is quantized; None where it does not. AutoGPTQ and AutoAWQ of 2023 said it in a
+        file of its own, which counts where there are tensors of theirs."""
+        said = quantization_in(self.config)
+        if said is None and any(name.endswith(".qweight") for name in self.tensors):
+            for name, method in _OLD_CONFIGS.items():
+                if (self.folder / name).is_file():
+                    return {"quant_method": method, **_read_json(self.folder / name)}
+        return said
+
+    @property
+    def plain_config(self) -> dict:
+        """config.json without what it says of quantization and of the names of weight files."""
+        return _plain({name: value for name, value in self.config.items() if name != _WEIGHTS_KEY})
+
+    def _weight_files(self) -> list[str]:
+        if (self.folder / _ADAPTER_NAME).is_file():
+            raise InputError(
+                f"{self.folder} holds an adapter of PEFT beside the model ({_ADAPTER_NAME}): merge it into the model "
+                "(model.merge_and_unload()), or move it to another folder"
+            )
+        named = self.config.get(_WEIGHTS_KEY)
+        if named is not None:
+            suffixes = (".safetensors", ".safetensors.index.json")
+            if not isinstance(named, str) or not _is_beside(named) or not named.endswith(suffixes):
+                raise InputError(
+                    f"{_WEIGHTS_KEY} in {self.folder / 'config.json'} is {named!r}; expected the name of a "
+                    f"*{suffixes[0]} or *{suffixes[1]} file beside it"
+                )
+            if not (self.folder / named).is_file():
+                raise InputError(f"{named}, which config.json of {self.folder} names, is missing: download it again")
+            return [named] if named.endswith(suffixes[0]) else self._shard_names(named)
         if (self.folder / SINGLE_NAME).is_file():
             return [SINGLE_NAME]
+        if (self.folder / INDEX_NAME).is_file():
+            return self._shard_names(INDEX_NAME)
         pickles = [p.name for p in sorted(self.folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
         if pickles:
             raise InputError(
@@ -77,10 +113,26 @@ class CheckpointReader:
             )
         raise InputError(f"{self.folder} has no {SINGLE_NAME} and no {INDEX_NAME}: expected safetensors weights there")
 
+    def _shard_names(self, index_name: str) -> list[str]:
+        self.index, index = index_name, _read_json(self.folder / index_name)
+        self._weight_map = index.get("weight_map")
+        if not isinstance(self._weight_map, dict) or not self._weight_map:
+            raise InputError(f"{index_name} in {self.folder} has no weight_map: download it again")
+        metadata = index.get("metadata")
+        self.index_size = metadata.get("total_size") if isinstance(metadata, dict) else None
+        names = sorted(set(map(str, self._weight_map.values())))
+        for name in names:
+            # an index comes from strangers: it may only name files beside it
+            if not _is_beside(name):
+                raise InputError(f"{index_name} names {name!r}, which is outside {self.folder}: refusing to open it")
+            if not name.endswith(".safetensors"):
+                raise InputError(f"{index_name} names {name!r}; expected *.safetensors files only")
+        return names
+
     def _check_index(self) -> None:
         for name, file in (self._weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].file.name != file:
-                raise InputError(f"{INDEX_NAME} says {name} is in {file}, but it is not: download the checkpoint again")
+                raise InputError(f"{self.index} says {name} is in {file}, but it is not: download the checkpoint again")
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own."""
@@ -91,6 +143,25 @@ class CheckpointReader:
         info = self.tensors[name]
         row = replace(info, shape=info.shape[1:])
         return torch.stack([read_tensor(replace(row, offset=info.offset + i * row.nbytes)) for i in indices])
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a file name leads nowhere but to the folder it stands in."""
+    return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name
+
+
+def quantization_in(config: dict):
+    """The `quantization_config` of a config.json: its own, or that of the language model in it."""
+    parts = [part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)]
+    return next((said for part in (config, *parts) if (said := part.get("quantization_config")) is not None), None)
+
+
+def _plain(config: dict) -> dict:
+    return {
+        name: _plain(value) if name.endswith("_config") and isinstance(value, dict) else value
+        for name, value in config.items()
+        if name != "quantization_config"
+    }
 
 
 def read_tensor(info: StoredTensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from lowbit.checkpoint.layout import DTYPES, TensorInfo
+from lowbit.checkpoint.reader import quantization_in
 from lowbit.errors import InputError, first_line
 
 
@@ -32,3 +33,8 @@ class RemoteHeaders:
                 if tensor.dtype not in DTYPES:
                     raise InputError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(DTYPES)}")
                 self.tensors[name] = TensorInfo(name, DTYPES[tensor.dtype], tuple(tensor.shape))
+
+    @property
+    def quantization_config(self):
+        """How the repository says that it is quantized, None where it does not."""
+        return quantization_in(self.config)

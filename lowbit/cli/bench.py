@@ -18,6 +18,8 @@ from lowbit.cli.common import (
     LmHeadOption,
     LmHeadSchemeOption,
     ModelOption,
+    RevisionOption,
+    TrustOption,
     checked_dtype,
     console,
     default_device_map,
@@ -71,6 +73,8 @@ def bench(
     backend: BackendOption = None,
     lm_head: LmHeadOption = False,
     lm_head_scheme: LmHeadSchemeOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here too.", show_default=False)] = None,
     json: JsonOption = False,
 ):
@@ -94,7 +98,9 @@ def bench(
         raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
-        setting = Setting(Path(work), device, checked_dtype(dtype), backend, head and Scheme.parse(head))
+        setting = Setting(
+            Path(work), device, checked_dtype(dtype), backend, head and Scheme.parse(head), revision, trust_remote_code
+        )
         measured = _what(model, model_option, shapes, layers, parsed, method, source, setting)
         subject, others = measured.subject(), measured.others(*wanted)
         with notes.status("") as shown:
@@ -142,6 +148,8 @@ def _what(model, model_option, shapes, layers, scheme, method, source, setting):
         return Checkpoint(model or model_option, source, scheme, method, setting)
     if source is not None:
         raise UsageError("--source is for a quantized MODEL, not for --shapes")
+    if setting.revision is not None or setting.trust_remote_code:
+        raise UsageError("--revision and --trust-remote-code are for a MODEL, not for --shapes")
     return Shapes(shapes, layers, scheme, setting)
 
 

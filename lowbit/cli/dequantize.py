@@ -58,4 +58,6 @@ def dequantize(
         print_json(done.to_dict())
         return
     console.print(f"{done.weights} weights dequantized: {size(done.source_bytes)} -> {size(done.output_bytes)}")
+    for note in done.notes:
+        console.print(note)
     console.print(f"written to {done.output}")

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, console, default_device_map, print_json, quiet_transformers, table
+from lowbit.cli.common import (
+    JsonOption,
+    RevisionOption,
+    TrustOption,
+    console,
+    default_device_map,
+    print_json,
+    quiet_transformers,
+    table,
+)
 from lowbit.errors import UsageError
 
 _PACKAGES = (
@@ -23,13 +32,17 @@ def doctor(
         str | None,
         typer.Argument(metavar="[MODEL]", help="Show the kernels for this quantized model too.", show_default=False),
     ] = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
     """Show versions, devices, which backends run here, and why others do not; and each GPU's tables of tuned kernels.
 
     With MODEL, also which kernel runs each of its shapes of layers, for 1, 16 and 512 rows, and why.
     """
-    findings = examine(model)
+    if model is None and (revision is not None or trust_remote_code):
+        raise UsageError("--revision and --trust-remote-code are of a MODEL: name one, or leave them out")
+    findings = examine(model, revision, trust_remote_code)
     if json:
         print_json(findings)
         return
@@ -76,7 +89,7 @@ def _show_kernels(kernels: list[dict]) -> None:
     console.print(shown)
 
 
-def examine(model: str | None = None) -> dict:
+def examine(model: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> dict:
     """packages: name -> version or None. devices: name -> description. backends: name -> reason why not, or None.
     generation: see `generation_of_the_embedded_model`. tables: GPU -> origin -> {"path", "entries"}. kernels: see
     `kernels_of`, only with a model."""
@@ -98,7 +111,7 @@ def examine(model: str | None = None) -> dict:
         "generation": generation_of_the_embedded_model(),
         "tables": {gpu: get_backend("triton").tables(gpu) for gpu in gpus},
     }
-    return findings if model is None else findings | {"kernels": kernels_of(model, gpus)}
+    return findings if model is None else findings | {"kernels": kernels_of(model, gpus, revision, trust_remote_code)}
 
 
 def generation_of_the_embedded_model() -> dict:
@@ -112,7 +125,9 @@ def generation_of_the_embedded_model() -> dict:
     return {"path": stats.path, "why": stats.why}
 
 
-def kernels_of(model: str, devices: list[str]) -> list[dict]:
+def kernels_of(
+    model: str, devices: list[str], revision: str | None = None, trust_remote_code: bool = False
+) -> list[dict]:
     """{"scheme", "shape", "device", "rows", "kernel", "config", "reason"} for each distinct layer of a quantized model,
     device and number of rows. shape: [out_features, in_features], of fused experts [experts, ...], whose rows are those
     of all experts together. Where no kernel runs a layer, kernel and rows are None and the reason says why.
@@ -120,7 +135,7 @@ def kernels_of(model: str, devices: list[str]) -> list[dict]:
     from lowbit.backends import kernels_for
 
     found = []
-    layers, dtype = _layers(model)
+    layers, dtype = _layers(model, revision, trust_remote_code)
     for scheme, shape in layers:
         for device in devices:
             case = {"scheme": scheme.name, "shape": list(shape), "device": device}
@@ -132,17 +147,18 @@ def kernels_of(model: str, devices: list[str]) -> list[dict]:
     return found
 
 
-def _layers(model: str) -> tuple[list, "torch.dtype"]:  # noqa: F821 - imported where it is used
+def _layers(model: str, revision: str | None, trust_remote_code: bool) -> tuple[list, "torch.dtype"]:  # noqa: F821 - imported where it is used
     """Distinct (Scheme, shape) of the quantized layers as they are once loaded, and the dtype they run in."""
+    from lowbit.checkpoint import CheckpointReader
     from lowbit.discovery import CheckpointNames, skeleton
     from lowbit.hf.foreign import StoredModel
     from lowbit.sources import load_config, resolve
 
-    folder = resolve(model)
-    config = load_config(folder)
-    if getattr(config, "quantization_config", None) is None:
+    folder = resolve(model, revision)
+    config = load_config(folder, trust_remote_code)
+    if CheckpointReader(folder).quantization_config is None:
         raise UsageError(f"{model} is not quantized: kernels are chosen for quantized layers")
-    built = skeleton(config)
+    built = skeleton(config, trust_remote_code)
     layers = {}
     for found in StoredModel(built, CheckpointNames(built), folder).sites.values():
         shape = (found.site.out_features, found.site.in_features)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, console, notes, print_json, size, table
+from lowbit.cli.common import JsonOption, TrustOption, console, notes, print_json, size, table
 from lowbit.errors import InputError
 
 
@@ -38,6 +38,7 @@ def push(
             help="A model card of your own, for instance what --dry-run showed and you have edited.", show_default=False
         ),
     ] = None,
+    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
     """Write the model card and upload a quantized folder to the Hub.
@@ -61,6 +62,7 @@ def push(
         base_model=base_model,
         quality=read_object(quality) if quality is not None else None,
         card=_read_text(card) if card is not None else None,
+        trust_remote_code=trust_remote_code,
     )
     if json:
         print_json(

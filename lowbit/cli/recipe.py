@@ -51,7 +51,12 @@ SmoothOption = Annotated[
     ),
 ]
 OverrideOption = Annotated[
-    list[str] | None, typer.Option(help="REGEX=SCHEME for the modules it matches; repeatable.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        help="MODULES=SCHEME, where MODULES is a regex from the start of their names, or words of them: "
+        "down_proj=W8A16; repeatable.",
+        show_default=False,
+    ),
 ]
 ActivationRangeOption = Annotated[
     str | None,
@@ -60,7 +65,12 @@ ActivationRangeOption = Annotated[
     ),
 ]
 IgnoreOption = Annotated[
-    list[str] | None, typer.Option(help="Regex of modules to leave alone; repeatable.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        help="Modules to leave alone: a regex from the start of their names, or words of them: down_proj, mlp, "
+        "layers.0; repeatable.",
+        show_default=False,
+    ),
 ]
 FormatOption = Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, console, notes, print_json, progress, table
+from lowbit.cli.common import JsonOption, RevisionOption, console, notes, print_json, progress, table
 from lowbit.errors import BackendError, UsageError
 
 _SHAPES = re.compile(r"\d+x\d+(,\d+x\d+)*")
@@ -22,9 +22,13 @@ def tune(
         ),
     ],
     rows: Annotated[str, typer.Option(help="Numbers of tokens at a time.")] = "1,2,4,8,16,32,64,128,256,512,1024,2048",
-    scheme: Annotated[str, typer.Option(help="Of the shapes; a model has its own.")] = "W4A16-G128",
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="Of the shapes (default W4A16-G128); a model has its own.", show_default=False),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of activations and scales: bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Which GPU.")] = "cuda",
+    revision: RevisionOption = None,
     json: JsonOption = False,
 ):
     """Find the fastest kernels for a model on this GPU.
@@ -41,7 +45,7 @@ def tune(
         raise UsageError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
     counts = _counts(rows)
     cases = []
-    for weight_scheme, shape in _weights(what, scheme):
+    for weight_scheme, shape in _weights(what, scheme, revision):
         reason = kernels_for(weight_scheme).refuse(weight_scheme, device, getattr(torch, dtype), shape)
         if reason:
             raise BackendError(f"cannot tune {weight_scheme.name} {list(shape)} on {device}: {reason}")
@@ -76,22 +80,26 @@ def _counts(rows: str) -> list[int]:
     return counts
 
 
-def _weights(what: str, scheme: str) -> list:
+def _weights(what: str, scheme: str | None, revision: str | None) -> list:
     """Distinct (Scheme, (out_features, in_features)): the shapes in `what`, or of a model's quantized layers."""
     from lowbit.scheme import Scheme
     from lowbit.sources import resolve
     from lowbit.stored import summarize
 
     if _SHAPES.fullmatch(what):
+        if revision is not None:
+            raise UsageError(f"--revision is of a model on the Hub, {what} are shapes: leave it out")
         shapes = [tuple(int(size) for size in shape.split("x")) for shape in what.split(",")]
         if min(map(min, shapes)) < 1:
             raise UsageError(f"shapes are {what!r}; expected sizes from 1 on")
-        parsed = Scheme.parse(scheme)
+        parsed = Scheme.parse(scheme or "W4A16-G128")
         for shape in shapes:
             if not parsed.fits(shape[1]):
                 raise UsageError(f"{parsed.name} does not fit {shape[1]} inputs: they are no multiple of the group")
         return [(parsed, shape) for shape in dict.fromkeys(shapes)]
-    layers = summarize(resolve(what))["layers"]
+    if scheme is not None:
+        raise UsageError(f"--scheme is of shapes, {what} has schemes of its own: leave it out")
+    layers = summarize(resolve(what, revision))["layers"]
     if not layers:
         raise UsageError(f"{what} has no quantized layers: give it a quantized model, or shapes such as 4096x4096")
     distinct = dict.fromkeys((layer["scheme"], tuple(layer["shape"][-2:])) for layer in layers)

@@ -20,6 +20,7 @@ from lowbit.cli.common import (
     quiet_transformers,
     table,
 )  # fmt: skip
+from lowbit.errors import UsageError
 
 _WORDS = {True: "ok", False: "FAILED", None: "-"}
 
@@ -46,6 +47,8 @@ def verify(
     from lowbit.eval import verify as run_checks
 
     name = one_model(model, model_option)
+    if device_map is not None and not run:
+        raise UsageError("--device-map says where the model runs, and --no-run that it does not: pass one of them")
     quiet_transformers()
     with interrupted_once(), progress("verifying", 1, quiet=json) as advance:
         done = run_checks(

@@ -86,7 +86,7 @@ def _running_checks(path: Path, source: Path | None, device_map, trust_remote_co
     if source is None:
         yield Check("near the reference", None, "no --reference was given")
         return
-    ids, bos = _some_tokens(path, model)
+    ids, bos = _some_tokens(path, model, trust_remote_code)
     quality = evaluate(model, ids, reference=load(source, **options), bos=bos)
     weights = StoredWeights(CheckpointReader(path)).weights.values()
     limit = _LARGEST_KL[min((weight.scheme.bits for weight in weights), default=16)]
@@ -113,12 +113,12 @@ def _canary(model) -> Check:
     return Check("generates", True, f"{made.shape[1] - start.shape[1]} greedy tokens")
 
 
-def _some_tokens(path: Path, model) -> tuple[torch.Tensor, int | None]:
+def _some_tokens(path: Path, model, trust_remote_code: bool) -> tuple[torch.Tensor, int | None]:
     """Held-out text where the folder has a tokenizer; else tokens at random, which compare two models as well."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception:  # static_checks has said what is wrong with a tokenizer that is there
         vocabulary = model.get_input_embeddings().num_embeddings
         return torch.randint(vocabulary, (_TOKENS,), generator=torch.Generator().manual_seed(0)), None

@@ -17,7 +17,8 @@ class LowbitConfig(QuantizationConfigMixin):
         AutoModelForCausalLM.from_pretrained(id, quantization_config=LowbitConfig(bits=4, group_size=128))
 
     bits: 2, 3, 4, 8. group_size: 16 ... 1024, or -1 per channel. sym: symmetric grid. scale_search: "minmax" or "mse".
-    ignore: regexes of module names to leave alone. backend: the name of the one to run on, an error if it cannot;
+    ignore: modules to leave alone, each a regex from the start of their names, or words of them ("down_proj", "mlp").
+    backend: the name of the one to run on, an error if it cannot;
     by default each layer takes the first that can. source: the `quantization_config` of a quantized checkpoint.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
     fuse: linears that share an input share one product (lowbit.fusion).

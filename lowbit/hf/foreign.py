@@ -6,6 +6,7 @@ and where transformers merges experts, it runs in front of the merge.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +15,17 @@ from torch import nn
 from transformers import ConversionOps, WeightConverter
 
 from lowbit.checkpoint import CheckpointReader
-from lowbit.discovery import CheckpointNames, Site, find_sites
+from lowbit.checkpoint.extras import judge
+from lowbit.discovery import CheckpointNames, Site, also_named, find_sites
 from lowbit.errors import InputError
 from lowbit.experts import packed_name
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.scheme import Scheme
 from lowbit.stored import StoredWeight, StoredWeights
 from lowbit.transformers_api import MergeModulelist
+
+# How the names of tensors end that a layer has no parameter for where they carry nothing
+_IDLE = ("_zero_point", "_g_idx")
 
 
 @dataclass(frozen=True)
@@ -33,23 +38,23 @@ class StoredSite:
 
 
 class StoredModel:
-    """sites: parameter name -> StoredSite, of the checkpoint in `folder`.
+    """sites: parameter name -> StoredSite, of the checkpoint in `files`, a folder or the weight files of one.
 
     Raises InputError for a checkpoint that is damaged or does not belong to `model`.
     """
 
-    def __init__(self, model: nn.Module, names: CheckpointNames, folder: Path):
+    def __init__(self, model: nn.Module, names: CheckpointNames, files: Path | Sequence[str | Path]):
         self.names = names
-        self.stored = StoredWeights(CheckpointReader(folder))
         sites = find_sites(model)
-        if self.stored.config.exhaustive:
-            # a Conv1D of lowbit's checkpoints is a Linear to every reader: it is stored as one
-            schemes = {name: self.stored.config.lookup(site.names, "Linear") for name, site in sites.items()}
-            self.sites = {name: StoredSite(sites[name], scheme) for name, scheme in schemes.items() if scheme}
-        else:
-            self.sites = {
-                name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
-            }
+        reader = CheckpointReader(files) if isinstance(files, Path) else CheckpointReader(Path(files[0]).parent, files)
+        self.stored = StoredWeights(reader, also_named(names, sites))
+        # transformers drops what is called like the tensors that have no place here (`idle`), whatever it holds
+        alike = [info.name for info in self.stored.plain if info.name.endswith(_IDLE)]
+        for name, reason in judge(reader, alike)[1].items():
+            raise InputError(f"{name} is unknown to the model: {reason}")
+        self.sites = {
+            name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
+        }
         for name, found in self.sites.items():
             if found.site.kind == "experts" and found.scheme.activations is not None:
                 raise InputError(
@@ -74,13 +79,13 @@ class StoredModel:
     def _by_parameter(self) -> dict[str, list[StoredWeight]]:
         found = defaultdict(list)
         for base, weight in self.stored.weights.items():
-            found[self.names.locate(f"{base}.weight")[0]].append(weight)
+            found[self.names.locate(base if weight.experts else f"{base}.weight")[0]].append(weight)
         return found
 
     @property
     def idle(self) -> list[str]:
         """Regexes of tensors that carry nothing here: zeros of symmetric weights, g_idx in natural order."""
-        return [] if self.is_native else [r"_zero_point$", r"_g_idx$"]
+        return [] if self.is_native else [f"{suffix}$" for suffix in _IDLE]
 
     @property
     def is_native(self) -> bool:
@@ -108,7 +113,7 @@ def _combined(site: Site, weights: list[StoredWeight]) -> StoredSite:
     """One scheme for what is one parameter in memory: the experts of a layer, gate and up in each."""
     first = weights[0]
     for other in weights:
-        if (other.scheme.bits, other.scheme.group_size) != (first.scheme.bits, first.scheme.group_size):
+        if replace(other.scheme, sym=first.scheme.sym) != first.scheme:
             raise InputError(
                 f"{other.base} is {other.scheme.name} and {first.base} {first.scheme.name}: experts need one scheme"
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError, UsageError
 from lowbit.hf.config import LowbitConfig
@@ -44,7 +45,7 @@ def _quantizer_of(model: nn.Module, folder: Path, backend: str | None) -> Lowbit
         found = LowbitQuantizer(LowbitConfig(backend=backend), pre_quantized=False)
         found.dtype, found.chosen = model.dtype, {}
         found.names, found.sites = CheckpointNames(model), find_sites(model)
-        found.tensors = found.stored_tensors(sorted(folder.glob("*.safetensors")))
+        found.tensors = found.stored_tensors(CheckpointReader(folder).files)
     return found
 
 

@@ -5,15 +5,24 @@ from pathlib import Path
 from lowbit.backends import get_backend
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import model_class
-from lowbit.errors import InputError, LowbitError, first_line
+from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.formats import detect_format
 from lowbit.hf.head import quantize_head
+from lowbit.opened import OpenedFolder
 from lowbit.read_ahead import read_ahead
 from lowbit.scheme import Scheme
 from lowbit.sources import load_config, resolve
 
-# Tensors that many writers add and that carry nothing: zero points of symmetric weights, g_idx in natural order
-_HARMLESS = ("_zero_point", "_g_idx")
+# Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
+_ELSEWHERE = {
+    "config": "edit config.json, or pass config=lowbit.loading_config(path) to from_pretrained",
+    "gguf_file": "use from_pretrained of transformers",
+    "state_dict": "use from_pretrained of transformers",
+    "subfolder": "pass the folder itself",
+    "variant": "name the files as transformers expects those of no variant: model.safetensors",
+}
+# Keywords that say how a repository is reached
+_OF_HUB = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 def loading_config(
@@ -27,12 +36,15 @@ def loading_config(
 
     AutoModelForCausalLM.from_pretrained(path, config=loading_config(path))
     """
-    config = load_config(resolve(path, revision), trust_remote_code)
-    source = getattr(config, "quantization_config", None)
+    folder = resolve(path, revision)
+    config = load_config(folder, trust_remote_code)
+    source = CheckpointReader(folder).quantization_config
     if source is not None:
-        source = source if isinstance(source, dict) else source.to_dict()
         detect_format(source)
         config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse}
+        text = config.get_text_config()
+        if text is not config and hasattr(text, "quantization_config"):
+            del text.quantization_config
     return config
 
 
@@ -50,18 +62,35 @@ def load(
 ):
     """A transformers model from a folder, a Hub id or "reference", on lowbit's kernels where it is quantized.
 
-    device_map, dtype and further keywords are those of `from_pretrained`. backend: run on this one or fail.
-    fuse: linears that share an input share one product (lowbit.fusion), which saves launches and changes no result.
-    lm_head: a scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.
-    Raises InputError if a tensor is missing, unexpected or of another shape: nothing is ever filled in.
+    Args:
+        path: The folder, Hub id, or "reference".
+        device_map, dtype: Those of `from_pretrained`.
+        backend: Run on this one or fail.
+        revision: Of a Hub id.
+        trust_remote_code: Let code that comes with the model run.
+        fuse: Linears that share an input share one product (lowbit.fusion): fewer launches, the same result.
+        lm_head: A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.
+        **kwargs: Those of `from_pretrained`. quantization_config= quantizes a dense model while it is loaded.
+
+    Returns:
+        The model; with output_loading_info=True, (the model, what `from_pretrained` says of its keys).
+
+    Raises:
+        InputError: A tensor is missing, unexpected or of another shape: nothing is ever filled in.
+        UsageError: A keyword that has no effect here, or the opposite of what is promised here.
     """
     if backend is not None:
         get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
     head_scheme = Scheme.parse(lm_head) if isinstance(lm_head, str) else lm_head
-    folder = resolve(path, revision)
+    kwargs, dtype, hub, wants_info = _keywords(kwargs, dtype)
+    folder = resolve(path, revision, **hub)
     CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
-    read_ahead(folder)
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
+    if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
+        raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
+    for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
+        setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
+    read_ahead(folder)
     try:
         model, info = model_class(config, trust_remote_code).from_pretrained(
             folder,
@@ -78,14 +107,34 @@ def load(
         raise
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
-    _check(folder, info)
+    _check(folder, info, trust_remote_code)
     if head_scheme is not None:
         quantize_head(model, head_scheme, folder, backend)
-    return model
+    return (model, info) if wants_info else model
 
 
-def _check(folder: Path, info: dict) -> None:
-    unexpected = sorted(k for k in info.get("unexpected_keys", ()) if not k.endswith(_HARMLESS))
+def _keywords(given: dict, dtype) -> tuple[dict, object, dict, bool]:
+    """What `load` does with keywords of `from_pretrained`: (those that go there, the dtype, those that say how the Hub
+    is reached, whether the loading info is asked for). Raises UsageError for those that it cannot obey."""
+    kept = {name: value for name, value in given.items() if value is not None}
+    for name, instead in _ELSEWHERE.items():
+        if name in kept:
+            raise UsageError(f"{name}= is no keyword of lowbit.load, which reads the folder as it is: {instead}")
+    older = kept.pop("torch_dtype", None)
+    if older is not None:
+        if dtype not in ("auto", None, older):
+            raise UsageError(f"dtype={dtype} and torch_dtype={older} say different things: pass dtype alone")
+        dtype = older
+    if not kept.pop("use_safetensors", True):
+        raise UsageError("use_safetensors=False: lowbit reads safetensors only, pickles can run code when loaded")
+    if kept.pop("ignore_mismatched_sizes", False):
+        raise UsageError("ignore_mismatched_sizes=True: lowbit.load never fills in weights that do not fit")
+    hub = {name: kept.pop(name) for name in _OF_HUB if name in kept}
+    return kept, dtype, hub, bool(kept.pop("output_loading_info", False))
+
+
+def _check(folder: Path, info: dict, trust_remote_code: bool) -> None:
+    unexpected = _unknown(folder, set(info.get("unexpected_keys", ())), trust_remote_code)
     mismatched = sorted(info.get("mismatched_keys", ()))
     missing = sorted(info.get("missing_keys", ()))
     for what, names in (
@@ -101,6 +150,17 @@ def _check(folder: Path, info: dict) -> None:
             )
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise InputError(f"{first}{more}: {what} {folder}; the checkpoint does not belong to its config")
+
+
+def _unknown(folder: Path, unexpected: set[str], trust_remote_code: bool) -> list[str]:
+    """Those of the keys that transformers did not expect which are not known to be harmless."""
+    if not unexpected:
+        return []
+    opened = OpenedFolder(folder, trust_remote_code)
+    opened.require_known()
+    judged = [info.name for weight in opened.stored.weights.values() for info in weight.tensors.values()]
+    judged += opened.harmless
+    return sorted(unexpected - {opened.names.locate(name)[0] for name in judged} - set(judged))
 
 
 def check_vocabulary(model, ids) -> None:

@@ -115,7 +115,7 @@ class LowbitQuantizer(HfQuantizer):
         self.damaged = []
         if self.pre_quantized:
             with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
-                self.stored = StoredModel(model, self.names, Path(kwargs["checkpoint_files"][0]).parent)
+                self.stored = StoredModel(model, self.names, kwargs["checkpoint_files"])
             self.chosen = {name: (found.site, found.scheme) for name, found in self.stored.sites.items()}
             ignore_unexpected(model, self.stored.idle)
         else:
@@ -253,7 +253,19 @@ class LowbitQuantizer(HfQuantizer):
                 raise InputError(
                     f"{name} has act-order, which compressed-tensors cannot hold: copy the folder it was loaded from"
                 )
+        self._follow_replaced_layers(model)
         return super().get_state_dict_and_metadata(model)
+
+    def _follow_replaced_layers(self, model) -> None:
+        """Layers may have been replaced since the model was loaded: what is saved has to say what is there now."""
+        now = {name: scheme for name, scheme in _quantized_parameters(model).items() if name in self.sites}
+        if now == {name: scheme for name, (_, scheme) in self.chosen.items()}:
+            return
+        self.chosen = {name: (self.sites[name], scheme) for name, scheme in now.items()}
+        if self.chosen:
+            self.quantization_config.source = self.saved_config(model)
+        elif hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
 
     def is_serializable(self):
         return True
@@ -273,26 +285,41 @@ class LowbitQuantizer(HfQuantizer):
         return param.element_size()
 
     def _dequantize(self, model, dtype=None):
-        from transformers import Conv1D
-
         # saving a model leaves the dtype of its config as a name
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.dtype
         for name, module in list(model.named_modules()):
             restore_experts(module, dtype)
-            if not isinstance(module, LowbitLinear):
-                continue
-            weight = module.dequantize(dtype)
-            with torch.device("meta"):
-                if module.transposed:
-                    dense = Conv1D(module.out_features, module.in_features)
-                    weight = weight.T.contiguous()
-                else:
-                    dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            dense.weight = nn.Parameter(weight, requires_grad=False)
-            if module.bias is not None:
-                dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
-            model.set_submodule(name, dense)
+            if isinstance(module, LowbitLinear):
+                model.set_submodule(name, dense_layer(module, dtype))
         return model
+
+
+def dense_layer(layer: LowbitLinear, dtype: torch.dtype) -> nn.Module:
+    """The layer of torch or transformers that holds the same weight, dequantized to `dtype`, and the same bias."""
+    from transformers import Conv1D
+
+    weight = layer.dequantize(dtype)
+    with torch.device("meta"):
+        if layer.transposed:
+            dense = Conv1D(layer.out_features, layer.in_features)
+            weight = weight.T.contiguous()
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return dense
+
+
+def _quantized_parameters(model: nn.Module) -> dict[str, Scheme]:
+    """Parameter name -> scheme of all that is quantized; PEFT keeps a layer as the `base_layer` of its own."""
+    found = {}
+    for name, module in model.named_modules():
+        name = name.removesuffix(".base_layer")
+        if isinstance(module, LowbitLinear):
+            found[f"{name}.weight"] = module.scheme
+        found |= {f"{name}.{parameter}": weights.scheme for parameter, weights in expert_weights(module).items()}
+    return found
 
 
 def _check_shapes(name: str, layer: LowbitLinear) -> None:

@@ -33,7 +33,7 @@ from lowbit.pipeline.targets import Target, targets
 from lowbit.pipeline.write import Progress, read_checked
 from lowbit.qweight import QuantWeight
 from lowbit.safe_files import remove, write_whole
-from lowbit.scheme import Recipe
+from lowbit.scheme import Recipe, names_module
 from lowbit.torch_api import cpu_has_bf16_products
 
 # Tokens in one forward pass: enough for matrix products to run at full speed
@@ -258,7 +258,9 @@ class _LayerLoop:
         """How many layers are finished already."""
         first = None
         if self.calibration.redo is not None:
-            matching = [i for i, layer in enumerate(steps) for s in layer if re.match(self.calibration.redo, s.base)]
+            matching = [
+                i for i, layer in enumerate(steps) for s in layer if names_module(self.calibration.redo, s.base)
+            ]
             if not matching:
                 raise UsageError(f"--redo {self.calibration.redo!r} matches no quantized module")
             first = min(matching)

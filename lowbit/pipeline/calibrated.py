@@ -275,6 +275,7 @@ def _quantize_together(
             **layer_entry(target.step, target.expert),
             "error": weight_error(target.weight, qweight),
             "tokens": moments.tokens if moments else 0,
+            "moved": _moved(notes, rows, target.weight),
             "damping": notes[0].get("damping"),
             "objective": _objective(notes, rows),
             "seconds": seconds,
@@ -319,6 +320,14 @@ def _objective(notes: list[dict], rows: slice) -> dict[str, float]:
     """Stage -> the error of these rows after it, relative to their energy."""
     stages = notes[0].get("objective", {})
     return {stage: float(torch.cat([n["objective"][stage].cpu() for n in notes])[rows].mean()) for stage in stages}
+
+
+def _moved(notes: list[dict], rows: slice, weight: torch.Tensor) -> float:
+    """How far these rows were moved before they were rounded, relative to them: what `lowbit verify` allows for."""
+    if "moved" not in notes[0]:
+        return 0.0
+    moved = torch.cat([n["moved"].cpu() for n in notes])[rows]
+    return float(moved.norm() / weight.float().norm().clamp_min(1e-30))
 
 
 def _output_errors(

@@ -89,6 +89,8 @@ def convert(
     if pre is not None and format != "gguf":
         raise UsageError(f"pre is an option of gguf, not of {format}")
     shard_bytes = parse_size(max_shard_size)
+    if format == "gguf" and shard_bytes != parse_size("5GB"):
+        raise UsageError("max_shard_size is of formats that are folders, a GGUF file is never split: leave it out")
     source = QuantizedFolder(model, revision, trust_remote_code)
     check_apart(source.folder, Path(os.path.abspath(output_dir)))
     if format == "gguf":
@@ -103,10 +105,10 @@ def convert(
     act_order = {"act_order": True} if any(weight.act_order for weight in weights.values()) else {}
     config = fmt.config(usual, *source.in_config(usual), **act_order)
     parts = [_packed_part(source.stored, weight, fmt) for weight in weights.values()]
-    parts += [_plain_part(source.reader, info) for info in source.stored.plain]
+    parts += [_plain_part(source.reader, info) for info in source.kept]
 
     def finish(folder: Path) -> None:
-        write_configs(folder, source.reader.config, fmt, config)
+        write_configs(folder, source.reader.plain_config, fmt, config)
         _compare(source.stored, StoredWeights(CheckpointReader(folder)))
 
     return _rewrite(source, parts, output_dir, format, shard_bytes, overwrite, on_start, finish)
@@ -142,7 +144,8 @@ def _by_entry(on_start: OnStart | None):
 def _conversion(source: QuantizedFolder, format: str, output_bytes: int, output, notes=()) -> Conversion:
     source_bytes = sum(info.nbytes for info in source.reader.tensors.values())
     weights = len(source.stored.weights)
-    return Conversion(source.stored.format, format, weights, source_bytes, output_bytes, str(output), tuple(notes))
+    notes = (*source.notes, *notes)
+    return Conversion(source.stored.format, format, weights, source_bytes, output_bytes, str(output), notes)
 
 
 def dequantize(
@@ -166,8 +169,8 @@ def dequantize(
     source = QuantizedFolder(model, revision, trust_remote_code)
     check_apart(source.folder, Path(os.path.abspath(output_dir)))
     parts = [_dense_part(source, weight, wanted) for weight in source.stored.weights.values()]
-    parts += [_plain_part(source.reader, info, wanted) for info in source.stored.plain]
-    config = {key: value for key, value in source.reader.config.items() if key != "quantization_config"}
+    parts += [_plain_part(source.reader, info, wanted) for info in source.kept]
+    config = source.reader.plain_config
     if wanted is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}
         config["dtype"] = str(wanted).removeprefix("torch.")
@@ -276,7 +279,7 @@ def _rewrite(
                         writer.write(name, tensor)
                     if done:
                         done(part.name)
-                writer.finish(_parameters(source.stored))
+                writer.finish(_parameters(source))
             finish(staged.path)
             write_manifest(staged.path, writer.digests)
         except OSError as error:
@@ -285,9 +288,9 @@ def _rewrite(
     return _conversion(source, format, sum(info.nbytes for info in outputs), output_dir)
 
 
-def _parameters(stored: StoredWeights) -> int:
-    quantized = sum(w.shape[0] * w.shape[1] * max(w.experts, 1) for w in stored.weights.values())
-    return quantized + sum(info.numel for info in stored.plain)
+def _parameters(source: QuantizedFolder) -> int:
+    quantized = sum(w.shape[0] * w.shape[1] * max(w.experts, 1) for w in source.stored.weights.values())
+    return quantized + sum(info.numel for info in source.kept)
 
 
 def _compare(source: StoredWeights, written: StoredWeights) -> None:

@@ -6,12 +6,15 @@ transformation that cannot be undone are refused. (transformers has a second, ne
 whose rules are written for one direction only: those are refused too.)
 """
 
+import copy
 import re
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
+from lowbit.discovery import skeleton
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.pipeline.exits import Entry, ExitSource
 
@@ -66,7 +69,7 @@ class Architecture:
         )
 
         gguf = import_gguf()
-        self.config = source.config
+        self.config, self._skeleton = source.config, source.skeleton
         if self.config.get_text_config() is not self.config:
             raise InputError(f"model type {self.config.model_type!r} is not a language model alone: expected text only")
         key = self.config.model_type.removesuffix("_text")
@@ -194,12 +197,44 @@ class Architecture:
         said = {attribute: value for attribute, value in said.items() if value is not None}
         return type(self.config)(**(said | self._assumed | {"tie_word_embeddings": tied})).to_dict()
 
+    @cached_property
+    def _declared(self) -> frozenset[str]:
+        return frozenset(type(self.config)().to_dict())
+
+    @cached_property
+    def _settings(self) -> frozenset[str]:
+        """The settings that the model computes with; all of them, where that cannot be found out."""
+        found = settings_read(self._skeleton, self.config)
+        return frozenset(self.config.to_dict()) if found is None else found
+
     def _is_lost(self, setting: str, value, read) -> bool:
         from transformers import PreTrainedConfig
 
         if setting in PreTrainedConfig().to_dict() or _HARMLESS.fullmatch(setting) or _same(value, read):
             return False
+        if setting not in self._declared and setting not in self._settings:
+            return False  # of other tools, or of another version of transformers: nothing computes with it
         return setting != "head_dim" or read is not None or value != self._usual_head_dim
+
+
+def settings_read(model, config) -> frozenset[str] | None:
+    """The settings that a model of the class of `model` reads while it is built and runs on two tokens; None where it
+    does not run on them."""
+    kind, seen = type(config), set()
+
+    def note(self, name: str):
+        seen.add(name)
+        return kind.__getattribute__(self, name)
+
+    spied = copy.deepcopy(config)
+    spied.architectures = [type(model).__name__]
+    spied.__class__ = type(kind.__name__, (kind,), {"__getattribute__": note})
+    try:
+        built = skeleton(spied, dtype=torch.bfloat16).eval()
+        built(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    except Exception:  # of any model's own code
+        return None
+    return frozenset(seen)
 
 
 def _plain(name: str) -> str:

@@ -129,7 +129,7 @@ def convert_dtype(
                     done(info)
                 _refuse_too_large(report, clamp)
                 writer.finish(report.parameters)
-            _write_config(staged.path, reader.config, DTYPES[name])
+            _write_config(staged.path, reader.plain_config, DTYPES[name])
             write_manifest(staged.path, writer.digests)
         except OSError as error:
             raise OutputError(f"cannot write to {target}: {error.strerror or error}") from None
@@ -158,7 +158,7 @@ def _outputs(reader, dtype: torch.dtype) -> list[TensorInfo]:
 
 def _planned(source: str, reader, name: str, shard_bytes: int) -> DtypeReport:
     """Raises InputError for a model that is quantized: its numbers are no weights yet."""
-    if reader.config.get("quantization_config"):
+    if reader.quantization_config:
         raise InputError(f"{reader.folder} is quantized: convert the original model, or `lowbit dequantize` it")
     before, after = list(reader.tensors.values()), _outputs(reader, DTYPES[name])
     return DtypeReport(

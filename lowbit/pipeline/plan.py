@@ -74,7 +74,7 @@ class Plan:
     @property
     def fallbacks(self) -> list[Step]:
         """Quantized with another group size than asked, because theirs does not divide in_features."""
-        asked = ((step, self.recipe.asked_for(step.site.module, step.site.is_head)) for step in self.quantized)
+        asked = ((step, self.recipe.asked_for(*step.site.names, is_head=step.site.is_head)) for step in self.quantized)
         return [step for step, scheme in asked if step.scheme.group_size != scheme.group_size]
 
     @property
@@ -106,7 +106,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
 
     Raises InputError when the checkpoint is quantized already or nothing in it would be quantized.
     """
-    stored = reader.config.get("quantization_config")
+    stored = reader.quantization_config
     if stored is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise InputError(f"{reader.folder} is quantized already ({method}): quantize the original model instead")

@@ -9,7 +9,7 @@ from lowbit.checkpoint.writer import file_bytes, parse_size
 from lowbit.discovery import find_sites, skeleton
 from lowbit.pipeline.forecast import forecast
 from lowbit.pipeline.plan import Plan, make_plan
-from lowbit.pipeline.run import make_recipe
+from lowbit.pipeline.run import make_recipe, require_data_method
 from lowbit.scheme import Scheme
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 from lowbit.sources import open_headers
@@ -74,6 +74,7 @@ def plan(
     recipe = make_recipe(
         scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth, activation_range
     )
+    require_data_method(recipe, num_samples=num_samples, seqlen=seqlen)
     shard_bytes = parse_size(max_shard_size)
     headers, config = open_headers(model, revision, trust_remote_code)
     planned = make_plan(headers, skeleton(config, trust_remote_code), recipe, format)

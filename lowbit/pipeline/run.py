@@ -59,12 +59,14 @@ def quantize(
     """Quantize a checkpoint into `output_dir`, a folder that transformers, vLLM and lowbit load.
 
     model: a folder, a Hub id, or "reference" (the embedded model). scheme: a Scheme or a name such as "W4A16";
-    group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches.
-    ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head (its scheme, or
-    True for W8A16-G128), and what a model sees, hears or projects with unless include_vision. smooth: scale the inputs
-    of linears for smaller errors, and fold the scales into what is before them; a SmoothQuant alpha from 0 to 1, or
-    "auto", which searches it by module. activation_range: how schemes with static activations find the range of a
-    linear's inputs in the calibration: "mse" (default), "minmax" or "percentile".
+    group_size and sym override what the scheme says. overrides: (pattern, scheme) for the modules it names.
+    ignore: patterns of modules to leave alone. A pattern is a regex from the start of their names, or words of them
+    ("down_proj", "mlp"), and an error where it changes nothing. Routers are always left alone, the output embedding
+    unless lm_head (its scheme, or True for W8A16-G128), and what a model sees, hears or projects with unless
+    include_vision. smooth: scale the inputs of linears for smaller errors, and fold the scales into what is before
+    them; a SmoothQuant alpha from 0 to 1, or "auto", which searches it by module. activation_range: how schemes with
+    static activations find the range of a linear's inputs in the calibration: "mse" (default), "minmax" or
+    "percentile".
     dry_run: plan and report, write nothing. command: the shell command that this is, for the report. on_plan: called
     with the Plan, may return a progress callback. announce: called with lines a user should read.
 
@@ -80,6 +82,9 @@ def quantize(
     """
     recipe = make_recipe(
         scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth, activation_range
+    )
+    require_data_method(
+        recipe, dataset=dataset, num_samples=num_samples, seqlen=seqlen, seed=seed, redo=redo, max_memory=max_memory
     )
     memory = None if max_memory is None else parse_size(max_memory)
     calibration = Calibration(dataset, num_samples, seqlen, seed, redo, memory, trust_remote_code)
@@ -127,6 +132,22 @@ def quantize(
 
 def _nothing(step) -> None:
     return None
+
+
+# What options of calibrated methods are where nobody gave them
+_NO_DATA = {"dataset": None, "num_samples": 128, "seqlen": 2048, "seed": 0, "redo": None, "max_memory": None}
+
+
+def require_data_method(recipe: Recipe, **options) -> None:
+    """Raise UsageError for an option that says how to calibrate, where nothing is calibrated."""
+    if needs_data(recipe):
+        return
+    for name, value in options.items():
+        if value is not _NO_DATA[name] and not (type(value) is int and value == _NO_DATA[name]):
+            raise UsageError(
+                f"{name} is of runs with calibration data, and {recipe.method} of {recipe.scheme.name} takes none: "
+                "leave it out, or pass a method that does (gptq)"
+            )
 
 
 def make_recipe(

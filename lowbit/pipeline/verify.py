@@ -16,17 +16,17 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
-from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
+from lowbit.discovery import choose
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.opened import OpenedFolder
 from lowbit.pipeline.half import cast, converted_dtype
 from lowbit.pipeline.nearness import difference
 from lowbit.pipeline.report import load_report
 from lowbit.pipeline.smoothing import recorded_edits, scaled
 from lowbit.scheme import Recipe
-from lowbit.sources import load_config
-from lowbit.stored import StoredWeight, StoredWeights
-from lowbit.transformers_api import ignored_if_missing, ignored_if_unexpected, tied_weights
+from lowbit.stored import StoredWeight
+from lowbit.transformers_api import ignored_if_missing, tied_weights
 
 # Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
 MAX_UNQUANTIZED = 0.05
@@ -59,35 +59,15 @@ class _Problems:
         return Check(name, False, self.found[0] + more)
 
 
-class Folder:
+class Folder(OpenedFolder):
     """A saved folder, opened once for all checks. Raises InputError if it cannot be opened at all."""
 
     def __init__(self, path: Path, trust_remote_code: bool = False):
-        self.path = path
-        self.reader = CheckpointReader(path)
-        self.stored = StoredWeights(self.reader)
-        self.config = load_config(path, trust_remote_code)
-        self.model = skeleton(self.config, trust_remote_code)
-        self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
+        super().__init__(path, trust_remote_code)
+        self.trust_remote_code = trust_remote_code
         self.manifest: Manifest | None = read_manifest(path)
         self.dtype = None if self.stored.weights else converted_dtype(path)  # of a plain model that was converted to it
-
-    def parameter_of(self, name: str) -> str:
-        """The parameter that a stored tensor, or the base of a quantized weight, belongs to."""
-        return self.parameters_of(name)[0]
-
-    def parameters_of(self, name: str) -> list[str]:
-        """All parameters that are made of it: several, if it is split while loading."""
-        for candidate in (f"{name}.weight", name):
-            found, direct = self.names.locate(candidate)
-            if found in self.state:
-                return [found] if direct else self.names.computed(candidate)
-        return [self.names.locate(name)[0]]
-
-    @property
-    def state(self) -> dict:
-        """The parameters of the model by name."""
-        return self.names.state
+        self.moved, self.moved_otherwise = _moved(_report(path))
 
 
 def check_structure(path: Path, trust_remote_code: bool = False) -> None:
@@ -138,18 +118,20 @@ def _index(folder: Folder) -> Check:
     for file in sorted(folder.path.glob("*.safetensors")):
         if file.name not in used:
             problems.add(f"{file.name} is in the folder, but no index names it")
+    if folder.reader.index is None and (folder.path / INDEX_NAME).is_file():
+        problems.add(f"{INDEX_NAME} is in the folder, but lies beside the single file that is read in its place")
     unlisted = folder.reader.unlisted
     for name in unlisted:
-        problems.add(f"{name} is in {folder.reader.tensors[name].file.name}, but not in {INDEX_NAME}")
+        problems.add(f"{name} is in {folder.reader.tensors[name].file.name}, but not in {folder.reader.index}")
     size = sum(tensor.nbytes for tensor in folder.reader.tensors.values())
     said = folder.reader.index_size
     if said is not None and said != size:
-        problems.add(f"{INDEX_NAME} says {said:,} bytes of tensors, the files hold {size:,}")
+        problems.add(f"{folder.reader.index} says {said:,} bytes of tensors, the files hold {size:,}")
     return problems.check("index", f"{len(folder.reader.tensors)} tensors, {size:,} bytes")
 
 
 def _tensors(folder: Folder) -> Check:
-    """Every parameter of the model is there, and nothing that it does not know."""
+    """Every parameter of the model is there, and nothing that it does not know but what changes no result."""
     problems, found, parts = _Problems(), set(), {}
     for base in folder.stored.weights:
         parameter = folder.parameter_of(base)
@@ -159,23 +141,32 @@ def _tensors(folder: Folder) -> Check:
             problems.add(f"{base} is stored quantized, but is no linear layer of the model")
     for info in folder.stored.plain:
         found.update(folder.parameters_of(info.name))
-    ignored = ignored_if_unexpected(folder.model)
-    for parameter in sorted(found - folder.state.keys()):
-        if not any(re.search(pattern, parameter) for pattern in ignored):
-            problems.add(f"{parameter} is in the files, but the model has no such parameter")
-    tied = tied_weights(folder.model)
-    computed = ignored_if_missing(folder.model)
-    for parameter in folder.state:
-        if any(re.search(pattern, parameter) for pattern in computed):
-            continue
-        if parameter not in found and tied.get(parameter) not in found:
-            problems.add(f"{parameter} is in no file")
+    for name, reason in folder.refused.items():
+        problems.add(f"{name} is in the files: {reason}")
+    for parameter in _missing(folder, found):
+        problems.add(f"{parameter} is in no file")
     for parameter, count in parts.items():
         site = folder.sites.get(parameter)
         wanted = site.experts * folder.names.merged(parameter) if site is not None and site.kind == "experts" else 1
         if count not in (wanted, site.experts if site is not None else 1):
             problems.add(f"{parameter} has {count} of {wanted} stored matrices of its experts")
-    return problems.check("tensors", f"{len(found)} parameters of the model, none missing, none unknown")
+    known = len(found & folder.state.keys())
+    return problems.check("tensors", f"{known} parameters of the model, none missing, none unknown")
+
+
+def _missing(folder: Folder, found: set[str]) -> list[str]:
+    """Parameters that are neither stored, nor computed, nor tied to one that is, under whichever of their names."""
+    tied = tied_weights(folder.model)
+    with_names = {target: {target} for target in tied.values()}
+    for name, target in tied.items():
+        with_names[target].add(name)
+    computed = ignored_if_missing(folder.model)
+    return [
+        parameter
+        for parameter in folder.state
+        if with_names.get(tied.get(parameter, parameter), {parameter}).isdisjoint(found)
+        and not any(re.search(pattern, parameter) for pattern in computed)
+    ]
 
 
 def _ties(folder: Folder) -> Check:
@@ -230,6 +221,23 @@ def _report(path: Path) -> dict:
         return {}
 
 
+def _moved(report: dict) -> tuple[dict[tuple[str, int | None], float], float | None]:
+    """How far the run moved weights before it rounded them: (name of the source, expert) -> relative to the weight, and
+    of all others; None for unknown."""
+    found = {}
+    layers = report.get("layers")
+    for layer in layers if isinstance(layers, list) else ():
+        moved = layer.get("moved") if isinstance(layer, dict) else None
+        if type(moved) is float and math.isfinite(moved) and moved >= 0:
+            expert = layer.get("expert")
+            name = str(layer.get("name"))
+            found[name, expert if type(expert) is int else None] = moved
+            found.setdefault((name, None), moved)  # an expert that is stored as a tensor of its own
+    recipe = report.get("recipe")
+    rounded = isinstance(recipe, dict) and recipe.get("method") == "rtn"
+    return found, 0.0 if rounded else None
+
+
 def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
     """Reads every tensor once: checksums, finite values, scales, and codes that survive unpacking and packing."""
     sums, finite, scales, trips = _Problems(), _Problems(), _Problems(), _Problems()
@@ -251,7 +259,7 @@ def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
 
     for info in folder.stored.plain:
         tensor = read(info)
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not _is_finite(tensor):
             finite.add(f"{info.name} holds NaN or infinite values")
     for weight in folder.stored.weights.values():
         tensors = {suffix: read(info) for suffix, info in weight.tensors.items()}
@@ -266,6 +274,20 @@ def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
     yield finite.check("values", f"{len(folder.stored.plain)} plain tensors are finite")
     yield scales.check("scales", "all finite, none zero, none negative but of symmetric weights")
     yield trips.check("codes", f"{len(folder.stored.weights)} weights unpack and pack to the same bytes")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # torch has no isfinite of some types of 8 bits, each value of which float16 has
+    return bool(torch.isfinite(tensor.half() if tensor.element_size() == 1 else tensor).all())
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # as numbers, so that -0 is 0; torch compares no floats of 8 bits
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    if first.is_floating_point() and first.element_size() == 1:
+        first, second = first.view(torch.uint8), second.view(torch.uint8)
+    return torch.equal(first, second)
 
 
 def _scales(weight: StoredWeight, tensors: dict[str, torch.Tensor], problems: _Problems) -> None:
@@ -324,7 +346,7 @@ def _tokenizer_problem(folder: Folder) -> str | None:
     from transformers import AutoTokenizer, GenerationConfig
 
     try:
-        AutoTokenizer.from_pretrained(folder.path)
+        AutoTokenizer.from_pretrained(folder.path, trust_remote_code=folder.trust_remote_code)
     except Exception as error:  # of any tokenizer class
         return f"the tokenizer does not load: {type(error).__name__}"
     if (folder.path / "generation_config.json").is_file():
@@ -339,7 +361,7 @@ def _source(folder: Folder, reference: Path) -> Check:
     """Every tensor of the source is here: the same, or quantized, and near to what it was. What the report says was
     smoothed is compared with the source scaled alike."""
     problems, source = _Problems(), CheckpointReader(reference)
-    if source.config.get("quantization_config"):
+    if source.quantization_config:
         raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
     try:
         layers = _report(folder.path).get("decoder_layers", ())
@@ -357,7 +379,7 @@ def _source(folder: Folder, reference: Path) -> Check:
             here = folder.reader.tensor(name)
             if folder.dtype is not None:
                 expected, *_ = cast(expected, folder.dtype)
-            if here.dtype != expected.dtype or not torch.equal(here, expected):
+            if not _same(here, expected):
                 problems.add(f"{name} is not what it is in {reference.name}")
         elif problem := _too_far(folder, folder.stored.weights[base], expected):
             problems.add(f"{base} {problem}")
@@ -375,7 +397,9 @@ def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str 
     if source.shape != ((weight.experts,) if weight.experts else ()) + weight.shape:
         return f"is {list(weight.shape)}, {name} is not"
     matrices = list(source) if weight.experts else [source]
-    for qweight, matrix in zip(folder.stored.quantized(weight), matrices, strict=True):
-        if found := difference(qweight, matrix):
+    others = {other.scheme for other in folder.stored.weights.values()} - {weight.scheme}
+    for expert, (qweight, matrix) in enumerate(zip(folder.stored.quantized(weight), matrices, strict=True)):
+        moved = folder.moved.get((name, expert if weight.experts else None), folder.moved_otherwise)
+        if found := difference(qweight, matrix, moved, others):
             return f"is far from {name}: {found}"
     return None

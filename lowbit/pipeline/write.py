@@ -65,7 +65,7 @@ def _write(reader, plan: Plan, folder: Path, shard_bytes: int, report: Report, p
                 progress(step, "")
         written.result()
         writer.finish(plan.total_parameters)
-    write_configs(folder, reader.config, fmt, plan.quantization_config)
+    write_configs(folder, reader.plain_config, fmt, plan.quantization_config)
     write_manifest(folder, writer.digests)
 
 

@@ -170,7 +170,7 @@ def _grouped(names: Mapping[str, str]) -> list[str]:
 
 def _engines(facts: Facts, repo_id: str) -> tuple[list[tuple[str, str]], list[str]]:
     """(name, command) of the servers that take these files, and why the others do not."""
-    found = [verdict for verdict in engine_verdicts(facts.folder) if verdict.engine in _SERVE]
+    found = [verdict for verdict in engine_verdicts(facts.folder, facts.trust_remote_code) if verdict.engine in _SERVE]
     taken = [(f"{v.engine} ({v.version} or newer)", f"{_SERVE[v.engine]} {repo_id}") for v in found if v.ok]
     return taken, [f"{v.engine} {v.version} does not take it: {v.reason}." for v in found if not v.ok]
 

@@ -9,10 +9,11 @@ from lowbit.pipeline.source import QuantizedFolder
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 
 
-def engine_verdicts(folder: Path) -> list[Verdict]:
-    """Of each engine that reads the format; none for a model that cannot be built without code of its author."""
+def engine_verdicts(folder: Path, trust_remote_code: bool = False) -> list[Verdict]:
+    """Of each engine that reads the format; none for a model that needs code of its author,
+    unless that is trusted."""
     try:
-        opened = QuantizedFolder(folder)
+        opened = QuantizedFolder(folder, trust_remote_code=trust_remote_code)
     except InputError:
         return []
     stored = {base: weight for base, weight in opened.stored.weights.items() if opened.site(base)}

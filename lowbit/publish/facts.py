@@ -42,9 +42,16 @@ class Facts:
     card: ModelCardData
     base_model: str | None
     quality: dict | None
+    trust_remote_code: bool = False  # of the model in the folder
 
     @classmethod
-    def of(cls, folder: Path, base_model: str | None = None, quality: dict | None = None) -> "Facts":
+    def of(
+        cls,
+        folder: Path,
+        base_model: str | None = None,
+        quality: dict | None = None,
+        trust_remote_code: bool = False,
+    ) -> "Facts":
         """base_model and quality win over what the folder says. Raises InputError for files that cannot be read."""
         if not folder.is_dir():
             raise InputError(f"no such folder: {folder} (expected a quantized model that is there)")
@@ -56,7 +63,8 @@ class Facts:
         if base_model is not None and not is_hub_id(base_model):
             raise UsageError(f"base model is {base_model!r}; expected a Hub id such as org/name")
         base_model = base_model or _base_model(report, card, config)
-        return cls(folder, summary, report, config, _recipe(report), card, base_model, quality or report.get("quality"))
+        quality = quality or report.get("quality")
+        return cls(folder, summary, report, config, _recipe(report), card, base_model, quality, trust_remote_code)
 
     @property
     def is_own_card(self) -> bool:

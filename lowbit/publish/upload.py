@@ -52,13 +52,15 @@ def push(
     base_model: str | None = None,
     quality: dict | None = None,
     card: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Publication:
     """Publish a quantized folder as `repo`: "org/name", or "org/" for a name after the base model and the scheme.
 
     private: refuse a repository that others can see; with False, a private one becomes public once all is there.
     overwrite: replace the weights that the repository holds. base_model: Hub id of the model that was quantized.
     quality: measurements as `lowbit eval --json` prints them. card: text of the model card, in place of the one that is
-    written from the folder. dry_run: stay away from the network.
+    written from the folder. trust_remote_code: whether code that comes with the model may run while it is verified.
+    dry_run: stay away from the network.
 
     Only files of the folder are published: a link that leads out of it is refused, but for those of a folder in the
     Hub's cache, which all lead to the blobs beside it.
@@ -68,14 +70,14 @@ def push(
     """
     folder = Path(folder)
     refuse_foreign(folder, visible(folder))  # before anything is read: the card quotes what files say
-    facts = Facts.of(folder, base_model, quality)
+    facts = Facts.of(folder, base_model, quality, trust_remote_code)
     repo_id = _repo_id(repo, facts)
     text = str(model_card(facts, repo_id)) if card is None else card
     planned = Publication(repo_id, text, _files(facts, text), private)
     if dry_run:
         return planned
     _check_access(repo_id)
-    _check_verified(folder)
+    _check_verified(folder, trust_remote_code)
     with _hub_errors(repo_id):
         return _upload(planned, overwrite)
 
@@ -107,10 +109,10 @@ def _check_access(repo_id: str) -> None:
         raise OutputError(f"cannot push to {repo_id}: not logged in to the Hub, {_LOGIN}")
 
 
-def _check_verified(folder: Path) -> None:
+def _check_verified(folder: Path, trust_remote_code: bool = False) -> None:
     from lowbit.eval import verify  # which loads transformers
 
-    result = verify(folder)
+    result = verify(folder, trust_remote_code=trust_remote_code)
     if not result.ok:
         more = f" (and {len(result.failures) - 1} more)" if len(result.failures) > 1 else ""
         raise InputError(f"{folder} fails `lowbit verify`, not pushing it: {result.failures[0]}{more}")

@@ -76,8 +76,9 @@ def quantize(weight, stats, scheme, options):
     the first is taken out, so that it is freed if nobody else holds it.
 
     -> (QuantWeight, notes). notes: "objective", stage -> float64 [N], the error of each row after it, relative to that
-    of a row of zeros; "damping", the share of the mean diagonal that was added. Where H cannot be factored at any
-    damping (NaN, infinite): round to nearest, and notes["fallback"] says so.
+    of a row of zeros; "damping", the share of the mean diagonal that was added; "moved", float32 [N], by how much each
+    row was moved before it was rounded, where step 1 or inputs that are always zero did. Where H cannot be factored at
+    any damping (NaN, infinite): round to nearest, and notes["fallback"] says so.
     """
     group = scheme.group_of(weight.shape[1])
     order = _order(stats["hessian"].diagonal(), group, options["order"])
@@ -90,11 +91,15 @@ def quantize(weight, stats, scheme, options):
         reason = "no input was ever other than zero" if dead.all() else "the Hessian cannot be factored"
         return quantize_nearest(weight, scheme, "mse"), {"fallback": f"rtn: {reason}"}
     target = weight.T[order].float()
+    moved = torch.linalg.vector_norm(target[dead], dim=0)
     target[dead] = 0
     feedback, costs = _feedback(factor)
     del factor  # twice the Hessian
     if stats.get("missing") is not None:
-        target += options["drift"] * _solve(feedback, costs, stats["missing"].T[order].float())
+        change = _solve(feedback, costs, stats["missing"].T[order].float()).mul_(options["drift"])
+        moved = moved.hypot(torch.linalg.vector_norm(change, dim=0))
+        target += change
+        del change  # as large as the weight
         if not target.isfinite().all():
             return quantize_nearest(weight, scheme, "mse"), {"fallback": "rtn: the drift is not finite"}
     problem = _Problem(target, hessian, group, scheme, weight.dtype)
@@ -106,7 +111,8 @@ def quantize(weight, stats, scheme, options):
         objective[f"sweep {sweep}"] = solution.cost.clone()
     energy = problem.energy()
     objective = {stage: cost / energy for stage, cost in objective.items()}
-    return solution.in_order(order, group, scheme, weight.dtype), {"objective": objective, "damping": damping}
+    notes = {"objective": objective, "damping": damping} | ({"moved": moved} if moved.any() else {})
+    return solution.in_order(order, group, scheme, weight.dtype), notes
 
 
 def _sweeps(options, scheme: Scheme) -> int:

@@ -14,7 +14,7 @@ import lowbit.eval
 def failures(monkeypatch):
     """What `lowbit verify` finds."""
     found = []
-    monkeypatch.setattr(lowbit.eval, "verify", lambda folder: SimpleNamespace(ok=not found, failures=found))
+    monkeypatch.setattr(lowbit.eval, "verify", lambda folder, **options: SimpleNamespace(ok=not found, failures=found))
     return found
 
 

@@ -246,6 +246,32 @@ def test_option_that_cannot_work(quantize, source, options, says):
     quantize(source, *options, says=says, code=2)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--dataset", "nothing.txt"], ["--num-samples", "7"], ["--seqlen", "64"], ["--seed", "1"], ["--redo", "mlp"],
+     ["--max-memory", "1GB"]],
+    ids=lambda options: options[0],
+)  # fmt: skip
+def test_data_options_without_a_method_that_takes_data(quantize, source, options):
+    quantize(source, *options, says=[options[0].strip("-").replace("-", "_"), "rtn", "gptq"], code=2)
+
+
+@pytest.mark.parametrize("options", [["--ignore", "downproj"], ["--override", "downproj=W8A16"]], ids=lambda o: o[0])
+def test_patterns_that_name_nothing(refused, source, tmp_path, options):
+    refused(2, "quantize", source, "-o", tmp_path / "out", *options, says=["downproj", "nearest names are down_proj"])
+    refused(2, "plan", source, *options, says=["downproj", "nearest names are down_proj"])
+
+
+def test_a_calibration_file_that_is_not_there(quantize, source):
+    quantize(source, "--method", "gptq", "--seqlen", "32", "--dataset", "nothing.txt", says=["nothing.txt"])
+
+
+@pytest.mark.parametrize("command", ["quantize", "plan", "inspect", "verify"])
+def test_a_revision_of_a_folder(refused, source, tmp_path, command):
+    output = ["-o", tmp_path / "out"] if command == "quantize" else []
+    refused(2, command, source, *output, "--revision", "v1.0", says=["v1.0", "folder"])
+
+
 def test_no_output_folder(refused, source):
     refused(2, "quantize", source, says="-o")
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from folders import read_json
 from models import relative_error, save_tiny, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -121,6 +122,51 @@ def test_lora_trains_on_top(folders):
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.1
+
+
+def _with_adapter(folder, **options):
+    peft = pytest.importorskip("peft")
+    config = enable_lora(peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, **options))
+    model = peft.get_peft_model(lowbit.load(folder, dtype=torch.float32), config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_lora_merges_and_unmerges(folders, options):
+    model = _with_adapter(folders[1], **options)
+    with torch.no_grad():
+        adapted = model(token_ids()).logits
+        with model.disable_adapter():
+            plain = model(token_ids()).logits
+        model.merge_adapter()
+        merged = model(token_ids()).logits
+        with model.disable_adapter():
+            assert torch.equal(model(token_ids()).logits, plain)
+        model.unmerge_adapter()
+        assert torch.equal(model(token_ids()).logits, adapted)
+    assert relative_error(merged, adapted) < 1e-5 and relative_error(adapted, plain) > 1e-2
+
+
+def test_a_merged_model_is_saved_as_what_it_is(folders, tmp_path):
+    model = _with_adapter(folders[1])
+    with torch.no_grad():
+        adapted = model(token_ids()).logits
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        loaded = lowbit.load(tmp_path, dtype=torch.float32)
+        assert relative_error(loaded(token_ids()).logits, adapted) < 1e-5
+    layer = loaded.model.layers[0].self_attn
+    assert type(layer.q_proj) is torch.nn.Linear and isinstance(layer.k_proj, LowbitLinear)
+    assert "model.layers.0.self_attn.q_proj" in read_json(tmp_path / "config.json")["quantization_config"]["ignore"]
+
+
+def test_adapters_that_start_by_changing_the_weight_are_refused():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(UsageError, match="init_lora_weights='pissa'"):
+        enable_lora(peft.LoraConfig(init_lora_weights="pissa"))
 
 
 def _change(folder, target, change):

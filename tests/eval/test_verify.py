@@ -120,7 +120,7 @@ CORRUPTIONS = {
     "a broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer"),
     "no licence": (lambda f: (f / "LICENSE").unlink(), "LICENSE"),
     "bits": (quantization(num_bits=8), UP.rpartition(".")[0].rpartition(".")[0]),
-    "symmetry": (quantization(symmetric=True), "config.json"),
+    "symmetry": (quantization(symmetric=True), "weight_zero_point is not expected of W4A16-G32"),
     "group size": (quantization(group_size=64), "model.layers"),
     "an ignored layer": (change_json("config.json", lambda c: c["quantization_config"]["ignore"].append(UP)), UP),
     "no quantization": (change_json("config.json", lambda c: c.pop("quantization_config")), "no quantized weights"),

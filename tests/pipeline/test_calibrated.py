@@ -397,3 +397,17 @@ def test_tied_output_embedding(tmp_path):
     with pytest.raises(UsageError, match="tied"):
         gptq(source, tmp_path / "out", lm_head=True)
     assert names(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("overrides", [[("down_proj", "W8A16-G16")], [("o_proj", "W8A16-G16")]], ids=lambda o: o[0][0])
+def test_a_mixed_folder_is_near_its_source(overrides, tmp_path):
+    """Weights of 8 bits make up for those of 2 bits before them: they are moved much further than 8 bits round."""
+    source = save_tiny(tmp_path / "source")
+    report = gptq(source, tmp_path / "out", dataset=MANY, scheme="W2A16-G16", overrides=overrides)
+    assert max(layer["moved"] for layer in report.layers if layer["scheme"].startswith("W8")) > 0.02
+    assert not [line for line in lowbit.verify(tmp_path / "out", source, run=False).failures if "source" in line]
+
+
+def test_without_drift_correction_nothing_is_moved(tmp_path):
+    report = gptq(save_tiny(tmp_path / "source"), tmp_path / "out", dataset=MANY, options={"drift": 0})
+    assert {layer["moved"] for layer in report.layers} == {0.0}

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from exit_sources import dense_model, dequantized, quantized_source
-from folders import contents, read_json, save_tokenizer, write_json
+from exit_sources import dense_model, dequantized, open_source, quantized_source
+from folders import contents, edit_config, read_json, save_tokenizer, write_json
 from models import token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, modeling_gguf_pytorch_utils
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.pipeline.export_gguf import export_gguf
-from lowbit.pipeline.gguf_architecture import Architecture, Arrangement
+from lowbit.pipeline.gguf_architecture import Architecture, Arrangement, settings_read
 
 gguf = pytest.importorskip("gguf")
 
@@ -211,6 +211,29 @@ def test_refused(name, scheme, changes, message, tmp_path):
     with pytest.raises(InputError, match=message):
         export_gguf(source, tmp_path / "model.gguf")
     assert contents(tmp_path) == before
+
+
+# Keys of other tools and of other versions of transformers (vllm-project/vllm#11765)
+UNREAD = {
+    "unsloth_version": "1", "unsloth_fixed": True, "_attn_implementation_autoset": True, "model_max_length": 64,
+    "tokenizer_class": "X", "auto_map": {"AutoModel": "x.Y"}, "transformers.js_config": {"dtype": "q4"},
+    "_name_or_path": "a/b", "keys_to_ignore_at_inference": ["x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_settings_that_nothing_reads_are_no_reason_to_refuse(name, tmp_path):
+    source = quantized_source(tmp_path, name, "W4A16-G32", **ARCHITECTURES[name])
+    edit_config(source.folder, **UNREAD)
+    export_gguf(open_source(source.folder), tmp_path / "model.gguf")
+
+
+def test_a_setting_that_is_read_though_its_class_does_not_declare_it(tmp_path):
+    """Qwen2 has no head_dim of its own, and its attention takes one where there is one."""
+    source = quantized_source(tmp_path, "qwen2", "W4A16-G32")
+    assert "head_dim" not in type(source.config)().to_dict()
+    read = settings_read(source.skeleton, source.config)
+    assert {"head_dim", "hidden_size", "rms_norm_eps"} <= read and read.isdisjoint(UNREAD.keys() - {"_name_or_path"})
 
 
 def test_scales_that_fp16_does_not_hold_are_named_and_leave_nothing(tmp_path):

@@ -53,7 +53,7 @@ class Found:
 def verification(monkeypatch) -> Found:
     """What `lowbit verify` finds."""
     found = Found()
-    monkeypatch.setattr(lowbit.eval, "verify", lambda folder: found)
+    monkeypatch.setattr(lowbit.eval, "verify", lambda folder, **options: found)
     return found
 
 

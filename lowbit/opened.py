@@ -1,0 +1,92 @@
+"""A model folder, opened once: its tensors, the skeleton of the model they belong to, and which belongs to which.
+
+Whatever asks what a folder holds asks here, so that no two parts of lowbit can answer differently.
+"""
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.extras import judge
+from lowbit.discovery import CheckpointNames, also_named, find_sites, skeleton
+from lowbit.errors import InputError
+from lowbit.sources import load_config
+from lowbit.stored import StoredWeights
+from lowbit.transformers_api import ignored_if_unexpected
+
+
+class OpenedFolder:
+    """A model folder and the model in it.
+
+    Attributes:
+        path: The folder.
+        reader, stored: Its tensors, and which of them are quantized weights.
+        config, model: The transformers config, and the model that it describes on the meta device.
+        names, sites: What tensors are called in the model, and all matrices of it.
+
+    Args:
+        path: The folder.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        InputError: The folder cannot be read, or its config describes no model that can be built.
+    """
+
+    def __init__(self, path: Path, trust_remote_code: bool = False):
+        self.path = path
+        self.reader = CheckpointReader(path)
+        self.config = load_config(path, trust_remote_code)
+        self.model = skeleton(self.config, trust_remote_code)
+        self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
+        self.stored = StoredWeights(self.reader, also_named(self.names, self.sites))
+
+    @property
+    def state(self) -> dict:
+        """The parameters of the model by name."""
+        return self.names.state
+
+    def parameter_of(self, name: str) -> str:
+        """The parameter that a stored tensor, or the base of a quantized weight, belongs to."""
+        return self.parameters_of(name)[0]
+
+    def parameters_of(self, name: str) -> list[str]:
+        """All parameters that are made of it: several, if it is split while loading."""
+        for candidate in (f"{name}.weight", name):
+            found, direct = self.names.locate(candidate)
+            if found in self.state:
+                return [found] if direct else self.names.computed(candidate)
+        return [self.names.locate(name)[0]]
+
+    @cached_property
+    def _extras(self) -> tuple[dict[str, str], dict[str, str]]:
+        # what transformers says that a family's checkpoints hold for others, such as heads that predict further tokens
+        known = ignored_if_unexpected(self.model)
+        names = []
+        for info in self.stored.plain:
+            parameters = self.parameters_of(info.name)
+            if self.state.keys().isdisjoint(parameters) and not any(
+                re.search(pattern, parameter) for pattern in known for parameter in parameters
+            ):
+                names.append(info.name)
+        return judge(self.reader, names)
+
+    @property
+    def harmless(self) -> dict[str, str]:
+        """Tensors that the model has no parameter for and that change no result, and what they are."""
+        return self._extras[0]
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Tensors that the model has no parameter for and that may change its results, and why."""
+        return self._extras[1]
+
+    def require_known(self) -> None:
+        """Raise InputError for the tensors that `lowbit.load` refuses."""
+        if self.refused:
+            name, reason = next(iter(self.refused.items()))
+            more = f" (and {len(self.refused) - 1} more such tensors)" if len(self.refused) > 1 else ""
+            raise InputError(
+                f"{name} is unknown to the model but in {self.path}: {reason}{more}; the checkpoint does not belong to "
+                "its config"
+            )
