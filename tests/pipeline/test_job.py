@@ -115,7 +115,7 @@ OTHER = {
     "head": ({"lm_head": True}, "recipe"),
     "samples": ({"num_samples": 4}, "calibration.num_samples: 128 then, 4 now"),
     "tokens": ({"dataset": IDS.flip(0)}, "tokens"),
-    "ignored": ({"ignore": ["x"]}, "recipe.ignore"),
+    "ignored": ({"ignore": ["model.norm"]}, "recipe.ignore"),
 }
 
 
