@@ -1,17 +1,46 @@
 """Lazy tensors by name over the shards of a checkpoint folder."""
 
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lowbit.checkpoint.layout import StoredTensor, read_header
+from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, read_header
 from lowbit.errors import InputError
+from lowbit.reading import open_regular, read_json
+from lowbit.records import record, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What lowbit itself reads of config.json."""
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    quantization_config: dict | None = None
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    total_size: float | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+    metadata: _Metadata | None = None
+
+
+def read_config(folder: Path) -> dict:
+    """The object in config.json; what lowbit reads of it has the types it should have. Raises InputError."""
+    path = folder / "config.json"
+    config = read_json(path, f"{folder} is not a model folder: it has no config.json")
+    record(_Config, config, str(path))
+    return config
 
 
 class CheckpointReader:
@@ -23,9 +52,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.config = _read_json(
-            self.folder / "config.json", f"{self.folder} is not a model folder: it has no config.json"
-        )
+        self.config = read_config(self.folder)
         self.files = [self.folder / name for name in self._shard_names()]
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
@@ -41,6 +68,8 @@ class CheckpointReader:
                 if tensor.name in self.tensors:
                     raise InputError(f"{tensor.name} is in both {self.tensors[tensor.name].file.name} and {file.name}")
                 self.tensors[tensor.name] = tensor
+            if len(self.tensors) > MOST_TENSORS:
+                raise InputError(f"{self.folder} holds more than {MOST_TENSORS:,} tensors: refusing to read them")
         self._check_index()
 
     @property
@@ -50,21 +79,20 @@ class CheckpointReader:
     def _shard_names(self) -> list[str]:
         self.index_size: int | None = None
         if (self.folder / INDEX_NAME).is_file():
-            index = _read_json(self.folder / INDEX_NAME)
-            self._weight_map = index.get("weight_map")
-            if not isinstance(self._weight_map, dict) or not self._weight_map:
-                raise InputError(f"{INDEX_NAME} in {self.folder} has no weight_map: download it again")
-            metadata = index.get("metadata")
-            self.index_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-            names = sorted(set(map(str, self._weight_map.values())))
+            index = record(_Index, read_json(self.folder / INDEX_NAME), str(self.folder / INDEX_NAME))
+            self._weight_map = index.weight_map
+            if not self._weight_map:
+                raise InputError(f"{INDEX_NAME} in {self.folder} has an empty weight_map: download it again")
+            self.index_size = index.metadata and index.metadata.total_size
+            names = sorted(set(self._weight_map.values()))
             for name in names:
                 # an index comes from strangers: it may only name files beside it
                 if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
                     raise InputError(
-                        f"{INDEX_NAME} names {name!r}, which is outside {self.folder}: refusing to open it"
+                        f"{INDEX_NAME} names {shown(name)}, which is outside {self.folder}: refusing to open it"
                     )
                 if not name.endswith(".safetensors"):
-                    raise InputError(f"{INDEX_NAME} names {name!r}; expected *.safetensors files only")
+                    raise InputError(f"{INDEX_NAME} names {shown(name)}; expected *.safetensors files only")
             return names
         self._weight_map = None
         if (self.folder / SINGLE_NAME).is_file():
@@ -87,8 +115,11 @@ class CheckpointReader:
         return read_tensor(self.tensors[name])
 
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
-        """Read some rows (of the first dimension) of one tensor."""
+        """Read some rows (of the first dimension) of one tensor. Raises InputError for one that it does not have."""
         info = self.tensors[name]
+        for index in indices:
+            if not info.shape or not 0 <= index < info.shape[0]:
+                raise InputError(f"{name} in {info.file.name} has shape {list(info.shape)}, and no row {index}")
         row = replace(info, shape=info.shape[1:])
         return torch.stack([read_tensor(replace(row, offset=info.offset + i * row.nbytes)) for i in indices])
 
@@ -97,7 +128,7 @@ def read_tensor(info: StoredTensor) -> torch.Tensor:
     """Read a stored tensor into memory of its own. Raises InputError if the file cannot be read or ends early."""
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     try:
-        with info.file.open("rb", buffering=0) as file:
+        with open_regular(info.file, buffering=0) as file:
             file.seek(info.offset)
             view, done = memoryview(data.numpy()), 0
             while done < info.nbytes:
@@ -108,17 +139,3 @@ def read_tensor(info: StoredTensor) -> torch.Tensor:
     except OSError as error:
         raise InputError(f"cannot read {info.name} from {info.file}: {error.strerror}") from None
     return data.view(info.dtype).view(info.shape)
-
-
-def _read_json(path: Path, missing: str | None = None) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(missing or f"{path} is missing") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds no JSON object but a {type(data).__name__}")
-    return data
