@@ -1,4 +1,4 @@
-"""JSON that strangers wrote, as typed objects: whatever it holds, it fits the dataclass or there is an error of one line.
+"""JSON that strangers wrote, as typed objects: whatever it holds, it fits the dataclass, or an error says why not.
 
 A dataclass says by its annotations what an object may hold: `str`, `int`, `float`, `bool`, `object` (anything), lists,
 tuples and dicts of those, other dataclasses, and unions. Keys that it does not name are passed over.

@@ -32,13 +32,13 @@ def side_files(folder: Path) -> list[Path]:
             continue
         if relative.as_posix() in WRITTEN_ANEW or path.name.endswith((".safetensors.index.json", ".bin.index.json")):
             continue
-        if path.is_symlink() and not _inside(path.resolve(), folder):
+        if path.is_symlink() and not is_inside(path.resolve(), folder):
             continue
         found.append(relative)
     return found
 
 
-def _inside(target: Path, folder: Path) -> bool:
+def is_inside(target: Path, folder: Path) -> bool:
     """Links within the folder, and those of the Hub cache (snapshots/<revision>/file -> blobs/<hash>), are followed."""
     folder = folder.resolve()
     blobs = folder.parent.parent / "blobs"

@@ -16,6 +16,7 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
+from lowbit.checkpoint.side_files import is_inside, side_files
 from lowbit.discovery import CheckpointNames, choose, find_sites, skeleton
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
@@ -297,13 +298,12 @@ def _side_files(folder: Folder, reference: Path | None) -> Check:
     """Files that are listed and gone; a tokenizer that loads; what the model it was made from has."""
     problems, changed = _Problems(), []
     for name, expected in (folder.manifest.files if folder.manifest else {}).items():
-        if not (folder.path / name).is_file():
+        path = folder.path / name
+        if not path.is_file() or not is_inside(path.resolve(), folder.path):
             problems.add(f"{name} was there when the folder was written, and is not now")
-        elif file_digest(folder.path / name) != expected:
+        elif file_digest(path) != expected:
             changed.append(name)
     if reference is not None:
-        from lowbit.checkpoint.side_files import side_files
-
         for relative in side_files(reference):
             if not (folder.path / relative).is_file():
                 problems.add(f"{relative} of {reference.name} is missing")
@@ -374,7 +374,11 @@ def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str 
     if source.shape != ((weight.experts,) if weight.experts else ()) + weight.shape:
         return f"is {list(weight.shape)}, {name} is not"
     matrices = list(source) if weight.experts else [source]
-    for qweight, matrix in zip(folder.stored.quantized(weight), matrices, strict=True):
+    try:
+        stored = folder.stored.quantized(weight)
+    except InputError as error:
+        return f"cannot be compared: {error}"
+    for qweight, matrix in zip(stored, matrices, strict=True):
         if found := difference(qweight, matrix):
             return f"is far from {name}: {found}"
     return None
