@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import InputError, UsageError, first_line
+from lowbit.model_size import no_larger_than
 from lowbit.scheme import Recipe, Scheme
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model
@@ -63,15 +64,24 @@ def model_class(config, trust_remote_code: bool = False):
     return transformers.AutoModelForCausalLM
 
 
-def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None) -> nn.Module:
-    """The model that a transformers config describes, on the meta device: modules and shapes, no memory."""
+def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None, tensors=None) -> nn.Module:
+    """The model that a transformers config describes, on the meta device: modules and shapes, no memory.
+
+    tensors: `TensorInfo` of the weight files that the config belongs to. Raises InputError for a model that
+    transformers cannot build, or that is larger than what they can hold.
+    """
     found = model_class(config, trust_remote_code)
     chosen = {} if dtype is None else {"dtype": dtype}
     try:
-        with nullcontext() if device is None else torch.device(device):
+        with (
+            nullcontext() if device is None else torch.device(device),
+            nullcontext() if tensors is None else no_larger_than(tensors),
+        ):
             if hasattr(found, "_from_config"):
                 return found._from_config(config, **chosen)
             return found.from_config(config, trust_remote_code=trust_remote_code, **chosen)
+    except InputError:
+        raise
     except Exception as error:  # sizes that make no sense fail anywhere
         name = (getattr(config, "architectures", None) or [config.model_type])[0]
         raise InputError(f"transformers cannot build {name}: {first_line(error)}") from None

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LINES = (
     {"errors", "memory", "read_ahead", "lowbit_kernels"},
     {"reading", "records"},
-    {"patterns", "scheme"},
+    {"model_size", "patterns", "scheme"},
     {"qweight"},
     {"grid", "ranges"},
     {"reference"},

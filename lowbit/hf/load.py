@@ -8,6 +8,7 @@ from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
 from lowbit.hf.head import quantize_head
+from lowbit.model_size import no_larger_than
 from lowbit.read_ahead import read_ahead
 from lowbit.scheme import Scheme
 from lowbit.sources import load_config, resolve
@@ -59,11 +60,14 @@ def load(
         get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
     head_scheme = Scheme.parse(lm_head) if isinstance(lm_head, str) else lm_head
     folder = resolve(path, revision)
-    CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
+    reader = CheckpointReader(
+        folder
+    )  # headers only: transformers follows an index anywhere and trips over damaged files
     read_ahead(folder)
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
+    build = no_larger_than(reader.tensors.values())(model_class(config, trust_remote_code).from_pretrained)
     try:
-        model, info = model_class(config, trust_remote_code).from_pretrained(
+        model, info = build(
             folder,
             config=config,
             device_map=device_map,

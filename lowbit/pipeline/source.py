@@ -29,7 +29,7 @@ class QuantizedFolder:
         if not self.stored.weights:
             raise InputError(f"{self.folder} holds no quantized weights: expected a quantized model")
         self.config = load_config(self.folder, trust_remote_code)
-        self.model = skeleton(self.config, trust_remote_code)
+        self.model = skeleton(self.config, trust_remote_code, tensors=self.reader.tensors.values())
         self._names, self._sites = CheckpointNames(self.model), find_sites(self.model)
 
     def site(self, name: str) -> Site | None:

@@ -67,7 +67,7 @@ class Folder:
         self.reader = CheckpointReader(path)
         self.stored = StoredWeights(self.reader)
         self.config = load_config(path, trust_remote_code)
-        self.model = skeleton(self.config, trust_remote_code)
+        self.model = skeleton(self.config, trust_remote_code, tensors=self.reader.tensors.values())
         self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
         self.manifest: Manifest | None = read_manifest(path)
         self.dtype = None if self.stored.weights else converted_dtype(path)  # of a plain model that was converted to it
