@@ -1,9 +1,9 @@
 """What a config may ask for, compared with what the weight files hold, before any of it is built.
 
 Two checks, neither of which knows an architecture. `check_counts` looks at the numbers in config.json before
-transformers does, which makes lists as long as some of them. `no_larger_than` watches a model being built: its parameters may be no
-more, and no larger, than the files have tensors for. Both leave room for what is not one to one: tied and split
-weights, codes of two bits, what is computed rather than stored.
+transformers does, which makes lists as long as some of them. `no_larger_than` watches a model being built: its
+parameters may be no more, and no larger, than the files have tensors for. Both leave room for what is not one to one:
+tied and split weights, codes of two bits, what is computed rather than stored.
 """
 
 import math

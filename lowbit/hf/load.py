@@ -60,9 +60,8 @@ def load(
         get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
     head_scheme = Scheme.parse(lm_head) if isinstance(lm_head, str) else lm_head
     folder = resolve(path, revision)
-    reader = CheckpointReader(
-        folder
-    )  # headers only: transformers follows an index anywhere and trips over damaged files
+    # headers only: transformers follows an index anywhere and trips over damaged files
+    reader = CheckpointReader(folder)
     read_ahead(folder)
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
     build = no_larger_than(reader.tensors.values())(model_class(config, trust_remote_code).from_pretrained)

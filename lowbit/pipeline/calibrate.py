@@ -57,7 +57,7 @@ class Calibration:
                 raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
         try:
             re.compile(self.redo or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"{self.redo!r} is not a regular expression: {error}") from None
 
     def to_dict(self) -> dict:
