@@ -63,7 +63,8 @@ class Job:
     """The folder `.NAME.job` of the output folder NAME.
 
     identity: what the result depends on, nested dicts of plain values. layers: {"file", "sha256", "report", "streams"}
-    of each finished one, in order; streams: digests of the hidden states behind it, of each rank. overwrite: of a run with another identity nothing is kept.
+    of each finished one, in order; streams: digests of the hidden states behind it, of each rank. overwrite: of a run
+    with another identity nothing is kept.
     """
 
     def __init__(self, target: Path, identity: dict, *, overwrite: bool = False, owner: bool = True):

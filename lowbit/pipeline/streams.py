@@ -27,9 +27,8 @@ class Streams:
 
     def check(self, expected: str | None) -> None:
         """Raise InputError unless these are the hidden states that `StreamsWriter.commit` gave this digest of."""
-        found = {
-            name: digest(read_tensor(info).view(-1).view(torch.uint8).numpy()) for name, info in self._stored.items()
-        }
+        tensors = ((name, read_tensor(info)) for name, info in self._stored.items())
+        found = {name: digest(tensor.view(-1).view(torch.uint8).numpy()) for name, tensor in tensors}
         if _digest_of(found) != expected:
             raise InputError("the hidden states are not those that were written")
 

@@ -351,7 +351,10 @@ def _source(folder: Folder, reference: Path) -> Check:
         if name not in plain and base not in folder.stored.weights:
             problems.add(f"{name} of {reference.name} is missing")
             continue
-        expected = scaled(name, source.tensor(name), edits, folder.names)
+        try:
+            expected = scaled(name, source.tensor(name), edits, folder.names)
+        except InputError as error:
+            return Check("source", False, str(error))
         if name in plain:
             here = folder.reader.tensor(name)
             if folder.dtype is not None:
