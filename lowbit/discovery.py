@@ -16,6 +16,7 @@ from torch import nn
 
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.model_size import no_larger_than
+from lowbit.records import shown
 from lowbit.scheme import Recipe, Scheme
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model
@@ -83,7 +84,7 @@ def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None,
     except InputError:
         raise
     except Exception as error:  # sizes that make no sense fail anywhere
-        name = (getattr(config, "architectures", None) or [config.model_type])[0]
+        name = shown((getattr(config, "architectures", None) or [config.model_type])[0])
         raise InputError(f"transformers cannot build {name}: {first_line(error)}") from None
 
 

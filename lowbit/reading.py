@@ -8,6 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,6 +41,19 @@ def _check_regular(path: Path, mode: int) -> None:
         raise InputError(f"{path} is a folder; expected a file")
     if not stat.S_ISREG(mode):
         raise InputError(f"{path} is a pipe, a socket or a device; expected a regular file, refusing to open it")
+
+
+def check_regular_files(folder: Path) -> None:
+    """Of a model folder: what lies there is opened by other packages too, by names of their own.
+
+    Raises InputError for a pipe, a socket or a device; hidden ones are nobody's."""
+    for inner in (folder, folder / "additional_chat_templates"):
+        with suppress(OSError), os.scandir(inner) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # a link to nowhere
+                    mode = entry.stat().st_mode
+                    if not entry.name.startswith(".") and not stat.S_ISDIR(mode):
+                        _check_regular(Path(entry.path), mode)
 
 
 def read_bytes(path: Path, missing: str | None = None, most: int = MOST_BYTES) -> bytes:

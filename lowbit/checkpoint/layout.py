@@ -15,6 +15,7 @@ import torch
 
 from lowbit.errors import InputError
 from lowbit.reading import open_regular, parse_json
+from lowbit.records import shown
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -107,18 +108,21 @@ def _stored(path: Path, start: int, name: str, entry) -> StoredTensor:
         # int64 is what torch counts in; beyond it no product below means anything
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
-    if not isinstance(entry, dict) or not is_counts(entry.get("shape")) or not is_counts(entry.get("data_offsets")):
-        raise _damaged(path, f"{name[:_LONGEST_NAME]} lacks a proper shape or data_offsets")
-    if len(name) > _LONGEST_NAME or len(entry["shape"]) > _MOST_DIMENSIONS:
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
         raise InputError(
-            f"{path.name}: {name[:_LONGEST_NAME]} has a name of {len(name)} characters and {len(entry['shape'])} "
-            f"dimensions; expected at most {_LONGEST_NAME} and {_MOST_DIMENSIONS}"
+            f"{path.name} names a tensor {shown(name)}; expected 1 to {_LONGEST_NAME} characters that can be printed"
+        )
+    if not isinstance(entry, dict) or not is_counts(entry.get("shape")) or not is_counts(entry.get("data_offsets")):
+        raise _damaged(path, f"{name} lacks a proper shape or data_offsets")
+    if len(entry["shape"]) > _MOST_DIMENSIONS:
+        raise InputError(
+            f"{path.name}: {name} has {len(entry['shape'])} dimensions; expected {_MOST_DIMENSIONS} at most"
         )
     dtype, shape, offsets = entry.get("dtype"), entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise _damaged(path, f"{name} has no dtype")
     if dtype not in DTYPES:
-        raise InputError(f"{path.name}: {name} has dtype {dtype[:20]}; expected one of {', '.join(DTYPES)}")
+        raise InputError(f"{path.name}: {name} has dtype {shown(dtype)}; expected one of {', '.join(DTYPES)}")
     tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), path, start + (offsets or [0])[0])
     if math.prod(max(n, 1) for n in shape) >= 2**63 or len(offsets) != 2 or offsets[1] - offsets[0] != tensor.nbytes:
         raise InputError(f"{path.name}: the offsets of {name} do not fit its shape: download it again")

@@ -7,7 +7,7 @@ import torch
 
 from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, read_header
 from lowbit.errors import InputError
-from lowbit.reading import open_regular, read_json
+from lowbit.reading import check_regular_files, open_regular, read_json
 from lowbit.records import record, shown
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,6 +52,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        check_regular_files(self.folder)
         self.config = read_config(self.folder)
         self.files = [self.folder / name for name in self._shard_names()]
         self.tensors: dict[str, StoredTensor] = {}
@@ -108,7 +109,9 @@ class CheckpointReader:
     def _check_index(self) -> None:
         for name, file in (self._weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].file.name != file:
-                raise InputError(f"{INDEX_NAME} says {name} is in {file}, but it is not: download the checkpoint again")
+                raise InputError(
+                    f"{INDEX_NAME} says {shown(name)} is in {file}, but it is not: download the checkpoint again"
+                )
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own."""
