@@ -16,6 +16,8 @@ from torch import nn
 from torch.func import functional_call
 
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
+from lowbit.model_size import no_larger_than
+from lowbit.records import shown
 from lowbit.scheme import Recipe, Scheme, names_module
 from lowbit.transformers_api import CheckpointNames, build
 
@@ -68,16 +70,23 @@ def model_class(config, trust_remote_code: bool = False):
     return transformers.AutoModelForCausalLM
 
 
-def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None) -> nn.Module:
-    """The model that a transformers config describes, on the meta device: modules and shapes, no memory."""
+def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None, tensors=None) -> nn.Module:
+    """The model that a transformers config describes, on the meta device: modules and shapes, no memory.
+
+    tensors: `TensorInfo` of the weight files that the config belongs to. Raises InputError for a model that
+    transformers cannot build, or that is larger than what they can hold.
+    """
     found = model_class(config, trust_remote_code)
     try:
-        with nullcontext() if device is None else torch.device(device):
+        with (
+            nullcontext() if device is None else torch.device(device),
+            nullcontext() if tensors is None else no_larger_than(tensors),
+        ):
             return build(found, config, dtype, trust_remote_code)
     except LowbitError:
         raise
     except Exception as error:  # sizes that make no sense fail anywhere
-        name = (getattr(config, "architectures", None) or [config.model_type])[0]
+        name = shown((getattr(config, "architectures", None) or [config.model_type])[0])
         raise InputError(f"transformers cannot build {name}: {first_line(error)}") from None
 
 

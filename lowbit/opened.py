@@ -36,8 +36,8 @@ class OpenedFolder:
     def __init__(self, path: Path, trust_remote_code: bool = False):
         self.path = path
         self.reader = CheckpointReader(path)
-        self.config = load_config(path, trust_remote_code)
-        self.model = skeleton(self.config, trust_remote_code)
+        self.config = load_config(path, trust_remote_code, self.reader.tensors.values())
+        self.model = skeleton(self.config, trust_remote_code, tensors=self.reader.tensors.values())
         self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
         self.stored = StoredWeights(self.reader, also_named(self.names, self.sites))
 

@@ -219,7 +219,7 @@ class Recipe:
         for pattern in (*self.ignore, *(p for p, _ in self.overrides)):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise UsageError(f"{pattern!r} is not a regular expression: {error}") from None
 
     def ignored_by(self, *names: str) -> str | None:

@@ -1,12 +1,15 @@
 """Which folder does MODEL mean: the embedded reference model, a local folder, or a repository on the Hub."""
 
 import os
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
-from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.checkpoint.reader import read_config
 from lowbit.checkpoint.remote import RemoteHeaders
 from lowbit.errors import InputError, OutputError, UsageError, first_line
+from lowbit.model_size import check_counts
 
 REFERENCE = "reference"
 # What quantizing or running a model needs; pickle weights and other frameworks' copies stay on the Hub
@@ -40,7 +43,7 @@ def open_headers(model: str | Path, revision: str | None = None, trust_remote_co
     if folder is None:
         try:
             headers = RemoteHeaders(str(model), revision)
-            return headers, load_config(headers.files, trust_remote_code)
+            return headers, load_config(headers.files, trust_remote_code, headers.tensors.values())
         except InputError as unreachable:
             try:
                 folder = _download(str(model), revision, local_files_only=True)
@@ -48,7 +51,8 @@ def open_headers(model: str | Path, revision: str | None = None, trust_remote_co
                 raise unreachable from None
     else:
         _require_hub(model, revision)
-    return CheckpointReader(folder), load_config(folder, trust_remote_code)
+    reader = CheckpointReader(folder)
+    return reader, load_config(folder, trust_remote_code, reader.tensors.values())
 
 
 def _local(model: str | Path) -> Path | None:
@@ -95,18 +99,23 @@ def _download(name: str, revision: str | None, **hub) -> Path:
         raise InputError(f"cannot download {name}: {first_line(error)}") from None
 
 
-def load_config(folder: Path, trust_remote_code: bool = False):
-    """The transformers config of a model folder. Raises InputError, never runs remote code unless asked."""
+def load_config(folder: Path, trust_remote_code: bool = False, tensors: Iterable[TensorInfo] | None = None):
+    """The transformers config of a model folder. tensors: of its weight files, read where a number in the config makes
+    it necessary. Raises InputError, never runs remote code unless asked."""
     from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    check_counts(read_config(folder), _stored(folder) if tensors is None else tensors)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers checks little: whatever it stumbles over comes from this file
         reason = first_line(error)
         hint = " (pass --trust-remote-code if you trust its author)" if "trust_remote_code" in str(error) else ""
         raise InputError(f"cannot read {folder / 'config.json'}: {reason}{hint}") from None
+
+
+def _stored(folder: Path) -> Iterator[TensorInfo]:
+    """Opens the folder when the first one is asked for."""
+    yield from CheckpointReader(folder).tensors.values()
 
 
 def check_apart(source: Path, target: Path) -> None:

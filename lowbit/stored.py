@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.checkpoint.checked import read_checked
 from lowbit.checkpoint.extras import judge
 from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
@@ -20,6 +21,10 @@ from lowbit.formats import detect_format, get_format
 from lowbit.formats.bitpack import unpack
 from lowbit.qweight import QuantWeight, input_grid
 from lowbit.scheme import Scheme
+
+_MOST_CODES = 16  # in a word of 32 bits, of 2 bits each
+# What other writers store in 32 or in 64 bits
+_ANY_INTEGER = ("weight_shape", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,12 @@ class StoredWeights:
         return get_format(self.format)
 
     def quantized(self, weight: StoredWeight) -> list[QuantWeight]:
-        """Read a weight: one matrix, or one for each of its experts."""
-        return self.unpacked(weight, {suffix: self.reader.tensor(info.name) for suffix, info in weight.tensors.items()})
+        """Read a weight: one matrix, or one for each of its experts. Raises InputError for NaN and infinite scales."""
+        tensors = {suffix: read_checked(self.reader, info.name) for suffix, info in weight.tensors.items()}
+        return self.unpacked(weight, tensors)
 
     def unpacked(self, weight: StoredWeight, tensors: dict[str, torch.Tensor]) -> list[QuantWeight]:
-        """The same, of tensors that were read already."""
+        """The same, of tensors that were read already, whatever their scales are."""
         if not weight.experts:
             return [self._unpack(weight, tensors)]
         each = ({suffix: tensor[e] for suffix, tensor in tensors.items()} for e in range(weight.experts))
@@ -124,12 +130,13 @@ class StoredWeights:
         for suffix in required:
             if suffix not in tensors:
                 raise InputError(f"{base}.{suffix} is not in the checkpoint: it is incomplete")
+        _check_kinds(tensors)
         lead = tensors[required[0]].shape[:-2]
-        if len(lead) > self.fmt.FUSED_EXPERTS or len(tensors[required[0]].shape) < 2:
+        if len(lead) > self.fmt.FUSED_EXPERTS or len(tensors[required[0]].shape) < 2 or 0 in lead:
             raise InputError(f"{base} is not stored as a matrix: the checkpoint is damaged, or not {self.format}")
         shape = self.config.shape(tensors, scheme)
         if shape is None:
-            shape = self._stored_shape(tensors["weight_shape"], lead)
+            shape = self._stored_shape(tensors["weight_shape"], tensors[required[0]])
         if min(shape) < 1 or not scheme.fits(shape[1]):
             raise InputError(f"{base} is {list(shape)}, which group_size {scheme.group_size} does not divide")
         weight = StoredWeight(base, tensors, scheme, shape, experts=lead[0] if lead else 0)
@@ -141,10 +148,19 @@ class StoredWeights:
                 raise InputError(f"{name} is not expected of {scheme.name}: {reason}")
         return replace(weight, act_order=self._has_act_order(weight))
 
-    def _stored_shape(self, info: TensorInfo, lead: tuple[int, ...]) -> tuple[int, int]:
-        if info.shape != (*lead, 2):
-            raise InputError(f"{info.name} has shape {list(info.shape)}, expected {[*lead, 2]}")
-        return tuple(self.reader.tensor(info.name).view(-1, 2)[0].tolist())
+    def _stored_shape(self, info: TensorInfo, packed: TensorInfo) -> tuple[int, int]:
+        """packed: the tensor of the codes, which bounds what the shape may be."""
+        *lead, rows, words = packed.shape
+        if info.shape != (*lead, 2) or info.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"{info.name} is {info.dtype} of shape {list(info.shape)}, expected torch.int64 of {[*lead, 2]}"
+            )
+        first, *others = map(tuple, self.reader.tensor(info.name).view(-1, 2).tolist())
+        if first[0] != rows or not 0 < first[1] <= words * _MOST_CODES or any(other != first for other in others):
+            raise InputError(
+                f"{info.name} holds {list(first)}, which {packed.name} of {[*lead, rows, words]} cannot be"
+            )
+        return first
 
     def _check_shapes(self, weight: StoredWeight, lead: tuple[int, ...]) -> None:
         written = self.fmt.pack(QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype))
@@ -154,6 +170,9 @@ class StoredWeights:
             expected = (*lead, *written[suffix].shape) if suffix in written else info.shape
             if info.shape != expected and suffix not in older:
                 raise InputError(f"{info.name} has shape {list(info.shape)}, expected {list(expected)}")
+            of_codes = suffix in written and suffix not in _ANY_INTEGER and not info.dtype.is_floating_point
+            if of_codes and info.dtype != written[suffix].dtype:
+                raise InputError(f"{info.name} is {info.dtype}, expected {written[suffix].dtype}")
 
     def _check_inputs(self, weight: StoredWeight) -> None:
         """The grid of static activations: one number each, that every token depends on."""
@@ -197,6 +216,15 @@ class StoredWeights:
         return bool((zeros == weight.scheme.middle).all())
 
 
+def _check_kinds(tensors: dict[str, TensorInfo]) -> None:
+    """Scales are floating numbers of 16 bits or more, all else are integers."""
+    for suffix, info in tensors.items():
+        is_scale = suffix.endswith(("scale", "scales"))
+        if info.dtype.is_floating_point != is_scale or (is_scale and info.dtype.itemsize < 2):
+            expected = "a floating dtype of 16 bits or more" if is_scale else "integers"
+            raise InputError(f"{info.name} is {info.dtype}, expected {expected}: the checkpoint is damaged")
+
+
 def _split(tensor: TensorInfo, suffixes: tuple[str, ...]) -> tuple[str, str | None]:
     """`x.weight_scale` -> (x, weight_scale); a fused `x.gate_up_proj_scale` -> (x.gate_up_proj, weight_scale). A
     `weight` under its own name is one of codes if it is int8."""
@@ -230,7 +258,7 @@ def summarize(folder: Path) -> dict:
         add(str(tensor.dtype).removeprefix("torch."), tensor.numel, tensor.nbytes)
     totals = [sum(column) for column in zip(*parts.values(), strict=True)]
     return {
-        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type", "unknown")])[0],
+        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type") or "unknown"])[0],
         "format": stored.format,
         "files": len(reader.files),
         "parameters": totals[1],

@@ -133,3 +133,55 @@ def test_config_of_other_bits(quantize):
     edit_quantization(folder, bits=8)
     with pytest.raises(InputError):
         stored(folder)
+
+
+def retyped(suffix: str, make):
+    def change(tensors):
+        tensors[f"{UP}.{suffix}"] = make(tensors[f"{UP}.{suffix}"])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix", "make", "says"),
+    [
+        ("compressed-tensors", "weight_scale", lambda t: t.int(), "weight_scale is torch.int32, expected a floating"),
+        ("gptq", "scales", lambda t: t.int(), "scales is torch.int32, expected a floating"),
+        ("awq", "scales", lambda t: t.to(torch.float8_e5m2), "scales is torch.float8_e5m2, expected a floating"),
+        ("gptq", "qweight", lambda t: t.float(), "qweight is torch.float32, expected integers"),
+        ("gptq", "qzeros", lambda t: t.long(), "qzeros is torch.int64, expected torch.int32"),
+        ("compressed-tensors", "weight_packed", lambda t: t.long(), "weight_packed is torch.int64"),
+        ("compressed-tensors", "weight_shape", lambda t: t.double(), "weight_shape is torch.float64"),
+        ("compressed-tensors", "weight_shape", lambda t: t.to(torch.uint64), "weight_shape is torch.uint64"),
+        ("compressed-tensors", "weight_shape", lambda t: torch.full_like(t, 2**62), "weight_shape holds"),
+        ("compressed-tensors", "weight_shape", lambda t: -t, "weight_shape holds"),
+        ("compressed-tensors", "weight_shape", lambda t: t * torch.tensor([1, 99]), "weight_shape holds"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(format, suffix, make, says, quantize):
+    folder = quantize("W4A16_ASYM-G32", format)
+    edit_tensors(folder, retyped(suffix, make))
+    with pytest.raises(InputError, match=f"{re.escape(UP)}.{says}") as caught:
+        stored(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize(
+    ("format", "suffix"), [("compressed-tensors", "weight_scale"), ("gptq", "scales"), ("awq", "scales")]
+)
+def test_scales_that_are_not_finite_are_damage_in_every_command(format, suffix, value, quantize, dense, tmp_path):
+    folder = quantize("W4A16_ASYM-G32", format)
+    edit_tensors(folder, lambda tensors: tensors[f"{UP}.{suffix}"][1].fill_(value))
+    other = "gptq" if format == "compressed-tensors" else "compressed-tensors"
+    for call in (
+        lambda: lowbit.load(folder),
+        lambda: lowbit.dequantize(folder, tmp_path / "out"),
+        lambda: lowbit.dequantize(folder, tmp_path / "out", dtype="bfloat16"),
+        lambda: lowbit.convert(folder, tmp_path / "out", format=other),
+    ):
+        with pytest.raises(InputError, match=f"{re.escape(UP)}.*NaN or infinite"):
+            call()
+    assert not (tmp_path / "out").exists()
+    failures = lowbit.verify(folder, dense, run=False).failures
+    assert any("NaN or infinite" in failure for failure in failures)

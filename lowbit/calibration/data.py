@@ -6,13 +6,14 @@ training split, and only as many as it needs.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from lowbit.calibration.stdlib import sources
 from lowbit.errors import InputError, UsageError, first_line
+from lowbit.records import record
 
 # Names people use -> (data set on the Hub, config, split that is evaluated on, text column)
 KNOWN = {
@@ -248,7 +249,12 @@ class _Cells(Sequence):
     def __getitem__(self, index: int) -> Document:
         if index >= len(self):
             raise IndexError(index)
-        return _document(self.cells[index].as_py(), f"{self.name}, row {index + 1}")
+        where = f"{self.name}, row {index + 1}"
+        try:
+            value = self.cells[index].as_py()
+        except UnicodeDecodeError:
+            raise InputError(f"{where} is not UTF-8 text") from None
+        return _document(value, where)
 
 
 # Data sets, of the Hub and of the disk
@@ -384,17 +390,35 @@ def _document(value, where: str) -> Document:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value
+        return _unicode(value, where)
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
         return [_message(message, where) for message in value]
     raise InputError(f"{where} holds a {type(value).__name__}; expected a text, or a list of messages with a role each")
 
 
+@dataclass(frozen=True)
+class _Message:
+    role: str | None = None
+    content: str | list[object] | dict | None = None
+    speaker: str | None = field(default=None, metadata={"key": "from"})
+    value: str | None = None
+
+
 def _message(message: dict, where: str) -> dict:
     # tables fill what other messages have and this one has not with null
     message = {key: value for key, value in message.items() if value is not None}
+    record(_Message, message, where)
     if "from" in message and "value" in message:
         return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
     if "role" not in message:
         raise InputError(f"{where}: a message has {', '.join(message) or 'nothing'}; expected role and content")
     return message
+
+
+def _unicode(text: str, where: str) -> str:
+    """Raises InputError for half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: the text has half of a surrogate pair at {error.start}; expected Unicode") from None
+    return text

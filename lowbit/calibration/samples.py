@@ -98,7 +98,9 @@ def calibration_samples(
     if texts is None:
         options = {"num_samples": num_samples, "seqlen": seqlen, "seed": seed}
         ids = sample_from_model(folder, **options, trust_remote_code=trust_remote_code, progress=progress)
-        return Samples(_checked(ids, vocabulary, "text sampled from the model"), f"sampled from the model, seed {seed}")
+        return Samples(
+            checked_ids(ids, vocabulary, "text sampled from the model"), f"sampled from the model, seed {seed}"
+        )
     if texts.whole is not None:
         stream = _spread(texts.whole, encode, num_samples, seqlen, seed)
     else:
@@ -108,7 +110,7 @@ def calibration_samples(
             raise encode.refused[0]
         announce(f"{len(encode.refused)} chats were left out: {encode.refused[0]}")
     ids = _windows(stream, num_samples, seqlen, texts.name, announce)
-    return Samples(_checked(ids, vocabulary, f"{texts.name} in the tokens of {folder}"), texts.name)
+    return Samples(checked_ids(ids, vocabulary, f"{texts.name} in the tokens of {folder}"), texts.name)
 
 
 # Token ids that are given
@@ -168,21 +170,24 @@ def _from_numpy(array: np.ndarray, what: str) -> torch.Tensor:
 
 
 def _as_given(ids, what, num_samples, vocabulary, context, announce) -> Samples:
+    ids = checked_ids(ids, vocabulary, what)
+    if context is not None and ids.shape[1] > context:
+        announce(f"only the first {context} of {ids.shape[1]} tokens of each sample are used, the model's context")
+    if ids.shape[0] > num_samples:
+        announce(f"only the first {num_samples} of {ids.shape[0]} samples are used")
+    return Samples(ids[:num_samples, :context].clone(), what)
+
+
+def checked_ids(ids: torch.Tensor, vocabulary: int, what: str) -> torch.Tensor:
+    """int64 [samples, seqlen]. Beyond its range (uint64) ids wrap around to negative ones, which are refused.
+
+    Raises InputError for what is no such ids, naming `what` they are of."""
     if ids.dtype not in _INTEGERS:
         raise InputError(f"{what}: the ids are {str(ids.dtype).removeprefix('torch.')}; expected integers")
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise InputError(
             f"{what}: the ids are {list(ids.shape)}; expected [samples, seqlen] with 2 or more tokens each"
         )
-    if context is not None and ids.shape[1] > context:
-        announce(f"only the first {context} of {ids.shape[1]} tokens of each sample are used, the model's context")
-    if ids.shape[0] > num_samples:
-        announce(f"only the first {num_samples} of {ids.shape[0]} samples are used")
-    return Samples(_checked(ids, vocabulary, what)[:num_samples, :context].clone(), what)
-
-
-def _checked(ids: torch.Tensor, vocabulary: int, what: str) -> torch.Tensor:
-    """int64. Beyond its range (uint64) ids wrap around to negative ones, which are refused."""
     ids = ids.to(torch.int64)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import InputError
+from lowbit.reading import open_regular, parse_json
+from lowbit.records import shown
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -24,6 +26,12 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What the safetensors package itself refuses beyond; a longer header is a damaged or hostile file
 _LONGEST_HEADER = 100_000_000
+# In all files of a checkpoint; the largest models with a tensor for each expert have 300,000
+MOST_TENSORS = 500_000
+# A tensor of a header is an object with two lists, and some ten commas
+_MOST_VALUES = 16 * MOST_TENSORS
+_LONGEST_NAME = 512  # characters
+_MOST_DIMENSIONS = 16  # torch stops at 64, in some operations earlier
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def read_header(path: Path) -> list[StoredTensor]:
     As strict as the safetensors package: a name twice, tensors that overlap and holes between them are refused too.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
@@ -65,8 +73,8 @@ def read_header(path: Path) -> list[StoredTensor]:
                 f"{path.name} is not a whole safetensors file ({size} bytes, header of {length}): download it again"
             )
         try:
-            header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
-        except (ValueError, RecursionError) as error:
+            header = parse_json(file.read(length), "it", _MOST_VALUES, _without_repeats)
+        except InputError as error:
             raise _damaged(path, str(error)) from None
     if not isinstance(header, dict):
         raise _damaged(path, "not an object")
@@ -100,13 +108,21 @@ def _stored(path: Path, start: int, name: str, entry) -> StoredTensor:
         # int64 is what torch counts in; beyond it no product below means anything
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise InputError(
+            f"{path.name} names a tensor {shown(name)}; expected 1 to {_LONGEST_NAME} characters that can be printed"
+        )
     if not isinstance(entry, dict) or not is_counts(entry.get("shape")) or not is_counts(entry.get("data_offsets")):
         raise _damaged(path, f"{name} lacks a proper shape or data_offsets")
+    if len(entry["shape"]) > _MOST_DIMENSIONS:
+        raise InputError(
+            f"{path.name}: {name} has {len(entry['shape'])} dimensions; expected {_MOST_DIMENSIONS} at most"
+        )
     dtype, shape, offsets = entry.get("dtype"), entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
         raise _damaged(path, f"{name} has no dtype")
     if dtype not in DTYPES:
-        raise InputError(f"{path.name}: {name} has dtype {dtype[:20]}; expected one of {', '.join(DTYPES)}")
+        raise InputError(f"{path.name}: {name} has dtype {shown(dtype)}; expected one of {', '.join(DTYPES)}")
     tensor = StoredTensor(name, DTYPES[dtype], tuple(shape), path, start + (offsets or [0])[0])
     if math.prod(max(n, 1) for n in shape) >= 2**63 or len(offsets) != 2 or offsets[1] - offsets[0] != tensor.nbytes:
         raise InputError(f"{path.name}: the offsets of {name} do not fit its shape: download it again")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.errors import InputError
+from lowbit.reading import open_regular, read_json
+from lowbit.records import record, shown
 from lowbit.safe_files import write_whole
 
 MANIFEST_NAME = "lowbit_manifest.json"
@@ -29,8 +31,12 @@ def digest(data) -> str:
 
 
 def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file. Raises InputError where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def listed_files(folder: Path) -> list[Path]:
@@ -56,8 +62,13 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(dict(data["tensors"]), dict(data["files"]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}): download it again") from None
+    manifest = record(Manifest, read_json(path), str(path))
+    for name in manifest.files:
+        # a manifest comes from strangers: it may only name files of the folder
+        if not _is_inside(name):
+            raise InputError(f"{path} names {shown(name)}, which is no file of {folder}: download it again")
+    return manifest
+
+
+def _is_inside(name: str) -> bool:
+    return bool(name) and "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))

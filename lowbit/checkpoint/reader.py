@@ -4,15 +4,16 @@ What a folder holds is decided here, by the rules of transformers, so that whate
 that `transformers_weights` in config.json names, else `model.safetensors`, else the shards of the index.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lowbit.checkpoint.layout import StoredTensor, read_header
+from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, read_header
 from lowbit.errors import InputError
+from lowbit.reading import check_regular_files, open_regular, read_json
+from lowbit.records import record, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -23,6 +24,34 @@ _OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _ADAPTER_NAME = "adapter_config.json"
 # The key of config.json by which transformers lets a folder name its weight file
 _WEIGHTS_KEY = "transformers_weights"
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What lowbit itself reads of config.json."""
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    quantization_config: dict | None = None
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    total_size: float | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+    metadata: _Metadata | None = None
+
+
+def read_config(folder: Path) -> dict:
+    """The object in config.json; what lowbit reads of it has the types it should have. Raises InputError."""
+    path = folder / "config.json"
+    config = read_json(path, f"{folder} is not a model folder: it has no config.json")
+    record(_Config, config, str(path))
+    return config
 
 
 class CheckpointReader:
@@ -39,9 +68,8 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path, files: Sequence[str | Path] | None = None):
         self.folder = Path(folder)
-        self.config = _read_json(
-            self.folder / "config.json", f"{self.folder} is not a model folder: it has no config.json"
-        )
+        check_regular_files(self.folder)
+        self.config = read_config(self.folder)
         self.index: str | None = None
         self.index_size: int | None = None
         self._weight_map: dict | None = None
@@ -62,6 +90,8 @@ class CheckpointReader:
                 if tensor.name in self.tensors:
                     raise InputError(f"{tensor.name} is in both {self.tensors[tensor.name].file.name} and {file.name}")
                 self.tensors[tensor.name] = tensor
+            if len(self.tensors) > MOST_TENSORS:
+                raise InputError(f"{self.folder} holds more than {MOST_TENSORS:,} tensors: refusing to read them")
         self._check_index()
 
     @property
@@ -76,7 +106,8 @@ class CheckpointReader:
         if said is None and any(name.endswith(".qweight") for name in self.tensors):
             for name, method in _OLD_CONFIGS.items():
                 if (self.folder / name).is_file():
-                    return {"quant_method": method, **_read_json(self.folder / name)}
+                    said = record(dict, read_json(self.folder / name), str(self.folder / name))
+                    return {"quant_method": method, **said}
         return said
 
     @property
@@ -95,7 +126,7 @@ class CheckpointReader:
             suffixes = (".safetensors", ".safetensors.index.json")
             if not isinstance(named, str) or not _is_beside(named) or not named.endswith(suffixes):
                 raise InputError(
-                    f"{_WEIGHTS_KEY} in {self.folder / 'config.json'} is {named!r}; expected the name of a "
+                    f"{_WEIGHTS_KEY} in {self.folder / 'config.json'} is {shown(named)}; expected the name of a "
                     f"*{suffixes[0]} or *{suffixes[1]} file beside it"
                 )
             if not (self.folder / named).is_file():
@@ -114,33 +145,40 @@ class CheckpointReader:
         raise InputError(f"{self.folder} has no {SINGLE_NAME} and no {INDEX_NAME}: expected safetensors weights there")
 
     def _shard_names(self, index_name: str) -> list[str]:
-        self.index, index = index_name, _read_json(self.folder / index_name)
-        self._weight_map = index.get("weight_map")
-        if not isinstance(self._weight_map, dict) or not self._weight_map:
-            raise InputError(f"{index_name} in {self.folder} has no weight_map: download it again")
-        metadata = index.get("metadata")
-        self.index_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-        names = sorted(set(map(str, self._weight_map.values())))
+        path = self.folder / index_name
+        self.index, index = index_name, record(_Index, read_json(path), str(path))
+        self._weight_map = index.weight_map
+        if not self._weight_map:
+            raise InputError(f"{index_name} in {self.folder} has an empty weight_map: download it again")
+        self.index_size = index.metadata and index.metadata.total_size
+        names = sorted(set(self._weight_map.values()))
         for name in names:
             # an index comes from strangers: it may only name files beside it
             if not _is_beside(name):
-                raise InputError(f"{index_name} names {name!r}, which is outside {self.folder}: refusing to open it")
+                raise InputError(
+                    f"{index_name} names {shown(name)}, which is outside {self.folder}: refusing to open it"
+                )
             if not name.endswith(".safetensors"):
-                raise InputError(f"{index_name} names {name!r}; expected *.safetensors files only")
+                raise InputError(f"{index_name} names {shown(name)}; expected *.safetensors files only")
         return names
 
     def _check_index(self) -> None:
         for name, file in (self._weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].file.name != file:
-                raise InputError(f"{self.index} says {name} is in {file}, but it is not: download the checkpoint again")
+                raise InputError(
+                    f"{self.index} says {shown(name)} is in {file}, but it is not: download the checkpoint again"
+                )
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own."""
         return read_tensor(self.tensors[name])
 
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
-        """Read some rows (of the first dimension) of one tensor."""
+        """Read some rows (of the first dimension) of one tensor. Raises InputError for one that it does not have."""
         info = self.tensors[name]
+        for index in indices:
+            if not info.shape or not 0 <= index < info.shape[0]:
+                raise InputError(f"{name} in {info.file.name} has shape {list(info.shape)}, and no row {index}")
         row = replace(info, shape=info.shape[1:])
         return torch.stack([read_tensor(replace(row, offset=info.offset + i * row.nbytes)) for i in indices])
 
@@ -168,7 +206,7 @@ def read_tensor(info: StoredTensor) -> torch.Tensor:
     """Read a stored tensor into memory of its own. Raises InputError if the file cannot be read or ends early."""
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     try:
-        with info.file.open("rb", buffering=0) as file:
+        with open_regular(info.file, buffering=0) as file:
             file.seek(info.offset)
             view, done = memoryview(data.numpy()), 0
             while done < info.nbytes:
@@ -179,17 +217,3 @@ def read_tensor(info: StoredTensor) -> torch.Tensor:
     except OSError as error:
         raise InputError(f"cannot read {info.name} from {info.file}: {error.strerror}") from None
     return data.view(info.dtype).view(info.shape)
-
-
-def _read_json(path: Path, missing: str | None = None) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(missing or f"{path} is missing") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds no JSON object but a {type(data).__name__}")
-    return data

@@ -1,10 +1,9 @@
 """The headers of a repository on the Hub, read by HTTP range requests: what a plan needs, without a download."""
 
-import json
 from pathlib import Path
 
 from lowbit.checkpoint.layout import DTYPES, TensorInfo
-from lowbit.checkpoint.reader import quantization_in
+from lowbit.checkpoint.reader import quantization_in, read_config
 from lowbit.errors import InputError, first_line
 
 
@@ -21,7 +20,7 @@ class RemoteHeaders:
         self.folder = Path(repository)  # for messages
         try:
             path = Path(hf_hub_download(repository, "config.json", revision=revision))
-            self.config, self.files = json.loads(path.read_text(encoding="utf-8")), path.parent
+            self.config, self.files = read_config(path.parent), path.parent
             metadata = HfApi().get_safetensors_metadata(repository, revision=revision)
         except NotASafetensorsRepoError:
             raise InputError(f"{repository} has no safetensors weights: expected them on the Hub") from None

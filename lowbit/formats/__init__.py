@@ -24,6 +24,7 @@ what the layers of lowbit load.
 from importlib import import_module
 
 from lowbit.errors import InputError, UsageError
+from lowbit.records import shown
 
 FORMATS = {
     "compressed-tensors": "lowbit.formats.compressed_tensors",
@@ -44,4 +45,6 @@ def detect_format(config: dict) -> str:
         if get_format(name).detect(config):
             return name
     method = config.get("quant_method")
-    raise InputError(f"quantization method {method!r} is not one lowbit reads; expected one of: {', '.join(FORMATS)}")
+    raise InputError(
+        f"quantization method {shown(method)} is not one lowbit reads; expected one of: {', '.join(FORMATS)}"
+    )

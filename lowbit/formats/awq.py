@@ -7,6 +7,7 @@ them.
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,7 @@ from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import unpack
 from lowbit.qweight import QuantWeight
+from lowbit.records import record, shown
 from lowbit.scheme import Scheme
 
 METHOD = "awq"
@@ -78,17 +80,28 @@ def parse(quantization_config: Mapping) -> "StoredAWQ":
     return StoredAWQ(quantization_config)
 
 
+@dataclass(frozen=True)
+class _Config:
+    """What is read of the `quantization_config`; AutoAWQ has two names for some of it."""
+
+    version: str = "gemm"
+    bits: int | None = None
+    w_bit: int | None = None
+    group_size: int | None = None
+    q_group_size: int | None = None
+
+
 class StoredAWQ:
     """What the config of an AWQ checkpoint says: one scheme for whatever is stored quantized."""
 
     exhaustive, silent_on_symmetry = False, True
 
     def __init__(self, quantization_config: Mapping):
-        version = str(quantization_config.get("version", "gemm")).lower()
-        if version != "gemm":
-            raise InputError(f"awq version {version!r} cannot be read; expected 'gemm'")
-        bits = quantization_config.get("bits", quantization_config.get("w_bit"))
-        group_size = quantization_config.get("group_size", quantization_config.get("q_group_size"))
+        config = record(_Config, quantization_config, "quantization_config")
+        if config.version.lower() != "gemm":
+            raise InputError(f"awq version {shown(config.version)} cannot be read; expected 'gemm'")
+        bits = config.w_bit if config.bits is None else config.bits
+        group_size = config.q_group_size if config.group_size is None else config.group_size
         if bits != _BITS:
             raise InputError(f"awq with {bits!r} bits cannot be read; expected {_BITS}")
         try:

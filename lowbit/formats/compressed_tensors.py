@@ -8,15 +8,17 @@ where activations are static: `input_scale` [1], `input_zero_point` int8 [1] (as
 compressed-tensors package; facts that are easy to get wrong are marked below.
 """
 
-import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import packed_width, unpack
+from lowbit.patterns import Patterns
 from lowbit.qweight import QuantWeight, input_grid
+from lowbit.records import record, shown
 from lowbit.scheme import PER_CHANNEL, Activations, Scheme
 
 METHOD = "compressed-tensors"
@@ -182,26 +184,60 @@ def detect(quantization_config: Mapping) -> bool:
     return quantization_config.get("quant_method") == METHOD
 
 
-def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
-    stored = group.get("format") or fallback_format
+@dataclass(frozen=True)
+class _Args:
+    """How weights, or activations, are quantized."""
+
+    num_bits: int | None = None
+    type: str = "int"
+    symmetric: bool = True
+    strategy: str | None = None
+    group_size: int | None = None
+    dynamic: bool | str = False
+    actorder: bool | str | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    targets: list[str] | None = None
+    weights: _Args | None = None
+    input_activations: _Args | None = None
+    output_activations: dict | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is read of the `quantization_config`."""
+
+    config_groups: dict[str, _Group]
+    quantization_status: str | None = None
+    format: str | None = None
+    ignore: list[str] | None = None
+    transform_config: dict | None = None
+
+
+def _scheme_of(group: _Group, fallback_format: str | None) -> Scheme:
+    stored = group.format or fallback_format
     if stored not in (_PACK, _INT):
-        raise InputError(f"compressed-tensors format {stored!r} is not of integers; expected {_PACK!r} or {_INT!r}")
-    weights = group.get("weights") or {}
-    if weights.get("type", "int") != "int":
-        raise InputError(f"weights of type {weights['type']!r} cannot be read; expected 'int'")
-    if group.get("output_activations"):
+        raise InputError(
+            f"compressed-tensors format {shown(stored)} is not of integers; expected {_PACK!r} or {_INT!r}"
+        )
+    weights = group.weights or _Args()
+    if weights.type != "int":
+        raise InputError(f"weights of type {shown(weights.type)} cannot be read; expected 'int'")
+    if group.output_activations:
         raise InputError("output_activations are quantized in this checkpoint; expected those of inputs at most")
-    if weights.get("actorder") in ("group", "dynamic"):
+    if weights.actorder in ("group", "dynamic"):
         raise InputError(
             "actorder 'group' needs g_idx, which pack-quantized no longer carries; expected null or 'static'"
         )
-    strategy = weights.get("strategy")
-    if strategy not in ("group", "channel"):
-        raise InputError(f"strategy {strategy!r} cannot be read; expected 'group' or 'channel'")
-    group_size = PER_CHANNEL if strategy == "channel" else weights.get("group_size")
+    if weights.strategy not in ("group", "channel"):
+        raise InputError(f"strategy {shown(weights.strategy)} cannot be read; expected 'group' or 'channel'")
+    group_size = PER_CHANNEL if weights.strategy == "channel" else weights.group_size
     try:
-        activations = _activations_of(group.get("input_activations"))
-        scheme = Scheme(weights.get("num_bits"), group_size, weights.get("symmetric", True), activations)
+        activations = _activations_of(group.input_activations)
+        scheme = Scheme(weights.num_bits, group_size, weights.symmetric, activations)
     except UsageError as error:
         raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
     if stored != _stored_as(scheme):
@@ -209,16 +245,16 @@ def _scheme_of(group: Mapping, fallback_format: str | None) -> Scheme:
     return scheme
 
 
-def _activations_of(args: Mapping | None) -> Activations | None:
-    if not args:
+def _activations_of(args: _Args | None) -> Activations | None:
+    if args is None:
         return None
-    if args.get("type", "int") != "int":
-        raise InputError(f"input_activations of type {args['type']!r} cannot be read; expected 'int'")
-    activations = Activations(args.get("num_bits"), args.get("symmetric", True), args.get("strategy"))
-    if args.get("dynamic", False) is activations.static:
+    if args.type != "int":
+        raise InputError(f"input_activations of type {shown(args.type)} cannot be read; expected 'int'")
+    activations = Activations(args.num_bits, args.symmetric, args.strategy)
+    if args.dynamic is activations.static:
         raise InputError(
             f"input_activations of strategy {activations.strategy!r} are expected to "
-            f"{'be static' if activations.static else 'be dynamic'}, found dynamic {args.get('dynamic', False)}"
+            f"{'be static' if activations.static else 'be dynamic'}, found dynamic {shown(args.dynamic)}"
         )
     return activations
 
@@ -230,33 +266,30 @@ class SchemeMap:
     exhaustive, silent_on_symmetry = True, False
 
     def __init__(self, quantization_config: Mapping):
-        status = quantization_config.get("quantization_status")
-        if status != "compressed":
-            raise InputError(f"quantization_status is {status!r}, expected 'compressed': the weights are not packed")
-        self.ignore = list(quantization_config.get("ignore") or ())
+        config = record(_Config, quantization_config, "quantization_config")
+        if config.quantization_status != "compressed":
+            raise InputError(
+                f"quantization_status is {shown(config.quantization_status)}, expected 'compressed': the weights are "
+                "not packed"
+            )
         self.targets: dict[str, Scheme] = {}
-        if quantization_config.get("transform_config"):
+        if config.transform_config:
             raise InputError("the checkpoint has a transform_config (rotated activations); expected plain weights")
-        groups = quantization_config.get("config_groups")
-        if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-            raise InputError(f"config_groups is {groups!r}; expected targets and weights of each group")
-        for name, group in groups.items():
-            if not group.get("targets"):
-                raise InputError(f"config group {name} has no targets; expected class names, module names or regexes")
-            scheme = _scheme_of(group, quantization_config.get("format"))
-            self.targets.update(dict.fromkeys(group["targets"], scheme))
-        for target in (*self.ignore, *self.targets):
-            try:
-                re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-            except re.error as error:
-                raise InputError(f"target {target!r} is not a regular expression: {error}") from None
+        for name, group in config.config_groups.items():
+            if not group.targets:
+                raise InputError(
+                    f"config group {shown(name)} has no targets; expected class names, module names or regexes"
+                )
+            self.targets.update(dict.fromkeys(group.targets, _scheme_of(group, config.format)))
+        self._ignored = _Targets(config.ignore or (), "quantization_config.ignore")
+        self._chosen = _Targets(self.targets, "targets of quantization_config")
 
     def lookup(self, names: Iterable[str], class_name: str) -> Scheme | None:
         """The scheme of a module known under any of `names`, None if it is not quantized."""
         names = list(names)
-        if _first_match(self.ignore, names, class_name) is not None:
+        if self._ignored.first(names, class_name) is not None:
             return None
-        target = _first_match(self.targets, names, class_name)
+        target = self._chosen.first(names, class_name)
         return None if target is None else self.targets[target]
 
     def required(self, scheme: Scheme) -> tuple[str, ...]:
@@ -298,12 +331,20 @@ def companions(quantization_config: dict) -> dict[str, dict]:
     return {}
 
 
-def _first_match(targets: Iterable[str], names: list[str], class_name: str) -> str | None:
-    targets = list(targets)
-    for target in targets:
-        if target in names:
-            return target
-    for target in sorted(t for t in targets if t.startswith("re:")):
-        if any(re.match(target[3:], name) for name in names):
-            return target
-    return class_name if class_name in targets else None
+class _Targets:
+    """What `targets` or `ignore` list: names of modules, regexes behind "re:", names of classes."""
+
+    def __init__(self, targets: Iterable[str], where: str):
+        self._places = {target: place for place, target in reversed(list(enumerate(targets)))}
+        self._regexes = sorted(target for target in self._places if target.startswith("re:"))
+        self._patterns = Patterns((target.removeprefix("re:") for target in self._regexes), where)
+
+    def first(self, names: list[str], class_name: str) -> str | None:
+        """The one that decides over a module known under any of `names`."""
+        listed = min((name for name in names if name in self._places), key=self._places.get, default=None)
+        if listed is not None:
+            return listed
+        place = self._patterns.first(names)
+        if place is not None:
+            return self._regexes[place]
+        return class_name if class_name in self._places else None

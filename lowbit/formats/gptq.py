@@ -10,13 +10,16 @@ which everybody reads, asymmetric ones as version 2.
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import unpack
+from lowbit.patterns import Patterns
 from lowbit.qweight import QuantWeight
+from lowbit.records import record, shown
 from lowbit.scheme import Scheme
 
 METHOD = "gptq"
@@ -80,50 +83,51 @@ def parse(quantization_config: Mapping) -> "StoredGPTQ":
     return StoredGPTQ(quantization_config)
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """Of all modules, or of an exception. None: not said (null is refused)."""
+
+    bits: int = None
+    group_size: int = None
+    sym: bool = None
+
+
+@dataclass(frozen=True)
+class _Config(_Settings):
+    """What is read of the `quantization_config`."""
+
+    checkpoint_format: str | None = None
+    format: str | None = None
+    pack_dtype: str = "int32"
+    dynamic: dict[str, _Settings | None] | None = field(default_factory=dict)
+
+
 class StoredGPTQ:
     """What the config of a GPTQ checkpoint says of modules that are stored quantized."""
 
     exhaustive, silent_on_symmetry = False, False
 
     def __init__(self, quantization_config: Mapping):
-        self.form = quantization_config.get("checkpoint_format") or quantization_config.get("format") or "gptq"
+        config = record(_Config, quantization_config, "quantization_config")
+        self.form = config.checkpoint_format or config.format or "gptq"
         if self.form not in ("gptq", "gptq_v2"):
-            raise InputError(f"checkpoint_format {self.form!r} cannot be read; expected 'gptq' or 'gptq_v2'")
-        words = quantization_config.get("pack_dtype", "int32")
-        if str(words).removeprefix("torch.") != "int32":
-            raise InputError(f"pack_dtype {words!r} cannot be read; expected 'int32'")
-        self._config = quantization_config
-        dynamic = quantization_config.get("dynamic") or {}
-        if not isinstance(dynamic, Mapping):
-            raise InputError(f"dynamic is {dynamic!r}; expected a regex and its settings for each exception")
-        self._dynamic: list[tuple[re.Pattern, Scheme | None]] = []
-        for pattern, settings in dynamic.items():
-            skipped = pattern.startswith("-:")
-            scheme = None if skipped else self._scheme(settings or {})
-            try:
-                self._dynamic.append((re.compile(pattern.removeprefix("-:").removeprefix("+:")), scheme))
-            except re.error as error:
-                raise InputError(f"dynamic: {pattern!r} is not a regular expression: {error}") from None
-        self._default = self._scheme({})
-
-    def _scheme(self, settings: Mapping) -> Scheme:
-        bits, group_size, sym = (
-            settings.get(key, self._config.get(key, default))
-            for key, default in (("bits", None), ("group_size", 128), ("sym", True))
-        )
-        try:
-            return Scheme(bits, group_size, sym)
-        except UsageError as error:
-            raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
+            raise InputError(f"checkpoint_format {shown(self.form)} cannot be read; expected 'gptq' or 'gptq_v2'")
+        if config.pack_dtype.removeprefix("torch.") != "int32":
+            raise InputError(f"pack_dtype {shown(config.pack_dtype)} cannot be read; expected 'int32'")
+        self._default = _scheme(config)
+        dynamic = config.dynamic or {}
+        self._exceptions = [
+            None if pattern.startswith("-:") else _scheme(settings or _Settings(), config)
+            for pattern, settings in dynamic.items()
+        ]
+        regexes = (pattern.removeprefix("-:").removeprefix("+:") for pattern in dynamic)
+        self._patterns = Patterns(regexes, "quantization_config.dynamic")
 
     def lookup(self, names: Iterable[str], class_name: str) -> Scheme | None:
         """The scheme of a module known under any of `names` if it is stored quantized; the first regex that matches
         decides, as in GPTQModel."""
-        names = list(names)
-        for pattern, scheme in self._dynamic:
-            if any(pattern.match(name) for name in names):
-                return scheme
-        return self._default
+        place = self._patterns.first(names)
+        return self._default if place is None else self._exceptions[place]
 
     def required(self, scheme: Scheme) -> tuple[str, ...]:
         return SUFFIXES[:-1]  # g_idx is younger than the format
@@ -145,6 +149,19 @@ class StoredGPTQ:
             zeros = (unpack(tensor, scheme.bits, shape[0]) + 1).bitwise_and_(scheme.levels - 1)
             tensor = pack_bits(zeros, scheme.bits)
         return _PACKED[suffix], tensor.T.contiguous()
+
+
+def _scheme(settings: _Settings, usual: _Settings | None = None) -> Scheme:
+    """What `settings` say, or where they say nothing `usual`."""
+
+    def said(key: str, default):
+        values = (getattr(source, key) for source in (settings, usual) if source is not None)
+        return next((value for value in values if value is not None), default)
+
+    try:
+        return Scheme(said("bits", None), said("group_size", 128), said("sym", True))
+    except UsageError as error:
+        raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
 
 
 def companions(quantization_config: dict) -> dict[str, dict]:

@@ -8,6 +8,7 @@ from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.formats import detect_format
 from lowbit.hf.head import quantize_head
+from lowbit.model_size import no_larger_than
 from lowbit.opened import OpenedFolder
 from lowbit.read_ahead import read_ahead
 from lowbit.scheme import Scheme
@@ -84,15 +85,17 @@ def load(
     head_scheme = Scheme.parse(lm_head) if isinstance(lm_head, str) else lm_head
     kwargs, dtype, hub, wants_info = _keywords(kwargs, dtype)
     folder = resolve(path, revision, **hub)
-    CheckpointReader(folder)  # headers only: transformers follows an index anywhere and trips over damaged files
+    # headers only: transformers follows an index anywhere and trips over damaged files
+    reader = CheckpointReader(folder)
     config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
+    build = no_larger_than(reader.tensors.values())(model_class(config, trust_remote_code).from_pretrained)
     try:
-        model, info = model_class(config, trust_remote_code).from_pretrained(
+        model, info = build(
             folder,
             config=config,
             device_map=device_map,

@@ -203,6 +203,8 @@ class LowbitQuantizer(HfQuantizer):
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
                 self._check_loaded(name, module, names)
+                for packed in names:
+                    _check_finite(f"{name}.{packed}", getattr(module, packed))
                 unpacked += math.prod(weights.shape)
             if isinstance(module, QuantizedExperts):
                 module.prepare(self.quantization_config.backend)
@@ -328,3 +330,9 @@ def _check_shapes(name: str, layer: LowbitLinear) -> None:
         found = tuple(getattr(layer, suffix).shape)
         if found != shape:
             raise InputError(f"{name}.{suffix} has shape {list(found)} in the checkpoint, expected {list(shape)}")
+        _check_finite(f"{name}.{suffix}", getattr(layer, suffix))
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinite values: the checkpoint is damaged, download or export it again")

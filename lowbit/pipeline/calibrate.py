@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lowbit.calibration.samples import Samples, calibration_samples
+from lowbit.calibration.samples import Samples, calibration_samples, checked_ids
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
@@ -59,7 +59,7 @@ class Calibration:
                 raise UsageError(f"{name} is {value!r}; expected a whole number of at least {least}")
         try:
             re.compile(self.redo or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"{self.redo!r} is not a regular expression: {error}") from None
 
     def to_dict(self) -> dict:
@@ -175,11 +175,11 @@ class _LayerLoop:
             packer = _Packer(self.plan, steps[number], progress, f"layer {number + 1}/{len(steps)}", samples.tokens)
             try:
                 quantize_layer(run, self.plan, steps[number], smoothed.tensors, self.ranks, packer.add)
-                entry = {"layer": number, "modules": packer.entries}
+                entry, digest = {"layer": number, "modules": packer.entries}, ""
                 if smoothed.entries:
                     entry["smoothing"] = smoothed.entries
                 if number < len(quantized.layers):
-                    entry["output_error"] = self._advance(run, number + 1, batches)
+                    entry["output_error"], digest = self._advance(run, number + 1, batches)
             finally:
                 run.close()
             for model in models:
@@ -187,7 +187,8 @@ class _LayerLoop:
             del run
             gc.collect()  # the frames of forward passes are in cycles, and hold activations
             entry["seconds"] = time.perf_counter() - started
-            self.job.commit(packer.tensors() | smoothed.changed, entry, write=self.ranks.first)
+            digests = self.ranks.all_of(digest)
+            self.job.commit(packer.tensors() | smoothed.changed, entry, digests, write=self.ranks.first)
             self.ranks.wait()
             if number < len(quantized.layers):
                 streams = Streams(self.job.streams(number + 1, self.ranks.rank))
@@ -203,8 +204,8 @@ class _LayerLoop:
         def make() -> Samples:
             stored = self._samples_file(then.get("tokens", ""))
             if then.get("calibration") == wanted.to_dict() and stored.is_file():
-                samples = _load_samples(stored)
-                if samples is not None and samples.digest == then["tokens"] and samples.source != "token ids":
+                samples = _load_samples(stored, language_model.vocab_size)
+                if samples is not None and samples.digest == then.get("tokens") and samples.source != "token ids":
                     return samples
             return calibration_samples(
                 wanted.dataset, self.reader.folder, num_samples=wanted.num_samples, seqlen=wanted.seqlen,
@@ -224,11 +225,12 @@ class _LayerLoop:
         """Named after what it holds: a run that is refused, or killed here, damages nothing of an earlier one."""
         return self.job.folder / f"samples-{digest[:16]}.safetensors"
 
-    def _take_over(self, first_to_redo: int | None, samples: Samples) -> int:
+    def _take_over(self, first_to_redo: int | None, steps: list[list[Step]], samples: Samples) -> int:
         path = self._samples_file(samples.digest)
         if not path.is_file():
             write_whole(path, save({"input_ids": samples.input_ids}, {"source": samples.source}))
-        finished = self.job.resume(first_to_redo)
+        layers = [[info for step in layer for info in step.outputs] for layer in steps]
+        finished = self.job.resume(layers, self.plan.outputs, first_to_redo)
         for other in self.job.folder.glob("samples-*"):
             if other != path:
                 remove(other)
@@ -264,7 +266,7 @@ class _LayerLoop:
             if not matching:
                 raise UsageError(f"--redo {self.calibration.redo!r} matches no quantized module")
             first = min(matching)
-        finished = self.ranks.of_first(lambda: self._take_over(first, samples))
+        finished = self.ranks.of_first(lambda: self._take_over(first, steps, samples))
         if not self.ranks.first:
             self.job.take(finished)
         if first is not None:
@@ -306,7 +308,8 @@ class _LayerLoop:
         streams = NoStreams()
         try:
             stored = Streams(self.job.streams(number, self.ranks.rank))
-        except (InputError, OSError):  # gone, or cut
+            stored.check(self.job.stream_digest(number, self.ranks.rank))
+        except (InputError, OSError):  # gone, cut or changed
             stored = None
         if all(self.ranks.all_of(stored is not None)):
             return stored
@@ -322,23 +325,27 @@ class _LayerLoop:
             self.job.drop_streams(earlier + 1, self.ranks.rank)
         return streams
 
-    def _advance(self, run: LayerRun, number: int, batches) -> float | None:
+    def _advance(self, run: LayerRun, number: int, batches) -> tuple[float | None, str]:
+        """Write the hidden states at the input of layer `number`: their relative error, where that is known, and the
+        digest of those of this rank."""
         hidden_size = self.config.get_text_config().hidden_size
         shapes = [(*batch.shape, hidden_size) for batch in batches]
         with StreamsWriter(self.job.streams(number, self.ranks.rank), shapes, len(run.models), self.dtype) as writer:
             distance, norm = run.finish(writer)
-            writer.commit()
+            digest = writer.commit()
         if len(run.models) == 1:
-            return None
+            return None, digest
         distances = self.ranks.all_of((distance, norm))
-        return (sum(d for d, _ in distances) / max(sum(n for _, n in distances), 1e-30)) ** 0.5
+        error = (sum(d for d, _ in distances) / max(sum(n for _, n in distances), 1e-30)) ** 0.5
+        return error, digest
 
 
-def _load_samples(path: Path) -> Samples | None:
+def _load_samples(path: Path, vocabulary: int) -> Samples | None:
     try:
         with safe_open(path, "pt") as file:
-            return Samples(file.get_tensor("input_ids"), file.metadata()["source"])
-    except (SafetensorError, OSError, KeyError, TypeError):  # damaged: they are made again
+            ids, source = file.get_tensor("input_ids"), file.metadata()["source"]
+        return Samples(checked_ids(ids, vocabulary, str(path)), source)
+    except (SafetensorError, InputError, OSError, KeyError, TypeError):  # damaged: they are made again
         return None
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,15 +19,53 @@ from lowbit.checkpoint.reader import SINGLE_NAME, read_tensor
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import InputError, OutputError
 from lowbit.pipeline.plan import Step
+from lowbit.reading import open_regular, read_json
+from lowbit.records import record, shown
 
 _STATE = "job.json"
+
+
+@dataclass(frozen=True)
+class _Module:
+    error: float | None = None
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class _LayerReport:
+    modules: list[_Module]
+    seconds: float
+    smoothing: list[dict] = ()
+
+
+@dataclass(frozen=True)
+class _Layer:
+    file: str
+    report: _LayerReport
+    sha256: str | None = None
+    streams: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Identity:
+    tokens: str = ""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What `_write_state` writes, as far as it is used again."""
+
+    identity: _Identity
+    layers: list[_Layer]
+    output: list[int] | None = None
 
 
 class Job:
     """The folder `.NAME.job` of the output folder NAME.
 
-    identity: what the result depends on, nested dicts of plain values. layers: {"file", "sha256", "report"} of each
-    finished one, in order. overwrite: of a run with another identity nothing is kept.
+    identity: what the result depends on, nested dicts of plain values. layers: {"file", "sha256", "report", "streams"}
+    of each finished one, in order; streams: digests of the hidden states behind it, of each rank. overwrite: of a run
+    with another identity nothing is kept.
     """
 
     def __init__(self, target: Path, identity: dict, *, overwrite: bool = False, owner: bool = True):
@@ -54,21 +93,21 @@ class Job:
         safe_files.refuse_links(self.folder)
 
     def _read(self) -> dict:
-        try:
-            stored = json.loads((self.folder / _STATE).read_text(encoding="utf-8"))
-            if not _is_state(stored):
-                raise ValueError("it is not what a run writes")
-        except FileNotFoundError:
+        if not (self.folder / _STATE).exists():
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        try:
+            return _read_state(self.folder)
+        except InputError as error:
             if self._overwrite:
                 return {}
-            raise OutputError(f"cannot read {self.folder / _STATE} ({error}): pass --overwrite to start anew") from None
-        return stored
+            raise OutputError(f"cannot read the unfinished run ({error}): pass --overwrite to start anew") from None
 
-    def resume(self, first_to_redo: int | None = None) -> int:
+    def resume(
+        self, layers: list[list[TensorInfo]], planned: list[TensorInfo], first_to_redo: int | None = None
+    ) -> int:
         """Take over the finished layers of an earlier run; how many there are.
 
+        layers: what each of them is quantized to. planned: all that the output will hold.
         first_to_redo: forget that layer and those after it; settings of the method may differ then. Raises OutputError
         naming what differs if that run had another identity, and is not to be overwritten.
         """
@@ -84,21 +123,34 @@ class Job:
                     f"the unfinished run in {self.folder} had other settings ({'; '.join(different[:4])}): "
                     "run with those to go on, or pass --overwrite to start anew"
                 )
-        for entry in stored.get("layers", [])[:first_to_redo]:
-            path = self.folder / entry["file"]
-            if not path.is_file() or file_hash(path) != entry.get("sha256"):
+        kinds = {info.name: (info.dtype, info.shape) for info in planned}
+        for entry, wanted in zip(stored.get("layers", [])[:first_to_redo], layers, strict=False):
+            if not self._is_whole(entry, {info.name for info in wanted}, kinds):
                 break
             self.layers.append(entry)
         self._write_state()
         return len(self.layers)
 
+    def _is_whole(self, entry: dict, wanted: set[str], kinds: dict[str, tuple]) -> bool:
+        """Whether a layer's file is the one that was written, with tensors that this run would write."""
+        path = self.folder / entry["file"]
+        try:
+            if not path.is_file() or file_hash(path) != entry.get("sha256"):
+                return False
+            found = {info.name: (info.dtype, info.shape) for info in read_header(path)}
+        except (InputError, OSError):
+            return False
+        return wanted <= found.keys() and all(kinds.get(name) == kind for name, kind in found.items())
+
     def take(self, count: int) -> None:
         """The same state in a process that does not own the folder: the first `count` layers as they are stored."""
         self.layers = self._read()["layers"][:count]
 
-    def commit(self, tensors: dict[str, torch.Tensor], report: dict, write: bool = True) -> None:
-        """Add the next layer: its packed tensors and what the report says of it. write: False in all processes but the
-        one that owns the folder."""
+    def commit(
+        self, tensors: dict[str, torch.Tensor], report: dict, streams: list[str] | None = None, write: bool = True
+    ) -> None:
+        """Add the next layer: its packed tensors, what the report says of it, and the digest of each rank's hidden
+        states behind it. write: False in all processes but the one that owns the folder."""
         if not write:
             self.layers.append({"report": report})
             return
@@ -114,7 +166,7 @@ class Job:
         name = f"layer-{len(self.layers):04d}-{digest[:16]}.safetensors"
         (aside / SINGLE_NAME).rename(self.folder / name)
         safe_files.remove(aside)
-        self.layers.append({"file": name, "sha256": digest, "report": report})
+        self.layers.append({"file": name, "sha256": digest, "report": report, "streams": streams})
         self._made = None  # what was known of the finished layers lacks this one
         self._write_state()
 
@@ -133,6 +185,11 @@ class Job:
     def streams(self, number: int, rank: int) -> Path:
         """Where the hidden states at the input of layer `number` are, or will be."""
         return self.folder / f"streams-{number:04d}-{rank}"
+
+    def stream_digest(self, number: int, rank: int) -> str | None:
+        """That of the hidden states at the input of layer `number`; None where no run has recorded it."""
+        digests = self.layers[number - 1].get("streams") if 0 < number <= len(self.layers) else None
+        return digests[rank] if digests and rank < len(digests) else None
 
     def drop_streams(self, number: int, rank: int) -> None:
         """Remove those of all layers but `number`."""
@@ -173,7 +230,7 @@ def clear_finished(target: Path) -> None:
         with safe_files.claim(folder, make=False) or nullcontext() as lock:
             if lock is not None and _is_finished(folder, target):
                 _remove(folder, lock)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, InputError):
         pass
 
 
@@ -189,8 +246,7 @@ def _remove(folder: Path, lock) -> None:
 def _is_finished(folder: Path, target: Path) -> bool:
     if not (folder / _STATE).exists():  # not begun, or all but removed
         return True
-    stored = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    return _is_state(stored) and stored.get("output") == _inode(target)
+    return _read_state(folder).get("output") == _inode(target)
 
 
 def _inode(path: Path) -> list[int]:
@@ -198,16 +254,14 @@ def _inode(path: Path) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
-def _is_state(stored) -> bool:
-    """Whether job.json holds what `_write_state` writes."""
-    if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
-        return False
-    layers = stored.get("layers")
-    return isinstance(layers, list) and all(
-        isinstance(layer, dict) and isinstance(layer.get("report"), dict)
-        and isinstance(layer.get("file"), str) and Path(layer["file"]).name == layer["file"]
-        for layer in layers
-    )  # fmt: skip
+def _read_state(folder: Path) -> dict:
+    """What `_write_state` has written. Raises InputError for anything else."""
+    path = folder / _STATE
+    stored = read_json(path)
+    for layer in record(_State, stored, str(path)).layers:
+        if layer.file != Path(layer.file).name:
+            raise InputError(f"{path} names {shown(layer.file)}, which is no file of {folder}")
+    return stored
 
 
 # What `--redo` may change: it only concerns layers that are done again
@@ -226,7 +280,7 @@ def differences(then: dict, now: dict, prefix: str = ""):
 
 def file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None

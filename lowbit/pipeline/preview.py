@@ -77,7 +77,8 @@ def plan(
     require_data_method(recipe, num_samples=num_samples, seqlen=seqlen)
     shard_bytes = parse_size(max_shard_size)
     headers, config = open_headers(model, revision, trust_remote_code)
-    planned = make_plan(headers, skeleton(config, trust_remote_code), recipe, format)
+    built = skeleton(config, trust_remote_code, tensors=headers.tensors.values())
+    planned = make_plan(headers, built, recipe, format)
     size = file_bytes(planned.outputs, shard_bytes)
     # engines are asked about a model that can run without numbers
     runnable = skeleton(config, trust_remote_code, dtype=torch.bfloat16)

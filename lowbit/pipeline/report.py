@@ -13,10 +13,12 @@ import torch
 from lowbit import __version__
 from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.side_files import refuse_foreign
-from lowbit.errors import InputError, first_line
+from lowbit.errors import InputError
 from lowbit.grid import dequantize
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.qweight import QuantWeight
+from lowbit.reading import read_json
+from lowbit.records import record
 from lowbit.safe_files import write_whole
 
 # Rows looked at for the error of a layer: enough for three digits, and far cheaper than the quantization itself
@@ -167,16 +169,12 @@ def load_report(folder: Path) -> dict:
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder} (expected one that `lowbit quantize` wrote)")
     refuse_foreign(folder, [path])  # it is shown, and written back to the folder with what was measured
+    if not path.exists():
+        raise InputError(f"{folder} holds no {REPORT_NAME}: expected a folder that `lowbit quantize` wrote")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no {REPORT_NAME}: expected a folder that `lowbit quantize` wrote") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"cannot read {path} ({reason}): quantize again to have one") from None
-    if not isinstance(report, dict):
-        raise InputError(f"{path} holds {type(report).__name__}, expected an object: quantize again to have one")
-    return report
+        return record(dict, read_json(path), str(path))
+    except InputError as error:
+        raise InputError(f"cannot read the report ({error}): quantize again to have one") from None
 
 
 def save_report(folder: Path, report: dict) -> None:

@@ -95,7 +95,8 @@ def quantize(
     check_apart(source, target)
     reader = CheckpointReader(source)
     config = load_config(source, trust_remote_code)
-    plan = make_plan(reader, skeleton(config, trust_remote_code), recipe, format)
+    built = skeleton(config, trust_remote_code, tensors=reader.tensors.values())
+    plan = make_plan(reader, built, recipe, format)
     report = Report.of(plan, str(model), source, command)
     if dry_run:
         if on_plan:

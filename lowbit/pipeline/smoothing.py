@@ -30,6 +30,8 @@ _TRIED_TOKENS = 64
 # Of the matrices of experts, so many are tried with each candidate
 _MOST_MATRICES = 16
 
+_MOST_CHANNELS = 2**24  # more inputs than any linear has
+
 # Parameter -> what it is scaled by, one after the other
 Edits = dict[str, list[tuple[Edit, torch.Tensor]]]
 
@@ -158,11 +160,15 @@ def _rounded(target: Target) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def scaled(name: str, tensor: torch.Tensor, edits: Edits, names: CheckpointNames) -> torch.Tensor:
-    """A checkpoint tensor with the edits of its parameter; itself, where there are none."""
+    """A checkpoint tensor with the edits of its parameter; itself, where there are none. Raises InputError for edits of
+    a report that do not fit it."""
     parameter, _ = names.locate(name)
     for edit, scales in edits.get(parameter, ()):
         edit = edit.turned() if names.turns(name, tuple(tensor.shape)) else edit
-        tensor = edit.apply(tensor, scales)
+        try:
+            tensor = edit.apply(tensor, scales)
+        except (IndexError, TypeError, ValueError, RuntimeError):
+            raise InputError(f"what {REPORT_NAME} says of smoothing does not fit {name}: quantize again") from None
     return tensor
 
 
@@ -221,6 +227,8 @@ def recorded_edits(
             for entry in layer.get("smoothing", ()):
                 if "exponents" in entry:
                     exponents = torch.frombuffer(bytearray(b64decode(entry["exponents"])), dtype=torch.int8).long()
+                    if sum(length for _, length in entry["channels"]) > _MOST_CHANNELS:
+                        raise ValueError("channels")
                     fold = Fold(
                         tuple(Edit(name, axis, offset) for name, axis, offset in entry["producer_edits"]),
                         tuple(Edit(name, axis) for name, axis in entry["consumer_edits"]),

@@ -4,13 +4,16 @@ Kept on disk always: for a large calibration set they are larger than a layer, t
 memory, and a run that was killed goes on from them.
 """
 
+import json
 from pathlib import Path
 
 import torch
 
 from lowbit.checkpoint.layout import TensorInfo, read_header
+from lowbit.checkpoint.manifest import digest
 from lowbit.checkpoint.reader import SINGLE_NAME, read_tensor
 from lowbit.checkpoint.writer import CheckpointWriter
+from lowbit.errors import InputError
 from lowbit.safe_files import remove
 
 _NAMES = ("quantized", "original")
@@ -22,10 +25,22 @@ class Streams:
     def __init__(self, folder: Path):
         self._stored = {info.name: info for info in read_header(folder / SINGLE_NAME)}
 
+    def check(self, expected: str | None) -> None:
+        """Raise InputError unless these are the hidden states that `StreamsWriter.commit` gave this digest of."""
+        tensors = ((name, read_tensor(info)) for name, info in self._stored.items())
+        found = {name: digest(tensor.view(-1).view(torch.uint8).numpy()) for name, tensor in tensors}
+        if _digest_of(found) != expected:
+            raise InputError("the hidden states are not those that were written")
+
     def read(self, index: int) -> list[torch.Tensor]:
         """[quantized, original] of batch `index`, or [quantized]"""
         names = [f"{name}.{index}" for name in _NAMES]
         return [read_tensor(self._stored[name]) for name in names if name in self._stored]
+
+
+def _digest_of(digests: dict[str, str]) -> str:
+    """One of all tensors."""
+    return digest(json.dumps(sorted(digests.items())).encode())
 
 
 class NoStreams:
@@ -50,10 +65,12 @@ class StreamsWriter:
         for name, tensor in zip(_NAMES, hidden, strict=False):
             self._writer.write(f"{name}.{index}", tensor.to(self._dtype))
 
-    def commit(self) -> None:
+    def commit(self) -> str:
+        """Put them in place; their digest."""
         self._writer.finish(0)
         remove(self.folder)
         self._partial.rename(self.folder)
+        return _digest_of(self._writer.digests)
 
     def __enter__(self):
         return self

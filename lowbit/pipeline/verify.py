@@ -16,6 +16,7 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
+from lowbit.checkpoint.side_files import is_own, side_files
 from lowbit.discovery import choose
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
@@ -320,13 +321,12 @@ def _side_files(folder: Folder, reference: Path | None) -> Check:
     """Files that are listed and gone; a tokenizer that loads; what the model it was made from has."""
     problems, changed = _Problems(), []
     for name, expected in (folder.manifest.files if folder.manifest else {}).items():
-        if not (folder.path / name).is_file():
+        path = folder.path / name
+        if not is_own(path, folder.path):
             problems.add(f"{name} was there when the folder was written, and is not now")
-        elif file_digest(folder.path / name) != expected:
+        elif file_digest(path) != expected:
             changed.append(name)
     if reference is not None:
-        from lowbit.checkpoint.side_files import side_files
-
         for relative in side_files(reference):
             if not (folder.path / relative).is_file():
                 problems.add(f"{relative} of {reference.name} is missing")
@@ -374,7 +374,10 @@ def _source(folder: Folder, reference: Path) -> Check:
         if name not in plain and base not in folder.stored.weights:
             problems.add(f"{name} of {reference.name} is missing")
             continue
-        expected = scaled(name, source.tensor(name), edits, folder.names)
+        try:
+            expected = scaled(name, source.tensor(name), edits, folder.names)
+        except InputError as error:
+            return Check("source", False, str(error))
         if name in plain:
             here = folder.reader.tensor(name)
             if folder.dtype is not None:
@@ -398,7 +401,11 @@ def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str 
         return f"is {list(weight.shape)}, {name} is not"
     matrices = list(source) if weight.experts else [source]
     others = {other.scheme for other in folder.stored.weights.values()} - {weight.scheme}
-    for expert, (qweight, matrix) in enumerate(zip(folder.stored.quantized(weight), matrices, strict=True)):
+    try:
+        stored = folder.stored.quantized(weight)
+    except InputError as error:
+        return f"cannot be compared: {error}"
+    for expert, (qweight, matrix) in enumerate(zip(stored, matrices, strict=True)):
         moved = folder.moved.get((name, expert if weight.experts else None), folder.moved_otherwise)
         if found := difference(qweight, matrix, moved, others):
             return f"is far from {name}: {found}"

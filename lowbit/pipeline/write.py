@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
+from lowbit.checkpoint.checked import read_checked
 from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder
-from lowbit.errors import InputError, OutputError
+from lowbit.errors import OutputError
 from lowbit.formats import get_format
 from lowbit.pipeline.plan import Plan, Step
 from lowbit.pipeline.report import Report, weight_error
@@ -82,13 +83,6 @@ def _write_all(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> No
         writer.write(name, tensor)
 
 
-def read_checked(reader: CheckpointReader, name: str) -> torch.Tensor:
-    """Read a tensor; raises InputError if it holds NaN or infinity."""
-    tensor = reader.tensor(name)
-    _check_finite(tensor, reader.tensors[name])
-    return tensor
-
-
 def _read_ahead(
     reader: CheckpointReader, steps: Iterable[Step], made: Made, pool
 ) -> Iterator[tuple[Step, dict[str, torch.Tensor], bool]]:
@@ -129,34 +123,3 @@ def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> t
         return packed[0], errors[0]
     stacked = {suffix: torch.stack([part[suffix] for part in packed]) for suffix in packed[0]}
     return stacked, sum(errors) / len(errors)
-
-
-# The bits of the exponent, all of them set in NaN and infinity and in nothing else, and an integer type
-_EXPONENT = {
-    torch.bfloat16: (0x7F80, torch.int16),
-    torch.float16: (0x7C00, torch.int16),
-    torch.float32: (0x7F800000, torch.int32),
-    torch.float64: (0x7FF0000000000000, torch.int64),
-}
-_CHECKED_ELEMENTS = 2**20
-
-
-def _check_finite(tensor: torch.Tensor, info) -> None:
-    """Raise InputError if a floating tensor holds NaN or infinity. A third of the cost of isfinite."""
-    exponent, integer = _EXPONENT.get(tensor.dtype, (0, None))
-    if integer is None or not tensor.numel():
-        return
-    magnitude = torch.iinfo(integer).max
-    bits = tensor.view(-1).view(integer)
-    scratch = torch.empty(min(_CHECKED_ELEMENTS, bits.numel()), dtype=integer)
-
-    def largest(part):
-        return int(torch.bitwise_and(part, magnitude, out=scratch[: part.numel()]).amax())
-
-    if all(largest(part) < exponent for part in bits.split(_CHECKED_ELEMENTS)):
-        return
-    bad = int(tensor.isfinite().logical_not_().sum())
-    raise InputError(
-        f"{info.name} in {info.file.name} holds {bad:,} NaN or infinite values of {info.numel:,}: "
-        "the checkpoint is damaged, download or export it again"
-    )

@@ -4,11 +4,10 @@ Folders of other tools have no report, and models of one's own have no card: wha
 nothing is made up in its place.
 """
 
-import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,7 +15,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lowbit.checkpoint.manifest import REPORT_NAME
+from lowbit.checkpoint.side_files import side_files
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
+from lowbit.publish.fields import CardFields, ConfigFields, QualityFields, ReportFields
+from lowbit.reading import read_bytes, read_json
+from lowbit.records import record
 from lowbit.scheme import Recipe, Scheme
 from lowbit.stored import summarize
 
@@ -58,8 +61,9 @@ class Facts:
         summary = summarize(folder)
         if not summary["layers"]:
             raise InputError(f"nothing is quantized in {folder}: `hf upload` publishes it as it is")
-        report = read_object(folder / REPORT_NAME) if (folder / REPORT_NAME).is_file() else {}
-        config, card = read_object(folder / "config.json"), _card(folder)
+        report = read_object(folder / REPORT_NAME, ReportFields) if (folder / REPORT_NAME).is_file() else {}
+        config, card = read_object(folder / "config.json", ConfigFields), _card(folder)
+        record(QualityFields, quality or {}, "quality")
         if base_model is not None and not is_hub_id(base_model):
             raise UsageError(f"base model is {base_model!r}; expected a Hub id such as org/name")
         base_model = base_model or _base_model(report, card, config)
@@ -72,7 +76,7 @@ class Facts:
 
     @property
     def has_base_card(self) -> bool:
-        return (self.folder / CARD_NAME).is_file() and not self.is_own_card
+        return _has_card(self.folder) and not self.is_own_card
 
     @property
     def base_name(self) -> str | None:
@@ -107,15 +111,10 @@ class Facts:
         return f"{self.base_name}-{self.scheme.name}{method}"
 
 
-def read_object(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds no JSON object but a {type(data).__name__}")
+def read_object(path: Path, kind: type = dict) -> dict:
+    """The object in a file, whose fields have the types that `kind` says. Raises InputError."""
+    data = read_json(path)
+    record(kind, data, str(path))
     return data
 
 
@@ -138,18 +137,25 @@ def hub_id(source: str) -> str | None:
 
 def _card(folder: Path) -> ModelCardData:
     path = folder / CARD_NAME
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+    if not _has_card(folder):
         return ModelCardData()
-    except (OSError, UnicodeError) as error:
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeError as error:
         raise InputError(f"cannot read {path}: {first_line(error)}") from None
     if not text.startswith("---"):
         return ModelCardData()
     try:
-        return ModelCard(text, ignore_metadata_errors=True).data
+        card = ModelCard(text, ignore_metadata_errors=True).data
     except Exception as error:  # the YAML of strangers: its parser has errors of its own
         raise InputError(f"the metadata of {path} cannot be read: {first_line(error)}") from None
+    record(CardFields, {field.name: card.get(field.name) for field in fields(CardFields)}, f"the metadata of {path}")
+    return card
+
+
+def _has_card(folder: Path) -> bool:
+    """One of its own: what a link leads to outside of the folder is not published."""
+    return Path(CARD_NAME) in side_files(folder)
 
 
 def _describes_quantization(card: ModelCardData) -> bool:
@@ -160,7 +166,7 @@ def _base_model(report: dict, card: ModelCardData, config: dict) -> str | None:
     """From the card where it is the folder's own, the report, or what older transformers left in config.json."""
     if _describes_quantization(card):
         base = card.get("base_model")
-        return base[0] if isinstance(base, list) else base
+        return (base or [None])[0] if isinstance(base, list) else base
     source = report.get("source") or config.get("_name_or_path")
     return hub_id(source) if isinstance(source, str) and source else None
 

@@ -70,8 +70,9 @@ def test_a_repeated_product(rows, dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_not_finite_is_not_hidden(value, dtype):
-    scheme, shape = Scheme(4, 32), (17, 256)
+@pytest.mark.parametrize("sym", [True, False])
+def test_what_is_not_finite_is_not_hidden(value, dtype, sym):
+    scheme, shape = Scheme(4, 32, sym), (17, 256)
     buffers = native.prepare(random_quantized(scheme, *shape, dtype))
     x = torch.randn(3, 256).to(dtype)
     x[1, 77] = value

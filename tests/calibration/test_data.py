@@ -417,3 +417,30 @@ def test_a_data_set_that_is_joined_has_text(monkeypatch, cell):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
     with pytest.raises(InputError, match=r"org/name.*text"):
         list(documents("org/name"))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [{"from": ["a"], "value": "x"}]}, r"from is \['a'\]; expected a string"),
+        ({"messages": [{"from": "gpt", "value": 5}]}, "value is 5; expected a string"),
+        ({"messages": [{"role": {}, "content": "x"}]}, r"role is \{\}; expected a string"),
+        ({"messages": [{"role": "user", "content": 1}]}, "content is 1; expected a string"),
+        ({"text": "a\ud800b"}, "half of a surrogate pair at 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_rows_of_other_types_are_named(tmp_path, name, row, says):
+    path = tmp_path / name
+    path.write_text(json.dumps(row if name.endswith("l") else [row]))
+    with pytest.raises(InputError, match=f"{name}, .* {says}"):
+        list(documents(str(path)))
+
+
+def test_messages_may_hold_parts_and_what_templates_know(tmp_path):
+    chat = [
+        {"role": "user", "content": [{"type": "text", "text": "x"}], "name": "a"},
+        {"role": "tool", "tool_calls": []},
+    ]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}))
+    assert list(documents(str(tmp_path / "rows.jsonl"))) == [chat]

@@ -207,3 +207,25 @@ def test_header_is_aligned_and_says_pt(tmp_path):
         (info.name, info.dtype, info.shape) for info in infos
     }
     assert json.loads(header[8:])["__metadata__"] == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"a": entry(shape=[0] * 65, offsets=(0, 0))}, "a has 65 dimensions"),
+        ({"a" * 600: entry(offsets=(0, 0), shape=[0])}, "expected 1 to 512 characters"),
+        ({"a\x1b[2J\n": entry(offsets=(0, 0), shape=[0])}, r"'a\\x1b\[2J\\n'"),
+        ('{"a": [' + "[]," * 9_000_000 + "[]]}", "more than 8,000,000 values"),
+    ],
+    ids=["dimensions", "long name", "control characters", "lists"],
+)
+def test_headers_have_bounds(tmp_path, header, says):
+    with pytest.raises(InputError, match=says) as caught:
+        read_all(tmp_path, packed(header))
+    assert str(caught.value).isprintable()
+
+
+def test_tensors_of_a_checkpoint_have_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.checkpoint.reader.MOST_TENSORS", 2)
+    with pytest.raises(InputError, match="more than 2 tensors"):
+        read_all(tmp_path, packed({name: entry(offsets=(0, 0), shape=[0]) for name in "abc"}))

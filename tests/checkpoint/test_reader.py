@@ -196,3 +196,36 @@ def test_tensors_that_the_index_does_not_name_are_read_too(single):
     edit_tensors(single, lambda tensors: tensors.update(extra=torch.ones(2)))
     write_json(single / INDEX, {"metadata": {}, "weight_map": {"model.norm.weight": "model.safetensors"}})
     assert "extra" in CheckpointReader(single).tensors
+
+
+@pytest.mark.parametrize("index", [-1, 128, 10**9])
+def test_rows_that_are_not_there_are_refused(single, index):
+    """Not the bytes of the tensors beside it."""
+    reader = CheckpointReader(single)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(reader.rows(name, [127, 0]), reader.tensor(name)[[127, 0]])
+    with pytest.raises(InputError, match=f"{name} .* no row {index}"):
+        reader.rows(name, [0, index])
+
+
+@pytest.mark.parametrize("total_size", ["abc", [1], {}, True])
+def test_index_of_another_type(sharded, total_size):
+    index = read_json(sharded / INDEX)
+    write_json(sharded / INDEX, {**index, "metadata": {"total_size": total_size}})
+    refused(sharded, INDEX, "metadata.total_size", "expected a number")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float8_e4m3fn, 0x7F), (torch.float8_e4m3fn, 0xFF), (torch.float8_e5m2, 0x7C)]
+)
+def test_values_of_8_bits_that_are_not_finite(tmp_path, dtype, bits):
+    from lowbit.checkpoint.checked import read_checked
+
+    (tmp_path / "config.json").write_text("{}")
+    codes = torch.arange(0, 0x7C if dtype == torch.float8_e5m2 else 0x7F).to(torch.uint8)
+    save_file({"x": codes.view(dtype)}, tmp_path / "model.safetensors")
+    assert same_bits(read_checked(CheckpointReader(tmp_path), "x"), codes.view(dtype))
+    codes[3] = bits
+    save_file({"x": codes.view(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"x in model\.safetensors holds 1 NaN or infinite values"):
+        read_checked(CheckpointReader(tmp_path), "x")

@@ -219,3 +219,28 @@ def test_wrong_input(tmp_path, folders):
     with pytest.raises(InputError, match="no such model folder"):
         lowbit.verify(tmp_path / "nothing")
     assert "no quantized weights" in lowbit.verify(folders / "dense").failures[0]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../dense/config.json", "/proc/self/mem", "a/../../dense/LICENSE", ""])
+def test_a_manifest_names_files_of_its_folder(copy, name):
+    """What lies elsewhere is neither opened nor compared."""
+    manifest = read_json(copy / "lowbit_manifest.json")
+    write_json(copy / "lowbit_manifest.json", {**manifest, "files": {**manifest["files"], name: "0" * 64}})
+    (failure,) = lowbit.verify(copy, run=False).failures
+    assert "lowbit_manifest.json names" in failure and "which is no file of" in failure
+
+
+def test_a_listed_file_that_leads_elsewhere_is_missing(copy, tmp_path):
+    (tmp_path / "elsewhere").write_bytes((copy / "LICENSE").read_bytes())
+    (copy / "LICENSE").unlink()
+    (copy / "LICENSE").symlink_to(tmp_path / "elsewhere")
+    assert any("LICENSE was there" in failure for failure in lowbit.verify(copy, run=False).failures)
+
+
+@pytest.mark.parametrize(
+    "manifest", [[], {"tensors": {}}, {"tensors": {}, "files": {"a": 1}}, {"tensors": [], "files": {}}]
+)
+def test_a_manifest_of_another_type(copy, manifest):
+    write_json(copy / "lowbit_manifest.json", manifest)
+    (failure,) = lowbit.verify(copy, run=False).failures
+    assert "lowbit_manifest.json: " in failure and "expected" in failure

@@ -1,5 +1,6 @@
 """What an unfinished calibrated run leaves: the same call goes on from it, another one does not take it."""
 
+import hashlib
 import os
 import shutil
 import threading
@@ -7,11 +8,13 @@ import time
 
 import pytest
 import torch
-from folders import contents, edit_tensors, same_bits, save_chat_model, stored_tensors
+from folders import contents, edit_tensors, read_json, same_bits, save_chat_model, stored_tensors, write_json
 from models import save_tiny
 from runs import IDS, LAYERS, assert_finished, job_of, layer_files, names, stop_after_layers
 from runs import quick_gptq as gptq
+from safetensors.torch import load_file, save_file
 
+from lowbit.calibration.samples import Samples
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError
 from lowbit.pipeline.layers import LayeredModel
 
@@ -88,6 +91,97 @@ def test_hidden_states_that_are_lost(source, out, expected, unfinished, damage, 
     else:
         DAMAGES[damage](streams / "model.safetensors")
     assert_goes_on(source, out, expected, layers + 1)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("value", [torch.nan, 2.0, None], ids=["NaN", "another number", "no digest"])
+def test_hidden_states_that_were_changed_are_made_again(source, out, expected, unfinished, value, layers):
+    """The file is whole and its header right: only the digest in job.json tells."""
+    unfinished(layers)
+    (streams,) = job_of(out).glob("streams-*")
+    if value is None:
+        edit_state(out, lambda state: [layer.pop("streams") for layer in state["layers"]])
+    else:
+        edit_tensors(streams, lambda tensors: tensors["quantized.0"].view(-1)[-2:].fill_(value))
+    assert_goes_on(source, out, expected, layers + 1)
+
+
+def edit_state(out, change) -> None:
+    state = read_json(job_of(out) / "job.json")
+    change(state)
+    write_json(job_of(out) / "job.json", state)
+
+
+def forge_layer(out, number: int, change) -> None:
+    """Rewrite a layer's file after `change(tensors)`, and give it the hash that it has then."""
+    file = layer_files(out)[number]
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+    def rehash(state):
+        state["layers"][number]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    edit_state(out, rehash)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("weight_scale"))),
+        lambda tensors: tensors.update({name: t[:-1].clone() for name, t in tensors.items() if t.ndim == 2}),
+        lambda tensors: tensors.update({name: t.float() for name, t in tensors.items() if t.dtype == torch.int32}),
+        lambda tensors: tensors.update(stranger=torch.ones(1)),
+    ],
+    ids=["missing", "shape", "dtype", "stranger"],
+)
+def test_layers_that_this_run_would_not_write_are_done_again(source, out, expected, unfinished, change):
+    unfinished(2)
+    forge_layer(out, 1, change)
+    assert_goes_on(source, out, expected, 2)
+
+
+def test_more_layers_than_the_model_has_are_not_taken(source, out, expected, unfinished):
+    unfinished(2)
+    edit_state(out, lambda state: state["layers"].extend(state["layers"] * 5))
+    assert_goes_on(source, out, expected, 3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["identity"].update(tokens=5),
+        lambda state: state["layers"][0]["report"].pop("modules"),
+        lambda state: state["layers"][0]["report"].update(seconds="x"),
+        lambda state: state["layers"][0]["report"].update(smoothing="x"),
+        lambda state: state["layers"][0]["report"]["modules"].append(5),
+        lambda state: state["layers"][0]["report"]["modules"][0].update(output_error=[]),
+        lambda state: state["layers"][0].update(file="../x"),
+        lambda state: state["layers"][0].update(sha256=5),
+        lambda state: state["layers"][0].update(streams="x"),
+        lambda state: state.update(output="x"),
+    ],
+)
+def test_a_job_of_other_types_is_one_line(source, out, unfinished, change):
+    unfinished(1)
+    edit_state(out, change)
+    with pytest.raises(OutputError, match=r"job\.json.*--overwrite") as caught:
+        gptq(source, out)
+    assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_stored_samples_outside_of_the_vocabulary_are_made_again(source, out, expected, unfinished):
+    """With a digest that fits them: bytes of the neighbours of the embedding would be read."""
+    unfinished(1)
+    (file,) = job_of(out).glob("samples-*")
+    ids = load_file(file)["input_ids"]
+    ids[0, 0] = 10**6
+    digest = Samples(ids, "x").digest
+    file.unlink()
+    save_file({"input_ids": ids}, job_of(out) / f"samples-{digest[:16]}.safetensors", {"source": "x"})
+    edit_state(out, lambda state: state["identity"].update(tokens=digest))
+    with pytest.raises(OutputError, match=r"tokens: .* then"):
+        gptq(source, out)
 
 
 def test_samples_that_are_lost(source, out, expected, unfinished):

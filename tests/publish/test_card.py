@@ -302,9 +302,9 @@ def test_dense_folders_are_refused(plain):
     ("name", "text", "says"),
     [
         ("lowbit_report.json", "{", "lowbit_report.json is not valid JSON"),
-        ("lowbit_report.json", "[]", "holds no JSON object"),
+        ("lowbit_report.json", "[]", "expected an object"),
         ("lowbit_report.json", '{"recipe": {"scheme": {"bits": 5}, "method": "rtn"}}', "bits is 5"),
-        ("lowbit_report.json", '{"recipe": {"scheme": {"bits": 4}}}', "recipe in lowbit_report.json is not understood"),
+        ("lowbit_report.json", '{"recipe": {"scheme": {"bits": 4}}}', "lowbit_report.json: recipe.method is missing"),
         ("README.md", "---\nlicense: [\n---\n", "metadata of .*README.md cannot be read"),
         ("README.md", "---\n- a list\n---\n", "metadata of .*README.md cannot be read"),
     ],
@@ -324,3 +324,45 @@ def test_a_card_without_metadata(folder):
 def test_the_template_in_the_repository_is_the_one_in_the_wheel():
     template = ROOT / "model_cards" / "template.md"
     assert template.resolve() == ROOT / "lowbit" / "assets" / "model_card.md"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seconds": "1"}, {"left_alone": [1]}, {"left_alone": {"a": 1}}, {"fallbacks": "x"}, {"calibration": "abc"},
+        {"calibration": {"samples": "x"}}, {"quality": {"perplexity": "x"}}, {"quality": [1]}, {"source": 5},
+        {"source_bytes": "x"}, {"versions": {"torch": 2}}, {"versions": [1]}, {"machine": {}}, {"date": 5},
+        {"command": ["x"]}, {"lowbit": 1.0}, {"peak_memory": True}, {"recipe": {"scheme": {}, "method": 5}},
+        {"recipe": {"scheme": {"bits": 4}, "method": "rtn", "overrides": [["a{99999999999}", {}]]}}, {"seconds": 1e400},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_reports_of_other_types_are_one_line(folder, change):
+    report = read_json(folder / "lowbit_report.json")
+    write_json(folder / "lowbit_report.json", {**report, **change})
+    with pytest.raises(InputError, match=r"lowbit_report\.json") as caught:
+        Facts.of(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["tags: [[a]]", "license_link: 5", "license: {a: b}", "language: no", "base_model: 7", "pipeline_tag: []"],
+)
+def test_cards_of_other_types_are_one_line(folder, metadata):
+    (folder / "README.md").write_text(f"---\n{metadata}\n---\n")
+    with pytest.raises(InputError, match=rf"the metadata of .*README\.md: {metadata.split(':')[0]}.*expected"):
+        Facts.of(folder)
+
+
+def test_an_empty_list_of_base_models_names_none(folder):
+    (folder / "README.md").write_text("---\nbase_model: []\nbase_model_relation: quantized\n---\n")
+    assert Facts.of(folder).base_model is None
+
+
+def test_a_card_that_lies_elsewhere_is_none(folder, tmp_path):
+    (tmp_path / "elsewhere.md").write_text("---\nlicense: secret\n---\n")
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    facts = Facts.of(folder)
+    assert not facts.has_base_card and facts.card.get("license") is None

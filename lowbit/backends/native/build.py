@@ -167,7 +167,9 @@ def _first_error(output: str) -> str:
 
 def _openmp() -> list[Path]:
     """torch's own OpenMP: with another one, two pools of threads would fight for the cores."""
-    return sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*"))[:1]
+    folder = Path(torch.__file__).parent / "lib"
+    # by their whole names: "compiler" has an omp in it, too
+    return sorted(file for name in ("libgomp", "libiomp", "libomp") for file in folder.glob(f"{name}[.5-]*"))[:1]
 
 
 def _key(compiler: str) -> str:

@@ -212,7 +212,7 @@ static void to_integers(const Weight *w, float *x, Inputs to) {
             const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
             largest = magnitude > largest ? magnitude : largest;
         }
-        to.scales[step] = NAN; /* an input that is not finite makes y NaN */
+        to.scales[step] = NAN, to.sums[step] = (integers){0}; /* an input that is not finite makes y NaN */
         if (largest >= bits_of(INFINITY)) continue;
         const int exponent = w->integer_inputs ? 0 : (largest >> 23 > 47 ? (int)(largest >> 23) : 47) - 127 - 14;
         const float scale = ldexpf(1.0f, exponent), inverse = ldexpf(1.0f, -exponent);
