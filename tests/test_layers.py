@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports its own folder and lower lines only; neighbours on a line do not import each other.
 LINES = (
-    {"errors", "memory", "read_ahead", "lowbit_kernels"},
+    {"errors", "escape", "memory", "read_ahead", "lowbit_kernels"},
     {"scheme"},
     {"qweight"},
     {"grid", "ranges"},

@@ -19,16 +19,13 @@ from lowbit.cli.common import (
     LmHeadSchemeOption,
     ModelOption,
     checked_dtype,
-    console,
     default_device_map,
     head_scheme,
-    interrupted_once,
-    notes,
-    print_json,
     quiet_transformers,
     size,
-    table,
 )
+from lowbit.cli.ending import interrupted_once
+from lowbit.cli.terminal import console, print_json, status, table
 from lowbit.errors import LowbitError, OutputError, UsageError
 
 _PACKAGES = ("lowbit", "torch", "transformers", "triton", "bitsandbytes", "torchao", "gptqmodel")
@@ -96,8 +93,8 @@ def bench(
         setting = Setting(Path(work), device, checked_dtype(dtype), backend, head and Scheme.parse(head))
         measured = _what(model, model_option, shapes, layers, parsed, method, source, setting)
         subject, others = measured.subject(), measured.others(*wanted)
-        with notes.status("") as shown:
-            running = Bench(torch.device(device), batches, prompt_tokens, new_tokens, rounds, on_run=shown.update)
+        with status(quiet=json) as say:
+            running = Bench(torch.device(device), batches, prompt_tokens, new_tokens, rounds, on_run=say)
             try:
                 running.compare(subject, others)
                 interrupted = False
@@ -165,7 +162,7 @@ def _show(result: dict) -> None:
 
     facts = result["facts"]
     console.print(f"{result['model']} on {facts['device']}, which moves {result['bytes_per_second'] / 1e9:.1f} GB/s")
-    console.print(f"prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones\n")
+    console.print(f"prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones", "")
     sides = table("side", "weights from", "load s", "weights", "peak", "kernels")
     for name, side in result["sides"].items():
         peak = size(side["peak_bytes"]) if side["peak_bytes"] else "-"

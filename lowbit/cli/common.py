@@ -1,23 +1,11 @@
-"""What the commands share: options, tables, progress, JSON."""
+"""What the commands share: options, and the checks of them that need nothing else."""
 
-import json
-import signal
-import sys
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from lowbit.errors import UsageError
-
-# no markup: names of folders and regexes hold brackets of their own
-console = Console(highlight=False, soft_wrap=True, markup=False)
-# progress and notes go to stderr: stdout carries the result
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelArgument = Annotated[
     str | None,
@@ -102,62 +90,9 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def print_json(data) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
 def size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
-
-
-def table(*columns: str, title: str | None = None) -> Table:
-    """Left-aligned first column, the others right-aligned."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return made
-
-
-@contextmanager
-def interrupted_once():
-    """The first Ctrl-C ends the work inside; further ones do not disturb the cleaning up."""
-
-    def interrupt(signum, frame):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def progress(label: str, total: int, quiet: bool = False):
-    """A bar with ETA on stderr; yields `advance(steps, note)`."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    # where there is no terminal, rich writes an empty line for each bar
-    with Progress(*columns, console=notes, transient=True, disable=quiet or not notes.is_terminal) as bar:
-        task = bar.add_task(label, total=total, note="")
-        yield lambda steps=1, note="": bar.update(task, advance=steps, note=note)
-
-
-@contextmanager
-def counted_progress(label: str, quiet: bool):
-    """Yields what, called with a number of steps, shows a bar and gives what advances it by one step of a name."""
-    with ExitStack() as stack:
-
-        def on_start(total: int):
-            advance = stack.enter_context(progress(label, total, quiet))
-            return lambda name: advance(1, name)
-
-        yield on_start

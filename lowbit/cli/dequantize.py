@@ -13,15 +13,13 @@ from lowbit.cli.common import (
     RevisionOption,
     ShardSizeOption,
     TrustOption,
-    console,
-    counted_progress,
-    interrupted_once,
     one_model,
     one_output,
-    print_json,
     quiet_transformers,
     size,
-)  # fmt: skip
+)
+from lowbit.cli.ending import interrupted_once
+from lowbit.cli.terminal import console, counted_progress, print_json
 
 
 def dequantize(

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, console, print_json, table
+from lowbit.cli.common import JsonOption
+from lowbit.cli.terminal import console, print_json, table
 from lowbit.errors import UsageError
 
 _PACKAGES = (

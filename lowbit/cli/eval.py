@@ -15,14 +15,11 @@ from lowbit.cli.common import (
     RevisionOption,
     TrustOption,
     checked_dtype,
-    console,
     default_device_map,
     one_model,
-    print_json,
-    progress,
     quiet_transformers,
-    table,
-)  # fmt: skip
+)
+from lowbit.cli.terminal import console, print_json, progress, table
 from lowbit.errors import UsageError
 
 

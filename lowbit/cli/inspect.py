@@ -4,17 +4,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import (
-    JsonOption,
-    ModelArgument,
-    ModelOption,
-    RevisionOption,
-    console,
-    one_model,
-    print_json,
-    size,
-    table,
-)  # fmt: skip
+from lowbit.cli.common import JsonOption, ModelArgument, ModelOption, RevisionOption, one_model, size
+from lowbit.cli.terminal import console, print_json, table
 
 
 def inspect(

@@ -20,17 +20,12 @@ from lowbit.cli.common import (
     RevisionOption,
     ShardSizeOption,
     TrustOption,
-    console,
-    interrupted_once,
-    notes,
     one_model,
     one_output,
-    print_json,
-    progress,
     quiet_transformers,
     size,
-    table,
-)  # fmt: skip
+)
+from lowbit.cli.ending import interrupted_once
 from lowbit.cli.half import convert_to_dtype, only_converts, preview_dtype
 from lowbit.cli.plan import preview
 from lowbit.cli.recipe import (
@@ -51,6 +46,7 @@ from lowbit.cli.recipe import (
     SymOption,
     recipe_arguments,
 )
+from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
 
 
 def quantize(
@@ -158,7 +154,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
             command=typed_command(),
             on_plan=on_plan,
-            announce=lambda line: notes.print(line, markup=False),
+            announce=notes.print,
         )
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first one speaks
@@ -186,14 +182,8 @@ def _show(report, output_dir: Path) -> None:
     )
     if report.calibration:
         _show_calibration(report)
-    if report.fallbacks:
-        console.print("other group size, because theirs does not divide in_features:")
-        for name, scheme in report.fallbacks.items():
-            console.print(f"  {name}: {scheme}")
-    if report.left_alone:
-        console.print("left alone:")
-        for name, reason in report.left_alone.items():
-            console.print(f"  {name}: {reason}")
+    show_names("other group size, because theirs does not divide in_features:", report.fallbacks)
+    show_names("left alone:", report.left_alone)
     console.print(f"written to {output_dir}")
 
 
@@ -220,10 +210,8 @@ def _show_calibration(report) -> None:
             f"{layer['output_error']:.4f}", _digits(layer["output_error_to_original"]),
         )  # fmt: skip
     console.print(worst)
-    for layer in report.layers:
-        if layer.get("note"):
-            expert = f" expert {layer['expert']}" if "expert" in layer else ""
-            console.print(f"  {layer['name']}{expert}: {layer['note']}")
+    named = {f"{x['name']} expert {x['expert']}" if "expert" in x else x["name"]: x.get("note") for x in report.layers}
+    show_names("notes:", {name: note for name, note in named.items() if note})
 
 
 def _digits(error: float | None) -> str:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, console, notes, print_json, progress, table
+from lowbit.cli.common import JsonOption
+from lowbit.cli.terminal import console, notes, print_json, progress, table
 from lowbit.errors import BackendError, UsageError
 
 _SHAPES = re.compile(r"\d+x\d+(,\d+x\d+)*")
@@ -62,7 +63,7 @@ def tune(
     console.print(shown)
     dropped = {f"{name}: {reason}" for result in found for name, reason in result["dropped"].items()}
     for line in sorted(dropped):
-        notes.print(f"left out: {line}", markup=False)
+        notes.print(f"left out: {line}")
     console.print(f"written to {triton.table_of(device)}")
 
 

@@ -11,15 +11,12 @@ from lowbit.cli.common import (
     ModelOption,
     RevisionOption,
     TrustOption,
-    console,
     default_device_map,
-    interrupted_once,
     one_model,
-    print_json,
-    progress,
     quiet_transformers,
-    table,
-)  # fmt: skip
+)
+from lowbit.cli.ending import interrupted_once
+from lowbit.cli.terminal import console, print_json, progress, table
 
 _WORDS = {True: "ok", False: "FAILED", None: "-"}
 
