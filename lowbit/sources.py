@@ -34,6 +34,8 @@ def _local(model: str | Path) -> Path | None:
     if str(model) == REFERENCE:
         return Path(str(files("lowbit") / "assets" / "reference"))
     name = str(model)
+    if not name.strip():  # Path("") is the current folder
+        raise InputError(f"no model is named: expected a folder, a Hub id such as org/name, or '{REFERENCE}'")
     try:
         folder = Path(model).expanduser()
         if folder.is_dir():

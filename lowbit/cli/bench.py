@@ -18,6 +18,7 @@ from lowbit.cli.common import (
     LmHeadOption,
     LmHeadSchemeOption,
     ModelOption,
+    check_known,
     checked_dtype,
     default_device_map,
     head_scheme,
@@ -27,6 +28,7 @@ from lowbit.cli.common import (
 from lowbit.cli.ending import interrupted_once
 from lowbit.cli.terminal import console, print_json, status, table
 from lowbit.errors import LowbitError, OutputError, UsageError
+from lowbit.scheme import Scheme
 
 _PACKAGES = ("lowbit", "torch", "transformers", "triton", "bitsandbytes", "torchao", "gptqmodel")
 
@@ -76,29 +78,33 @@ def bench(
     Decoding, prefill, time to the first token, memory, and how much of the memory bandwidth of this machine a step
     uses. The sides take turns; each runs in lowbit's loop and in `model.generate`.
     """
+    batches, head = _batches(batch), head_scheme(lm_head, lm_head_scheme)
+    parsed, dtype = Scheme.parse(scheme), checked_dtype(dtype)
+    _check_what(model, model_option, shapes, layers, source)
+    check_known(method=method)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     import torch
 
     from lowbit.bench.peers import parse_against
     from lowbit.bench.rounds import Bench
-    from lowbit.bench.sides import Setting
-    from lowbit.scheme import Scheme
+    from lowbit.bench.sides import Checkpoint, Setting, Shapes
 
-    batches, wanted = _batches(batch), parse_against(against)
-    parsed, head = Scheme.parse(scheme), head_scheme(lm_head, lm_head_scheme)
-    device = _device(default_device_map(device_map))
-    if out is not None and not out.absolute().parent.is_dir():
-        raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
+    wanted, device = parse_against(against), _device(default_device_map(device_map))
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
-        setting = Setting(Path(work), device, checked_dtype(dtype), backend, head and Scheme.parse(head))
-        measured = _what(model, model_option, shapes, layers, parsed, method, source, setting)
+        setting = Setting(Path(work), device, dtype, backend, head and Scheme.parse(head))
+        if shapes is None:
+            measured = Checkpoint(model if model is not None else model_option, source, parsed, method, setting)
+        else:
+            measured = Shapes(shapes, layers, parsed, setting)
         subject, others = measured.subject(), measured.others(*wanted)
         with status(quiet=json) as say:
             running = Bench(torch.device(device), batches, prompt_tokens, new_tokens, rounds, on_run=say)
             try:
                 running.compare(subject, others)
                 interrupted = False
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or `kill`
                 interrupted = True
     result = {"facts": _facts(device), "model": measured.describes, **running.result()}
     if out is not None:
@@ -127,18 +133,13 @@ def _device(device_map: str | None) -> str:
         raise UsageError(f"device_map is {device_map!r}: expected one device, such as cpu, cuda or cuda:1") from None
 
 
-def _what(model, model_option, shapes, layers, scheme, method, source, setting):
-    from lowbit.bench.sides import Checkpoint, Shapes
-
+def _check_what(model, model_option, shapes, layers, source) -> None:
     if sum(given is not None for given in (model, model_option, shapes)) != 1:
         raise UsageError("expected one MODEL (a folder, a Hub id, or 'reference'), or --shapes NAME")
-    if shapes is None:
-        if layers is not None:
-            raise UsageError("--layers is for --shapes: a MODEL has those it has")
-        return Checkpoint(model or model_option, source, scheme, method, setting)
-    if source is not None:
+    if shapes is None and layers is not None:
+        raise UsageError("--layers is for --shapes: a MODEL has those it has")
+    if shapes is not None and source is not None:
         raise UsageError("--source is for a quantized MODEL, not for --shapes")
-    return Shapes(shapes, layers, scheme, setting)
 
 
 def _facts(device: str) -> dict:

@@ -1,11 +1,12 @@
 """What the commands share: options, and the checks of them that need nothing else."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lowbit.errors import UsageError
+from lowbit.errors import OutputError, UsageError
 
 ModelArgument = Annotated[
     str | None,
@@ -47,10 +48,30 @@ def one_model(argument: str | None, option: str | None) -> str:
     return argument if argument is not None else option
 
 
-def one_output(folder: Path | None) -> Path:
+def one_output(folder: Path | None, overwrite: bool = False) -> Path:
+    """What can be said of an output folder at once. Writing it checks again, and more."""
     if folder is None:
         raise UsageError("no output folder: pass -o DIR")
+    try:
+        target = Path(os.path.realpath(folder))
+        if Path.cwd().is_relative_to(target):  # the shell would be left in a folder that is no more
+            raise UsageError(f"the output folder {folder} is the one this command runs in: choose one inside of it")
+        occupied = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}") from None
+    if occupied and not overwrite:
+        raise OutputError(f"{target} exists already: choose another output folder, or pass --overwrite")
     return folder
+
+
+def check_known(**names: str) -> None:
+    """`format` and `method` against the tables of lowbit, before anything that takes long to import is."""
+    from lowbit.formats import FORMATS, get_format
+    from lowbit.quantizers import QUANTIZERS, get_quantizer
+
+    for kind, (table, get) in {"format": (FORMATS, get_format), "method": (QUANTIZERS, get_quantizer)}.items():
+        if kind in names and names[kind] not in table:
+            get(names[kind])
 
 
 def checked_dtype(name: str) -> str:

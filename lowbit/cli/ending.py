@@ -69,10 +69,15 @@ def end_on_signals() -> None:
             signal.signal(number, _terminate)
 
 
-def _terminate(signum, frame):
-    """A KeyboardInterrupt only stops an answer."""
+def ignore_signals() -> None:
+    """From here on the program ends by itself."""
     for number in (*_ENDING, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _terminate(signum, frame):
+    """A KeyboardInterrupt only stops an answer."""
+    ignore_signals()
     raise SystemExit(INTERRUPTED)
 
 

@@ -53,6 +53,7 @@ def evaluate(
 
     With --save the result goes into MODEL/lowbit_report.json, where `lowbit report` and the model card find it.
     """
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     from lowbit.calibration.data import token_stream
     from lowbit.eval import evaluate as measure
     from lowbit.eval.compare import starts_with_bos
@@ -61,7 +62,6 @@ def evaluate(
     from lowbit.pipeline.report import load_report, now, save_report
     from lowbit.sources import resolve
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     quiet_transformers()
     if save:
         load_report(_own_folder(name))  # what cannot be recorded is said before it is measured

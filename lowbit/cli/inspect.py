@@ -16,10 +16,11 @@ def inspect(
     json: JsonOption = False,
 ):
     """Show what is quantized and how, from headers alone."""
+    name = one_model(model, model_option)
     from lowbit.sources import resolve
     from lowbit.stored import summarize
 
-    summary = summarize(resolve(one_model(model, model_option), revision))
+    summary = summarize(resolve(name, revision))
     if json:
         print_json(summary)
         return

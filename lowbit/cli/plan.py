@@ -11,6 +11,7 @@ from lowbit.cli.common import (
     RevisionOption,
     ShardSizeOption,
     TrustOption,
+    check_known,
     one_model,
     quiet_transformers,
     size,
@@ -66,6 +67,7 @@ def plan(
 
     Sizes are exact. Takes the flags of `quantize` that matter to the result.
     """
+    check_known(format=format, method=method)
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
         include_vision, smooth, activation_range,

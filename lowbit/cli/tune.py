@@ -33,14 +33,14 @@ def tune(
     They are remembered in a file. Nothing needs this: without it a rule chooses. The results of each candidate are
     checked before its time counts.
     """
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
+    counts = _counts(rows)
     import torch
 
     from lowbit.backends import get_backend, kernels_for
 
     triton = get_backend("triton")
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
-    counts = _counts(rows)
     cases = []
     for weight_scheme, shape in _weights(what, scheme):
         reason = kernels_for(weight_scheme).refuse(weight_scheme, device, getattr(torch, dtype), shape)

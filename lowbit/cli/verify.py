@@ -40,9 +40,9 @@ def verify(
 
     Exit code 1 if a check fails.
     """
+    name = one_model(model, model_option)
     from lowbit.eval import verify as run_checks
 
-    name = one_model(model, model_option)
     quiet_transformers()
     with interrupted_once(), progress("verifying", 1, quiet=json) as advance:
         done = run_checks(
