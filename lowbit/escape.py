@@ -63,7 +63,7 @@ class Markdown(str):
 def markdown(text: str) -> Markdown:
     """One line of plain words: no markup, HTML, entity, link, formula or end of a table's cell."""
     escaped = re.sub(r"[\\`*_\[\]<>|&~$]", r"\\\g<0>", terminal(text))
-    escaped = re.sub(r"^(\s*)([#+\-=]|\d+[.)])", _first_marker, escaped)  # headings and lists
+    escaped = re.sub(r"^(\s*)([#+\-=]|\d+[.)](?=\s|$))", _first_marker, escaped)  # headings and lists
     return Markdown(re.sub(r":(?=//)|(?<=www)\.|@", r"\\\g<0>", escaped))  # what is a link without any brackets
 
 

@@ -83,9 +83,10 @@ def shuffled(name: str, seed: int) -> Texts:
         repository, config, split, column = _parsed(name, "train", None)
     else:
         raise _unknown(name, ["self", STDLIB_TRAIN, *KNOWN])
+    shown = f"{Path(name).name if config is None and _is(Path.is_dir, name) else repository}, {split}"
     if repository in _ONE_TEXT:
-        return Texts(f"{repository}, {split}", whole=_joined(repository, config, split, column or "text"))
-    return Texts(f"{repository}, {split}", _from_datasets(repository, config, split, column, seed))
+        return Texts(shown, whole=_joined(repository, config, split, column or "text"))
+    return Texts(shown, _from_datasets(repository, config, split, column, seed))
 
 
 def token_stream(tokenizer, name: str, limit: int | None = None) -> torch.Tensor:

@@ -22,7 +22,7 @@ from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options
 from lowbit.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
-from lowbit.sources import check_apart, load_config, resolve
+from lowbit.sources import check_apart, load_config, recorded_name, resolve
 
 
 def quantize(
@@ -91,7 +91,7 @@ def quantize(
     reader = CheckpointReader(source)
     config = load_config(source, trust_remote_code)
     plan = make_plan(reader, skeleton(config, trust_remote_code), recipe, format)
-    report = Report.of(plan, str(model), source, command)
+    report = Report.of(plan, recorded_name(model), source, command)
     if dry_run:
         if on_plan:
             on_plan(plan)
