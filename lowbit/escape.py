@@ -62,13 +62,9 @@ class Markdown(str):
 
 def markdown(text: str) -> Markdown:
     """One line of plain words: no markup, HTML, entity, link, formula or end of a table's cell."""
-    escaped = re.sub(r"[\\`*_\[\]<>|&~$]", r"\\\g<0>", terminal(text))
-    escaped = re.sub(r"^(\s*)([#+\-=]|\d+[.)](?=\s|$))", _first_marker, escaped)  # headings and lists
+    escaped = re.sub(r"[\\`*_\[\]<>|&~$]", r"\\\g<0>", terminal(text).lstrip())
+    escaped = re.sub(r"^(\d*)([#+\-=.)])(?=\D|$)", r"\1\\\2", escaped)  # headings, lists, and lines under a heading
     return Markdown(re.sub(r":(?=//)|(?<=www)\.|@", r"\\\g<0>", escaped))  # what is a link without any brackets
-
-
-def _first_marker(match: re.Match) -> str:
-    return f"{match[1]}{match[2][:-1]}\\{match[2][-1]}"
 
 
 def code_span(text: str) -> Markdown:
