@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A file imports its own folder and lower lines only; neighbours on a line do not import each other.
 LINES = (
     {"errors", "escape", "memory", "read_ahead", "lowbit_kernels"},
-    {"scheme"},
+    {"scheme", "chat_template"},
     {"qweight"},
     {"grid", "ranges"},
     {"reference"},

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lowbit.calibration.stdlib import sources
+from lowbit.chat_template import chat_ids
 from lowbit.errors import InputError, UsageError, first_line
 
 # Names people use -> (data set on the Hub, config, split that is evaluated on, text column)
@@ -107,10 +108,7 @@ def chat_tokens(tokenizer, messages: list[dict], name: str) -> list[int]:
     """A chat through the tokenizer's template. InputError if it has none, or if the template refuses the chat."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(f"{name} has chats, and the tokenizer has no chat template: expected one, or a column of text")
-    try:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
-    except Exception as error:  # a template is a program of the model's author: it raises what it likes
-        raise InputError(f"the chat template of the tokenizer refuses a chat of {name}: {first_line(error)}") from None
+    return chat_ids(tokenizer, messages, f"a chat of {name}")
 
 
 def ended(ids: list[int], end: list[int]) -> list[int]:

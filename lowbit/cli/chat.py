@@ -119,7 +119,10 @@ def chat(
         "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
         "prefill_chunk": prefill_chunk or PREFILL_CHUNK,
     }  # fmt: skip
-    Conversation(session, system, options, context is Context.slide, stats).run()
+    conversation = Conversation(session, system, options, context is Context.slide, stats)
+    conversation.run()
+    if conversation.asked and not conversation.answered:
+        raise typer.Exit(1)
 
 
 class Conversation:
@@ -130,6 +133,7 @@ class Conversation:
 
     def __init__(self, session, system: str | None, options: dict, slide: bool = False, stats: bool = False):
         self.session, self.options, self.slide, self.stats = session, options, slide, stats
+        self.asked = self.answered = 0
         self.start = [{"role": "system", "content": system}] if system else []
         self.clear()
 
@@ -198,6 +202,7 @@ class Conversation:
 
     def answer(self, line: str) -> None:
         question = {"role": "user", "content": line}
+        self.asked += 1
         try:
             ids, dropped = self._prompt(question)
             room = self._room(ids)
@@ -206,6 +211,7 @@ class Conversation:
         except LowbitError as error:
             notes.print(f"{error} (!clear forgets the conversation)")
             return
+        self.answered += 1
         console.print()
         full = result.tokens == room < self.options["max_new_tokens"]
         ending = ", stopped" if result.interrupted else ", the context is full" if full else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from lowbit.chat_template import chat_ids
 from lowbit.errors import InputError, first_line
 from lowbit.generation.draft import Draft, check_same_tokens
 from lowbit.generation.loop import Decoder
@@ -63,13 +64,15 @@ class Session:
         return ids
 
     def encode_chat(self, messages: list[dict]) -> torch.Tensor:
-        """messages: [{"role": ..., "content": ...}] through the chat template; plain lines without one."""
+        """messages: [{"role": ..., "content": ...}] through the chat template; plain lines without one.
+
+        Raises InputError where the template does not take them."""
         if self.tokenizer.chat_template is None:
             return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:")
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return encoded["input_ids"]
+        ids = chat_ids(self.tokenizer, messages, "this conversation", add_generation_prompt=True)
+        if not ids:
+            raise InputError("the chat template of the tokenizer makes nothing of this conversation: expected text")
+        return torch.tensor([ids])
 
     def generate(
         self,
