@@ -8,6 +8,7 @@ from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.formats import detect_format
 from lowbit.hf.head import quantize_head
+from lowbit.hf.quiet import quiet_transformers
 from lowbit.read_ahead import read_ahead
 from lowbit.scheme import Scheme
 from lowbit.sources import load_config, resolve
@@ -36,6 +37,7 @@ def loading_config(
     return config
 
 
+@quiet_transformers()  # `_check` says it in one line
 def load(
     path: str | Path,
     *,

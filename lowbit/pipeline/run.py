@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def quantize(
     sym: bool | None = None,
     method: str = "rtn",
     options: dict | None = None,
-    overrides: Iterable[tuple[str, str | Scheme]] = (),
+    overrides: Mapping[str, str | Scheme] | Iterable[tuple[str, str | Scheme]] = (),
     ignore: Iterable[str] = (),
     lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
@@ -59,7 +59,8 @@ def quantize(
     """Quantize a checkpoint into `output_dir`, a folder that transformers, vLLM and lowbit load.
 
     model: a folder, a Hub id, or "reference" (the embedded model). scheme: a Scheme or a name such as "W4A16";
-    group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches.
+    group_size and sym override what the scheme says. overrides: (regex, scheme) for the modules it matches,
+    or a dict of them.
     ignore: regexes of modules to leave alone; routers always are, the output embedding unless lm_head (its scheme, or
     True for W8A16-G128), and what a model sees, hears or projects with unless include_vision. smooth: scale the inputs
     of linears for smaller errors, and fold the scales into what is before them; a SmoothQuant alpha from 0 to 1, or
@@ -129,6 +130,17 @@ def _nothing(step) -> None:
     return None
 
 
+def _pairs(overrides) -> list[tuple[str, str | Scheme]]:
+    """(pattern, scheme) of pairs, or of a dict."""
+    pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides)
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise UsageError(
+                f"override {pair!r} is not understood; expected (regex, scheme), e.g. ('.*down_proj', 'W8A16')"
+            )
+    return pairs
+
+
 def make_recipe(
     scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False, smooth=None,
     activation_range=None,
@@ -139,7 +151,7 @@ def make_recipe(
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     asked = {"group_size": group_size, "sym": sym}
     base = replace(base, **{field: value for field, value in asked.items() if value is not None})
-    parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
+    parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in _pairs(overrides)]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     head = Scheme.parse(lm_head) if isinstance(lm_head, str) else {True: HEAD_SCHEME, False: None}.get(lm_head, lm_head)
     options, ranges = checked_options(method, options or {}), activation_range or ACTIVATION_RANGES[0]

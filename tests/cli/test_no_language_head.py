@@ -42,9 +42,9 @@ def test_scores_are_left_as_an_output_embedding_is(headless):
 
 @pytest.mark.parametrize(
     "command",
-    [("generate", "-p", "x"), ("chat",), ("eval",), ("eval", "--reference", "reference"), ("bench", "--against", "none")],
+    [("generate", "-p", "x"), ("chat",), ("eval",), ("bench", "--against", "none")],
     ids=lambda command: command[0],
-)  # fmt: skip
+)
 def test_commands_that_need_logits_say_so(refused, headless, command, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     refused(1, command[0], headless.with_name("quantized"), *command[1:], says=["no language head", "ForCausalLM"])
