@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption
+from lowbit.cli.common import JsonOption, quiet_transformers
 from lowbit.cli.terminal import console, print_json, table
 from lowbit.errors import UsageError
 
@@ -123,6 +123,7 @@ def _layers(model: str) -> tuple[list, "torch.dtype"]:  # noqa: F821 - imported 
     from lowbit.hf.foreign import StoredModel
     from lowbit.sources import load_config, resolve
 
+    quiet_transformers()
     folder = resolve(model)
     config = load_config(folder)
     if getattr(config, "quantization_config", None) is None:

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from lowbit.cli.common import size
+from lowbit.cli.common import quiet_transformers, size
 from lowbit.cli.terminal import console, print_json, progress, show_names, table
 from lowbit.errors import UsageError
 
@@ -37,6 +37,7 @@ def preview_dtype(model: str, scheme: str, json: bool, **options) -> None:
     """Print what `lowbit.plan_dtype` finds."""
     from lowbit.pipeline import plan_dtype
 
+    quiet_transformers()
     found = plan_dtype(model, scheme, **options)
     if json:
         print_json(found.to_dict())

@@ -16,7 +16,6 @@ SIZES = {
 }  # fmt: skip
 CLASSES = {
     "classes": (transformers.AutoModelForSequenceClassification, {"num_labels": 40}),
-    "tokens": (transformers.AutoModelForTokenClassification, {"num_labels": 40}),
     "embeddings": (transformers.AutoModel, {}),
 }
 

@@ -106,7 +106,6 @@ def test_processes_of_their_own(quantized):
     """What the other tests see in this process is what a shell sees."""
     for words, line in (
         (("inspect", quantized, "--layers"), '"$@" | head -c 1 >/dev/null; exit "${PIPESTATUS[0]}"'),
-        (("chat", quantized), 'exec "$@" <&-'),
         (("inspect", quantized), 'exec "$@" >&-'),
     ):
         done = subprocess.run(["bash", "-c", line, "bash", *COMMAND, *map(str, words)], env=ENVIRONMENT,
