@@ -162,3 +162,9 @@ def test_generated_text_keeps_lines_and_loses_escape_sequences(cli, quantized, m
     if prompt:  # exact, for programs
         exact = json.loads(cli(command, quantized, *prompt, "--json").out)["text"]
         assert exact == Speaking().decode(range(len(Speaking.pieces)))
+
+
+def test_a_card_of_ones_own_is_shown_without_escape_sequences(cli, quantized, tmp_path):
+    (tmp_path / "card.md").write_text(f"# Title\n\n{EVIL}\n\ttext\n", encoding="utf-8")
+    out = cli("push", quantized, "me/x", "--dry-run", "--card", tmp_path / "card.md").out
+    assert out.startswith("# Title\n\n[red]a[/x]") and out.endswith("\n\ttext\n") and ESC not in out
