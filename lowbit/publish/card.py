@@ -91,7 +91,7 @@ def page(facts: Facts, repo_id: str) -> dict:
         "format": facts.summary["format"],
         "scheme": scheme.name,
         "bits": f"{scheme.bits} bits",
-        "asymmetric": "" if scheme.sym else " with zero points",
+        "asymmetric": not scheme.sym,
         "groups": "one scale per output channel" if scheme.group_size == PER_CHANNEL else
                   f"one scale for {scheme.group_size} inputs",
         "writer": text(facts.report.get("lowbit")),
