@@ -70,6 +70,20 @@ def model_class(config, trust_remote_code: bool = False):
     return transformers.AutoModelForCausalLM
 
 
+def require_language_head(config, folder, trust_remote_code: bool = False) -> None:
+    """Raise InputError for a model that gives no logits over a vocabulary: one for embeddings or classification, say.
+
+    Whatever generates, or measures the text that a model expects, asks this before any weights are loaded.
+    """
+    found = model_class(config, trust_remote_code)
+    if getattr(found, "can_generate", lambda: True)() or _head_of(skeleton(config, trust_remote_code)) is not None:
+        return
+    raise InputError(
+        f"{folder} has no language head: {found.__name__} gives no logits over a vocabulary, and writes no text "
+        "(expected a model such as those named ...ForCausalLM)"
+    )
+
+
 def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None, tensors=None) -> nn.Module:
     """The model that a transformers config describes, on the meta device: modules and shapes, no memory.
 
@@ -213,6 +227,16 @@ def _head_of(module: nn.Module) -> nn.Module | None:
     return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
 
 
+def _task_heads(model: nn.Module) -> list[str]:
+    """Modules that make scores, or labels, of what comes out of the model proper: where others have their output
+    embedding."""
+    body = getattr(model, "base_model", model)
+    if body is model or _head_of(model) is not None:
+        return []
+    inside = {*body.modules()}
+    return [name for name, module in model.named_modules() if name and module not in inside]
+
+
 def _left_alone(model: nn.Module, sites: dict[str, Site], recipe: Recipe) -> dict[str, str]:
     """Parameter name -> why it is not quantized. Raises UsageError for a head that shall be and is tied."""
     reasons = {}
@@ -221,6 +245,7 @@ def _left_alone(model: nn.Module, sites: dict[str, Site], recipe: Recipe) -> dic
     if not recipe.lm_head:
         heads = {_head_of(module) for module in model.modules()} - {None}  # also of a model inside of the model
         reasons = {f"{name}.weight": "output embedding" for name, module in model.named_modules() if module in heads}
+        reasons |= {f"{name}.weight": "output of the model" for name in _task_heads(model)}
     in_language, routers = _language_model(model, sites), _routers(model, sites)
     for site in sites.values():
         if site.parameter in routers:

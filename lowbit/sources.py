@@ -55,11 +55,19 @@ def open_headers(model: str | Path, revision: str | None = None, trust_remote_co
     return reader, load_config(folder, trust_remote_code, reader.tensors.values())
 
 
+def recorded_name(model: str | Path) -> str:
+    """What a report calls a model: by this name it is found again from any folder, and a folder is never taken for a
+    repository. A Hub id, `reference`, or a path from the root."""
+    return str(model) if str(model) == REFERENCE or _local(model) is None else os.path.abspath(Path(model).expanduser())
+
+
 def _local(model: str | Path) -> Path | None:
     """The folder that MODEL is, None if it is the name of a repository."""
     if str(model) == REFERENCE:
         return Path(str(files("lowbit") / "assets" / "reference"))
     name = str(model)
+    if not name.strip():  # Path("") is the current folder
+        raise InputError(f"no model is named: expected a folder, a Hub id such as org/name, or '{REFERENCE}'")
     try:
         folder = Path(model).expanduser()
         if folder.is_dir():

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 # A file imports its own folder and lower lines only; neighbours on a line do not import each other.
 LINES = (
-    {"errors", "memory", "read_ahead", "lowbit_kernels", "torch_api"},
+    {"errors", "escape", "memory", "read_ahead", "lowbit_kernels", "torch_api"},
     {"upstream", "reading", "records"},
-    {"transformers_api", "model_size", "patterns", "scheme", "safe_files"},
+    {"transformers_api", "model_size", "patterns", "scheme", "safe_files", "chat_template"},
     {"qweight"},
     {"grid", "ranges"},
     {"reference"},

@@ -12,6 +12,7 @@ from lowbit.bench.random_model import check_memory, dense_model, quantized_model
 from lowbit.bench.rounds import Side
 from lowbit.bench.shapes import config_of
 from lowbit.checkpoint import CheckpointReader
+from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, UsageError
 from lowbit.hf import load
 from lowbit.pipeline import dequantize, quantize
@@ -128,6 +129,7 @@ class Checkpoint:
         return self.model
 
     def subject(self) -> Side:
+        require_language_head(load_config(self.folder), self.folder)
         if not self.is_quantized and self.source is not None:
             raise UsageError(f"--source is for a quantized MODEL, and {self.model} is not quantized")
         origin = "as stored" if self.is_quantized else f"{self.scheme.name}, {self.method}"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lowbit.calibration.stdlib import sources
+from lowbit.chat_template import chat_ids
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.records import record
 
@@ -84,9 +85,10 @@ def shuffled(name: str, seed: int) -> Texts:
         repository, config, split, column = _parsed(name, "train", None)
     else:
         raise _unknown(name, ["self", STDLIB_TRAIN, *KNOWN])
+    shown = f"{Path(name).name if config is None and _is(Path.is_dir, name) else repository}, {split}"
     if repository in _ONE_TEXT:
-        return Texts(f"{repository}, {split}", whole=_joined(repository, config, split, column or "text"))
-    return Texts(f"{repository}, {split}", _from_datasets(repository, config, split, column, seed))
+        return Texts(shown, whole=_joined(repository, config, split, column or "text"))
+    return Texts(shown, _from_datasets(repository, config, split, column, seed))
 
 
 def token_stream(tokenizer, name: str, limit: int | None = None) -> torch.Tensor:
@@ -107,10 +109,7 @@ def chat_tokens(tokenizer, messages: list[dict], name: str) -> list[int]:
     """A chat through the tokenizer's template. InputError if it has none, or if the template refuses the chat."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError(f"{name} has chats, and the tokenizer has no chat template: expected one, or a column of text")
-    try:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
-    except Exception as error:  # a template is a program of the model's author: it raises what it likes
-        raise InputError(f"the chat template of the tokenizer refuses a chat of {name}: {first_line(error)}") from None
+    return chat_ids(tokenizer, messages, f"a chat of {name}")
 
 
 def ended(ids: list[int], end: list[int]) -> list[int]:

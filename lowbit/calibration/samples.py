@@ -121,6 +121,11 @@ def _given(dataset) -> tuple[torch.Tensor, str] | None:
     if isinstance(dataset, torch.Tensor):
         return dataset.detach().cpu(), "token ids"
     if isinstance(dataset, (list, tuple, np.ndarray)):
+        if len(dataset) and all(isinstance(text, str) for text in dataset):
+            raise InputError(
+                "calibration data is a list of texts; expected integers [samples, seqlen], or the name of a file "
+                "of texts (.txt, .jsonl, .parquet)"
+            )
         try:
             return _from_numpy(np.asarray(dataset), "the token ids"), "token ids"
         except (ValueError, TypeError):

@@ -12,6 +12,7 @@ import torch
 
 from lowbit.backends.dense import gemm_dtype
 from lowbit.checkpoint import CheckpointReader
+from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, first_line
 
 # Sample i has temperature i % 8: from text that is likely to text that is not, both of which real text is made of
@@ -56,8 +57,13 @@ def sample_from_model(
 
 
 def _load(folder: Path, reader: CheckpointReader, trust_remote_code: bool):
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever is wrong with the file
+        raise InputError(f"cannot load {folder} to sample text from it: {first_line(error)}") from None
+    require_language_head(config, folder, trust_remote_code)
     dtype, on_gpu = "auto", torch.cuda.is_available()
     if not on_gpu and any(_is_slow(tensor.dtype) for tensor in reader.tensors.values()):
         dtype = torch.float32

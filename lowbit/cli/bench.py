@@ -20,18 +20,17 @@ from lowbit.cli.common import (
     ModelOption,
     RevisionOption,
     TrustOption,
+    check_known,
     checked_dtype,
-    console,
     default_device_map,
     head_scheme,
-    interrupted_once,
-    notes,
-    print_json,
     quiet_transformers,
     size,
-    table,
 )
+from lowbit.cli.ending import interrupted_once
+from lowbit.cli.terminal import console, print_json, status, table
 from lowbit.errors import LowbitError, OutputError, UsageError
+from lowbit.scheme import Scheme
 
 _PACKAGES = ("lowbit", "torch", "transformers", "triton", "bitsandbytes", "torchao", "gptqmodel")
 
@@ -83,32 +82,34 @@ def bench(
     Decoding, prefill, time to the first token, memory, and how much of the memory bandwidth of this machine a step
     uses. The sides take turns; each runs in lowbit's loop and in `model.generate`.
     """
+    batches, head = _batches(batch), head_scheme(lm_head, lm_head_scheme)
+    parsed, dtype = Scheme.parse(scheme), checked_dtype(dtype)
+    _check_what(model, model_option, shapes, layers, source, revision, trust_remote_code)
+    check_known(method=method)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     import torch
 
     from lowbit.bench.peers import parse_against
     from lowbit.bench.rounds import Bench
-    from lowbit.bench.sides import Setting
+    from lowbit.bench.sides import Checkpoint, Setting, Shapes
     from lowbit.safe_files import write_whole
-    from lowbit.scheme import Scheme
 
-    batches, wanted = _batches(batch), parse_against(against)
-    parsed, head = Scheme.parse(scheme), head_scheme(lm_head, lm_head_scheme)
-    device = _device(default_device_map(device_map))
-    if out is not None and not out.absolute().parent.is_dir():
-        raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
+    wanted, device = parse_against(against), _device(default_device_map(device_map))
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
-        setting = Setting(
-            Path(work), device, checked_dtype(dtype), backend, head and Scheme.parse(head), revision, trust_remote_code
-        )
-        measured = _what(model, model_option, shapes, layers, parsed, method, source, setting)
+        setting = Setting(Path(work), device, dtype, backend, head and Scheme.parse(head), revision, trust_remote_code)
+        if shapes is None:
+            measured = Checkpoint(model if model is not None else model_option, source, parsed, method, setting)
+        else:
+            measured = Shapes(shapes, layers, parsed, setting)
         subject, others = measured.subject(), measured.others(*wanted)
-        with notes.status("") as shown:
-            running = Bench(torch.device(device), batches, prompt_tokens, new_tokens, rounds, on_run=shown.update)
+        with status(quiet=json) as say:
+            running = Bench(torch.device(device), batches, prompt_tokens, new_tokens, rounds, on_run=say)
             try:
                 running.compare(subject, others)
                 interrupted = False
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or `kill`
                 interrupted = True
     result = {"facts": _facts(device), "model": measured.describes, **running.result()}
     if out is not None:
@@ -137,20 +138,15 @@ def _device(device_map: str | None) -> str:
         raise UsageError(f"device_map is {device_map!r}: expected one device, such as cpu, cuda or cuda:1") from None
 
 
-def _what(model, model_option, shapes, layers, scheme, method, source, setting):
-    from lowbit.bench.sides import Checkpoint, Shapes
-
+def _check_what(model, model_option, shapes, layers, source, revision, trust_remote_code) -> None:
     if sum(given is not None for given in (model, model_option, shapes)) != 1:
         raise UsageError("expected one MODEL (a folder, a Hub id, or 'reference'), or --shapes NAME")
-    if shapes is None:
-        if layers is not None:
-            raise UsageError("--layers is for --shapes: a MODEL has those it has")
-        return Checkpoint(model or model_option, source, scheme, method, setting)
-    if source is not None:
+    if shapes is None and layers is not None:
+        raise UsageError("--layers is for --shapes: a MODEL has those it has")
+    if shapes is not None and source is not None:
         raise UsageError("--source is for a quantized MODEL, not for --shapes")
-    if setting.revision is not None or setting.trust_remote_code:
+    if shapes is not None and (revision is not None or trust_remote_code):
         raise UsageError("--revision and --trust-remote-code are for a MODEL, not for --shapes")
-    return Shapes(shapes, layers, scheme, setting)
 
 
 def _facts(device: str) -> dict:
@@ -174,7 +170,7 @@ def _show(result: dict) -> None:
 
     facts = result["facts"]
     console.print(f"{result['model']} on {facts['device']}, which moves {result['bytes_per_second'] / 1e9:.1f} GB/s")
-    console.print(f"prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones\n")
+    console.print(f"prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones", "")
     sides = table("side", "weights from", "load s", "weights", "peak", "kernels")
     for name, side in result["sides"].items():
         peak = size(side["peak_bytes"]) if side["peak_bytes"] else "-"

@@ -20,13 +20,11 @@ from lowbit.cli.common import (
     TrustOption,
     checked_dtype,
     checked_kv_cache,
-    console,
     default_device_map,
     head_scheme,
-    notes,
     one_model,
     quiet_transformers,
-)  # fmt: skip
+)
 from lowbit.cli.generate import (
     PREFILL_CHUNK,
     AssistantOption,
@@ -46,15 +44,18 @@ from lowbit.cli.generate import (
     checked_stop,
     show_stats,
 )
+from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
 from lowbit.read_ahead import read_ahead
 from lowbit.safe_files import write_whole
 
-HELP = """!help         this text
-!clear        forget the conversation
-!save [FILE]  write the conversation as JSON (default: chat.json)
-!stats        times and rates of the last answer, and what made it
-!exit         leave (so does Ctrl-D); Ctrl-C stops an answer"""
+HELP = (
+    "!help         this text",
+    "!clear        forget the conversation",
+    "!save [FILE]  write the conversation as JSON (default: chat.json)",
+    "!stats        times and rates of the last answer, and what made it",
+    "!exit         leave (so does Ctrl-D); Ctrl-C stops an answer",
+)
 
 
 class Context(StrEnum):
@@ -94,7 +95,7 @@ def chat(
     trust_remote_code: TrustOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    name, dtype, stop = one_model(model, model_option), checked_dtype(dtype), checked_stop(stop)
     drafts = checked_drafts(assistant, prompt_lookup, checked_kv_cache(kv_cache), compile, prefill_chunk)
     read_ahead(Path(name))  # while all else is imported
 
@@ -113,13 +114,16 @@ def chat(
         trust_remote_code=trust_remote_code,
         **drafts,
     )
-    notes.print(f"{name}: !help for commands, !exit or Ctrl-D to leave", markup=False)
+    notes.print(f"{name}: !help for commands, !exit or Ctrl-D to leave")
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": checked_stop(stop), "seed": seed,
+        "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
         "prefill_chunk": prefill_chunk or PREFILL_CHUNK,
     }  # fmt: skip
-    Conversation(session, system, options, context is Context.slide, stats).run()
+    conversation = Conversation(session, system, options, context is Context.slide, stats)
+    conversation.run()
+    if conversation.asked and not conversation.answered:
+        raise typer.Exit(1)
 
 
 class Conversation:
@@ -130,6 +134,7 @@ class Conversation:
 
     def __init__(self, session, system: str | None, options: dict, slide: bool = False, stats: bool = False):
         self.session, self.options, self.slide, self.stats = session, options, slide, stats
+        self.asked = self.answered = 0
         self.start = [{"role": "system", "content": system}] if system else []
         self.clear()
 
@@ -145,7 +150,7 @@ class Conversation:
     def run(self) -> None:
         while True:
             try:
-                line = console.input("> " if sys.stdin.isatty() else "").strip()
+                line = input("> " if sys.stdin.isatty() else "").strip()
                 line.encode()
             except EOFError:
                 return
@@ -153,7 +158,7 @@ class Conversation:
                 notes.print("that is not UTF-8 text")
                 continue
             except KeyboardInterrupt:
-                notes.print("\n(!exit or Ctrl-D to leave)")
+                notes.print("", "(!exit or Ctrl-D to leave)")
                 continue
             if line.startswith("!"):
                 if not self.command(line):
@@ -162,7 +167,7 @@ class Conversation:
                 try:
                     self.answer(line)
                 except KeyboardInterrupt:  # before the first token, or between two lines of output
-                    notes.print("\n[stopped]")
+                    notes.print("", "[stopped]")
 
     def command(self, line: str) -> bool:
         """Run a ! command; False ends the chat."""
@@ -180,9 +185,9 @@ class Conversation:
             else:
                 show_stats(self.last)
         elif word == "!help":
-            notes.print(HELP, markup=False)
+            notes.print(*HELP)
         else:
-            notes.print(f"no command {word}", HELP, sep="\n", markup=False)
+            notes.print(f"no command {word}", *HELP)
         return True
 
     def save(self, path: str) -> None:
@@ -191,27 +196,28 @@ class Conversation:
         try:
             write_whole(Path(path), json.dumps(self.messages, indent=2))
         except OutputError as error:
-            notes.print(str(error), markup=False)
+            notes.print(str(error))
         else:
-            notes.print(f"saved to {path}", markup=False)
+            notes.print(f"saved to {path}")
 
     def answer(self, line: str) -> None:
         question = {"role": "user", "content": line}
+        self.asked += 1
         try:
             ids, dropped = self._prompt(question)
             room = self._room(ids)
-            result = self.session.generate(ids, **{**self.options, "max_new_tokens": room}, on_text=_show)
+            with console.prose() as show:
+                result = self.session.generate(ids, **{**self.options, "max_new_tokens": room}, on_text=show)
         except LowbitError as error:
-            notes.print(f"{error} (!clear forgets the conversation)", markup=False)
+            notes.print(f"{error} (!clear forgets the conversation)")
             return
-        _show("\n")
+        self.answered += 1
+        console.print()
         full = result.tokens == room < self.options["max_new_tokens"]
         ending = ", stopped" if result.interrupted else ", the context is full" if full else ""
-        notes.print(
-            f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second{ending}]", style="dim", markup=False
-        )
+        notes.print(f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second{ending}]", style="dim")
         if dropped and not self.dropped:
-            notes.print("[the context is full: the oldest turns are dropped from here on]", markup=False)
+            notes.print("[the context is full: the oldest turns are dropped from here on]")
         self.last, self.dropped = result.stats, dropped
         if self.stats:
             show_stats(self.last)
@@ -235,8 +241,3 @@ class Conversation:
         """The answer may be as long as the context allows."""
         limit, wanted = self.session.context_length, self.options["max_new_tokens"]
         return wanted if limit is None else max(1, min(wanted, limit - ids.shape[1]))
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

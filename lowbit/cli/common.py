@@ -1,23 +1,12 @@
-"""What the commands share: options, tables, progress, JSON."""
+"""What the commands share: options, and the checks of them that need nothing else."""
 
-import json
-import signal
-import sys
-from contextlib import ExitStack, contextmanager
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from lowbit.errors import UsageError
-
-# no markup: names of folders and regexes hold brackets of their own
-console = Console(highlight=False, soft_wrap=True, markup=False)
-# progress and notes go to stderr: stdout carries the result
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+from lowbit.errors import OutputError, UsageError
 
 ModelArgument = Annotated[
     str | None,
@@ -59,10 +48,30 @@ def one_model(argument: str | None, option: str | None) -> str:
     return argument if argument is not None else option
 
 
-def one_output(folder: Path | None) -> Path:
+def one_output(folder: Path | None, overwrite: bool = False) -> Path:
+    """What can be said of an output folder at once. Writing it checks again, and more."""
     if folder is None:
         raise UsageError("no output folder: pass -o DIR")
+    try:
+        target = Path(os.path.realpath(folder))
+        if Path.cwd().is_relative_to(target):  # the shell would be left in a folder that is no more
+            raise UsageError(f"the output folder {folder} is the one this command runs in: choose one inside of it")
+        occupied = folder.is_dir() and any(folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}") from None
+    if occupied and not overwrite:
+        raise OutputError(f"{target} exists already: choose another output folder, or pass --overwrite")
     return folder
+
+
+def check_known(**names: str) -> None:
+    """`format` and `method` against the tables of lowbit, before anything that takes long to import is."""
+    from lowbit.formats import FORMATS, get_format
+    from lowbit.quantizers import QUANTIZERS, get_quantizer
+
+    for kind, (table, get) in {"format": (FORMATS, get_format), "method": (QUANTIZERS, get_quantizer)}.items():
+        if kind in names and names[kind] not in table:
+            get(names[kind])
 
 
 def checked_dtype(name: str) -> str:
@@ -102,62 +111,9 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def print_json(data) -> None:
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
 def size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
-
-
-def table(*columns: str, title: str | None = None) -> Table:
-    """Left-aligned first column, the others right-aligned."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return made
-
-
-@contextmanager
-def interrupted_once():
-    """The first Ctrl-C ends the work inside; further ones do not disturb the cleaning up."""
-
-    def interrupt(signum, frame):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def progress(label: str, total: int, quiet: bool = False):
-    """A bar with ETA on stderr; yields `advance(steps, note)`."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    # where there is no terminal, rich writes an empty line for each bar
-    with Progress(*columns, console=notes, transient=True, disable=quiet or not notes.is_terminal) as bar:
-        task = bar.add_task(label, total=total, note="")
-        yield lambda steps=1, note="": bar.update(task, advance=steps, note=note)
-
-
-@contextmanager
-def counted_progress(label: str, quiet: bool):
-    """Yields what, called with a number of steps, shows a bar and gives what advances it by one step of a name."""
-    with ExitStack() as stack:
-
-        def on_start(total: int):
-            advance = stack.enter_context(progress(label, total, quiet))
-            return lambda name: advance(1, name)
-
-        yield on_start

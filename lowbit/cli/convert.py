@@ -13,15 +13,18 @@ from lowbit.cli.common import (
     RevisionOption,
     ShardSizeOption,
     TrustOption,
-    console,
-    counted_progress,
-    interrupted_once,
     one_model,
     one_output,
-    print_json,
     quiet_transformers,
     size,
-)  # fmt: skip
+)
+from lowbit.cli.ending import interrupted_once
+from lowbit.cli.terminal import console, counted_progress, print_json
+from lowbit.errors import UsageError
+from lowbit.formats import FORMATS as READ_AND_WRITTEN
+
+# Those of lowbit.formats, and of lowbit.pipeline.exits, which takes a second to import
+FORMATS = (*READ_AND_WRITTEN, "mlx", "gguf")
 
 
 def convert(
@@ -46,9 +49,11 @@ def convert(
 
     Codes, scales and zeros are read back from what was written and compared before the folder appears.
     """
+    name, target = one_model(model, model_option), one_output(output_dir, overwrite)
+    if format not in FORMATS:
+        raise UsageError(f"format {format!r} is not known; allowed: {', '.join(FORMATS)}")
     from lowbit.pipeline.convert import convert as run
 
-    name, target = one_model(model, model_option), one_output(output_dir)
     quiet_transformers()
     with interrupted_once(), counted_progress("converting", json) as on_start:
         done = run(

@@ -13,15 +13,13 @@ from lowbit.cli.common import (
     RevisionOption,
     ShardSizeOption,
     TrustOption,
-    console,
-    counted_progress,
-    interrupted_once,
     one_model,
     one_output,
-    print_json,
     quiet_transformers,
     size,
-)  # fmt: skip
+)
+from lowbit.cli.ending import interrupted_once
+from lowbit.cli.terminal import console, counted_progress, print_json
 
 
 def dequantize(
@@ -39,9 +37,9 @@ def dequantize(
     json: JsonOption = False,
 ):
     """Write a quantized model as a plain one, of the weights that its codes stand for: any tool reads it."""
+    name, target = one_model(model, model_option), one_output(output_dir, overwrite)
     from lowbit.pipeline.convert import dequantize as run
 
-    name, target = one_model(model, model_option), one_output(output_dir)
     quiet_transformers()
     with interrupted_once(), counted_progress("dequantizing", json) as on_start:
         done = run(

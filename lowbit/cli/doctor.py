@@ -6,16 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import (
-    JsonOption,
-    RevisionOption,
-    TrustOption,
-    console,
-    default_device_map,
-    print_json,
-    quiet_transformers,
-    table,
-)
+from lowbit.cli.common import JsonOption, RevisionOption, TrustOption, default_device_map, quiet_transformers
+from lowbit.cli.terminal import console, print_json, table
 from lowbit.errors import UsageError
 
 _PACKAGES = (
@@ -59,7 +51,7 @@ def doctor(
         console.print(shown)
         console.print()
     path, why = findings["generation"]["path"], findings["generation"]["why"]
-    console.print(f"the embedded model generates in: {path}" + (f" ({why})" if why else ""), markup=False)
+    console.print(f"the embedded model generates in: {path}" + (f" ({why})" if why else ""))
     if findings["tables"]:
         _show_tables(findings["tables"])
     else:
@@ -154,6 +146,7 @@ def _layers(model: str, revision: str | None, trust_remote_code: bool) -> tuple[
     from lowbit.hf.foreign import StoredModel
     from lowbit.sources import load_config, resolve
 
+    quiet_transformers()
     folder = resolve(model, revision)
     config = load_config(folder, trust_remote_code)
     if CheckpointReader(folder).quantization_config is None:

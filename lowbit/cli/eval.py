@@ -15,14 +15,11 @@ from lowbit.cli.common import (
     RevisionOption,
     TrustOption,
     checked_dtype,
-    console,
     default_device_map,
     one_model,
-    print_json,
-    progress,
     quiet_transformers,
-    table,
-)  # fmt: skip
+)
+from lowbit.cli.terminal import console, print_json, progress, table
 from lowbit.errors import UsageError
 
 
@@ -56,24 +53,30 @@ def evaluate(
 
     With --save the result goes into MODEL/lowbit_report.json, where `lowbit report` and the model card find it.
     """
+    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     from lowbit.calibration.data import token_stream
+    from lowbit.discovery import require_language_head
     from lowbit.eval import evaluate as measure
     from lowbit.eval.compare import starts_with_bos
     from lowbit.generation.stream import load_tokenizer
     from lowbit.hf import load
     from lowbit.pipeline.report import load_report, now, save_report
-    from lowbit.sources import resolve
+    from lowbit.sources import load_config, resolve
 
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
     quiet_transformers()
     if save:
         load_report(_own_folder(name))  # what cannot be recorded is said before it is measured
     folder = resolve(name, revision)
+    require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     stream = token_stream(tokenizer, dataset, num_tokens)
     options = {"device_map": default_device_map(device_map), "dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded = load(folder, backend=backend, **options)
-    other = load(reference, **options) if reference is not None else None
+    other = None
+    if reference is not None:
+        source = resolve(reference)
+        require_language_head(load_config(source, trust_remote_code), source, trust_remote_code)
+        other = load(source, **options)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     with progress("evaluating", 1, quiet=json) as advance:
         done = measure(

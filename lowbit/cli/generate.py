@@ -1,6 +1,7 @@
 """lowbit generate"""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -22,12 +23,10 @@ from lowbit.cli.common import (
     checked_kv_cache,
     default_device_map,
     head_scheme,
-    notes,
     one_model,
-    print_json,
     quiet_transformers,
-    table,
-)  # fmt: skip
+)
+from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError, UsageError
 from lowbit.read_ahead import read_ahead
 
@@ -89,6 +88,16 @@ def checked_drafts(
     return {"assistant": assistant, "prompt_lookup": prompt_lookup}
 
 
+def _text_of(prompt: str) -> str:
+    """The prompt that an argument is, or that standard input holds: without the newline that ends its last line."""
+    try:
+        text = sys.stdin.read().removesuffix("\n").removesuffix("\r") if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError:
+        raise InputError("the prompt is not UTF-8 text") from None
+    return text
+
+
 def show_stats(stats) -> None:
     """The figures of `lowbit.generation.Stats`, on standard error."""
     shown = table("", "tokens", "seconds", "per second")
@@ -105,7 +114,7 @@ def show_stats(stats) -> None:
     if stats.drafted_tokens:
         share = 100 * stats.accepted_tokens / stats.drafted_tokens
         notes.print(f"accepted {stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens ({share:.0f} %)")
-    notes.print(f"by {stats.path}{f': {stats.why}' if stats.why else ''}", markup=False)
+    notes.print(f"by {stats.path}{f': {stats.why}' if stats.why else ''}")
 
 
 def generate(
@@ -139,17 +148,13 @@ def generate(
     json: JsonOption = False,
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    name, dtype, stop = one_model(model, model_option), checked_dtype(dtype), checked_stop(stop)
     drafts = checked_drafts(assistant, prompt_lookup, checked_kv_cache(kv_cache), compile, prefill_chunk)
     read_ahead(Path(name))  # while all else is imported
 
     from lowbit.generation import open_session
 
-    try:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
-        prompt.encode()
-    except UnicodeError:
-        raise InputError("the prompt is not UTF-8 text") from None
+    prompt = _text_of(prompt)
     quiet_transformers()
     session = open_session(
         name,
@@ -164,33 +169,30 @@ def generate(
         **drafts,
     )
 
-    def show(text):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    if not json:
+    ids = session.encode(prompt)
+    with nullcontext(lambda text: None) if json else console.prose() as show:
         show(prompt)
-    result = session.generate(
-        session.encode(prompt),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=checked_stop(stop),
-        seed=seed,
-        prefill_chunk=prefill_chunk or PREFILL_CHUNK,
-        on_text=(lambda text: None) if json else show,
-    )
+        result = session.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            seed=seed,
+            prefill_chunk=prefill_chunk or PREFILL_CHUNK,
+            on_text=show,
+        )
     if json:
         print_json(
             {"model": name, "prompt": prompt, "text": result.text, "tokens": result.tokens,
              "prompt_tokens": result.prompt_tokens, "seconds": result.seconds, "stats": result.stats.as_dict()}
         )  # fmt: skip
     else:
-        show("\n")
-        notes.print(f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second]", markup=False)
+        console.print()
+        notes.print(f"[{result.tokens} tokens, {result.tokens_per_second:.1f} per second]")
         if stats:
             show_stats(result.stats)
     if result.interrupted:

@@ -3,7 +3,8 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from lowbit.cli.common import console, print_json, progress, size, table
+from lowbit.cli.common import quiet_transformers, size
+from lowbit.cli.terminal import console, print_json, progress, show_names, table
 from lowbit.errors import UsageError
 
 # What options that say how to quantize are when they are not given; others are None
@@ -11,7 +12,6 @@ _NOT_GIVEN = {
     "method": "rtn", "options": {}, "overrides": [], "ignore": (), "include_vision": False,
     "num_samples": 128, "seqlen": 2048, "seed": 0, "format": "compressed-tensors",
 }  # fmt: skip
-_SHOWN = 12
 
 
 def only_converts(scheme: str, clamp: bool = False, **options) -> bool:
@@ -37,6 +37,7 @@ def preview_dtype(model: str, scheme: str, json: bool, **options) -> None:
     """Print what `lowbit.plan_dtype` finds."""
     from lowbit.pipeline import plan_dtype
 
+    quiet_transformers()
     found = plan_dtype(model, scheme, **options)
     if json:
         print_json(found.to_dict())
@@ -72,9 +73,5 @@ def _show_sizes(report) -> None:
 
 
 def _show_counts(title: str, counts: dict[str, int]) -> None:
-    if counts:
-        console.print(f"{title} {sum(counts.values()):,} values in {len(counts)} tensors")
-        for name, count in list(counts.items())[:_SHOWN]:
-            console.print(f"  {name}: {count:,}")
-        if len(counts) > _SHOWN:
-            console.print(f"  and {len(counts) - _SHOWN} more (--json has all)")
+    title = f"{title} {sum(counts.values()):,} values in {len(counts)} tensors"
+    show_names(title, {name: f"{count:,}" for name, count in counts.items()})

@@ -4,17 +4,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import (
-    JsonOption,
-    ModelArgument,
-    ModelOption,
-    RevisionOption,
-    console,
-    one_model,
-    print_json,
-    size,
-    table,
-)  # fmt: skip
+from lowbit.cli.common import JsonOption, ModelArgument, ModelOption, RevisionOption, one_model, size
+from lowbit.cli.terminal import console, print_json, table
 
 
 def inspect(
@@ -25,10 +16,11 @@ def inspect(
     json: JsonOption = False,
 ):
     """Show what is quantized and how, from headers alone."""
+    name = one_model(model, model_option)
     from lowbit.sources import resolve
     from lowbit.stored import summarize
 
-    summary = summarize(resolve(one_model(model, model_option), revision))
+    summary = summarize(resolve(name, revision))
     if json:
         print_json(summary)
         return

@@ -1,22 +1,9 @@
 """Entry point: finds the command in the table, runs it, turns errors into one line and an exit code."""
 
-import logging
-import os
-import signal
 import sys
-from importlib import import_module
 
-import typer
-from typer.core import TyperGroup
-
-from lowbit import __version__
-from lowbit.errors import LowbitError
-
-# What typer turns a KeyboardInterrupt into
-_INTERRUPTED = 130
-
-# `kill`, and a terminal that is closed
-_ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+from lowbit.cli.ending import end_on_signals, one_line_errors
+from lowbit.cli.streams import dependable_streams
 
 # name -> (module:function, one line of help). The help stands here so that `lowbit --help` imports nothing.
 COMMANDS = {
@@ -37,76 +24,22 @@ COMMANDS = {
 }
 
 
-def _spelling(token: str) -> str:
-    """--group_size is --group-size."""
-    return token.replace("_", "-")
-
-
-def load_command(name: str):
-    """The command as typer builds it from its function."""
-    module, attribute = COMMANDS[name][0].split(":")
-    function = getattr(import_module(module), attribute)
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name, help=function.__doc__, context_settings={"token_normalize_func": _spelling})(function)
-    return typer.main.get_command(app)
-
-
-class _LazyGroup(TyperGroup):
-    def list_commands(self, ctx):
-        return list(COMMANDS)
-
-    def get_command(self, ctx, name):
-        return load_command(name) if name in COMMANDS else None
-
-    def format_commands(self, ctx, formatter):
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
-
-
-app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-def _show_version(value: bool):
-    if value:
-        print(f"lowbit {__version__}")
-        raise typer.Exit
-
-
-@app.callback(help="Quantize, run, check and publish LLMs with low-bit weights.")
-def _root(
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-    ),
-):
-    level = os.environ.get("LOWBIT_LOG_LEVEL", "WARNING").upper()
-    logging.basicConfig(format="lowbit: %(message)s")
-    for name in ("lowbit", "lowbit_kernels"):
-        logging.getLogger(name).setLevel(level if level in logging.getLevelNamesMapping() else "WARNING")
-
-
 def main() -> None:
     """Exit codes: 0 done, 1 could not do it, 2 wrong usage."""
-    for number in _ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, _terminate)
-    try:
-        app(prog_name="lowbit")
-    except LowbitError as error:
-        print(f"lowbit: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except SystemExit as exit:
-        if exit.code == _INTERRUPTED:
-            print("lowbit: interrupted, nothing was left half-made", file=sys.stderr)
-            sys.exit(1)
-        raise
-    except BrokenPipeError:
-        # the reader of our output went away (`lowbit inspect ... | head`); nothing to tell anyone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    with dependable_streams(), one_line_errors():
+        end_on_signals()
+        from lowbit.cli.group import app  # typer: where memory is short this can fail, too
+
+        words = sys.argv[1:]
+        if words[:1] == ["help"]:
+            words = [*words[1:], "--help"]
+        app(words, prog_name="lowbit")
 
 
-def _terminate(signum, frame):
-    """`kill` and a closed terminal end a run, staged folders are removed. A KeyboardInterrupt only stops an answer."""
-    for number in (*_ENDING, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(_INTERRUPTED)
+def __getattr__(name: str):
+    """`app` and `load_command`, which need typer."""
+    from lowbit.cli import group
+
+    if name not in ("app", "load_command"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(group, name)

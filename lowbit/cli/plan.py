@@ -11,13 +11,11 @@ from lowbit.cli.common import (
     RevisionOption,
     ShardSizeOption,
     TrustOption,
-    console,
+    check_known,
     one_model,
-    print_json,
     quiet_transformers,
     size,
-    table,
-)  # fmt: skip
+)
 from lowbit.cli.half import only_converts, preview_dtype
 from lowbit.cli.recipe import (
     ActivationRangeOption,
@@ -37,9 +35,7 @@ from lowbit.cli.recipe import (
     SymOption,
     recipe_arguments,
 )
-
-# Names of a list that are shown before it is cut short
-_SHOWN = 12
+from lowbit.cli.terminal import console, print_json, show_names, table
 
 
 def plan(
@@ -71,6 +67,7 @@ def plan(
 
     Sizes are exact. Takes the flags of `quantize` that matter to the result.
     """
+    check_known(format=format, method=method)
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
         include_vision, smooth, activation_range,
@@ -107,8 +104,8 @@ def _show(found) -> None:
         f"the run: about {_duration(found.seconds)} on this machine, peak memory {size(found.peak_ram_bytes)}, "
         f"disk {size(found.disk_bytes)}"
     )
-    _show_names("other group size, because theirs does not divide in_features:", found.fallbacks)
-    _show_names("left alone:", found.skipped)
+    show_names("other group size, because theirs does not divide in_features:", found.fallbacks)
+    show_names("left alone:", found.skipped)
     engines = table("engine", "takes it", "on GPUs", "GPU from", "")
     engines.columns[4].justify = "left"
     for entry in found.engines:
@@ -122,15 +119,6 @@ def _show(found) -> None:
         )
     console.print()
     console.print(engines)
-
-
-def _show_names(title: str, names: dict[str, str]) -> None:
-    if names:
-        console.print(title)
-        for name, what in list(names.items())[:_SHOWN]:
-            console.print(f"  {name}: {what}")
-        if len(names) > _SHOWN:
-            console.print(f"  and {len(names) - _SHOWN} more (--json has all)")
 
 
 def _duration(seconds: float) -> str:

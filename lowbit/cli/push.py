@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, TrustOption, console, notes, print_json, size, table
+from lowbit.cli.common import JsonOption, TrustOption, size
+from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError
 
 
@@ -85,12 +86,12 @@ def _show(done, dry_run: bool) -> None:
     whole = f"{len(sizes)} files, {size(sum(sizes.values()))}"
     kind = "private" if done.private else "public"
     if dry_run:
-        sys.stdout.write(done.card.rstrip("\n") + "\n")
+        console.write(done.card.rstrip("\n") + "\n")
         rows = table("file", "size")
         for name, count in sizes.items():
             rows.add_row(name, size(count))
         notes.print(rows)
-        notes.print(f"dry run: {whole} would be pushed to {done.repo_id} ({kind}); nothing was uploaded", markup=False)
+        notes.print(f"dry run: {whole} would be pushed to {done.repo_id} ({kind}); nothing was uploaded")
     else:
         state = "pushed to" if done.changed else "already at"
         console.print(f"{whole} {state} {done.url} ({kind})")

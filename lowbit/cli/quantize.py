@@ -20,17 +20,13 @@ from lowbit.cli.common import (
     RevisionOption,
     ShardSizeOption,
     TrustOption,
-    console,
-    interrupted_once,
-    notes,
+    check_known,
     one_model,
     one_output,
-    print_json,
-    progress,
     quiet_transformers,
     size,
-    table,
-)  # fmt: skip
+)
+from lowbit.cli.ending import ignore_signals, interrupted_once
 from lowbit.cli.half import convert_to_dtype, only_converts, preview_dtype
 from lowbit.cli.plan import preview
 from lowbit.cli.recipe import (
@@ -51,6 +47,7 @@ from lowbit.cli.recipe import (
     SymOption,
     recipe_arguments,
 )
+from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
 
 
 def quantize(
@@ -112,15 +109,15 @@ def quantize(
     Reads and writes tensor by tensor, with gptq layer by layer: a model may be larger than memory. The folder appears
     whole or not at all; a gptq run that was stopped goes on where it was when the same command is given again.
     """
-    from lowbit.pipeline import quantize as run
-
     model = one_model(model, model_option)
+    check_known(format=format, method=method)
     recipe = recipe_arguments(
         scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
         include_vision, smooth, activation_range,
     )  # fmt: skip
     files = {"max_shard_size": max_shard_size, "revision": revision}
     how = {"dataset": dataset, "num_samples": num_samples, "seqlen": seqlen, "seed": seed, "redo": redo}
+    target = None if dry_run else one_output(output_dir, overwrite)
     half = only_converts(**recipe, **how, max_memory=max_memory, format=format, clamp=clamp)
     if dry_run:
         if half:
@@ -131,7 +128,6 @@ def quantize(
         if not json:
             console.print("dry run: nothing was written")
         return
-    target = one_output(output_dir)
     quiet_transformers()
     if half:
         with interrupted_once():
@@ -139,33 +135,51 @@ def quantize(
                 model, target, scheme, json, clamp=clamp, overwrite=overwrite, command=typed_command(), **files
             )
         return
-    with interrupted_once(), ExitStack() as stack:
-
-        def on_plan(plan):
-            total = sum(step.source.nbytes for step in plan.steps)
-            advance = stack.enter_context(progress("quantizing", total, quiet=json))
-            return lambda step, note: advance(step.source.nbytes, note or step.source.name)
-
-        report = run(
-            model,
-            target,
-            **recipe,
-            **how,
-            **files,
-            max_memory=max_memory,
-            format=format,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            command=typed_command(),
-            on_plan=on_plan,
-            announce=lambda line: notes.print(line, markup=False),
-        )
+    report = _run(
+        model, target, json, **recipe, **how, **files, max_memory=max_memory, format=format, overwrite=overwrite,
+        trust_remote_code=trust_remote_code, command=typed_command(),
+    )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first one speaks
     if json:
         print_json(report.to_dict())
     else:
         _show(report, output_dir)
+
+
+def _run(model: str, target: Path, json: bool, **options):
+    """The report of `lowbit.quantize`. A signal that comes when the output is in place already is too late."""
+    from lowbit.pipeline import quantize as run
+
+    before = _place(target)
+    try:
+        with interrupted_once(), ExitStack() as stack:
+
+            def on_plan(plan):
+                total = sum(step.source.nbytes for step in plan.steps)
+                advance = stack.enter_context(progress("quantizing", total, quiet=json))
+                return lambda step, note: advance(step.source.nbytes, note or step.source.name)
+
+            report = run(model, target, **options, on_plan=on_plan, announce=notes.print)
+            ignore_signals()
+            return report
+    except (KeyboardInterrupt, SystemExit):
+        if _place(target) in (None, before):
+            raise
+    from lowbit.pipeline.job import clear_finished
+    from lowbit.pipeline.report import Report, load_report
+
+    clear_finished(target)
+    return Report(**load_report(target))
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """Which folder is at a path: one that replaces it is another one."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def typed_command() -> str:
@@ -186,14 +200,8 @@ def _show(report, output_dir: Path) -> None:
     )
     if report.calibration:
         _show_calibration(report)
-    if report.fallbacks:
-        console.print("other group size, because theirs does not divide in_features:")
-        for name, scheme in report.fallbacks.items():
-            console.print(f"  {name}: {scheme}")
-    if report.left_alone:
-        console.print("left alone:")
-        for name, reason in report.left_alone.items():
-            console.print(f"  {name}: {reason}")
+    show_names("other group size, because theirs does not divide in_features:", report.fallbacks)
+    show_names("left alone:", report.left_alone)
     console.print(f"written to {output_dir}")
 
 

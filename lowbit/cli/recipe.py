@@ -6,6 +6,7 @@ import typer
 
 from lowbit.cli.common import head_scheme
 from lowbit.errors import UsageError
+from lowbit.scheme import Scheme
 
 SchemeOption = Annotated[
     str | None,
@@ -82,13 +83,18 @@ def recipe_arguments(
     """The keywords of `lowbit.quantize` and `lowbit.plan` that these options stand for."""
     if scheme is not None and bits is not None:
         raise UsageError("--scheme and --bits say the same thing: pass one of them")
+    scheme = scheme or (f"W{bits}A16" if bits is not None else "W4A16")
+    overrides = [_override(text) for text in override or ()]
+    for name in (scheme, *(other for _, other in overrides)):
+        if name.strip().upper().startswith("W"):  # others may be dtypes, which are known to what is slow to import
+            Scheme.parse(name)
     return {
-        "scheme": scheme or (f"W{bits}A16" if bits is not None else "W4A16"),
+        "scheme": scheme,
         "group_size": group_size,
         "sym": sym,
         "method": method,
         "options": _options(option, scale_search),
-        "overrides": [_override(text) for text in override or ()],
+        "overrides": overrides,
         "ignore": ignore or (),
         "lm_head": head_scheme(lm_head, lm_head_scheme),
         "include_vision": include_vision,

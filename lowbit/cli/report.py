@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import console
+from lowbit.cli.terminal import console
 
 
 def report(

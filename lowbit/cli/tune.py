@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, RevisionOption, console, notes, print_json, progress, table
+from lowbit.cli.common import JsonOption, RevisionOption
+from lowbit.cli.terminal import console, notes, print_json, progress, table
 from lowbit.errors import BackendError, UsageError
 
 _SHAPES = re.compile(r"\d+x\d+(,\d+x\d+)*")
@@ -36,14 +37,14 @@ def tune(
     They are remembered in a file. Nothing needs this: without it a rule chooses. The results of each candidate are
     checked before its time counts.
     """
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
+    counts = _counts(rows)
     import torch
 
     from lowbit.backends import get_backend, kernels_for
 
     triton = get_backend("triton")
-    if dtype not in _DTYPES:
-        raise UsageError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
-    counts = _counts(rows)
     cases = []
     for weight_scheme, shape in _weights(what, scheme, revision):
         reason = kernels_for(weight_scheme).refuse(weight_scheme, device, getattr(torch, dtype), shape)
@@ -66,7 +67,7 @@ def tune(
     console.print(shown)
     dropped = {f"{name}: {reason}" for result in found for name, reason in result["dropped"].items()}
     for line in sorted(dropped):
-        notes.print(f"left out: {line}", markup=False)
+        notes.print(f"left out: {line}")
     console.print(f"written to {triton.table_of(device)}")
 
 

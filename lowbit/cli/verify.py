@@ -11,15 +11,12 @@ from lowbit.cli.common import (
     ModelOption,
     RevisionOption,
     TrustOption,
-    console,
     default_device_map,
-    interrupted_once,
     one_model,
-    print_json,
-    progress,
     quiet_transformers,
-    table,
-)  # fmt: skip
+)
+from lowbit.cli.ending import interrupted_once
+from lowbit.cli.terminal import console, print_json, progress, table
 from lowbit.errors import UsageError
 
 _WORDS = {True: "ok", False: "FAILED", None: "-"}
@@ -44,11 +41,11 @@ def verify(
 
     Exit code 1 if a check fails.
     """
-    from lowbit.eval import verify as run_checks
-
     name = one_model(model, model_option)
     if device_map is not None and not run:
         raise UsageError("--device-map says where the model runs, and --no-run that it does not: pass one of them")
+    from lowbit.eval import verify as run_checks
+
     quiet_transformers()
     with interrupted_once(), progress("verifying", 1, quiet=json) as advance:
         done = run_checks(

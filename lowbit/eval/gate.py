@@ -8,11 +8,12 @@ import torch
 
 from lowbit.calibration.data import token_stream
 from lowbit.checkpoint import CheckpointReader
-from lowbit.errors import LowbitError, first_line
+from lowbit.discovery import require_language_head
+from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.hf import load
 from lowbit.pipeline.verify import MAX_UNQUANTIZED, Check, static_checks
-from lowbit.sources import resolve
+from lowbit.sources import load_config, resolve
 from lowbit.stored import StoredWeights
 
 _TOKENS, _NEW_TOKENS = 256, 16
@@ -77,6 +78,11 @@ def verify(
 
 def _running_checks(path: Path, source: Path | None, device_map, trust_remote_code: bool) -> Iterator[Check]:
     options = {"device_map": device_map, "trust_remote_code": trust_remote_code}
+    try:
+        require_language_head(load_config(path, trust_remote_code), path, trust_remote_code)
+    except InputError as error:
+        yield Check("generates", None, str(error))
+        return
     try:
         model = load(path, **options)
         yield _canary(model)

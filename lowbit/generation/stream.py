@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from lowbit.chat_template import chat_ids
+from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, first_line
 from lowbit.generation.draft import Draft, check_same_tokens
 from lowbit.generation.loop import Decoder
@@ -14,6 +16,8 @@ from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary, load
 from lowbit.sources import load_config, resolve
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,15 @@ class Session:
         return ids
 
     def encode_chat(self, messages: list[dict]) -> torch.Tensor:
-        """messages: [{"role": ..., "content": ...}] through the chat template; plain lines without one."""
+        """messages: [{"role": ..., "content": ...}] through the chat template; plain lines without one.
+
+        Raises InputError where the template does not take them."""
         if self.tokenizer.chat_template is None:
             return self.encode("".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:")
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return encoded["input_ids"]
+        ids = chat_ids(self.tokenizer, messages, "this conversation", add_generation_prompt=True)
+        if not ids:
+            raise InputError("the chat template of the tokenizer makes nothing of this conversation: expected text")
+        return torch.tensor([ids])
 
     def generate(
         self,
@@ -112,7 +118,15 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers stumbles over comes from the files of this folder
-        raise InputError(f"cannot load the tokenizer of {folder}: {first_line(error)}") from None
+        raise InputError(f"cannot load the tokenizer of {folder}: {_useful(error, folder)}") from None
+
+
+def _useful(error: Exception, folder: Path) -> str:
+    """What transformers says of a tokenizer that does not load: the reason is often a list over several lines."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return f"the folder holds none of {', '.join(_TOKENIZER_FILES)} (copy them from the original model)"
+    words = " ".join(str(error).split())
+    return words if 0 < len(words) <= 400 else first_line(error)
 
 
 def open_session(
@@ -132,6 +146,7 @@ def open_session(
     tokens at a time (see `Draft`).
     """
     folder, kwargs = resolve(model, revision), {**kwargs, "trust_remote_code": trust_remote_code}
+    require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     draft = None if prompt_lookup is None else Draft(lookup=prompt_lookup)
     if assistant is not None:

@@ -8,6 +8,7 @@ from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.formats import detect_format
 from lowbit.hf.head import quantize_head
+from lowbit.hf.quiet import quiet_transformers
 from lowbit.model_size import no_larger_than
 from lowbit.opened import OpenedFolder
 from lowbit.read_ahead import read_ahead
@@ -49,6 +50,7 @@ def loading_config(
     return config
 
 
+@quiet_transformers()  # `_check` says it in one line
 def load(
     path: str | Path,
     *,

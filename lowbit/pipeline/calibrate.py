@@ -101,7 +101,7 @@ def calibrate(
         job.close()
         raise OutputError(f"cannot write to {job.folder}: {error.strerror or error}") from None
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and job.layers:
+        if isinstance(error, KeyboardInterrupt | SystemExit) and job.layers:
             announce(f"{len(job.layers)} finished layer(s) are kept: the same command goes on from there")
         job.close()
         raise

@@ -124,7 +124,7 @@ class Report:
 
     @classmethod
     def of(cls, plan: Plan, source: str, folder: Path, command: str | None) -> "Report":
-        """source: as it was named. folder: where it is."""
+        """source: as `recorded_name` has it. folder: where it is."""
         left = {step.source.name: step.reason for step in plan.steps if step.site is not None and step.scheme is None}
         return cls(
             source=source,

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options
 from lowbit.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
-from lowbit.sources import check_apart, load_config, resolve
+from lowbit.sources import check_apart, load_config, recorded_name, resolve
 
 
 def quantize(
@@ -34,7 +34,7 @@ def quantize(
     sym: bool | None = None,
     method: str = "rtn",
     options: dict | None = None,
-    overrides: Iterable[tuple[str, str | Scheme]] = (),
+    overrides: Mapping[str, str | Scheme] | Iterable[tuple[str, str | Scheme]] = (),
     ignore: Iterable[str] = (),
     lm_head: bool | str | Scheme | None = False,
     include_vision: bool = False,
@@ -59,7 +59,8 @@ def quantize(
     """Quantize a checkpoint into `output_dir`, a folder that transformers, vLLM and lowbit load.
 
     model: a folder, a Hub id, or "reference" (the embedded model). scheme: a Scheme or a name such as "W4A16";
-    group_size and sym override what the scheme says. overrides: (pattern, scheme) for the modules it names.
+    group_size and sym override what the scheme says. overrides: (pattern, scheme) for the modules it names, or a
+    dict of them.
     ignore: patterns of modules to leave alone. A pattern is a regex from the start of their names, or words of them
     ("down_proj", "mlp"), and an error where it changes nothing. Routers are always left alone, the output embedding
     unless lm_head (its scheme, or True for W8A16-G128), and what a model sees, hears or projects with unless
@@ -97,7 +98,7 @@ def quantize(
     config = load_config(source, trust_remote_code)
     built = skeleton(config, trust_remote_code, tensors=reader.tensors.values())
     plan = make_plan(reader, built, recipe, format)
-    report = Report.of(plan, str(model), source, command)
+    report = Report.of(plan, recorded_name(model), source, command)
     if dry_run:
         if on_plan:
             on_plan(plan)
@@ -151,6 +152,17 @@ def require_data_method(recipe: Recipe, **options) -> None:
             )
 
 
+def _pairs(overrides) -> list[tuple[str, str | Scheme]]:
+    """(pattern, scheme) of pairs, or of a dict."""
+    pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides)
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise UsageError(
+                f"override {pair!r} is not understood; expected (pattern, scheme), e.g. ('.*down_proj', 'W8A16')"
+            )
+    return pairs
+
+
 def make_recipe(
     scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False, smooth=None,
     activation_range=None,
@@ -161,7 +173,7 @@ def make_recipe(
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     asked = {"group_size": group_size, "sym": sym}
     base = replace(base, **{field: value for field, value in asked.items() if value is not None})
-    parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in overrides]
+    parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in _pairs(overrides)]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     head = Scheme.parse(lm_head) if isinstance(lm_head, str) else {True: HEAD_SCHEME, False: None}.get(lm_head, lm_head)
     options, ranges = checked_options(method, options or {}), activation_range or ACTIVATION_RANGES[0]

@@ -98,10 +98,11 @@ def static_checks(
     except InputError as error:
         yield Check("opens", False, str(error))
         return
+    kind = folder.stored.format or folder.dtype or "not quantized"
+    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {kind}")
     if not folder.stored.weights and folder.dtype is None:
-        yield Check("opens", False, f"{path} holds no quantized weights")
+        yield Check("quantized", False, f"{path} holds no quantized weights: nothing to verify")
         return
-    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {folder.stored.format or folder.dtype}")
     yield _index(folder)
     yield _tensors(folder)
     yield _ties(folder)

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -18,6 +18,7 @@ from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.side_files import side_files
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.publish.fields import CardFields, ConfigFields, QualityFields, ReportFields
+from lowbit.publish.page_facts import mapping, text
 from lowbit.reading import read_bytes, read_json
 from lowbit.records import record
 from lowbit.scheme import Recipe, Scheme
@@ -44,7 +45,7 @@ class Facts:
     recipe: Recipe | None
     card: ModelCardData
     base_model: str | None
-    quality: dict | None
+    quality: dict
     trust_remote_code: bool = False  # of the model in the folder
 
     @classmethod
@@ -66,8 +67,8 @@ class Facts:
         record(QualityFields, quality or {}, "quality")
         if base_model is not None and not is_hub_id(base_model):
             raise UsageError(f"base model is {base_model!r}; expected a Hub id such as org/name")
-        base_model = base_model or _base_model(report, card, config)
-        quality = quality or report.get("quality")
+        base_model = base_model or _base_model(report, card)
+        quality = mapping(quality or report.get("quality"))
         return cls(folder, summary, report, config, _recipe(report), card, base_model, quality, trust_remote_code)
 
     @property
@@ -80,8 +81,23 @@ class Facts:
 
     @property
     def base_name(self) -> str | None:
-        source = self.base_model or self.report.get("source")
-        return Path(source).name if source else None
+        source = self.base_model or text(self.report.get("source"))
+        return PureWindowsPath(source).name or None
+
+    @property
+    def calibration(self) -> dict:
+        return mapping(self.report.get("calibration"))
+
+    @property
+    def calibration_set(self) -> str | None:
+        """Hub id of the data set; files, and text of the model's own, have no page there."""
+        name = text(self.calibration.get("source")).split(",")[0].split(":")[0]
+        return name if is_hub_id(name) else None
+
+    @property
+    def hub_ids(self) -> set[str]:
+        """What in the report is a name on the Hub, however much it looks like a path."""
+        return {name for name in (self.base_model, self.calibration_set) if name}
 
     @property
     def scheme(self) -> Scheme:
@@ -124,13 +140,15 @@ def is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return "/" in name
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
 
 
 def hub_id(source: str) -> str | None:
-    """The Hub id of a model that was named by its id, or by its folder in the Hub's cache."""
+    """The Hub id of a model that was named by its id, or by its folder in the Hub's cache. A run that was given a local
+    folder has recorded where that is, from the root on."""
     if cached := _CACHED.search(source):
-        return cached["name"].replace("--", "/")
+        name = cached["name"].replace("--", "/", 1)
+        return name if is_hub_id(name) else None
     # a local folder of that name is what `resolve` took
     return source if is_hub_id(source) and not Path(source).is_dir() else None
 
@@ -162,13 +180,15 @@ def _describes_quantization(card: ModelCardData) -> bool:
     return card.get("base_model_relation") == QUANTIZED
 
 
-def _base_model(report: dict, card: ModelCardData, config: dict) -> str | None:
-    """From the card where it is the folder's own, the report, or what older transformers left in config.json."""
+def _base_model(report: dict, card: ModelCardData) -> str | None:
+    """From the card where it is the folder's own, or the report: where it was given as a Hub id. The `_name_or_path`
+    that older transformers left in config.json is whatever was typed, as often a folder as an id."""
     if _describes_quantization(card):
         base = card.get("base_model")
-        return (base or [None])[0] if isinstance(base, list) else base
-    source = report.get("source") or config.get("_name_or_path")
-    return hub_id(source) if isinstance(source, str) and source else None
+        base = base[0] if isinstance(base, list) and base else base
+        return base if isinstance(base, str) and is_hub_id(base) else None
+    source = text(report.get("source"))
+    return hub_id(source) if source else None
 
 
 def _recipe(report: dict) -> Recipe | None:

@@ -1,16 +1,17 @@
 """`lowbit_report.json` as one HTML page: no scripts, nothing that is fetched, every word of the report escaped."""
 
 import json
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 from lowbit.errors import InputError
+from lowbit.escape import shell
 from lowbit.publish.page_advice import FEW_TOKENS, Advice, advice
 from lowbit.publish.page_bands import FAIR_KL, GOOD_KL, KL_OVER_SQUARE, band, limits
 from lowbit.publish.page_facts import Facts, Layer, mapping, mean, number, percent, size, text
+from lowbit.publish.private import recorded_command
 
 _WORST = 10
 
@@ -50,8 +51,8 @@ def render(report: dict, folder: str) -> str:
         fallbacks=_pairs(report.get("fallbacks")),
         settings=list(_settings(facts)),
         versions=_pairs(report.get("versions")),
-        command=text(report.get("command")),
-        measure=text(shlex.join(["lowbit", "eval", folder, "--reference", text(report.get("source")), "--save"])),
+        command=shell(recorded_command(command := text(report.get("command"))) or ([command] if command else [])),
+        measure=shell(["lowbit", "eval", folder, "--reference", text(report.get("source")), "--save"]),
         quality_band="" if (kl := number(facts.quality.get("kl_mean"))) is None else band(kl, GOOD_KL, FAIR_KL),
         good=good, fair=fair, good_kl=GOOD_KL, fair_kl=FAIR_KL, kl_over_square=KL_OVER_SQUARE[facts.measure],
     )  # fmt: skip

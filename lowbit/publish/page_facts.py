@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from lowbit.escape import terminal
+
 
 def number(value) -> float | None:
     """A number that is not negative and below 10^18: sizes, counts, errors and times all are."""
@@ -21,7 +23,7 @@ def text(value) -> str:
     """A string with what cannot be seen spelled out: control characters, half surrogates, reversed writing."""
     if not isinstance(value, str):
         return ""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in value)
+    return terminal(value)
 
 
 def mapping(value) -> dict:

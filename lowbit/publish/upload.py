@@ -4,6 +4,7 @@ One commit holds all of it, so a repository shows the whole model or nothing. La
 the hash of their content: what has arrived is not sent again when a push that was stopped is repeated.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.checkpoint.side_files import WEIGHT_SUFFIXES, WRITTEN_ANEW, refuse_foreign, side_files, visible
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError, first_line
 from lowbit.publish.card import BASE_CARD_NAME, model_card
 from lowbit.publish.facts import CARD_NAME, Facts, is_hub_id
+from lowbit.publish.private import public_report
 
 _LOGIN = "run `hf auth login` with a token that may write to it"
 
@@ -98,6 +101,9 @@ def _files(facts: Facts, card: str) -> dict[str, Path | bytes]:
     readme = found.pop(CARD_NAME, None)
     if facts.has_base_card:
         found[BASE_CARD_NAME] = readme
+    public = public_report(facts.report, facts.hub_ids)
+    if public != facts.report:
+        found[REPORT_NAME] = f"{json.dumps(public, indent=1)}\n".encode()
     return {CARD_NAME: card.encode(), **found}
 
 
