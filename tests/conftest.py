@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 
 import random
+import threading
 
 import pytest
 import torch
@@ -40,6 +41,23 @@ def nan_poison():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def no_threads():
+    """no_threads(name): threads of that name end, be it a moment later. Those of torch, tqdm or pytest are nobody's
+    business here, so nothing may count all threads."""
+
+    def wait(name: str) -> None:
+        mine = [thread for thread in threading.enumerate() if thread.name == name]
+        for thread in mine:
+            thread.join(60)
+        stuck = [thread for thread in mine if thread.is_alive()]
+        for thread in stuck:
+            thread.name += " of a test that failed"  # no later test has to wait for it
+        assert not stuck
+
+    return wait
 
 
 @pytest.fixture
