@@ -1,5 +1,6 @@
 """Fixtures every test may use."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
@@ -17,6 +18,15 @@ if not torch.cuda.is_available():
 import torch.utils.deterministic
 
 torch.set_num_threads(1)  # a fixed order of sums, and no barriers to wait at beside other work
+
+
+def pytest_collection_finish():
+    """What is imported stays: `gc.collect`, which a calibrated run calls for each layer, need not walk through it."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
