@@ -157,10 +157,6 @@ def _main(target, *args) -> None:
     os._exit(0)
 
 
-def run_alone(source, output, options) -> None:
-    quick_gptq(source, output, **options)
-
-
 def run_and_tell(told, source, output, options) -> None:
     """Leaves its report, or its error, in the file `told`."""
     try:
