@@ -1,12 +1,15 @@
 """Fixtures every test may use."""
 
 import gc
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 
 import random
 import threading
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,31 @@ if not torch.cuda.is_available():
 import torch.utils.deterministic
 
 torch.set_num_threads(1)  # a fixed order of sums, and no barriers to wait at beside other work
+
+
+# File -> seconds that its tests took. LOWBIT_RECORD_SECONDS=1 scripts/test.sh writes it anew
+_SECONDS = Path(__file__).with_name("seconds.json")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With several processes the longest files come first, or the last one to run would be waited for. A file that
+    nobody has timed may be the longest."""
+    if hasattr(config, "workerinput"):
+        seconds = json.loads(_SECONDS.read_text())
+        items.sort(key=lambda item: -seconds.get(_file(item.nodeid), float("inf")))  # the order in a file stays
+
+
+def pytest_terminal_summary(terminalreporter):
+    if os.environ.get("LOWBIT_RECORD_SECONDS"):
+        seconds = Counter()
+        for report in (report for reports in terminalreporter.stats.values() for report in reports):
+            if hasattr(report, "duration"):
+                seconds[_file(report.nodeid)] += report.duration
+        _SECONDS.write_text(json.dumps({file: round(s, 1) for file, s in seconds.most_common()}, indent=0) + "\n")
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 def pytest_collection_finish():
