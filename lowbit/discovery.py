@@ -5,17 +5,17 @@ parameter of an experts module (one matrix per expert). Sites are found on a mod
 checkpoint names through the same renaming rules that transformers applies when it loads.
 """
 
-import copy
-import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
-from lowbit.errors import InputError, UsageError, first_line
+from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.scheme import Recipe, Scheme
+from lowbit.transformers_api import CheckpointNames, build
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model
 _FEWEST_OUTPUTS = 16
@@ -56,9 +56,12 @@ def model_class(config, trust_remote_code: bool = False):
     remote = trust_remote_code and getattr(config, "auto_map", None)
     if not remote and (named := getattr(transformers, architecture, None)) is not None:
         return named
-    for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"):
-        auto = getattr(transformers, name)
-        if type(config) in auto._model_mapping:
+    for auto, mapping in (
+        (transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
+        (transformers.AutoModelForSeq2SeqLM, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
+        (transformers.AutoModelForImageTextToText, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in mapping:
             return auto
     return transformers.AutoModelForCausalLM
 
@@ -66,12 +69,11 @@ def model_class(config, trust_remote_code: bool = False):
 def skeleton(config, trust_remote_code: bool = False, device="meta", dtype=None) -> nn.Module:
     """The model that a transformers config describes, on the meta device: modules and shapes, no memory."""
     found = model_class(config, trust_remote_code)
-    chosen = {} if dtype is None else {"dtype": dtype}
     try:
         with nullcontext() if device is None else torch.device(device):
-            if hasattr(found, "_from_config"):
-                return found._from_config(config, **chosen)
-            return found.from_config(config, trust_remote_code=trust_remote_code, **chosen)
+            return build(found, config, dtype, trust_remote_code)
+    except LowbitError:
+        raise
     except Exception as error:  # sizes that make no sense fail anywhere
         name = (getattr(config, "architectures", None) or [config.model_type])[0]
         raise InputError(f"transformers cannot build {name}: {first_line(error)}") from None
@@ -81,12 +83,11 @@ def _is_linear(module: nn.Module) -> bool:
     """An nn.Linear, or a subclass of it that computes the same: tried on a small weight."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
-    probe, x = copy.copy(module), torch.arange(6.0, device="cpu").view(2, 3)
-    weight, bias = torch.arange(12.0, device="cpu").view(4, 3).sin(), torch.arange(4.0, device="cpu")
-    probe._parameters = {"weight": weight, "bias": None if module.bias is None else bias}
+    x, weight = torch.arange(6.0, device="cpu").view(2, 3), torch.arange(12.0, device="cpu").view(4, 3).sin()
+    parameters = {"weight": weight} | ({} if module.bias is None else {"bias": torch.arange(4.0, device="cpu")})
     try:
         with torch.no_grad():
-            return torch.allclose(probe(x), nn.functional.linear(x, **probe._parameters))
+            return torch.allclose(functional_call(module, parameters, (x,)), nn.functional.linear(x, **parameters))
     except Exception:  # whatever else it wants, it is more than a linear
         return False
 
@@ -110,7 +111,7 @@ def _is_transposed(module: nn.Module, parameters: list[nn.Parameter]) -> bool:
 
 def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every weight matrix of the model that a format could hold, by parameter name, in module order."""
-    from transformers.pytorch_utils import Conv1D
+    from transformers import Conv1D
 
     sites, head = {}, _head_of(model)
     for name, module in model.named_modules():
@@ -261,76 +262,6 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of decoder layers, which calibration goes through: use --method rtn"
         )
     return best
-
-
-class CheckpointNames:
-    """Translates checkpoint tensor names into parameter names of `model`, as transformers does while loading."""
-
-    def __init__(self, model: nn.Module):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        mapping = get_model_conversion_mapping(model)
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._by_source = {source: c for c in self._converters for source in c.source_patterns}
-        self.state = model.state_dict()  # of the model's parameters
-        self._prefix = model.base_model_prefix
-
-    def locate(self, name: str) -> tuple[str, bool]:
-        """(parameter name, direct). Direct: the tensor is the parameter, or is merged into it as the matrix of one
-        expert, or is transposed. Other tensors are computed from while loading, and cannot be quantized before that."""
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        if renamed not in self.state and name in self.state:
-            return name, True
-        if source is None:
-            return renamed, True
-        operations = {type(operation).__name__ for operation in self._by_source[source].operations}
-        merged = "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
-        return renamed, merged or operations == {"Transpose"}
-
-    def turns(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether matrices of a tensor of this shape are transposed while loading."""
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        operation = None if source is None else self._by_source[source].operations[0]
-        if type(operation).__name__ != "Transpose":
-            return False
-        return not operation.check_dims or tuple(self.state[renamed].shape) != shape
-
-    def computed(self, name: str) -> list[str]:
-        """All parameters that are computed from a tensor which `locate` calls not direct: the parts of one, say."""
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        first, *others = self._by_source[source].target_patterns
-        return [renamed, *(renamed.replace(first, other) for other in others)]
-
-    def expert(self, name: str) -> tuple[int, int] | None:
-        """(expert, part) of a tensor that is merged into a fused parameter: part counts the tensors of one expert that
-        are concatenated there (gate 0, up 1). None for any other tensor."""
-        from transformers.core_model_loading import rename_source_key
-
-        _, source = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        if source is None or not (number := re.search(r"\.(\d+)" + re.escape(source.rpartition("*")[2]) + "$", name)):
-            return None
-        return int(number[1]), self._by_source[source].source_patterns.index(source)
-
-    def merged(self, parameter: str) -> int:
-        """How many checkpoint tensors of one expert are concatenated in a fused parameter (1: stored alone)."""
-        for converter in self._converters:
-            targets = converter.target_patterns
-            if len(targets) == 1 and parameter.endswith(targets[0]) and len(converter.source_patterns) > 1:
-                return len(converter.source_patterns)
-        return 1
-
-    def by_expert(self, parameter: str) -> bool:
-        """Whether a fused parameter is stored as tensors of each expert, not as it is."""
-        targets = [target for converter in self._converters for target in converter.target_patterns]
-        return any(parameter.endswith(target) for target in targets)
 
 
 def exceptions_and_ignored(

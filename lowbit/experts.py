@@ -8,6 +8,7 @@ indexes `ExpertWeights` by expert, which dequantizes that matrix. *Prepared*: th
 place, and the forward multiplies the rows of all experts at once. What no backend can run stays packed.
 """
 
+import logging
 from collections.abc import Iterable
 from functools import cache
 
@@ -19,6 +20,10 @@ from lowbit.formats import compressed_tensors as packed_format
 from lowbit.grid import dequantize
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
+from lowbit.torch_api import buffer_dict, parameter_dict
+from lowbit.transformers_api import experts_have_gate, gated, mark_loaded, normed
+
+logger = logging.getLogger("lowbit")
 
 
 def packed_name(parameter: str, suffix: str) -> str:
@@ -43,14 +48,12 @@ class ExpertWeights:
     shape: (experts, out_features, in_features). backend: the name of that whose buffers hold them, None if packed.
     """
 
-    # transformers leaves what it takes for loaded out of its weight initialisation
-    _is_hf_initialized = True
-
     def __init__(
         self, module: nn.Module, parameter: str, scheme: Scheme, shape: tuple[int, int, int], transposed: bool
     ):
         # the dicts rather than the module: they follow .to() and deepcopy, and make no module its own child
-        self._parameters, self._buffers = module._parameters, module._buffers
+        self._parameters, self._buffers = parameter_dict(module), buffer_dict(module)
+        mark_loaded(self)  # transformers leaves what it takes for loaded out of its weight initialisation
         self.parameter, self.scheme, self.transposed, self.shape = parameter, scheme, transposed, shape
         self.backend: str | None = None
 
@@ -114,9 +117,11 @@ class QuantizedExperts(nn.Module):
         """Lay the weights out for a backend, `wanted` or an error, else the first that can run them; after loading,
         and again after each move. Does nothing if done, or if there is no backend for all of them."""
         self.loaded, self.wanted_backend = True, wanted
-        if self.is_prepared or not hasattr(self, "has_gate"):  # a module that transformers' experts interface knows
+        if self.is_prepared:
             return self
-        if self._expert_weights.keys() != {"gate_up_proj" if self.has_gate else "up_proj", "down_proj"}:
+        has_gate = experts_have_gate(self)
+        if has_gate is None or self._expert_weights.keys() != {"gate_up_proj" if has_gate else "up_proj", "down_proj"}:
+            _warn_packed(type(self).__name__)
             return self
         chosen = {}
         for name, weights in self._expert_weights.items():
@@ -134,7 +139,7 @@ class QuantizedExperts(nn.Module):
         buffers = _stacked((run.prepare(weights.quantized(expert)) for expert in range(len(weights))), len(weights))
         for suffix in packed_format.suffixes(weights.scheme):
             if suffix != "weight_shape":
-                del self._parameters[packed_name(weights.parameter, suffix)]
+                delattr(self, packed_name(weights.parameter, suffix))
         for name, buffer in buffers.items():
             self.register_buffer(f"{weights.parameter}_{name}", buffer, persistent=False)
         weights.backend, weights.buffer_names = backend, tuple(buffers)
@@ -185,12 +190,11 @@ class QuantizedExperts(nn.Module):
         start = torch.searchsorted(expert, bounds, out_int32=True)
         rows = hidden_states[order // top_k_index.shape[-1]]
         if self.has_gate:
-            rows = self._apply_gate(self._product("gate_up_proj", rows, start))
+            rows = gated(self, self._product("gate_up_proj", rows, start))
         else:
             rows = self.act_fn(self._product("up_proj", rows, start))
         rows = self._product("down_proj", rows, start)
-        if getattr(self, "has_post_expert_norm", False):  # unknown to transformers 5.17
-            rows = self.post_expert_norm(rows)
+        rows = normed(self, rows)
         rows = rows * top_k_weights.flatten()[order, None]
         rows = torch.empty_like(rows).index_copy_(0, order, rows)
         return rows.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
@@ -199,6 +203,11 @@ class QuantizedExperts(nn.Module):
         weights = self._expert_weights[parameter]
         bias = getattr(self, f"{parameter}_bias") if self.has_bias else None
         return weights.multiply(rows, weights.prepared(), expert_start, weights.scheme, weights.shape, bias)
+
+
+@cache
+def _warn_packed(name: str) -> None:
+    logger.warning("%s multiplies its experts one by one, which takes longer: its own forward runs them", name)
 
 
 @cache
@@ -212,7 +221,7 @@ def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: t
     merged: how many checkpoint tensors of an expert are laid side by side in the parameter (2 for gate and up); their
     `weight_shape`s are merged the same way. The dense parameter stays until `finish_experts`, for a loader to fill.
     """
-    dense = module._parameters[parameter]
+    dense = module.get_parameter(parameter)
     experts, rows, columns = dense.shape
     out_features, in_features = (columns, rows) if module.is_transposed else (rows, columns)
     for suffix, (shape, stored) in packed_format.shapes(scheme, out_features, in_features).items():
@@ -225,9 +234,6 @@ def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: t
         module._expert_weights = {}
     shape = (experts, out_features, in_features)
     module._expert_weights[parameter] = ExpertWeights(module, parameter, scheme, shape, module.is_transposed)
-    # of a packed module: the other implementations multiply with the whole parameter at once
-    if hasattr(module, "config"):
-        module.config._experts_implementation = "eager"
 
 
 def pack_experts(
@@ -244,7 +250,7 @@ def pack_experts(
 
 def finish_experts(module: nn.Module, parameter: str) -> None:
     """Drop the dense parameter; from here on the name gives the `ExpertWeights`."""
-    del module._parameters[parameter]
+    delattr(module, parameter)
     module.__dict__[parameter] = module._expert_weights[parameter]
 
 
@@ -260,7 +266,7 @@ def restore_experts(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter, weights in module.unprepare()._expert_weights.items():
         dense = weights.dequantize(dtype)
         for suffix in packed_format.suffixes(weights.scheme):
-            del module._parameters[packed_name(parameter, suffix)]
+            delattr(module, packed_name(parameter, suffix))
         module.__dict__.pop(parameter, None)
         module.register_parameter(parameter, nn.Parameter(dense, requires_grad=False))
     del module._expert_weights

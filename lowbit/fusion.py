@@ -16,6 +16,7 @@ from lowbit.backends import get_backend
 from lowbit.errors import first_line
 from lowbit.linear import LowbitLinear
 from lowbit.qweight import QuantWeight
+from lowbit.torch_api import version_of
 
 logger = logging.getLogger("lowbit")
 
@@ -56,7 +57,7 @@ def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
     def note(linear, args, kwargs):
         x = args[0] if args else next(iter(kwargs.values()))
         kept.append(x)  # or another tensor could get its address
-        seen[linear] += ((id(x), x._version),)
+        seen[linear] += ((id(x), version_of(x)),)
 
     ids = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
     if model.config.is_encoder_decoder:
@@ -178,5 +179,5 @@ def _state(x: torch.Tensor) -> tuple:
     # module was seen not to change its input between the calls
     if torch.compiler.is_compiling():
         return (torch.is_grad_enabled(),)
-    version = None if x.is_inference() else x._version
+    version = None if x.is_inference() else version_of(x)
     return version, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

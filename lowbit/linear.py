@@ -11,6 +11,8 @@ from lowbit.grid import dequantize
 from lowbit.qweight import QuantWeight
 from lowbit.reference import linear as reference_linear
 from lowbit.scheme import Scheme
+from lowbit.torch_api import buffer_dict, parameter_dict
+from lowbit.transformers_api import mark_loaded
 
 
 class LowbitLinear(nn.Module):
@@ -70,10 +72,9 @@ class LowbitLinear(nn.Module):
 
     def __getattr__(self, name):
         # Some models look at `linear.weight` (its dtype, or to fold it into another product): it is made when asked for
-        if name == "weight" and "weight" not in self._parameters:
+        if name == "weight" and "weight" not in parameter_dict(self):
             weight = self.dequantize()
-            weight._is_hf_initialized = True  # or transformers would "initialise" this copy when it loads a model
-            return weight
+            return mark_loaded(weight)  # or transformers would "initialise" this copy when it loads a model
         return super().__getattr__(name)
 
     @property
@@ -82,7 +83,7 @@ class LowbitLinear(nn.Module):
 
     def _set_packed(self, name: str, tensor: torch.Tensor) -> None:
         # register_parameter would ask __getattr__ for a `weight` first
-        self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        parameter_dict(self)[name] = nn.Parameter(tensor, requires_grad=False)
 
     def add_placeholder(self, weight: torch.Tensor) -> None:
         """A dense `weight` parameter, as the slot that a loader fills with what it then quantizes."""
@@ -106,7 +107,8 @@ class LowbitLinear(nn.Module):
         return dequantize(self.quantized_weight(), dtype or self.dtype)
 
     def _prepared(self) -> dict[str, torch.Tensor]:
-        return {name: self._buffers[name] for name in self._prepared_names}
+        buffers = buffer_dict(self)
+        return {name: buffers[name] for name in self._prepared_names}
 
     def prepare(self) -> "LowbitLinear":
         """Choose the backend for the device the layer is on and lay the weight out for it. Does nothing if done."""

@@ -28,8 +28,10 @@ base, *named = sys.argv[1].split(",")
 if base not in ("oldest", "newest") or not all(re.fullmatch(r"[\w-]+=[\w.+]+", pin) for pin in named):
     sys.exit(f"error: no cell {sys.argv[1]}; expected oldest or newest, then ,PACKAGE=VERSION as often as needed")
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-bounds = dict(re.match(r"([\w-]+)[^>]*>=([\w.]+)", each).groups() for each in wanted)
+extras = project["optional-dependencies"]
+wanted = [*project["dependencies"], *extras["test"], *extras["report"]]  # `test` names `report` as lowbit[report]
+found = (re.match(r"([\w-]+)[^>]*>=([\w.]+)", each) for each in wanted)
+bounds = dict(each.groups() for each in found if each)
 pins = {name: f"{version}.*" for name, version in bounds.items()} if base == "oldest" else {}
 pins |= dict(pin.split("=") for pin in named)
 print(*(f"{name}=={version}" for name, version in pins.items()), sep="\n")

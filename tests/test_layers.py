@@ -1,16 +1,21 @@
 """Rules of the source tree: who may import whom, and patterns that are never written."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from lowbit import transformers_api
+
 ROOT = Path(__file__).parents[1]
 
 # A file imports its own folder and lower lines only; neighbours on a line do not import each other.
 LINES = (
-    {"errors", "memory", "read_ahead", "lowbit_kernels"},
+    {"errors", "memory", "read_ahead", "lowbit_kernels", "torch_api"},
+    {"upstream"},
+    {"transformers_api"},
     {"scheme"},
     {"qweight"},
     {"grid", "ranges"},
@@ -29,6 +34,16 @@ TOP = {"lowbit/__init__.py", "lowbit/__main__.py"}  # above every line: they onl
 KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/backends/triton_int8.py", "lowbit/quantizers/gptq.py"}
 KERNEL_IMPORTS = {"lowbit_kernels", "torch", "triton", *sys.stdlib_module_names}
 MAX_LINES = 450
+# The one module that may spell the undocumented names of a package; PEFT's are few and documented as extension points
+UPSTREAM = {"lowbit/transformers_api.py", "lowbit/torch_api.py", "lowbit/hf/lora.py"}
+# Operators of torch that have no documented name, tried out before they are used
+OPERATORS = ("lowbit/backends/torch_cpu.py", re.compile(r"_(convert_)?weight_(to_)?int\d\w*pack\w*"))
+# Hooks of documented base classes that subclasses define and call
+HOOKS = {"_apply", "_save_to_state_dict", "_load_from_state_dict"}
+UNDOCUMENTED_MODULES = re.compile(
+    r"torch\.(_|utils\._)|transformers\.(core_model_loading|conversion_mapping|modeling_|integrations|pytorch_utils|"
+    r"cache_utils|models|quantizers\.\w+_utils|generation\.[a-z])|accelerate\.(?!utils\b)\w+\.|.*\._"
+)
 
 
 def source_files():
@@ -83,6 +98,43 @@ def layer_errors(path, source):
     return [f"{path}:{line}: imports {name}: {reason}" for line, name, reason in found if reason]
 
 
+def _own_names(tree):
+    """Names with an underscore that a file defines: functions, classes, variables, attributes of its objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def boundary_errors(path, source):
+    """Undocumented names of other packages outside of the module that is there for them."""
+    if path in UPSTREAM or path.startswith("lowbit_kernels/"):
+        return []
+    tree, errors = ast.parse(source), []
+    own = {*_own_names(tree), *HOOKS}
+    undocumented = {name.rpartition(".")[2] for name in transformers_api.ATTRIBUTES} | transformers_api.IMPORTED.keys()
+    for line, name in imports(path, tree):
+        if name.partition(".")[0] in ("torch", "transformers", "accelerate", "peft") and UNDOCUMENTED_MODULES.match(
+            name
+        ):
+            errors.append(f"{path}:{line}: imports {name}: only {sorted(UPSTREAM)} use what is not documented")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            name = node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = node.value if node.value in undocumented else ""
+        else:
+            continue
+        private = name.startswith("_") and not name.startswith("__") and name not in own
+        allowed = path == OPERATORS[0] and OPERATORS[1].fullmatch(name)
+        if (private or name in undocumented) and not allowed:
+            errors.append(f"{path}:{node.lineno}: {name} is not documented: only {sorted(UPSTREAM)} use such names")
+    return errors
+
+
 def pattern_errors(path, source):
     errors = []
     if (count := len(source.splitlines())) > MAX_LINES:
@@ -98,7 +150,7 @@ def pattern_errors(path, source):
     return errors
 
 
-@pytest.mark.parametrize("check", [layer_errors, pattern_errors])
+@pytest.mark.parametrize("check", [layer_errors, boundary_errors, pattern_errors])
 def test_source_tree(check):
     assert FILES
     errors = [error for path, file in FILES.items() for error in check(path, file.read_text(encoding="utf-8"))]
@@ -158,6 +210,32 @@ def test_imports_that_are_refused(path, source):
 )
 def test_patterns_that_are_refused(source):
     assert len(pattern_errors("lowbit/x.py", source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model._is_stateful",
+        "getattr(model, '_is_stateful', False)",
+        "model.all_tied_weights_keys",
+        "from transformers.core_model_loading import MergeModulelist",
+        "def f():\n    import torch.utils._pytree",
+        "from torch import _C",
+        "from torch._C import DispatchKey",
+        "from accelerate.hooks import AlignDevicesHook",
+        "torch.ops.aten._weight_int4pack_mm_for_cpu",
+        "module._parameters['weight']",
+    ],
+)
+def test_undocumented_names_of_other_packages_are_refused(source):
+    assert len(boundary_errors("lowbit/linear.py", source)) == 1
+    assert boundary_errors("lowbit/transformers_api.py", source) == []
+
+
+def test_own_private_names_are_allowed():
+    source = "class A:\n    def _f(self):\n        self._x = other._x\n        return self._f, super()._apply(f)"
+    assert boundary_errors("lowbit/linear.py", source) == []
+    assert boundary_errors("lowbit/backends/torch_cpu.py", "torch.ops.aten._weight_int4pack_mm_for_cpu") == []
 
 
 def test_patterns_that_are_allowed():

@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from lowbit.torch_api import cpu_has_bf16_products, cpu_has_fp16_products
+
 # Elements of a block: small enough to stay in cache between the passes over it
 BLOCK_ELEMENTS = 2**20
 
@@ -14,7 +16,7 @@ BLOCK_ELEMENTS = 2**20
 @cache
 def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which this CPU multiplies dense matrices fastest: its own where it has instructions for it."""
-    native = {torch.bfloat16: torch.cpu._is_avx512_bf16_supported, torch.float16: torch.cpu._is_amx_fp16_supported}
+    native = {torch.bfloat16: cpu_has_bf16_products, torch.float16: cpu_has_fp16_products}
     return dtype if dtype in native and native[dtype]() else torch.float32
 
 

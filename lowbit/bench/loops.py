@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import BaseStreamer
 
 from lowbit.generation import Decoder
 

@@ -110,14 +110,14 @@ def _filled(model: nn.Module, device: torch.device) -> nn.Module:
     values = torch.randn(_BLOCK, device=device, generator=generator) * 0.02
     made = {}  # parameters that are tied stay one
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if parameter.is_meta:
                 if id(parameter) not in made:
                     tensor = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                     made[id(parameter)] = nn.Parameter(_fill(tensor, words, values), requires_grad=False)
-                module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+                setattr(module, name, made[id(parameter)])
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, buffer.to(device))
     return model
 
 

@@ -53,9 +53,7 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 def model_bytes(model: nn.Module) -> int:
     """Of all parameters and buffers; what several modules share counts once."""
-    tensors = {
-        id(t): t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-    }
+    tensors = {id(t): t for m in model.modules() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
     return sum(map(tensor_bytes, tensors.values()))
 
 
@@ -80,9 +78,8 @@ def step_bytes(model: nn.Module, batch: int, context: int) -> float:
             dtype = model.dtype
             total += sum(expected(len(w)) * stored_bytes(w.scheme, w.shape, dtype) for w in experts.values())
             continue
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                total += tensor_bytes(tensor) * (expected(tensor.shape[0]) if tensor.ndim == 3 else 1)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            total += tensor_bytes(tensor) * (expected(tensor.shape[0]) if tensor.ndim == 3 else 1)
     return total + cache_bytes(config, batch, context, model.dtype)
 
 

@@ -133,7 +133,7 @@ def find_folds(module: nn.Module, run: Callable[[], torch.Tensor], in_axis: Call
     layer, folds = _Layer(module, run, in_axis), []
     base = layer.see()
     for name, producer in module.named_modules():
-        weight = producer._parameters.get("weight")
+        weight = dict(producer.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.ndim not in (1, 2):
             continue
         found = _consumers(layer, base, producer, _width(layer, name, weight))
@@ -218,8 +218,8 @@ def _realized(
     channels = next(iter(found.values()))
     if any(not torch.equal(channels, other) for other in found.values()):
         return None
-    prefix, weight = f"{name}." if name else "", producer._parameters["weight"]
-    bias = producer._parameters.get("bias")
+    prefix, own = f"{name}." if name else "", dict(producer.named_parameters(recurse=False))
+    weight, bias = own["weight"], own.get("bias")
     consumers = tuple(Edit(parameter, layer.in_axis(parameter)) for parameter in found)
     axis, width = (-1 if weight.ndim == 1 else _out_axis(layer, name)), _width(layer, name, weight)
     usual = layer.size_of(producer).log2().round().nan_to_num(0, 0, 0)

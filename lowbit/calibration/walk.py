@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lowbit.torch_api import version_of
+
 # function -> positions of the input and of the weight among its arguments
 _PRODUCTS = {
     torch.nn.functional.linear: (0, 1),
@@ -103,7 +105,7 @@ def find_stages(
 
     def seen(parameter: str, x: torch.Tensor) -> None:
         kept.append(x)
-        key = _experts_module(parameters, parameter) or (x.data_ptr(), x._version, x.shape[-1], x.numel())
+        key = _experts_module(parameters, parameter) or (x.data_ptr(), version_of(x), x.shape[-1], x.numel())
         if not any(parameter in names for names in order.values()):
             order.setdefault(key, []).append(parameter)
 

@@ -2,8 +2,9 @@
 them; one that is called reads what is filled, and one that is recorded some more."""
 
 import torch
-from transformers import StaticCache
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
+from transformers import Cache, CacheLayerMixin, StaticCache, StaticLayer, StaticSlidingWindowLayer
+
+from lowbit.transformers_api import counts_in_python, length_tensor
 
 _MULTIPLE = 256  # lengths are rounded up to it, so that few captured steps are made again
 _GROWTH = 1.5
@@ -24,13 +25,13 @@ class FilledLayer(StaticLayer):
     to read, and nothing to mask where there is no padding. `length` counts them, in Python.
 
     A step that is recorded cannot count so: while it is, `visible` says how many positions it is given, filled or not,
-    the mask tells which are, and `cumulative_length`, one tensor for all layers of a cache, where its keys and values
+    the mask tells which are, and `count`, one tensor for all layers of a cache, where its keys and values
     go (see `hold` and `advance`).
     """
 
     def __init__(self, max_cache_len: int, count: torch.Tensor, window: int | None = None):
         super().__init__(max_cache_len)
-        self.cumulative_length = count
+        self.count = count
         self.is_sliding, self.window, self.length = window is not None, window or max_cache_len, 0
         self.visible: int | None = None
 
@@ -41,7 +42,7 @@ class FilledLayer(StaticLayer):
 
     def update(self, key_states, value_states, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         if self.visible is not None:
-            position = self.cumulative_length.view(1)
+            position = self.count.view(1)
             self.keys.index_copy_(2, position, key_states)
             self.values.index_copy_(2, position, value_states)
             return self.keys[:, :, : self.visible], self.values[:, :, : self.visible]
@@ -51,11 +52,11 @@ class FilledLayer(StaticLayer):
         self.keys[:, :, start:end] = key_states
         self.values[:, :, start:end] = value_states
         self.length = end
-        self.cumulative_length.fill_(end)
+        self.count.fill_(end)
         return self.keys[:, :, first:end], self.values[:, :, first:end]
 
     def get_seq_length(self) -> int | torch.Tensor:
-        return self.length if self.visible is None else super().get_seq_length()
+        return self.length if self.visible is None else self.count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.visible is not None:
@@ -106,9 +107,9 @@ def unusable(cache: Cache) -> str | None:
             return f"its cache holds more than keys and values ({name})"
         if not isinstance(layer, CacheLayerMixin) or isinstance(layer, FilledLayer):
             continue
-        if not layer.is_compileable or not isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+        if not layer.is_compileable or length_tensor(layer) is None:
             return f"its cache is not static ({name})"
-        if hasattr(layer, "cumulative_length_int"):
+        if counts_in_python(layer):
             return f"its cache counts in Python ({name})"
     return None
 
@@ -118,8 +119,9 @@ def rewind(cache: Cache, length: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, FilledLayer):
             layer.length, layer.visible = length, None
-        if isinstance(layer, CacheLayerMixin):
-            layer.cumulative_length.fill_(length)
+            layer.count.fill_(length)
+        elif isinstance(layer, CacheLayerMixin):
+            length_tensor(layer).fill_(length)
 
 
 def hold(cache: Cache, visible: int) -> None:
@@ -133,7 +135,7 @@ def advance(cache: Cache) -> None:
     """What a step that sees `visible` positions ends with."""
     filled = (layer for layer in cache.layers if isinstance(layer, FilledLayer))
     if (layer := next(filled, None)) is not None:
-        layer.cumulative_length.add_(1)
+        layer.count.add_(1)
 
 
 def room(needed: int, before: int = 0) -> int:

@@ -10,6 +10,7 @@ from transformers.generation import GenerationMode
 
 from lowbit.errors import InputError, UsageError
 from lowbit.generation.fallback import model_generate
+from lowbit.transformers_api import is_stateful
 
 _ONE_AFTER_THE_OTHER = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -37,7 +38,7 @@ class Draft:
         if self.assistant is model:
             raise UsageError("the assistant is the model itself: expected a cheaper one")
         for each in (model, self.assistant):
-            if each is not None and each._is_stateful:
+            if each is not None and is_stateful(each):
                 raise InputError(f"{type(each).__name__} keeps a state that cannot be taken back: no drafts with it")
         mode = model.generation_config.get_generation_mode()
         if mode not in _ONE_AFTER_THE_OTHER:

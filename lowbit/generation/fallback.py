@@ -1,14 +1,16 @@
 """Which models the loop leaves to `model.generate`, and that path."""
 
-import inspect
 import logging
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from lowbit.errors import InputError
 from lowbit.generation.answer import BAD_LOGITS
+from lowbit.transformers_api import attention_of, cache_argument, supports_static_cache
+from lowbit.upstream import MissingNameError
 
 logger = logging.getLogger("lowbit")
 
@@ -24,26 +26,36 @@ _OTHER_PROCESSORS = {
 }  # fmt: skip
 
 
-def refuse(model) -> str | None:
-    """Why the loop cannot run a model, as far as it says so itself; None if it can."""
-    parameters = inspect.signature(model.forward).parameters
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
-    asked = [
-        name
-        for name, neutral in _OTHER_PROCESSORS.items()
-        if (value := getattr(model.generation_config, name, None)) is not None and value not in neutral
-    ]
+@dataclass(frozen=True)
+class Refusal:
+    """Why the loop leaves a model to `model.generate`. by_nature: the model is of a kind that the loop is not made for;
+    anything else is worth a warning."""
+
+    reason: str
+    by_nature: bool = False
+
+
+def refuse(model) -> Refusal | None:
+    """Why the loop cannot run a model, as far as it can be told without running it; None if it can."""
     if model.config.is_encoder_decoder:
-        return "it is an encoder-decoder"
-    if model._is_stateful or "past_key_values" not in parameters:
-        return "it keeps a state of its own, not a key-value cache"
-    if not model._can_compile_fullgraph:
-        return "transformers knows no static cache for it"
-    if attention not in _ATTENTION:
-        return f"its attention is {attention}; expected {' or '.join(_ATTENTION)}"
-    if asked:
-        return f"its generation_config asks for {asked[0]}"
+        return Refusal("it is an encoder-decoder", by_nature=True)
+    if cache_argument(model) is None:
+        return Refusal("its forward takes no key-value cache", by_nature=True)
+    for name, neutral in _OTHER_PROCESSORS.items():
+        value = getattr(model.generation_config, name, None)
+        if value is not None and value not in neutral:
+            return Refusal(f"its generation_config asks for {name}")
     return None
+
+
+def needs_trial(model) -> bool:
+    """Whether nothing says that a model and its attention run with a static cache, so that it has to be tried."""
+    try:
+        attention = attention_of(model.config.get_text_config(decoder=True))
+        return attention not in _ATTENTION or not supports_static_cache(model)
+    except MissingNameError as error:
+        say_once(f"every model is tried on a few tokens before its first: {error}", logging.WARNING)
+        return True
 
 
 @cache
@@ -62,26 +74,31 @@ class Listener(StoppingCriteria):
         return torch.full((len(input_ids),), bool(stop), device=input_ids.device)
 
 
+class _Finite(LogitsProcessor):
+    """Raises InputError for logits that are NaN or infinite: greedy search would take them for a token."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not bool(scores.amax(-1).isfinite().all()):  # -inf alone masks a token
+            raise InputError(BAD_LOGITS)
+        return scores
+
+
 def model_generate(
     model, ids, mask, *, max_new_tokens: int, sampling, eos, pad: int, seed: int | None, listener, **more
 ) -> None:
     """`model.generate` with the same parameters, and `more` of its own. A seed leaves the global random state as it
-    was."""
+    was. Raises InputError for logits that are no numbers."""
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        try:
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(eos) or None,
-                pad_token_id=pad,
-                stopping_criteria=StoppingCriteriaList([listener]),
-                **sampling.arguments(),
-                **more,
-            )
-        except RuntimeError as error:  # of torch.multinomial
-            if "nan" not in str(error):
-                raise
-            raise InputError(BAD_LOGITS) from None
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(eos) or None,
+            pad_token_id=pad,
+            logits_processor=LogitsProcessorList([_Finite()]),
+            stopping_criteria=StoppingCriteriaList([listener]),
+            **sampling.arguments(),
+            **more,
+        )

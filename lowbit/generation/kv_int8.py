@@ -11,8 +11,9 @@ and multiplied afterwards, by a factor that comes from the first keys of a layer
 from functools import cache
 
 import torch
-from transformers import StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import Cache, StaticCache, StaticLayer
+
+from lowbit.transformers_api import UNREGISTERED_CACHE_LAYER
 
 _SCALE = torch.bfloat16
 _LARGEST = 127
@@ -68,8 +69,7 @@ class Int8Layer(StaticLayer):
 
 @cache
 def _int8_class(layer_class: type[StaticLayer]) -> type[Int8Layer]:
-    # transformers would register a subclass in place of a class that has a type of layers of its own
-    return type(f"Int8{layer_class.__name__}", (Int8Layer, layer_class), {"_layer_type": None})
+    return type(f"Int8{layer_class.__name__}", (Int8Layer, layer_class), UNREGISTERED_CACHE_LAYER)
 
 
 def in_int8(full: Cache) -> Cache:

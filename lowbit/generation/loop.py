@@ -8,20 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import has_offloaded_params
 
 from lowbit.backends import native
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.generation.answer import Answer
 from lowbit.generation.cache import filled_cache, rewind, room, static_cache, unusable
 from lowbit.generation.draft import Draft, Tally
-from lowbit.generation.fallback import Listener, model_generate, refuse, say_once
+from lowbit.generation.fallback import Listener, Refusal, model_generate, needs_trial, refuse, say_once
 from lowbit.generation.graph import CudaGraphs, Direct, Pipeline
 from lowbit.generation.kv_int8 import in_int8
+from lowbit.generation.positions import PositionTables
 from lowbit.generation.recording import Recordings
 from lowbit.generation.sampling import Sampling
 from lowbit.generation.stats import Stats, Stopwatch
 from lowbit.generation.step import Step
-from lowbit.hf.quantizer import is_moved_by_accelerate
+from lowbit.generation.trial import difference
+from lowbit.upstream import MissingNameError
 
 # What a model raises that does not get along with a static cache
 _CACHE_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
@@ -83,11 +86,14 @@ class Decoder:
         called = isinstance(self.graphs, Direct | Recordings) and not compile
         self.cache_asked = make_cache is not None
         self.make_cache = make_cache or (filled_cache if called else static_cache)
-        self.refusal = refuse(model) if draft is None else str(draft)
+        self.refusal = refuse(model) if draft is None else Refusal(str(draft), by_nature=True)
+        self.tables: PositionTables | None = None  # seen in the first prompt
         self.step: Step | None = None
         self.replay: Callable[[], None] | None = None
-        self.path, self.why = self.graphs.path, None
+        self.path: str | None = None  # of `replay`, and why it is not the fastest
+        self.why: str | None = None
         self.held: torch.Tensor | None = None  # ids and mask [2, B, T] whose keys and values the cache holds
+        self.held_whole = False  # those keys are encoded for the length of their own prompt
         self.stats = Stats(0, 0)
 
     @torch.inference_mode()
@@ -130,7 +136,9 @@ class Decoder:
             else:
                 self._fall_back(run, sampling, eos, pad)
         finally:
-            self.stats = run.stats(self.path, self.why)
+            refusal = self.refusal or run.refusal
+            path, why = (self.path, self.why) if refusal is None else ("model.generate", refusal.reason)
+            self.stats = run.stats(path or self.graphs.path, why)
         return Result(answer.tokens(), answer.lengths, self.stats)
 
     def forget(self) -> None:
@@ -155,19 +163,52 @@ class Decoder:
 
     def _start(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int, chunk: int | None) -> bool:
         """Run the prompt, as far as the cache does not hold it, and send off the first token. False where the model
-        turns out to have no use for such a cache."""
-        tried = self.step is not None
+        turns out to have no use for such a cache, or not for so many tokens."""
+        known, logits = self.tables is not None, None
         try:
             self._make_step(run, sampling, eos, pad)
+            if self.refusal is None and not known:
+                logits = self._learn(run, chunk)
             if self.refusal is None:
-                self._prefill(run, chunk)
+                run.refusal = self._length_refusal(run)
+            if self.refusal is None and run.refusal is None:
+                self._prefill(run, chunk, logits)
         except torch.OutOfMemoryError:
             raise
+        except MissingNameError as error:
+            self.refusal = Refusal(str(error))
         except _CACHE_ERRORS as error:
-            if tried:
+            if known:
                 raise
-            self.refusal = f"a static cache does not work for it: {first_line(error)}"
-        return self.refusal is None
+            self.refusal = Refusal(f"a static cache does not work for it: {first_line(error)}")
+        return self.refusal is None and run.refusal is None
+
+    def _learn(self, run: "_Run", chunk: int | None) -> torch.Tensor | None:
+        """Run the first chunk of the first prompt; the logits after it. Only running a model tells whether it fills the
+        cache, and which of its modules encode positions."""
+        if needs_trial(self.model):
+            length = room(1)
+            trial = Step(self.model, self.make_cache(self.model, 2, length), 2, length, Sampling(), (), 0)
+            if why := difference(self.model, trial):
+                self.refusal = Refusal(why, by_nature=True)
+                return None
+        step, tables, end = self.step, PositionTables(), min(chunk or run.ids.shape[1], run.ids.shape[1])
+        step.begin(run.ids, run.mask, run.seed)
+        with tables.watching(self.model):
+            logits = step.prefill(0, end)
+        if int(step.cache.get_seq_length()) != end:
+            self.refusal = Refusal("its forward does not fill the cache that it is given", by_nature=True)
+        self.tables, self.held = tables, torch.stack([run.ids, run.mask])[..., :end]
+        return logits
+
+    def _length_refusal(self, run: "_Run") -> Refusal | None:
+        """Where positions are encoded by the length of the sequence, the prompt is run as `model.generate` does: anew
+        and at once. A run in which the encoding of the prompt would change is left to it: a model may start over."""
+        prompt, end = run.ids.shape[1], run.ids.shape[1] + run.most
+        run.whole = not self.tables.same(2, end)
+        if run.whole and not self.tables.same(prompt, end):
+            return Refusal(f"its encoding of positions changes between {prompt} and {end} tokens")
+        return None
 
     def _make_step(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int) -> None:
         batch, needed, old = len(run.ids), run.ids.shape[1] + run.most, self.step
@@ -182,20 +223,26 @@ class Decoder:
             self.step = self.replay = self.held = old = None  # frees the old cache before there is a new one
             cache = self.make_cache(self.model, batch, length)
             cache = in_int8(cache) if self.int8_cache else cache
-            self.refusal = unusable(cache)
-            if self.refusal is not None:
+            why = unusable(cache)
+            if why is not None:
+                self.refusal = Refusal(why, by_nature=not self.cache_asked)
                 return
         self.step, self.replay = Step(self.model, cache, batch, length, sampling, eos, pad), None
 
-    def _prefill(self, run: "_Run", chunk: int | None) -> None:
+    def _prefill(self, run: "_Run", chunk: int | None, logits: torch.Tensor | None) -> None:
+        """Run what the cache does not hold of the prompt. logits: those after what it holds, if they are known."""
         step, prompt = self.step, torch.stack([run.ids, run.mask])
-        start = self._shared(prompt)
-        run.reused_tokens = int(run.mask[:, :start].sum())
-        rewind(step.cache, start)
-        step.begin(run.ids, run.mask, run.seed)
-        self.held = prompt[..., :start]
-        while start < prompt.shape[-1]:
-            end = min(start + (chunk or prompt.shape[-1]), prompt.shape[-1])
+        length = prompt.shape[-1]
+        start = 0 if logits is None else self.held.shape[-1]
+        if logits is None or (run.whole and start < length):
+            start = 0 if run.whole or self.held_whole else self._shared(prompt)
+            run.reused_tokens = int(run.mask[:, :start].sum())
+            rewind(step.cache, start)
+            step.begin(run.ids, run.mask, run.seed)
+            self.held = prompt[..., :start]
+        self.held_whole = run.whole
+        while start < length:
+            end = length if run.whole else min(start + (chunk or length), length)
             logits = step.prefill(start, end)
             self.held, start = prompt[..., :end], end
         step.first(logits)
@@ -245,7 +292,7 @@ class Decoder:
             self.replay = self.graphs.capture(step, step.generator)
         except RuntimeError as error:
             self.replay, self.path, self.why = step, Direct.path, f"the step cannot be captured: {first_line(error)}"
-            say_once(f"{type(self.model).__name__} runs in the {self.path}: {self.why}")
+            say_once(f"{type(self.model).__name__} runs in the {self.path}: {self.why}", logging.WARNING)
         restore()
         run.setup_seconds = run.watch.lap()
 
@@ -257,15 +304,17 @@ class Decoder:
         except RuntimeError as error:
             step.forward = self.model
             self.why = f"torch.compile fails: {first_line(error)}"
-            say_once(f"{type(self.model).__name__} is not compiled: {self.why}")
+            say_once(f"{type(self.model).__name__} is not compiled: {self.why}", logging.WARNING)
 
     def _fall_back(self, run: "_Run", sampling: Sampling, eos: tuple[int, ...], pad: int) -> None:
+        refusal = self.refusal or run.refusal
         if self.int8_cache:
-            raise InputError(f"keys and values in int8 need a cache that this model does not run with: {self.refusal}")
-        self.path, self.why = "model.generate", self.refusal
+            raise InputError(
+                f"keys and values in int8 need a cache that this model does not run with: {refusal.reason}"
+            )
         name, without = type(self.model).__name__, ", without the cache that was asked for" if self.cache_asked else ""
-        level = logging.WARNING if self.cache_asked else logging.INFO
-        say_once(f"{name} runs in model.generate{without}: {self.why}", level)
+        level = logging.INFO if refusal.by_nature and not self.cache_asked else logging.WARNING
+        say_once(f"{name} runs in model.generate{without}: {refusal.reason}", level)
 
         def on_token(tokens: list[int]) -> bool:
             if not run.answer.steps:
@@ -283,7 +332,7 @@ class Decoder:
 
 
 def _graphs(model, compiled: bool):
-    if any(map(is_moved_by_accelerate, model.modules())):
+    if any(map(has_offloaded_params, model.modules())):
         return Direct()  # what is repeated keeps its tensors: the weights would all stay
     if model.device.type == "cuda":
         return CudaGraphs(model.device)
@@ -299,6 +348,8 @@ class _Run:
     most: int
     seed: int | None
     answer: Answer
+    whole: bool = False  # the prompt has to be run at once
+    refusal: Refusal | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     reused_tokens: int = 0
     prefill_seconds: float = 0.0

@@ -10,15 +10,24 @@ from functools import cache, partial
 from itertools import chain, groupby
 
 import torch
-from torch._C import DispatchKey
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.overrides import TorchFunctionMode
 
 from lowbit.backends import native
 from lowbit.backends.native import attention, elementwise, matmul
+from lowbit.torch_api import (
+    COPY_TO,
+    TorchDispatchMode,
+    direct_call,
+    is_composite,
+    is_mutable,
+    operator_name,
+    out_variant,
+    written_arguments,
+)
 
 _MULTIPLE = 256  # positions that a recorded step sees are rounded up to it
 _READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+_LISTS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 # What is computed by one call of a kernel: operator -> (its result, its arguments) -> that call
 _CALLS = {
     torch.ops.lowbit.linear_native.default: native.replay,
@@ -52,7 +61,7 @@ class _Recorded:
         self.calls, self.sees = [], 0  # the old tensors are gone before there are new ones
         sees = min(-(-(self.step.filled + 1) // _MULTIPLE) * _MULTIPLE, self.step.length)
         self.step.hold(sees)
-        with _Recording() as recording:
+        with _NoLists(), _Recording() as recording:
             self.step()
         self.calls, self.sees = recording.calls(), sees
 
@@ -84,9 +93,9 @@ class _Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func._schema.name in _READS:
-            raise RuntimeError(f"the host reads a tensor in a step: {func._schema.name}")
-        if func not in _CALLS and func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd):
+        if operator_name(func) in _READS:
+            raise RuntimeError(f"the host reads a tensor in a step: {operator_name(func)}")
+        if func not in _CALLS and is_composite(func):
             with self:  # the operations that it is made of
                 return func.decompose(*args, **kwargs)
         output = func(*args, **kwargs)
@@ -95,6 +104,15 @@ class _Recording(TorchDispatchMode):
         if made is not None:
             self.made.append(made)
         return output
+
+
+class _NoLists(TorchFunctionMode):
+    """Refuses what hands numbers of a tensor to Python without an operation of torch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _LISTS:
+            raise RuntimeError(f"the host reads a tensor in a step: Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
 
 
 class _Constant:
@@ -111,23 +129,23 @@ def _repeat(func, args: tuple, kwargs: dict, output) -> Callable[[], object] | l
     """The call or the instructions that write into `output` what `func` gives, None if nothing has to be done."""
     if (instructions := elementwise.instructions(func, args, kwargs, output)) is not None:
         return instructions
-    if func._schema.is_mutable:
-        return partial(func._op, *args, **kwargs)
+    if is_mutable(func):
+        return partial(direct_call(func), *args, **kwargs)
     results, inputs = _tensors(output), _tensors((args, kwargs))
     made_by_python = not inputs and torch.Tag.nondeterministic_seeded not in func.tags
-    if made_by_python or func._schema.name == "aten::lift_fresh":
+    if made_by_python or operator_name(func) == "aten::lift_fresh":
         return _Constant(output)
     given = {_memory(tensor) for tensor in inputs}
     if all(_memory(result) in given for result in results):
         return None  # a view
     if (made := _CALLS.get(func)) and (call := made(output, *args, **kwargs)):
         return call
-    if func is torch.ops.aten._to_copy.default:
+    if func is COPY_TO.default:
         return partial(output.copy_, args[0])
     if (out := _out_variant(func)) is None:
-        return partial(_copy, func._op, args, kwargs, results)
+        return partial(_copy, direct_call(func), args, kwargs, results)
     overload, names = out
-    return partial(overload._op, *args, **kwargs, **dict(zip(names, results, strict=True)))
+    return partial(direct_call(overload), *args, **kwargs, **dict(zip(names, results, strict=True)))
 
 
 def _copy(op, args: tuple, kwargs: dict, results: list[torch.Tensor]) -> None:
@@ -135,30 +153,25 @@ def _copy(op, args: tuple, kwargs: dict, results: list[torch.Tensor]) -> None:
         result.copy_(new)
 
 
-@cache
-def _out_variant(func):
-    """(the overload that writes what `func` returns into its arguments, their names), None if there is none."""
-    inputs = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
-    for name in func.overloadpacket.overloads():
-        overload = getattr(func.overloadpacket, name)
-        arguments = overload._schema.arguments
-        taken = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
-        names = [argument.name for argument in arguments if argument.is_out]
-        if taken == inputs and len(names) == len(func._schema.returns):
-            return overload, names
-    return None
+_out_variant = cache(out_variant)
 
 
 def _written(func, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """What `func` changes in place."""
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    names = [argument.name for argument in func._schema.arguments if argument.is_write]
-    return _tensors([given[name] for name in names if name in given])
+    written = (args[at] if at < len(args) else kwargs.get(name) for at, name in written_arguments(func))
+    return _tensors([*written])
 
 
 def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+    """The tensors of an operator's arguments or results, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        return []
+    return [tensor for part in tree for tensor in _tensors(part)]
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage().data_ptr()

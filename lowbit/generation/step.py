@@ -7,6 +7,7 @@ import torch
 
 from lowbit.generation.cache import advance, grows, hold, rewind
 from lowbit.generation.sampling import Sampling, pick
+from lowbit.transformers_api import cache_argument
 
 
 class Step:
@@ -21,7 +22,7 @@ class Step:
         device = model.device
         self.model, self.cache, self.length, self.sampling, self.pad = model, cache, length, sampling, pad
         self.settings = (sampling, eos, pad)
-        self.takes = _taken(model)
+        self.arguments = ForwardArguments(model)
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
         self.inputs = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -54,7 +55,7 @@ class Step:
             self.prompt[:, start:end],
             self.mask[:, :end],  # transformers takes what lies beyond as masked, and may skip the mask for it
             self.prompt_positions[:, start:end],
-            logits_to_keep=1,
+            last_only=True,
         )
 
     def first(self, logits: torch.Tensor) -> None:
@@ -64,11 +65,21 @@ class Step:
         self._take(logits)
 
     def __call__(self) -> None:
+        self._take(self.logits())
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        """The tokens [B, 1] that the next step takes."""
+        self.inputs.copy_(tokens)
+        self.positions += 1
+
+    def logits(self) -> torch.Tensor:
+        """[B, V] in float32 after the tokens that were fed last."""
         self.filled += 1
         seen = self.visible or (self.filled if grows(self.cache) else self.length)
-        self._take(self._logits(self.forward, self.inputs, self.mask[:, :seen], self.positions))
+        logits = self._logits(self.forward, self.inputs, self.mask[:, :seen], self.positions)
         if self.visible is not None:
             advance(self.cache)
+        return logits
 
     def hold(self, visible: int) -> None:
         """See the first `visible` positions in every step to come, until `begin`."""
@@ -91,15 +102,8 @@ class Step:
 
         return restore
 
-    def _logits(self, forward: Callable, ids, mask, positions, **wanted) -> torch.Tensor:
-        more = {"position_ids": positions, **wanted}
-        output = forward(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **{name: value for name, value in more.items() if name in self.takes},
-        )
+    def _logits(self, forward: Callable, ids, mask, positions, last_only: bool = False) -> torch.Tensor:
+        output = forward(**self.arguments(ids, mask, positions, self.cache, last_only))
         return output.logits[:, -1].float()
 
     def _see_prompt(self, vocabulary: int) -> None:
@@ -115,18 +119,35 @@ class Step:
         tokens = tokens.masked_fill(self.finished, self.pad)
         self.finished |= (tokens[:, None] == self.eos).any(-1)
         self.tokens.copy_(tokens)
-        self.inputs.copy_(tokens[:, None].clamp_min(0))
-        self.positions += 1
+        self.feed(tokens[:, None].clamp_min(0))
         if self.seen is not None:
             self.seen.scatter_(1, self.inputs, True)
 
 
-def _taken(model) -> set[str]:
-    """Arguments that a model has use for: those of its forward, but for positions where its own generation leaves them
-    out. Such a model counts for itself, from an offset or in several dimensions."""
-    names = set(inspect.signature(model.forward).parameters)
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    prepared = model.prepare_inputs_for_generation(
-        token, attention_mask=torch.ones_like(token), position_ids=token, use_cache=True, is_first_iteration=True
-    )
-    return names if prepared.get("position_ids") is not None else names - {"position_ids"}
+class ForwardArguments:
+    """Keywords for the forward of a model, under the names that it takes them by.
+
+    Positions are left out where the model's own generation leaves them out: such a model counts for itself, from an
+    offset or in several dimensions.
+    """
+
+    def __init__(self, model):
+        names = inspect.signature(model.forward).parameters
+        self.cache = cache_argument(model)
+        self.keeps_logits = "logits_to_keep" in names
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        prepared = model.prepare_inputs_for_generation(
+            token, attention_mask=torch.ones_like(token), position_ids=token, use_cache=True, is_first_iteration=True
+        )
+        # a forward that names no cache hands all that it is given to another one
+        takes_positions = "position_ids" in names or self.cache not in names
+        self.positions = takes_positions and prepared.get("position_ids") is not None
+
+    def __call__(self, ids, mask, positions, cache, last_only: bool) -> dict:
+        """ids, positions [B, T], mask [B, L]. last_only: the logits of the last position are enough."""
+        given = {"input_ids": ids, "attention_mask": mask, self.cache: cache, "use_cache": True}
+        if self.positions:
+            given["position_ids"] = positions
+        if last_only and self.keeps_logits:
+            given["logits_to_keep"] = 1
+        return given

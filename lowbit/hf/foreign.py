@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers import ConversionOps, WeightConverter
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, Site, find_sites
@@ -20,6 +20,7 @@ from lowbit.experts import packed_name
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.scheme import Scheme
 from lowbit.stored import StoredWeight, StoredWeights
+from lowbit.transformers_api import MergeModulelist
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class ToPacked(_OfModel):
 
     def convert(self, input_dict, full_layer_name=None, target_patterns=None, model=None, **kwargs):
         owner, part = self._model.owner[full_layer_name], self._model.part(self._model.owner[full_layer_name])
-        # transformers 5.17 leaves it to operations to cast
+        # a loader may leave it to operations to cast
         dtype = model.get_parameter(full_layer_name).dtype
 
         def one(tensor):

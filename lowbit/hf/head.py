@@ -12,6 +12,7 @@ from lowbit.hf.quantizer import LowbitQuantizer
 from lowbit.linear import LowbitLinear
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Scheme
+from lowbit.transformers_api import tied_weights, untie
 
 
 def quantize_head(model: nn.Module, scheme: Scheme, folder: Path, backend: str | None = None) -> None:
@@ -60,8 +61,8 @@ def _dense_head(model: nn.Module, quantizer: LowbitQuantizer) -> tuple[str, nn.M
 
 
 def _untie(model: nn.Module, weight: str) -> None:
-    others = [name for name in model.all_tied_weights_keys if name != weight]
+    others = [name for name in tied_weights(model) if name != weight]
     if others:
         raise UsageError(f"the output embedding cannot be quantized: it is tied to {others[0]} too")
-    model.all_tied_weights_keys = {}
+    untie(model)
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False

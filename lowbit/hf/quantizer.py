@@ -10,16 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
-from transformers.core_model_loading import (
-    ConversionOps,
-    MergeModulelist,
-    SplitModulelist,
-    WeightConverter,
-    WeightRenaming,
-)
+from transformers import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from lowbit.checkpoint.layout import read_header
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites, named_in_config
@@ -41,6 +35,14 @@ from lowbit.linear import LowbitLinear
 from lowbit.memory import return_freed
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Scheme
+from lowbit.transformers_api import (
+    ignore_unexpected,
+    keep_dimensions,
+    original_sources,
+    save_with,
+    was_loaded,
+    with_suffixes,
+)
 
 logger = logging.getLogger("lowbit")
 
@@ -73,7 +75,7 @@ class QuantizeOnLoad(ConversionOps):
             # transformers swallows what is raised here
             quantizer.damaged.append(name)
         packed = quantizer.quantize(tensor.to(quantizer.dtype), site, scheme)
-        module, leaf = get_module_from_name(model, name)
+        module, leaf = _owner_and_leaf(model, name)
         missing_keys.discard(name)
         if site.kind == "experts":
             finish_experts(module, leaf)
@@ -86,36 +88,13 @@ _PACKED = tuple(suffix.removeprefix("weight") for suffix in packed_format.PACKED
 
 
 def _is_of_packed(conversion) -> bool:
-    return conversion._original_source_patterns[0].endswith(_PACKED)
+    return original_sources(conversion)[0].endswith(_PACKED)
 
 
-def _renamings_of_packed(conversion, parameters) -> list[WeightRenaming]:
-    """What renames the packed tensors of `parameters` as `conversion` renames the dense ones."""
-    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-    if type(conversion) is not WeightRenaming or not any(name.endswith(targets[0]) for name in parameters):
-        return []
-    made = [WeightRenaming([s + suffix for s in sources], [t + suffix for t in targets]) for suffix in _PACKED]
-    for renaming in made:
-        renaming.scope_prefix, renaming.base_model_prefix = conversion.scope_prefix, conversion.base_model_prefix
-    return made
-
-
-class _Split(SplitModulelist):
-    """transformers 5.17 drops all dimensions of length 1 when it splits experts: it would save [N, 1] scales as [N]."""
-
-    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
-        parts = {}
-        for source, tensors in input_dict.items():
-            tensor = tensors[0] if isinstance(tensors, list) else tensors
-            names = self.get_target_patterns(input_dict, source, target_patterns, tensor.shape[self.dim])
-            parts.update(zip(names, tensor.unbind(self.dim), strict=True))
-        return parts
-
-
-class _Merge(MergeModulelist):
-    @property
-    def reverse_op(self):
-        return _Split(self.dim)
+def _owner_and_leaf(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name in it."""
+    owner, _, leaf = parameter.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 @register_quantizer("lowbit")
@@ -138,7 +117,7 @@ class LowbitQuantizer(HfQuantizer):
             with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
                 self.stored = StoredModel(model, self.names, Path(kwargs["checkpoint_files"][0]).parent)
             self.chosen = {name: (found.site, found.scheme) for name, found in self.stored.sites.items()}
-            model._keys_to_ignore_on_load_unexpected.update(self.stored.idle)
+            ignore_unexpected(model, self.stored.idle)
         else:
             self.chosen, _ = choose(model, config.recipe)
         self.sites = find_sites(model)  # before they are replaced
@@ -146,7 +125,7 @@ class LowbitQuantizer(HfQuantizer):
         if not self.chosen:
             raise InputError("nothing is quantized: no linear layer of the model matches the config")
         for site, scheme in self.chosen.values():
-            owner, leaf = get_module_from_name(model, site.parameter)
+            owner, leaf = _owner_and_leaf(model, site.parameter)
             if site.kind == "experts":
                 owner.is_transposed = site.transposed  # not all experts are marked
                 quantize_experts(owner, leaf, scheme, self.dtype, self.names.merged(site.parameter))
@@ -154,6 +133,9 @@ class LowbitQuantizer(HfQuantizer):
                     finish_experts(owner, leaf)
             else:
                 self._replace_linear(model, site, scheme, owner)
+        if any(site.kind == "experts" for site, _ in self.chosen.values()):
+            # packed experts are multiplied one by one: the other implementations take the whole parameter at once
+            model.set_experts_implementation("eager")
 
     def stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
         """Names and numbers of dimensions of what is loaded, a quantized weight as one matrix."""
@@ -198,13 +180,10 @@ class LowbitQuantizer(HfQuantizer):
         return QuantizeOnLoad(self)
 
     def update_weight_conversions(self, weight_conversions, *model):
-        # transformers 5.17 to 5.20 do not pass the model
+        # the model is passed on where transformers passes it
         conversions = super().update_weight_conversions(weight_conversions, *model)
-        self._conversions = [r for c in conversions for r in (c, *_renamings_of_packed(c, self.chosen))]
-        for conversion in self._conversions:
-            if isinstance(conversion, WeightConverter):
-                operations = conversion.operations
-                conversion.operations = [_Merge(op.dim) if type(op) is MergeModulelist else op for op in operations]
+        self._conversions = [r for c in conversions for r in (c, *with_suffixes(c, _PACKED, self.chosen))]
+        keep_dimensions(self._conversions)
         if not self.pre_quantized:
             return self._conversions
         return self.stored.conversions(self._conversions)
@@ -214,7 +193,7 @@ class LowbitQuantizer(HfQuantizer):
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         linears, offloaded, unpacked = [], False, 0
         for name, module in model.named_modules():
-            if is_moved_by_accelerate(module):
+            if has_offloaded_params(module):
                 offloaded = True
                 continue
             if isinstance(module, LowbitLinear):
@@ -248,8 +227,9 @@ class LowbitQuantizer(HfQuantizer):
 
     def _check_loaded(self, name: str, module: nn.Module, parameters) -> None:
         """transformers fills a parameter that the checkpoint lacks with whatever is there; here it is an error."""
-        missing = [p for p in parameters if not getattr(module._parameters[p], "_is_hf_initialized", False)]
-        if "weight" in module._parameters and "weight" not in parameters:
+        held = dict(module.named_parameters(recurse=False))
+        missing = [p for p in parameters if not was_loaded(held[p])]
+        if "weight" in held and "weight" not in parameters:
             missing = ["weight"]
         if missing:
             raise InputError(
@@ -258,8 +238,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def _keep_expert_conversions(self, model) -> None:
         """Saving reverses the merges of packed experts, of which a dense or foreign checkpoint used none."""
-        kept = [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)]
-        model._weight_conversions = kept or None
+        save_with(model, [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)])
 
     def saved_config(self, model) -> dict:
         schemes = {name: scheme for name, (_, scheme) in self.chosen.items()}
@@ -294,7 +273,7 @@ class LowbitQuantizer(HfQuantizer):
         return param.element_size()
 
     def _dequantize(self, model, dtype=None):
-        from transformers.pytorch_utils import Conv1D
+        from transformers import Conv1D
 
         # saving a model leaves the dtype of its config as a name
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or self.dtype
@@ -317,13 +296,8 @@ class LowbitQuantizer(HfQuantizer):
 
 
 def _check_shapes(name: str, layer: LowbitLinear) -> None:
-    """transformers before 5.23 does not look at the shapes of quantized parameters."""
+    """Compare the shapes of loaded tensors with those of the layer: not every loader has done so."""
     for suffix, (shape, _) in layer.packed_shapes.items():
         found = tuple(getattr(layer, suffix).shape)
         if found != shape:
             raise InputError(f"{name}.{suffix} has shape {list(found)} in the checkpoint, expected {list(shape)}")
-
-
-def is_moved_by_accelerate(module: nn.Module) -> bool:
-    """Weights that live elsewhere and come to the device for each call keep their packed names."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))

@@ -33,6 +33,7 @@ from lowbit.pipeline.targets import Target, targets
 from lowbit.pipeline.write import Progress, read_checked
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Recipe
+from lowbit.torch_api import cpu_has_bf16_products
 
 # Tokens in one forward pass: enough for matrix products to run at full speed
 _BATCH_TOKENS = 4096
@@ -120,7 +121,7 @@ def compute_dtype(config, device: torch.device) -> torch.dtype:
     stored = getattr(config, "dtype", None) or torch.float32
     if device.type != "cpu":
         return stored
-    return stored if stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return stored if stored == torch.bfloat16 and cpu_has_bf16_products() else torch.float32
 
 
 def _fingerprint(reader: CheckpointReader) -> dict:

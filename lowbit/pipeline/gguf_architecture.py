@@ -56,12 +56,13 @@ class Architecture:
     """The architecture of a model among those of GGUF. Raises InputError if it is not one that can be written."""
 
     def __init__(self, source: ExitSource):
-        from transformers.integrations.ggml import GGUF_CONFIG_DEFAULTS_MAPPING, GGUF_CONFIG_MAPPING
-        from transformers.integrations.gguf.utils import is_gguf_arch_supported
-        from transformers.modeling_gguf_pytorch_utils import (
+        from lowbit.transformers_api import (
+            GGUF_CONFIG_DEFAULTS_MAPPING,
+            GGUF_CONFIG_MAPPING,
             TENSOR_PROCESSORS,
             TensorProcessor,
             get_gguf_hf_weights_map,
+            is_gguf_arch_supported,
         )
 
         gguf = import_gguf()
@@ -155,7 +156,7 @@ class Architecture:
     def rope_factors(self) -> np.ndarray | None:
         """float32 [head_dim / 2], by which the frequencies of a rope like Llama 3's are divided; None for simpler ones.
         Raises InputError for a rope that can be said neither by them nor by metadata."""
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+        from transformers import ROPE_INIT_FUNCTIONS
 
         if self._rope_type in ("default", "linear"):
             return None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lowbit.errors import InputError
 from lowbit.pipeline.gguf_architecture import import_gguf
+from lowbit.upstream import MissingNameError
 
 
 def add_vocabulary(writer, folder: Path, size: int, pre: str | None) -> list[str]:
@@ -27,10 +28,13 @@ def add_vocabulary(writer, folder: Path, size: int, pre: str | None) -> list[str
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    pre = pre or _pre_name(splits)
+    try:
+        pre, why = pre or _pre_name(splits), ""
+    except MissingNameError as error:
+        why = f" ({error})"
     writer.add_tokenizer_pre(pre or "default")
     if pre is None:
-        return ["llama.cpp's name for how this tokenizer splits text is not known: it will split as by default"]
+        return [f"llama.cpp's name for how this tokenizer splits text is not known{why}: it will split as by default"]
     return []
 
 
@@ -68,9 +72,8 @@ def _splits(pre_tokenizer: dict | None) -> list[str] | None:
 
 
 def _pre_name(splits: list[str]) -> str | None:
-    from transformers.integrations.gguf import gguf_tokenizer_mapping
-
     if splits == [""]:
         return "gpt-2"
-    names = getattr(gguf_tokenizer_mapping, "GGUF_PRE_TOKENIZER_SPLITS", {})  # since transformers 5.23
-    return next((name for name, split in names.items() if splits == [split]), None)
+    from lowbit.transformers_api import GGUF_PRE_TOKENIZER_SPLITS
+
+    return next((name for name, split in GGUF_PRE_TOKENIZER_SPLITS.items() if splits == [split]), None)

@@ -13,8 +13,9 @@ from torch import nn
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, decoder_layers, skeleton
-from lowbit.errors import InputError, first_line
+from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.pipeline.write import read_checked
+from lowbit.transformers_api import load_tensors
 
 
 class _Through(BaseException):
@@ -39,11 +40,12 @@ class LayeredModel:
         with init_empty_weights(include_buffers=False):
             self.model = skeleton(config, trust_remote_code, dtype=dtype, device=None)
         self.model.eval()
-        self.model.config._experts_implementation = "eager"
+        self.model.set_experts_implementation("eager")
         self.dtype, self.device, self.reader = dtype, torch.device(device), reader
         self.names = CheckpointNames(self.model)
         for module in self.model.modules():
-            module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
+            for name, buffer in [*module.named_buffers(recurse=False)]:
+                setattr(module, name, buffer.to(device))
         self.prefix, _ = decoder_layers(self.model)
         self._tensors_of: dict[int | None, list[str]] = {}
         for name in reader.tensors:
@@ -91,9 +93,8 @@ class LayeredModel:
 
     def unload(self, number: int) -> None:
         for module in self.model.get_submodule(self._prefix_of(number).removesuffix(".")).modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            for name, parameter in [*module.named_parameters(recurse=False)]:
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
     def run(self, number: int, input_ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
         """Output [B, T, H] of layer `number` for hidden states [B, T, H]; None: those that the model itself embeds.
@@ -149,28 +150,17 @@ class LayeredModel:
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> None:
         """What from_pretrained does with a state dict: renaming, merging experts, casting."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-        from transformers.utils import logging
-
         # a tensor that needs no cast would become the parameter itself, and parameters are changed in place
         own = {name: t.clone() if t.dtype == self.dtype else t for name, t in tensors.items()}
-        loading = LoadStateDictConfig(
-            dtype=self.dtype, device_map={"": self.device}, weight_mapping=get_model_conversion_mapping(self.model)
-        )
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
         try:
-            info, _ = convert_and_load_state_dict_in_model(self.model, own, loading)
+            failed, mismatched = load_tensors(self.model, own, self.dtype, self.device)
+        except LowbitError:
+            raise
         except Exception as error:
             raise InputError(f"transformers cannot load {next(iter(tensors), '')}: {first_line(error)}") from error
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-        for name, what in info.conversion_errors.items():
+        for name, what in failed.items():
             raise InputError(f"transformers cannot load {name}: {what.strip().splitlines()[-1]}")
-        for name, found, expected in info.mismatched_keys:
+        for name, found, expected in mismatched:
             raise InputError(f"{name} has shape {list(found)}, the model's config says {list(expected)}")
 
     def _require_loaded(self, prefix: str, but: tuple[str, ...] = ()) -> None:
@@ -184,7 +174,7 @@ class LayeredModel:
 def _keep_rows(embedding: nn.Embedding, reader: CheckpointReader, name: str, ids, dtype, device) -> None:
     """Give an embedding only the rows of the tokens `ids` (sorted), and translate what it is called with."""
     rows = reader.rows(name, ids.tolist()).to(device, dtype)
-    embedding._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+    embedding.weight = nn.Parameter(rows, requires_grad=False)
     embedding.padding_idx = None  # it names a row that may not be there, and matters to gradients only
     ids = ids.to(device)
     embedding.register_forward_pre_hook(lambda module, args: (torch.searchsorted(ids, args[0]), *args[1:]))

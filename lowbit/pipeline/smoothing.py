@@ -23,6 +23,7 @@ from lowbit.pipeline.plan import Plan, Step
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.streams import NoStreams, Streams
 from lowbit.pipeline.targets import Target, targets
+from lowbit.transformers_api import tied_weights
 
 # Of the first sample: enough to see what listens to what
 _TRIED_TOKENS = 64
@@ -94,7 +95,7 @@ class Smoother:
     ) -> str | None:
         """Why a fold cannot be made in the checkpoint."""
         edits = {prefix + edit.parameter: edit for edit in (*fold.producers, *fold.consumers)}
-        tied = getattr(self.model.model, "all_tied_weights_keys", {})
+        tied = tied_weights(self.model.model)
         if shared := edits.keys() & {*tied, *tied.values()}:
             return f"{min(shared)} is tied to another weight"
         stored = set()

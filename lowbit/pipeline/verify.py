@@ -26,6 +26,7 @@ from lowbit.pipeline.smoothing import recorded_edits, scaled
 from lowbit.scheme import Recipe
 from lowbit.sources import load_config
 from lowbit.stored import StoredWeight, StoredWeights
+from lowbit.transformers_api import ignored_if_missing, ignored_if_unexpected, tied_weights
 
 # Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
 MAX_UNQUANTIZED = 0.05
@@ -158,12 +159,12 @@ def _tensors(folder: Folder) -> Check:
             problems.add(f"{base} is stored quantized, but is no linear layer of the model")
     for info in folder.stored.plain:
         found.update(folder.parameters_of(info.name))
-    ignored = getattr(folder.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    ignored = ignored_if_unexpected(folder.model)
     for parameter in sorted(found - folder.state.keys()):
         if not any(re.search(pattern, parameter) for pattern in ignored):
             problems.add(f"{parameter} is in the files, but the model has no such parameter")
-    tied = getattr(folder.model, "all_tied_weights_keys", {})
-    computed = getattr(folder.model, "_keys_to_ignore_on_load_missing", None) or ()
+    tied = tied_weights(folder.model)
+    computed = ignored_if_missing(folder.model)
     for parameter in folder.state:
         if any(re.search(pattern, parameter) for pattern in computed):
             continue
@@ -178,7 +179,7 @@ def _tensors(folder: Folder) -> Check:
 
 
 def _ties(folder: Folder) -> Check:
-    tied = getattr(folder.model, "all_tied_weights_keys", {})
+    tied = tied_weights(folder.model)
     quantized = {folder.parameter_of(base): base for base in folder.stored.weights}
     for name in (*tied, *tied.values()):
         if name in quantized:

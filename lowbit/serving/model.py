@@ -1,6 +1,7 @@
 """What engines care about, found in the model: which linears they merge into one, and which side of a matrix tensor
 parallelism divides."""
 
+import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,6 +14,10 @@ from torch.overrides import TorchFunctionMode
 from lowbit.discovery import CheckpointNames, Site, find_sites
 from lowbit.scheme import Scheme
 from lowbit.serving.rules import COLUMN, ROW, Module
+from lowbit.transformers_api import tensor_parallel_plan
+from lowbit.upstream import MissingNameError
+
+logger = logging.getLogger("lowbit")
 
 
 class _SharedInputs(TorchFunctionMode):
@@ -56,9 +61,14 @@ def _parent(name: str) -> str:
 def splits(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str | None]:
     """Module name -> COLUMN, ROW or None, from the tensor parallel plan of transformers. Where a parent has no linear
     in the plan: its last one by rows, those before it by columns (Megatron-LM)."""
+    try:
+        styles = tensor_parallel_plan(model)
+    except MissingNameError as error:
+        logger.warning("how linears are split over GPUs is guessed, as in Megatron-LM: %s", error)
+        styles = {}
     plan = {
         re.compile(re.escape(pattern).replace(r"\*", r"\d+")): COLUMN if "colwise" in style else ROW
-        for pattern, style in (getattr(model, "_tp_plan", None) or {}).items()
+        for pattern, style in styles.items()
         if "colwise" in style or "rowwise" in style
     }
     found: dict[str, str | None] = {}

@@ -7,6 +7,7 @@ import torch
 
 from lowbit.backends.native import DTYPES
 from lowbit.backends.native.build import Instruction, Operand, library
+from lowbit.torch_api import COPY_TO, is_mutable
 
 _LARGEST = 2**15  # elements; from there on torch divides an operation among its threads
 _DIMENSIONS = 4
@@ -22,7 +23,7 @@ _aten = torch.ops.aten
 # Operators with their operands in front, and nothing else that counts
 _PLAIN = {
     getattr(_aten, name): name for name in ("mul", "div", "neg", "rsqrt", "sigmoid", "silu", "tanh")
-} | {_aten._to_copy: "copy", _aten.clone: "copy"}  # fmt: skip
+} | {COPY_TO: "copy", _aten.clone: "copy"}  # fmt: skip
 _POWERS = {2: "square", 3: "cube"}
 
 
@@ -74,7 +75,7 @@ def _small_operations(func, args: tuple, kwargs: dict, output) -> list[tuple]:
     if packet is _aten.index_copy_ and args[2].numel() == 1 and args[2].dtype == torch.int64:
         into, dim, index, rows = args
         return [("copy", into.narrow(dim, 0, 1), (rows,), index, into.stride(dim))]
-    if func._schema.is_mutable:
+    if is_mutable(func):
         return []
     if packet is _aten.cat and all(part.ndim == output.ndim for part in args[0]):
         parts, dim = args[0], args[1] if len(args) > 1 else 0
