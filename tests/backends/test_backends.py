@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from weights import BITS, DTYPES, SCHEMES, assert_same, matrix, random_quantized, unit
+from covering import cover
+from weights import BITS, DTYPES, GROUPS, SCHEMES, assert_same, matrix, random_quantized, unit
 
 from lowbit import backends
 from lowbit.backends import BACKENDS, choose, get_backend
@@ -48,11 +49,9 @@ def error(y, exact, squares):
     return float((y.double() - exact).norm() / size) if y.numel() else 0.0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-@each_backend
-def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
-    backend, dtype = get_backend(name), DTYPES[dtype]
+@pytest.mark.parametrize("name, bits, group, sym, dtype", cover(HERE, BITS, GROUPS, (True, False), DTYPES, strength=3))
+def test_refuses_or_equals_float64(name, bits, group, sym, dtype, nan_poison):
+    backend, scheme, dtype = get_backend(name), Scheme(bits, group, sym), DTYPES[dtype]
     ran = 0
     for out_features, in_features in SHAPES:
         shape = (out_features, in_features)
@@ -77,7 +76,8 @@ def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
 
 
 def test_which_backends_run_on_a_cpu():
-    assert HERE == ["native", "torch_cpu", "reference"]
+    """All three for this weight, but for those that say of this machine or this torch that they cannot run at all."""
+    assert [name for name in ("native", "torch_cpu", "reference") if get_backend(name).available() is None] == HERE
 
 
 def test_torch_cpu_runs_what_it_is_for():
