@@ -99,6 +99,16 @@ def no_threads():
 
 
 @pytest.fixture
+def compiler():
+    """For what only kernels in C give: their products, the recorded loop. `usefixtures("compiler")` skips it elsewhere;
+    test_native.py sees to it that a machine with a compiler runs it."""
+    from lowbit.backends import native
+
+    if reason := native.available():
+        pytest.skip(reason)
+
+
+@pytest.fixture
 def without_native(monkeypatch):
     """As on a machine without a C compiler."""
     from lowbit.backends import native

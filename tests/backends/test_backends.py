@@ -1,6 +1,7 @@
 """What every backend in the table must do: give a reason, or equal the float64 product."""
 
 import logging
+import os
 import shutil
 
 import pytest
@@ -89,6 +90,12 @@ def test_torch_cpu_runs_what_it_is_for():
             if reason:
                 refused[scheme] = reason
     assert set(refused) == {s for s in SCHEMES if s.group_size == 16 or (s.bits == 8 and not s.sym)}
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC") or "cc") is None, reason="there is no C compiler")
+def test_where_there_is_a_compiler_the_native_backend_runs():
+    """Or what needs it would be skipped, unnoticed."""
+    assert get_backend("native").available() is None
 
 
 @each_layout
@@ -233,6 +240,7 @@ def test_the_first_that_does_not_refuse(scheme, device, dtype, shape, expected, 
     assert choose(scheme, torch.device(device), dtype, shape) == expected
 
 
+@pytest.mark.usefixtures("compiler")
 def test_native_comes_before_the_kernels_of_torch():
     for dtype in DTYPES.values():
         assert choose(Scheme(4, 32), torch.device("cpu"), dtype, (63, 64)) == "native"
