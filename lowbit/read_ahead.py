@@ -13,7 +13,7 @@ def read_ahead(folder: Path) -> None:
     """Have a thread bring the weights of a folder into the system's cache, once in a process, while others import,
     build the model and lay out what is there already. Says nothing of a folder or a file that cannot be read: who needs
     it will."""
-    Thread(target=_read, args=(folder,), daemon=True).start()
+    Thread(target=_read, name="lowbit-read-ahead", args=(folder,), daemon=True).start()
 
 
 def _read(folder: Path) -> None:

@@ -7,8 +7,9 @@ setup_env dev
 
 export HF_HUB_OFFLINE=1 # a test that needs the network is a broken test
 unset OMP_NUM_THREADS   # tests/conftest.py sets the threads
-# All of it: a process for each core, each file in one of them (its fixtures are made once, its order stays).
-[ $# -gt 0 ] || set -- -q -n logical --maxprocesses 4 --dist loadfile
+# All of it: a process for each core, each file in one of them (its fixtures are made once, its order stays),
+# the longest files first: tests/conftest.py sorts them.
+[ $# -gt 0 ] || set -- -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 python -m ruff check .
 python -m ruff format --check .

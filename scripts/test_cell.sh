@@ -46,5 +46,5 @@ names = ("torch", "transformers", "triton", "compressed-tensors", "numpy")
 print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in names))'
 
 export HF_HUB_OFFLINE=1
-[ $# -gt 0 ] || set -- -n logical --maxprocesses 4 --dist loadfile
+[ $# -gt 0 ] || set -- -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 python -m pytest -q "$@"

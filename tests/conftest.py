@@ -1,10 +1,15 @@
 """Fixtures every test may use."""
 
+import gc
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 
 import random
+import threading
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,40 @@ if not torch.cuda.is_available():
 import torch.utils.deterministic
 
 torch.set_num_threads(1)  # a fixed order of sums, and no barriers to wait at beside other work
+
+
+# File -> seconds that its tests took. LOWBIT_RECORD_SECONDS=1 scripts/test.sh writes it anew
+_SECONDS = Path(__file__).with_name("seconds.json")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With several processes the longest files come first, or the last one to run would be waited for. A file that
+    nobody has timed may be the longest."""
+    if hasattr(config, "workerinput"):
+        seconds = json.loads(_SECONDS.read_text())
+        items.sort(key=lambda item: -seconds.get(_file(item.nodeid), float("inf")))  # the order in a file stays
+
+
+def pytest_terminal_summary(terminalreporter):
+    if os.environ.get("LOWBIT_RECORD_SECONDS"):
+        seconds = Counter()
+        for report in (report for reports in terminalreporter.stats.values() for report in reports):
+            if hasattr(report, "duration"):
+                seconds[_file(report.nodeid)] += report.duration
+        _SECONDS.write_text(json.dumps({file: round(s, 1) for file, s in seconds.most_common()}, indent=0) + "\n")
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+def pytest_collection_finish():
+    """What is imported stays: `gc.collect`, which a calibrated run calls for each layer, need not walk through it."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +79,33 @@ def nan_poison():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def no_threads():
+    """no_threads(name): threads of that name end, be it a moment later. Those of torch, tqdm or pytest are nobody's
+    business here, so nothing may count all threads."""
+
+    def wait(name: str) -> None:
+        mine = [thread for thread in threading.enumerate() if thread.name == name]
+        for thread in mine:
+            thread.join(60)
+        stuck = [thread for thread in mine if thread.is_alive()]
+        for thread in stuck:
+            thread.name += " of a test that failed"  # no later test has to wait for it
+        assert not stuck
+
+    return wait
+
+
+@pytest.fixture
+def compiler():
+    """For what only kernels in C give: their products, the recorded loop. `usefixtures("compiler")` skips it elsewhere;
+    test_native.py sees to it that a machine with a compiler runs it."""
+    from lowbit.backends import native
+
+    if reason := native.available():
+        pytest.skip(reason)
 
 
 @pytest.fixture

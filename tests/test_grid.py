@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covering import cover
 from weights import BITS, DTYPES, matrix, unit
 
 from lowbit import grid
@@ -18,7 +19,17 @@ TIE = 1e-5
 
 GROUPS = (16, 32, 64, 128, 256, -1)
 IN_FEATURES = {16: 96, 32: 96, 64: 128, 128: 256, 256: 512, -1: 172}
-SCHEMES = [Scheme(bits, group, sym) for bits in BITS for group in GROUPS for sym in (True, False)]
+ROWS = (1, 7, 33)
+
+
+def schemes_with(*factors, strength=2, groups=GROUPS):
+    """(scheme, value of each factor): any `strength` of bits, group size, symmetry and the factors in a case."""
+    covered = cover(BITS, groups, (True, False), *factors, strength=strength)
+    return [(Scheme(*case[:3]), *case[3:]) for case in covered]
+
+
+def ids(value):
+    return getattr(value, "name", str(value))
 
 
 def heavy_tailed(rows, columns, dtype, seed=0):
@@ -91,9 +102,7 @@ def squared_error(qweight, weight):
     return (matrix(qweight) - weight.double()).square().sum()
 
 
-@pytest.mark.parametrize("rows", [1, 7, 33])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize(("scheme", "dtype", "rows"), schemes_with(DTYPES, ROWS, strength=3), ids=ids)
 def test_minmax_equals_the_slow_version(scheme, dtype, rows):
     weight = heavy_tailed(rows, IN_FEATURES[scheme.group_size], DTYPES[dtype])
     before = weight.clone()
@@ -117,8 +126,7 @@ def test_minmax_equals_the_slow_version(scheme, dtype, rows):
     assert steps.median() < 0.5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.group_size in (32, -1)], ids=lambda s: s.name)
+@pytest.mark.parametrize(("scheme", "dtype"), schemes_with(DTYPES, groups=(32, -1), strength=3), ids=ids)
 def test_mse_search_equals_the_slow_version(scheme, dtype):
     weight = heavy_tailed(3, IN_FEATURES[scheme.group_size], DTYPES[dtype])
     before = weight.clone()
@@ -142,8 +150,7 @@ def test_mse_search_equals_the_slow_version(scheme, dtype):
             assert error <= min(errors) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize(("scheme", "dtype"), schemes_with(DTYPES), ids=ids)
 def test_mse_search_is_never_worse_than_minmax(scheme, dtype):
     weight = heavy_tailed(33, IN_FEATURES[scheme.group_size], DTYPES[dtype], seed=1)
     searched, minmax = quantize_nearest(weight, scheme, "mse"), quantize_nearest(weight, scheme)
@@ -206,35 +213,35 @@ def test_zero_groups(scheme, dtype):
 
 
 @each_scheme_and_dtype
-@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
-def test_one_sided_groups(scheme, dtype, sign):
+def test_one_sided_groups(scheme, dtype):
     """Far from zero: the grid must still hold zero, and an asymmetric one spends all its codes on the side in use."""
-    weight = sign * (1 + heavy_tailed(3, 64, dtype).abs())
-    qweight = quantize_nearest(weight, scheme)
-    assert_nearest(weight, qweight)
-    if scheme.sym:
-        side = qweight.codes >= scheme.middle if sign > 0 else qweight.codes <= scheme.middle
-        assert side.all()
-    else:
-        # the zero point is at one end and the farthest weight at the other, up to the rounding of the scale
-        last = scheme.levels - 1
-        spanned = math.floor(last * (1 - unit(dtype)))
-        zeros = qweight.zeros.int()
-        assert (zeros == 0).all() if sign > 0 else (zeros >= spanned).all()
-        used = (qweight.codes.int().view(3, 2, -1) - zeros.unsqueeze(-1)).abs().amax(-1)
-        assert (used >= spanned).all() and (used <= last).all()
+    for sign in (1, -1):
+        weight = sign * (1 + heavy_tailed(3, 64, dtype).abs())
+        qweight = quantize_nearest(weight, scheme)
+        assert_nearest(weight, qweight)
+        if scheme.sym:
+            side = qweight.codes >= scheme.middle if sign > 0 else qweight.codes <= scheme.middle
+            assert side.all()
+        else:
+            # the zero point is at one end and the farthest weight at the other, up to the rounding of the scale
+            last = scheme.levels - 1
+            spanned = math.floor(last * (1 - unit(dtype)))
+            zeros = qweight.zeros.int()
+            assert (zeros == 0).all() if sign > 0 else (zeros >= spanned).all()
+            used = (qweight.codes.int().view(3, 2, -1) - zeros.unsqueeze(-1)).abs().amax(-1)
+            assert (used >= spanned).all() and (used <= last).all()
 
 
 @each_scheme_and_dtype
-@pytest.mark.parametrize("value", [0.37, -2.5, 1e-3], ids=str)
-def test_constant_groups(scheme, dtype, value):
-    weight = torch.full((2, 64), value, dtype=dtype)
-    qweight = quantize_nearest(weight, scheme)
-    error = (matrix(qweight) - weight.double()).abs() / weight.double().abs()
-    # asymmetric: the last code, off by the rounding of the scale. Symmetric: midway between the last two codes, half a
-    # step of the (2^bits - 1) / 2 that the value spans
-    expected = 1 / (2**scheme.bits - 1) if scheme.sym else 0.0
-    assert (error - expected).abs().max() <= 2 * scale_rounding(slow_scale([value], scheme), dtype)
+def test_constant_groups(scheme, dtype):
+    for value in (0.37, -2.5, 1e-3):
+        weight = torch.full((2, 64), value, dtype=dtype)
+        qweight = quantize_nearest(weight, scheme)
+        error = (matrix(qweight) - weight.double()).abs() / weight.double().abs()
+        # asymmetric: the last code, off by the rounding of the scale. Symmetric: midway between the last two codes,
+        # half a step of the (2^bits - 1) / 2 that the value spans
+        expected = 1 / (2**scheme.bits - 1) if scheme.sym else 0.0
+        assert (error - expected).abs().max() <= 2 * scale_rounding(slow_scale([value], scheme), dtype)
 
 
 @each_scheme_and_dtype
@@ -249,17 +256,17 @@ def test_huge_values(scheme, dtype):
 
 
 @each_scheme_and_dtype
-@pytest.mark.parametrize("exponent", [-6, -10, -14], ids="2^{}".format)
-def test_small_values_lose_no_more_than_the_dtype_does(scheme, dtype, exponent):
+def test_small_values_lose_no_more_than_the_dtype_does(scheme, dtype):
     """fp16 scales leave the normal range early (8 bits: where |w| < 0.008), but go on for another ten bits."""
-    weight = heavy_tailed(7, 64, torch.float64, seed=2)
-    weight = (weight / weight.abs().amax(1, keepdim=True) * 2.0**exponent).to(dtype)
-    exact = quantize_nearest(weight.float(), scheme)  # float32 scales
-    actual = quantize_nearest(weight, scheme)
-    # a code c is off by c times the rounding of its scale
-    worst = scheme.levels * scale_rounding(exact.scales.double(), dtype) * exact.scales.double()
-    limit = squared_error(exact, weight).sqrt() + worst.repeat_interleave(32, dim=1).norm()
-    assert squared_error(actual, weight).sqrt() <= limit
+    for exponent in (-6, -10, -14):
+        weight = heavy_tailed(7, 64, torch.float64, seed=2)
+        weight = (weight / weight.abs().amax(1, keepdim=True) * 2.0**exponent).to(dtype)
+        exact = quantize_nearest(weight.float(), scheme)  # float32 scales
+        actual = quantize_nearest(weight, scheme)
+        # a code c is off by c times the rounding of its scale
+        worst = scheme.levels * scale_rounding(exact.scales.double(), dtype) * exact.scales.double()
+        limit = squared_error(exact, weight).sqrt() + worst.repeat_interleave(32, dim=1).norm()
+        assert squared_error(actual, weight).sqrt() <= limit
 
 
 @each_scheme_and_dtype

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -44,35 +43,29 @@ def folder(tmp_path):
     return tmp_path
 
 
-def finish():
-    for thread in threading.enumerate():
-        if thread.name.endswith("(_read)"):
-            thread.join()
-
-
-def test_weights_are_read_to_the_end_and_once(folder, opened):
+def test_weights_are_read_to_the_end_and_once(folder, opened, no_threads):
     read_ahead(folder)
-    finish()
+    no_threads("lowbit-read-ahead")
     assert opened == {"a.safetensors": 2500, "b.safetensors": 1000}
     opened.clear()
     read_ahead(folder)
-    finish()
+    no_threads("lowbit-read-ahead")
     assert not opened
 
 
-def test_what_does_not_fit_is_left(folder, opened, monkeypatch):
+def test_what_does_not_fit_is_left(folder, opened, no_threads, monkeypatch):
     monkeypatch.setattr(module, "_room", lambda: 3499)
     read_ahead(folder)
-    finish()
+    no_threads("lowbit-read-ahead")
     assert not opened
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_cannot_be_read_is_left_to_others(tmp_path):
+def test_what_cannot_be_read_is_left_to_others(tmp_path, no_threads):
     read_ahead(tmp_path / "missing")
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "blob")
     read_ahead(tmp_path)
-    finish()
+    no_threads("lowbit-read-ahead")
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])

@@ -144,7 +144,7 @@ class Walk:
         self._failure: BaseException | None = None
         self._abandoned = self._finished = False
         # a daemon: a walk that is never resumed must not keep the process from ending
-        threading.Thread(target=self._main, daemon=True).start()
+        threading.Thread(target=self._main, name="lowbit-walk", daemon=True).start()
 
     def to(self, stage: int):
         """Go on to `stage`: its input [..., K], or the arguments (hidden states, expert indices, ...) that its experts

@@ -1,11 +1,13 @@
 """What every backend in the table must do: give a reason, or equal the float64 product."""
 
 import logging
+import os
 import shutil
 
 import pytest
 import torch
-from weights import BITS, DTYPES, SCHEMES, assert_same, matrix, random_quantized, unit
+from covering import cover
+from weights import BITS, DTYPES, GROUPS, SCHEMES, assert_same, matrix, random_quantized, unit
 
 from lowbit import backends
 from lowbit.backends import BACKENDS, choose, get_backend
@@ -48,11 +50,9 @@ def error(y, exact, squares):
     return float((y.double() - exact).norm() / size) if y.numel() else 0.0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-@each_backend
-def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
-    backend, dtype = get_backend(name), DTYPES[dtype]
+@pytest.mark.parametrize("name, bits, group, sym, dtype", cover(HERE, BITS, GROUPS, (True, False), DTYPES, strength=3))
+def test_refuses_or_equals_float64(name, bits, group, sym, dtype, nan_poison):
+    backend, scheme, dtype = get_backend(name), Scheme(bits, group, sym), DTYPES[dtype]
     ran = 0
     for out_features, in_features in SHAPES:
         shape = (out_features, in_features)
@@ -77,7 +77,8 @@ def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
 
 
 def test_which_backends_run_on_a_cpu():
-    assert HERE == ["native", "torch_cpu", "reference"]
+    """All three for this weight, but for those that say of this machine or this torch that they cannot run at all."""
+    assert [name for name in ("native", "torch_cpu", "reference") if get_backend(name).available() is None] == HERE
 
 
 def test_torch_cpu_runs_what_it_is_for():
@@ -89,6 +90,12 @@ def test_torch_cpu_runs_what_it_is_for():
             if reason:
                 refused[scheme] = reason
     assert set(refused) == {s for s in SCHEMES if s.group_size == 16 or (s.bits == 8 and not s.sym)}
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CC") or "cc") is None, reason="there is no C compiler")
+def test_where_there_is_a_compiler_the_native_backend_runs():
+    """Or what needs it would be skipped, unnoticed."""
+    assert get_backend("native").available() is None
 
 
 @each_layout
@@ -233,6 +240,7 @@ def test_the_first_that_does_not_refuse(scheme, device, dtype, shape, expected, 
     assert choose(scheme, torch.device(device), dtype, shape) == expected
 
 
+@pytest.mark.usefixtures("compiler")
 def test_native_comes_before_the_kernels_of_torch():
     for dtype in DTYPES.values():
         assert choose(Scheme(4, 32), torch.device("cpu"), dtype, (63, 64)) == "native"

@@ -6,6 +6,7 @@ import torch
 from lowbit.backends.native import elementwise
 from lowbit.backends.native.elementwise import instructions, program
 
+pytestmark = pytest.mark.usefixtures("compiler")
 aten = torch.ops.aten
 # operator -> its arguments behind the first tensor
 UNARY = {

@@ -5,6 +5,7 @@ import torch
 
 from lowbit.backends.native import matmul
 
+pytestmark = pytest.mark.usefixtures("compiler")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 

@@ -73,6 +73,7 @@ def test_memory_and_bandwidth():
     assert 1e8 < bytes_per_second(CPU) < 1e13
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_loops_make_every_token(loop, dense, monkeypatch):
     """Also those after an end token."""

@@ -1,7 +1,6 @@
 """Walks through small layers: stages in their true order, pauses in which weights are replaced, threads that end."""
 
 import gc
-import threading
 import weakref
 
 import pytest
@@ -130,13 +129,9 @@ def true_inputs(module, x):
 
 
 @pytest.fixture(autouse=True)
-def every_thread_ends():
-    before = threading.active_count()
+def every_walk_ends(no_threads):
     yield
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and threading.active_count() > before:
-            thread.join(timeout=5)
-    assert threading.active_count() == before
+    no_threads("lowbit-walk")
 
 
 def test_stages_are_in_the_order_of_use_and_share_what_is_one_input():

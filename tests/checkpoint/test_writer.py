@@ -5,7 +5,6 @@ import gc
 import os
 import shutil
 import signal
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -377,17 +376,19 @@ def test_process_that_was_killed_between_the_two_renames(tmp_path, monkeypatch):
 def test_folder_of_a_live_process_is_left_alone(tmp_path, elsewhere):
     """In another container that shares the volume, its process number means nothing here: no process has it."""
     target = tmp_path / "out"
+    begun, tell = os.pipe()
 
     def work():
         staged = StagedFolder(target)
         (staged.path / "config.json").write_text("theirs")
-        time.sleep(60)
+        os.write(tell, b".")
+        signal.pause()
 
     child = in_child(work)
+    os.close(tell)
     try:
-        deadline = time.time() + 10
-        while not list(tmp_path.glob("*/*/config.json")) and time.time() < deadline:
-            time.sleep(0.01)
+        assert os.read(begun, 1) == b"."
+        os.close(begun)
         (theirs,) = tmp_path.iterdir()
         if elsewhere:
             theirs = theirs.rename(tmp_path / ".out.partial-99999999")

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from folders import ROOT
@@ -115,11 +114,13 @@ def test_interrupted(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    for _ in range(3):
-        assert process.stderr.readline(), process.communicate()
-    time.sleep(0.1)
+    rounds = 0
+    while rounds < 3:
+        line = process.stderr.readline()
+        assert line, process.communicate()
+        rounds += line == ".\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert err.strip().splitlines()[-1] == "lowbit: error: interrupted: what is shown was measured before"
     assert "batch 1" in out and "Traceback" not in err

@@ -1,5 +1,6 @@
 """lowbit generate: the samplers, stop strings, statistics."""
 
+import pytest
 from transformers import AutoTokenizer
 
 import lowbit
@@ -28,6 +29,7 @@ def test_samplers_reach_the_loop(json_of, quantized):
     assert json_of("generate", quantized, *PROMPT, "--repetition-penalty", "3")["text"] == wanted != greedy
 
 
+@pytest.mark.usefixtures("compiler")
 def test_statistics(done, json_of, quantized):
     result = json_of("generate", quantized, *PROMPT, "--prefill-chunk", "1")
     stats = result["stats"]

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from folders import ROOT, contents, edit_tensors, read_json, save_chat_model, stored_tensors
+from folders import contents, edit_tensors, read_json, save_chat_model, stored_tensors
 from models import relative_error, save_tiny, tiny_model
+from paused import start_paused
 from safetensors.torch import save_file
 
 import lowbit
@@ -232,23 +230,14 @@ def test_full_disk(cli, chat_model, text_file, tmp_path, monkeypatch):
 
 # How it is stopped
 
-COMMAND = [sys.executable, "-m", "lowbit"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_interrupted_and_gone_on_with(done, chat_model, text_file, tmp_path):
     """As any run: a line that says so, exit code 1. What was finished stays, and the same command goes on from it."""
     arguments = ["quantize", chat_model, "-o", tmp_path / "out", *SMALL, "--dataset", text_file]
-    arguments = [*map(str, arguments), "--option", "sweeps=20"]
-    process = subprocess.Popen([*COMMAND, *arguments], env=ENVIRONMENT, stdout=-1, stderr=-1, text=True)
-    state, deadline = tmp_path / ".out.job" / "job.json", time.time() + 60
-    while process.poll() is None and time.time() < deadline:
-        if state.is_file() and read_json(state)["layers"]:
-            break
-        time.sleep(0.005)
+    process = start_paused(*arguments, method="gptq", call=5)  # the second layer: a layer has four sets of inputs
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     lines = [line for line in err.splitlines() if not line.startswith("calibrating")]
     assert process.returncode == 1 and out == "" and "Traceback" not in err
     assert len(lines) == 2 and lines[1].startswith("lowbit: interrupted"), err

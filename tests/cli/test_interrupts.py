@@ -3,47 +3,32 @@
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
-from folders import ROOT, save_random_llama, stored_tensors
+from folders import stored_tensors
+from paused import start_paused
 
 import lowbit
 
-COMMAND = [sys.executable, "-m", "lowbit"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory):
-    """60 MB, many times what --scale-search mse does in a second."""
-    return save_random_llama(tmp_path_factory.mktemp("slow") / "model", 1024, 2048, 3)
-
-
-@pytest.fixture
-def running(slow, tmp_path):
-    """A quantization that has begun to write to tmp_path / out."""
-    command = [*COMMAND, "quantize", slow, "-o", tmp_path / "out", "--scale-search", "mse"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob(".out*/*/*.safetensors")) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    assert process.poll() is None, process.stderr.read()
-    yield process
-    process.kill()
-    process.communicate()
+def start(model, out, again: bool = False) -> subprocess.Popen:
+    """A quantization that has written some tensors of many."""
+    return start_paused("quantize", model, "-o", out, "--group-size", 32, method="rtn", call=8, again=again)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_interrupted(running, tmp_path, number):
-    """SIGHUP: the terminal or the ssh session was closed."""
-    running.send_signal(number)
-    out, err = running.communicate(timeout=30)
-    assert running.returncode == 1, err
-    assert out == "" and len(err.strip().splitlines()) == 1 and err.strip().startswith("lowbit: interrupted")
+@pytest.mark.parametrize(("name", "again"), [("SIGINT", True), ("SIGTERM", True), ("SIGHUP", False)])
+def test_interrupted(chat_model, tmp_path, name, again):
+    """SIGHUP: the terminal or the ssh session was closed. again: an impatient second Ctrl-C, while the first signal
+    makes it clean up."""
+    process = start(chat_model, tmp_path / "out", again)
+    assert list(tmp_path.glob(".out*/*/*.safetensors"))
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=600)
+    lines = err.strip().splitlines()
+    assert process.returncode == 1, err
+    assert out == "" and lines.pop().startswith("lowbit: interrupted")
+    assert set(lines) == ({"Ctrl-C while it cleans up"} if again else set())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,21 +42,12 @@ def test_nohup_is_respected(cli):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_interrupted_twice(running, tmp_path):
-    """An impatient second Ctrl-C, while the first one cleans up."""
-    for _ in range(3):
-        running.send_signal(signal.SIGINT)
-        time.sleep(0.005)
-    _, err = running.communicate(timeout=30)
-    assert running.returncode != 0 and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_killed(running, slow, tmp_path):
-    running.kill()
-    running.wait()
+def test_killed(chat_model, tmp_path):
+    process = start(chat_model, tmp_path / "out")
+    process.kill()
+    process.communicate()
     (leftover,) = tmp_path.iterdir()
     assert leftover.name.startswith(".out")
-    lowbit.quantize(slow, tmp_path / "out")
+    lowbit.quantize(chat_model, tmp_path / "out", group_size=32)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(stored_tensors(tmp_path / "out")) > 40

@@ -106,7 +106,7 @@ def test_logits_are_those_of_integer_arithmetic(name, source, folders):
     """A code in a hundred thousand falls on the other side of a rounding: the streams differ in float32's last bit."""
     folder = folders(name)
     model = lowbit.load(folder)
-    assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"native"}
+    assert {m.backend for m in model.modules() if hasattr(m, "backend")} <= {"native", "int8_cpu"}
     wanted = logits(simulated(source, folder))
     dense = logits(AutoModelForCausalLM.from_pretrained(source))
     assert far(logits(model), wanted) < 2e-3 < far(dense, wanted)

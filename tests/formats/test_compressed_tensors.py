@@ -10,6 +10,7 @@ from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
+from covering import cover
 from weights import BITS, DTYPES, as_loaded, assert_same, matrix, random_quantized
 
 from lowbit.errors import InputError, LowbitError
@@ -20,7 +21,7 @@ from lowbit.scheme import Scheme
 
 # (N, K, group): rows that do not fill a word of zero points, inputs that do not fill a word of codes
 SHAPES = [(1, 32, 32), (7, 172, -1), (33, 96, 32), (5, 43, -1), (31, 64, 16), (1, 1, -1), (16, 512, 512)]
-CASES = [(Scheme(b, g, sym), n, k) for b in BITS for sym in (True, False) for n, k, g in SHAPES]
+CASES = [(Scheme(b, g, sym), n, k) for b, sym, (n, k, g) in cover(BITS, (True, False), SHAPES)]
 cases = pytest.mark.parametrize(("scheme", "rows", "columns"), CASES, ids=[f"{s.name}-{n}x{k}" for s, n, k in CASES])
 
 
@@ -56,11 +57,15 @@ def with_activations(scheme, name):
     return dataclasses.replace(scheme, activations=Scheme.parse(f"W8A8{name}").activations)
 
 
-@pytest.mark.parametrize("name", ["", "-DYNAMIC_ASYM", "-STATIC", "-STATIC_SYM"])
-@pytest.mark.parametrize(("scheme", "rows", "columns"), [case for case in CASES if case[0].bits >= 4])
-def test_integer_activations_are_stored_as_theirs(scheme, rows, columns, name):
+@pytest.mark.parametrize(
+    ("bits", "sym", "shape", "name"),
+    cover((4, 8), (True, False), SHAPES, ("", "-DYNAMIC_ASYM", "-STATIC", "-STATIC_SYM")),
+)
+def test_integer_activations_are_stored_as_theirs(bits, sym, shape, name):
     """The layout that they would choose, and in it the same matrix and the same grid of inputs."""
-    plain, scheme = random_quantized(scheme, rows, columns), with_activations(scheme, name)
+    rows, columns, group = shape
+    plain = random_quantized(Scheme(bits, group, sym), rows, columns)
+    scheme = with_activations(plain.scheme, name)
     grid = {"input_scale": torch.tensor([0.25]), "input_zero": torch.tensor([-7], dtype=torch.int8)}
     qweight = plain.with_inputs(scheme, *(grid[field] if field in input_grid(scheme) else None for field in grid))
     tensors, config = ct.pack(qweight), ct.config(scheme, {}, [])

@@ -164,6 +164,7 @@ def test_a_step_is_one_graph():
     assert len(graphs) == 1
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("make_cache", [static_cache, filled_cache])
 def test_the_loop_decodes_with_it(name, make_cache):

@@ -48,6 +48,7 @@ def model(quantized_model):
     return quantized_model("llama")
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_greedy_tokens_are_those_of_model_generate(name, rows, quantized_model):
@@ -245,6 +246,7 @@ def test_models_without_a_static_cache_run_in_model_generate(name, caplog):
     assert torch.equal(stopped.tokens, result.tokens[:, :1])
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_an_int8_cache_runs_in_the_loop(name, quantized_model):
     """Past the window too; captured and called it holds the same."""
@@ -286,6 +288,7 @@ def test_processors_of_a_generation_config_are_kept():
     assert not ((result.tokens >= 3) & (result.tokens < 100)).any()
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch):
     real = model.forward
 

@@ -41,6 +41,7 @@ def in_place(x):
     return y
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     "operations",
     [
@@ -67,6 +68,7 @@ def test_operations_are_repeated(operations):
         replay()
 
 
+@pytest.mark.usefixtures("compiler")
 @torch.inference_mode()
 def test_random_numbers_are_drawn_anew():
     generator, seen = torch.Generator().manual_seed(0), []
@@ -82,6 +84,7 @@ def test_random_numbers_are_drawn_anew():
         )
 
 
+@pytest.mark.usefixtures("compiler")
 @torch.inference_mode()
 def test_interrupted_while_it_is_recorded_anew():
     step, interrupted = Counting(lambda x: x * 2 if wanted else interrupted.pop()), []
@@ -105,6 +108,7 @@ def test_a_step_that_reads_a_tensor_cannot_be_recorded(reads):
         Recordings().capture(Counting(reads), None)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_more_positions_than_a_recording_sees(name, quantized_model):
     """It is recorded anew when it has used them up, and with it goes on in the next run."""
@@ -117,6 +121,7 @@ def test_more_positions_than_a_recording_sees(name, quantized_model):
         assert decoder.stats.path == "recorded loop" and decoder.replay.sees == 512
 
 
+@pytest.mark.usefixtures("compiler")
 def test_sampled_tokens_are_those_of_called_steps(quantized_model):
     model = quantized_model("llama")
     ids, mask = batch(3, 20)

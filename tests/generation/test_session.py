@@ -34,6 +34,7 @@ def greedy(session, ids, count):
     return output[0, ids.shape[1] :]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_text_streams_in_pieces(session):
     ids, pieces = session.encode("the quick"), []
     result = session.generate(ids, max_new_tokens=20, on_text=pieces.append)

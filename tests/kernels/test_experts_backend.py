@@ -178,6 +178,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
 # --- states ---
 
 
+@pytest.mark.usefixtures("compiler")
 def test_copies_and_moves():
     module = quantized(GptOssExperts, Scheme(4, 32, False), BF16)
     case = routed(2, BF16)

@@ -26,6 +26,7 @@ def environment(**more):
             "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}  # fmt: skip
 
 
+@pytest.mark.usefixtures("compiler")
 def test_gpu_check(tmp_path, monkeypatch):
     command = ["bash", str(ROOT / "scripts" / "gpu_check.sh"), "--tiny", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)

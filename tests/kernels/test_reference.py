@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from weights import DTYPES, SCHEMES, matrix, random_quantized, unit
+from covering import cover
+from weights import BITS, DTYPES, GROUPS, SCHEMES, matrix, random_quantized, unit
 
 from lowbit import reference
 from lowbit.grid import dequantize
 from lowbit.qweight import QuantWeight
+from lowbit.scheme import Scheme
 from lowbit_kernels import reference as kernels
 
 
@@ -25,10 +27,9 @@ def arguments(qweight):
     return qweight.codes, qweight.scales, qweight.zeros, qweight.scheme.bits, qweight.g_idx
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-def test_same_weight_and_same_product(scheme, dtype):
-    dtype = DTYPES[dtype]
+@pytest.mark.parametrize("bits, group, sym, dtype", cover(BITS, GROUPS, (True, False), DTYPES))
+def test_same_weight_and_same_product(bits, group, sym, dtype):
+    scheme, dtype = Scheme(bits, group, sym), DTYPES[dtype]
     for rows, in_order in ((1, True), (7, True), (7, False)):
         qweight = random_quantized(scheme, *shape(scheme, rows), dtype)
         if not in_order:

@@ -1,11 +1,13 @@
 """Calibrated runs for tests: what they wrote as a dense model, runs that stop midway, runs in other processes."""
 
+import gc
 import json
 import multiprocessing
 import os
 import shutil
 import socket
 import sys
+import time
 import traceback
 from multiprocessing import forkserver
 from pathlib import Path
@@ -143,6 +145,7 @@ def start(target, *args):
 def _main(target, *args) -> None:
     """The exit code of `lowbit` for what `target` raises."""
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported: see conftest.py
     try:
         target(*args)
     except LowbitError as error:
@@ -152,10 +155,6 @@ def _main(target, *args) -> None:
         traceback.print_exc()
         os._exit(70)
     os._exit(0)
-
-
-def run_alone(source, output, options) -> None:
-    quick_gptq(source, output, **options)
 
 
 def run_and_tell(told, source, output, options) -> None:
@@ -186,10 +185,11 @@ def _rank(rank, world, port, function, source, output, options) -> None:
     function(output.with_name(f"rank-{rank}.json"), source, output, options)
 
 
-def ended(processes, timeout: float = 60) -> list[int]:
-    """Exit codes."""
+def ended(processes, timeout: float = 600) -> list[int]:
+    """Exit codes. The timeout, on all of them together, only keeps a hang from lasting for ever."""
+    deadline = time.monotonic() + timeout
     for process in processes:
-        process.join(timeout)
+        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()

@@ -3,10 +3,9 @@
 import hashlib
 import os
 import shutil
-import threading
-import time
 
 import pytest
+import spy_quantizer
 import torch
 from folders import contents, edit_tensors, read_json, same_bits, save_chat_model, stored_tensors, write_json
 from models import save_tiny
@@ -16,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.calibration.samples import Samples
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError
+from lowbit.pipeline import quantize
 from lowbit.pipeline.layers import LayeredModel
+from lowbit.quantizers import QUANTIZERS
 
 
 @pytest.fixture
@@ -373,8 +374,7 @@ def test_redo_of_other_bits_is_refused(source, out, expected, unfinished):
 # Nothing that was begun
 
 
-def test_wrong_input_leaves_nothing(source, out):
-    threads = threading.active_count()
+def test_wrong_input_leaves_nothing(source, out, no_threads):
     for options in (
         {"dataset": IDS + 100}, {"dataset": "no-such.txt"}, {"seed": -1}, {"redo": "nothing"}, {"num_samples": 2.5},
         {"seqlen": "64"},
@@ -382,17 +382,17 @@ def test_wrong_input_leaves_nothing(source, out):
         with pytest.raises(LowbitError):
             gptq(source, out, **options)
         assert names(out.parent) == []
-    assert threading.active_count() <= threads
+    no_threads("lowbit-walk")
 
 
-def test_nan_in_the_middle(tmp_path, out):
+def test_nan_in_the_middle(tmp_path, out, no_threads):
     """Found when its layer comes; what was done until then stays, and the walks of the layer do not."""
-    source, threads = save_tiny(tmp_path / "model"), threading.active_count()
+    source = save_tiny(tmp_path / "model")
     edit_tensors(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan))
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors holds 64 NaN"):
         gptq(source, out)
     assert not out.exists() and len(layer_files(out)) == 1
-    assert threading.active_count() <= threads
+    no_threads("lowbit-walk")
 
 
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -416,15 +416,12 @@ def test_missing_tensor(tmp_path, out, name):
     assert not out.exists()
 
 
-def test_failure_in_a_layer_ends_its_walks(source, out, monkeypatch):
-    threads = threading.active_count()
-    monkeypatch.setattr("lowbit.pipeline.calibrated._joined", lambda parts: 1 / 0)
+def test_failure_in_a_layer_ends_its_walks(source, out, no_threads, monkeypatch):
+    monkeypatch.setitem(QUANTIZERS, "spy", None)
+    monkeypatch.setattr(spy_quantizer, "quantize", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        gptq(source, out)
-    deadline = time.time() + 5
-    while threading.active_count() > threads and time.time() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= threads
+        quantize(source, out, dataset=IDS, **spy_quantizer.install())
+    no_threads("lowbit-walk")
 
 
 def test_output_that_is_the_folder_we_are_in(source, tmp_path, expected, monkeypatch):

@@ -77,7 +77,7 @@ class Hub:
             for fault in self.faults:
                 if fault.times and fault.matches(method, path):
                     fault.times -= 1
-                    assert self.changed.wait_for(fault.after, timeout=20)
+                    assert self.changed.wait_for(fault.after, timeout=600)
                     return fault
         return None
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import reference_gptq as reference
 import torch
+from covering import cover
 from reference_gptq import heavy_tailed, inputs, second_moment
 from weights import BITS, DTYPES, matrix
 
@@ -52,12 +53,12 @@ def paper_upper(features, order):
     return reference.upper_factor(reference.damped(hessian_of(features), DAMPING)[list(order)][:, list(order)])
 
 
-@pytest.mark.parametrize(("dtype", "order"), [("bf16", "none"), ("bf16", "group"), ("fp16", "group"), ("fp32", "none")])
-@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("group", SHAPES)
-@pytest.mark.parametrize("bits", BITS)
-def test_equals_the_papers_form(bits, group, sym, dtype, order):
-    scheme, (rows, features) = Scheme(bits, group, sym), SHAPES[group]
+KINDS = (("bf16", "none"), ("bf16", "group"), ("fp16", "group"), ("fp32", "none"))
+
+
+@pytest.mark.parametrize(("bits", "group", "sym", "kind"), cover(BITS, SHAPES, (True, False), KINDS, strength=3))
+def test_equals_the_papers_form(bits, group, sym, kind):
+    (dtype, order), scheme, (rows, features) = kind, Scheme(bits, group, sym), SHAPES[group]
     weight, hessian = heavy_tailed(rows, features, DTYPES[dtype]), hessian_of(features)
     actual, notes = quantize(weight, hessian, scheme, **{**PAPER, "order": order})
     columns = range(features) if order == "none" else reference.group_order(hessian, scheme.group_of(features))
@@ -89,10 +90,7 @@ def test_reference_is_the_papers_algorithm():
     assert total(weight, fed, hessian) < 0.5 * total(weight, nearest, hessian)
 
 
-@pytest.mark.parametrize("order", ["none", "group"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group", [32, -1])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "group", "dtype", "order"), cover(BITS, (32, -1), DTYPES, ("none", "group")))
 def test_uncorrelated_inputs_round_to_nearest(bits, group, dtype, order):
     weight = heavy_tailed(7, 96, DTYPES[dtype])
     hessian = torch.diag(torch.rand(96, dtype=torch.float64) + 0.1)
