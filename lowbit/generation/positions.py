@@ -20,7 +20,7 @@ class PositionTables:
     """The modules of a model that encode positions, once a forward pass was watched."""
 
     def __init__(self):
-        self._calls: dict[nn.Module, tuple[tuple, dict]] = {}
+        self._calls: dict[tuple[nn.Module, str], tuple[tuple, dict]] = {}
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -38,16 +38,26 @@ class PositionTables:
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if any(map(_is_positions, (*args, *kwargs.values()))):
-            self._calls[module] = args, kwargs
+            # one module may make the tables of several kinds of layers, which it is told beside the positions
+            settings = repr([value for value in (*args, *kwargs.values()) if not isinstance(value, torch.Tensor)])
+            kept = {name: _first_token(value) for name, value in kwargs.items()}
+            self._calls[module, settings] = tuple(map(_first_token, args)), kept
 
     def same(self, short: int, long: int) -> bool:
         """Whether the first positions are encoded alike in a call that reaches `short` tokens, 2 or more, and in one
         that reaches `long`."""
-        return all(_same(module, *call, short, long) for module, call in self._calls.items())
+        return all(_same(module, *call, short, long) for (module, _), call in self._calls.items())
 
 
 def _is_positions(value) -> bool:
     return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _first_token(value):
+    """What is enough of an argument to call with it again: hidden states [B, T, H] only say their dtype and device."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value[..., :1] if _is_positions(value) else value[:1, :1] if value.ndim > 1 else value[:1]).clone()
 
 
 def _same(module: nn.Module, args: tuple, kwargs: dict, short: int, long: int) -> bool:

@@ -89,6 +89,19 @@ def test_ropes_before_across_and_behind_the_border(name, rope):
             assert result.stats.path == "recorded loop", result.stats.why
 
 
+def test_ropes_of_several_kinds_of_layers():
+    """Each kind has its own: the one that depends on the length is found, whichever is asked for last."""
+    for kind in ("sliding_attention", "full_attention"):
+        ropes = {"sliding_attention": ROPES["default"], "full_attention": ROPES["default"]} | {kind: ROPES["longrope"]}
+        kinds = ["sliding_attention", "full_attention"]
+        model = tiny_model("gemma3", rope_parameters=ropes, layer_types=kinds, max_position_embeddings=256)
+        ids, mask = prompts(model, 1, BORDER + 20)
+        wanted = of_generate(model, ids, mask, 8)
+        decoder = Decoder(model)
+        result = decoder.generate(ids, mask, max_new_tokens=8, eos_token_id=(), prefill_chunk=16)
+        assert torch.equal(result.tokens, wanted) and not decoder.tables.same(2, BORDER + 20)
+
+
 def test_a_conversation_that_grows_past_the_border():
     """Keys of the earlier turns were encoded for a shorter text: they are not used again, in either direction."""
     model = with_rope("phi3", "longrope")
