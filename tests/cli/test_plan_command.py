@@ -50,8 +50,8 @@ def _stored(folder):
 
 
 def test_memory_and_time_are_of_the_right_size(tmp_path, monkeypatch):
-    """A matrix of 268 MB has to be in memory, and one of a kilobyte has not. What is timed on this machine takes as long
-    each time: it may be busy."""
+    """A matrix of 268 MB has to be in memory, and one of a kilobyte has not. What is timed on this machine takes
+    as long each time: it may be busy."""
     monkeypatch.setattr(forecast.time, "perf_counter", count(step=0.01).__next__)
     large = lowbit.plan(save_random_llama(tmp_path / "large", 512, 512, 1, vocabulary=131072))
     small = lowbit.plan(save_random_llama(tmp_path / "small", 512, 512, 1))
