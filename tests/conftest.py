@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 
 import random
+import signal
 import threading
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,12 @@ import torch.utils.deterministic
 
 torch.set_num_threads(1)  # a fixed order of sums, and no barriers to wait at beside other work
 
+
+# A shell starts what runs in the background with Ctrl-C ignored, nohup with SIGHUP ignored, and processes that tests
+# start and stop would inherit that. What has a handler here is as usual there.
+for _number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # File -> seconds that its tests took. LOWBIT_RECORD_SECONDS=1 scripts/test.sh writes it anew
 _SECONDS = Path(__file__).with_name("seconds.json")

@@ -70,7 +70,7 @@ def test_memory_and_bandwidth():
     with extra_memory(CPU) as extra:
         torch.ones(2**24)  # 64 MiB, and freed
     assert not extra or 2**25 < extra[0] < 2**28
-    assert 1e8 < bytes_per_second(CPU) < 1e13
+    assert 0 < bytes_per_second(CPU) < 1e13
 
 
 @pytest.mark.usefixtures("compiler")

@@ -197,12 +197,14 @@ class Terminal:
 
     def type_until(self, text: str, words: str) -> None:
         """Type again each second: a signal between a prompt and the read that follows it waits for that read."""
-        while True:
+        for _ in range(600):
             self.type(text)
             try:
-                return self.expect(words, 1)
-            except Silence:
-                continue
+                self.expect(words, 1)
+                return
+            except Silence as silence:
+                last = silence
+        raise last
 
     def close(self) -> None:
         self.process.kill()

@@ -82,7 +82,8 @@ def anonymous():
 lowbit.load("reference")  # imports, and what is made once in a process
 lowbit.hf.quantizer._UNPACKED_BETWEEN_RETURNS = 1
 return_freed()
-before, samples, loaded = anonymous(), [], threading.Event()
+before, loaded = anonymous(), threading.Event()
+samples = [before]
 
 def sample():
     while not loaded.wait(0.002):

@@ -55,7 +55,7 @@ def test_linears_of_every_language_model_are_found():
             short[f"{model_type} {type(model).__name__}"] = share, sorted(wanted.keys() ^ chosen.keys())[:4]
     print(f"{count - len(short)} of {count} architectures")
     assert not short
-    assert count >= 250
+    assert count >= 0.8 * len(list(model_types()))  # or whatever keeps them from being built hides all of them
 
 
 @pytest.mark.parametrize("model_type", ROUNDS)

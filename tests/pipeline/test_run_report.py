@@ -71,10 +71,10 @@ def test_time_of_a_run_that_was_stopped(tmp_path, monkeypatch):
     stop_after_layers(monkeypatch, 2, lambda: quick_gptq(source, out))
     state = read_json(tmp_path / ".out.job" / "job.json")
     for layer in state["layers"]:
-        layer["report"]["seconds"] = 1000.0
+        layer["report"]["seconds"] = 1e6
     (tmp_path / ".out.job" / "job.json").write_text(json.dumps(state))
     report = quick_gptq(source, out)
-    assert 2000 < report.seconds < 2100 and len(report.layers) == 21
+    assert 2e6 < report.seconds < 3e6 and len(report.layers) == 21
 
 
 def test_revision_of_a_model_from_the_hub(tmp_path):
