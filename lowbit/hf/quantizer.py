@@ -136,6 +136,7 @@ class LowbitQuantizer(HfQuantizer):
         if any(site.kind == "experts" for site, _ in self.chosen.values()):
             # packed experts are multiplied one by one: the other implementations take the whole parameter at once
             model.set_experts_implementation("eager")
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
         """Names and numbers of dimensions of what is loaded, a quantized weight as one matrix."""
@@ -189,6 +190,7 @@ class LowbitQuantizer(HfQuantizer):
         return self.stored.conversions(self._conversions)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        self._check_shapes(model)
         if self.damaged:
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         linears, offloaded, unpacked = [], False, 0
@@ -198,7 +200,8 @@ class LowbitQuantizer(HfQuantizer):
                 continue
             if isinstance(module, LowbitLinear):
                 self._check_loaded(name, module, module.packed_shapes)
-                _check_shapes(name, module)
+                for packed in module.packed_shapes:
+                    _check_finite(f"{name}.{packed}", getattr(module, packed))
                 linears.append(module)
             for parameter, weights in expert_weights(module).items():
                 names = [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
@@ -226,6 +229,15 @@ class LowbitQuantizer(HfQuantizer):
             self.quantization_config.source = self.saved_config(model)
         self.stored = None
         return model
+
+    def _check_shapes(self, model) -> None:
+        """Not every loader has looked at the shapes of what it puts into a quantized model."""
+        for name, parameter in model.named_parameters():
+            expected = self.shapes.get(name, parameter.shape)
+            if parameter.shape != expected:
+                raise InputError(
+                    f"{name} has shape {list(parameter.shape)} in the checkpoint, expected {list(expected)}"
+                )
 
     def _check_loaded(self, name: str, module: nn.Module, parameters) -> None:
         """transformers fills a parameter that the checkpoint lacks with whatever is there; here it is an error."""
@@ -322,15 +334,6 @@ def _quantized_parameters(model: nn.Module) -> dict[str, Scheme]:
             found[f"{name}.weight"] = module.scheme
         found |= {f"{name}.{parameter}": weights.scheme for parameter, weights in expert_weights(module).items()}
     return found
-
-
-def _check_shapes(name: str, layer: LowbitLinear) -> None:
-    """Compare the shapes of loaded tensors with those of the layer: not every loader has done so."""
-    for suffix, (shape, _) in layer.packed_shapes.items():
-        found = tuple(getattr(layer, suffix).shape)
-        if found != shape:
-            raise InputError(f"{name}.{suffix} has shape {list(found)} in the checkpoint, expected {list(shape)}")
-        _check_finite(f"{name}.{suffix}", getattr(layer, suffix))
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:

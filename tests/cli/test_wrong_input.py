@@ -344,7 +344,7 @@ def test_disk_is_full_from_the_start(quantize, source, monkeypatch):
     quantize(source, says=["No space left", "model.safetensors", "free"])
 
 
-@pytest.mark.parametrize("call", ["os.pwrite", "os.fsync", "shutil.copyfile"])
+@pytest.mark.parametrize("call", ["os.pwrite", "os.fsync", "shutil.copyfileobj"])
 def test_disk_fills_up_on_the_way(quantize, source, monkeypatch, call):
     monkeypatch.setattr(call, no_space)
     quantize(source, says=["No space left", "cannot write"])

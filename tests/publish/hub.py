@@ -18,6 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 TOKEN, READ_ONLY = "hf_writes", "hf_reads"
 
 
+def _is_private(asked: dict) -> bool:
+    """By the name that huggingface_hub 2 gives it, or the one before."""
+    return asked["visibility"] == "private" if "visibility" in asked else asked["private"]
+
+
 @dataclass
 class Repo:
     """files: path -> bytes, or the sha256 of an object."""
@@ -168,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "commit/main":
                 self.commit(repo_id, repo, [json.loads(line) for line in body.splitlines()])
             case "settings":
-                repo.private = json.loads(body)["visibility"] == "private"
+                repo.private = _is_private(json.loads(body))
                 self.answer(200, {})
             case _:
                 self.refuse(404, f"no such endpoint: {path}")
@@ -198,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repos:
             return self.answer(409, {**data, "error": "You already created this model repo"})
-        self.hub.repos[repo_id] = Repo(asked["visibility"] == "private", {".gitattributes": b""})
+        self.hub.repos[repo_id] = Repo(_is_private(asked), {".gitattributes": b""})
         self.answer(200, data)
 
     def describe(self, repo_id: str, repo: Repo) -> dict:
