@@ -6,8 +6,9 @@ from itertools import combinations, product
 def cover(*factors, strength: int = 2) -> list[tuple]:
     """Some cases of the product of `factors`: any `strength` values, each of another factor, meet in one of them.
 
-    A fault that shows for one value, or for `strength` values together, shows in them as it would in all. Values are
-    hashable. The choice is greedy and always the same."""
+    A fault that shows for one value, or for `strength` values together, shows in them as it would in all. Values that
+    may be at fault only together (bits, group size, symmetry) are one factor, a Scheme. Values are hashable; the choice
+    is greedy and always the same."""
     numbers: dict[tuple, int] = {}
     masks = {
         case: sum(1 << numbers.setdefault(part, len(numbers)) for part in combinations(enumerate(case), strength))

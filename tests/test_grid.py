@@ -19,6 +19,7 @@ TIE = 1e-5
 
 GROUPS = (16, 32, 64, 128, 256, -1)
 IN_FEATURES = {16: 96, 32: 96, 64: 128, 128: 256, 256: 512, -1: 172}
+SCHEMES = [Scheme(bits, group, sym) for bits in BITS for group in GROUPS for sym in (True, False)]
 ROWS = (1, 7, 33)
 
 
@@ -102,7 +103,7 @@ def squared_error(qweight, weight):
     return (matrix(qweight) - weight.double()).square().sum()
 
 
-@pytest.mark.parametrize(("scheme", "dtype", "rows"), schemes_with(DTYPES, ROWS, strength=3), ids=ids)
+@pytest.mark.parametrize(("scheme", "dtype", "rows"), cover(SCHEMES, DTYPES, ROWS), ids=ids)
 def test_minmax_equals_the_slow_version(scheme, dtype, rows):
     weight = heavy_tailed(rows, IN_FEATURES[scheme.group_size], DTYPES[dtype])
     before = weight.clone()

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from covering import cover
-from weights import BITS, DTYPES, GROUPS, SCHEMES, assert_same, matrix, random_quantized, unit
+from weights import BITS, DTYPES, SCHEMES, assert_same, matrix, random_quantized, unit
 
 from lowbit import backends
 from lowbit.backends import BACKENDS, choose, get_backend
@@ -50,9 +50,9 @@ def error(y, exact, squares):
     return float((y.double() - exact).norm() / size) if y.numel() else 0.0
 
 
-@pytest.mark.parametrize("name, bits, group, sym, dtype", cover(HERE, BITS, GROUPS, (True, False), DTYPES, strength=3))
-def test_refuses_or_equals_float64(name, bits, group, sym, dtype, nan_poison):
-    backend, scheme, dtype = get_backend(name), Scheme(bits, group, sym), DTYPES[dtype]
+@pytest.mark.parametrize("name, scheme, dtype", cover(HERE, SCHEMES, DTYPES), ids=lambda v: getattr(v, "name", v))
+def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
+    backend, dtype = get_backend(name), DTYPES[dtype]
     ran = 0
     for out_features, in_features in SHAPES:
         shape = (out_features, in_features)
