@@ -52,9 +52,7 @@ class StoredModel:
         alike = [info.name for info in self.stored.plain if info.name.endswith(_IDLE)]
         for name, reason in judge(reader, alike)[1].items():
             raise InputError(f"{name} is unknown to the model: {reason}")
-        self.sites = {
-            name: _combined(sites[name], several) for name, several in self._by_parameter().items() if name in sites
-        }
+        self.sites = {name: _combined(sites[name], several) for name, several in self._by_parameter(sites).items()}
         for name, found in self.sites.items():
             if found.site.kind == "experts" and found.scheme.activations is not None:
                 raise InputError(
@@ -76,10 +74,15 @@ class StoredModel:
         """(out_features, in_features) of one stored weight."""
         return found.site.out_features // self.merged(found), found.site.in_features
 
-    def _by_parameter(self) -> dict[str, list[StoredWeight]]:
+    def _by_parameter(self, sites: dict[str, Site]) -> dict[str, list[StoredWeight]]:
+        """Stored weights by the parameter that they are part of. That of experts may be called `weight` or anything."""
         found = defaultdict(list)
         for base, weight in self.stored.weights.items():
-            found[self.names.locate(base if weight.experts else f"{base}.weight")[0]].append(weight)
+            for name in (base, f"{base}.weight") if weight.experts else (f"{base}.weight",):
+                parameter, _ = self.names.locate(name)
+                if parameter in sites:
+                    found[parameter].append(weight)
+                    break
         return found
 
     @property

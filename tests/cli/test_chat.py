@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from folders import ROOT, read_json, save_chat_model, save_tokenizer
@@ -206,6 +207,14 @@ class Terminal:
                 last = silence
         raise last
 
+    def end(self, number: int) -> int:
+        """The exit code after a signal, sent again each second for the same reason."""
+        for _ in range(600):
+            self.process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                return self.process.wait(1)
+        raise AssertionError(f"signal {number} does not end it")
+
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -248,8 +257,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chatting):
         chatting.expect("> ")
     chatting.type_until("\x03", "(!exit or Ctrl-D to leave)")
     chatting.expect("> ")
-    chatting.process.send_signal(signal.SIGTERM)  # at the prompt it ends the program, too
-    assert chatting.process.wait(600) != 0
+    assert chatting.end(signal.SIGTERM) != 0  # at the prompt it ends the program, too
 
 
 def test_kill_ends_the_program(chatting):
@@ -258,5 +266,4 @@ def test_kill_ends_the_program(chatting):
     chatting.type("hello\n")
     chatting.expect("hello\n")
     chatting.expect_anything()
-    chatting.process.send_signal(signal.SIGTERM)
-    assert chatting.process.wait(600) != 0
+    assert chatting.end(signal.SIGTERM) != 0

@@ -239,8 +239,11 @@ def test_eval_equals_a_computation_in_float64(json_of, text_file, tmp_path, bos)
     # at least 99 of 100 tokens are at most at the percentile
     rank = -(-99 * len(divergence) // 100) - 1
     assert result["kl_p99"] == pytest.approx(float(divergence[rank]), rel=1e-3)
+    # where two tokens are as likely as each other, rounding decides which one is first
+    ties = sum(int((p.topk(2).values.diff().abs() < 1e-3).sum()) for p in (actual, expected))
     agreement = (actual.argmax(-1) == expected.argmax(-1)).double().mean()
-    assert result["top1_agreement"] == pytest.approx(float(agreement), abs=1.5 / len(targets))
+    assert ties < 0.02 * len(targets)
+    assert result["top1_agreement"] == pytest.approx(float(agreement), abs=(ties + 0.5) / len(targets))
     assert 0 < result["kl_mean"] < result["kl_p99"] and result["top1_agreement"] < 1
 
 

@@ -11,6 +11,7 @@ from folders import edit_config, edit_tensors, read_json, write_json
 ESC = "\x1b"
 EVIL = f"{ESC}[2J{ESC}]0;title\x07[red]a[/x][link=http://evil]b\r\nlowbit: written :smile:\u202e\x9b1m"
 # The line breaks of tables, and of lists: all else that is no text would be ours or a terminal's
+PRINTABLE = "[red]a[/x][link=http://evil]b :smile:"  # a tensor's name may hold no more, or the file is refused
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -27,7 +28,7 @@ def hostile(quantized, tmp_path_factory):
     """A quantized folder whose every name is an attack, as far as it still opens."""
     folder = shutil.copytree(quantized, tmp_path_factory.mktemp("hostile") / "[bold]model")
     edit_config(folder, architectures=[EVIL])
-    edit_tensors(folder, lambda tensors: tensors.update({EVIL + ".weight": tensors["model.norm.weight"].clone()}))
+    edit_tensors(folder, lambda tensors: tensors.update({PRINTABLE + ".weight": tensors["model.norm.weight"].clone()}))
     report = read_json(folder / "lowbit_report.json")
     report |= {"source": EVIL, "command": EVIL, "machine": EVIL, "left_alone": {EVIL: EVIL}, "date": EVIL}
     write_json(folder / "lowbit_report.json", report)

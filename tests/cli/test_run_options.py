@@ -31,7 +31,7 @@ def test_int8_keys_and_values(json_of, quantized, encoded):
 
 def test_int8_keys_and_values_in_a_chat(done, quantized, encoded, monkeypatch):
     lines = iter(["hello", "!exit"])
-    monkeypatch.setattr("lowbit.cli.chat.console.input", lambda prompt: next(lines))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     done("chat", quantized, "--kv-cache", "int8", "--lm-head", "--max-new-tokens", 4, "--seed", 1)
     assert encoded
 
