@@ -65,6 +65,16 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(autouse=True)
+def signal_handlers():
+    """A command ignores signals when it is about to end; processes of later tests would inherit that."""
+    names = (name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def seed():
     random.seed(0)
     torch.manual_seed(0)
