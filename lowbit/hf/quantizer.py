@@ -136,7 +136,7 @@ class LowbitQuantizer(HfQuantizer):
         if any(site.kind == "experts" for site, _ in self.chosen.values()):
             # packed experts are multiplied one by one: the other implementations take the whole parameter at once
             model.set_experts_implementation("eager")
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.empty = {name: (parameter.shape, parameter.dtype) for name, parameter in model.named_parameters()}
 
     def stored_tensors(self, files: list[str]) -> list[tuple[str, int]]:
         """Names and numbers of dimensions of what is loaded, a quantized weight as one matrix."""
@@ -190,7 +190,7 @@ class LowbitQuantizer(HfQuantizer):
         return self.stored.conversions(self._conversions)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        self._check_shapes(model)
+        self._check_and_cast(model)
         if self.damaged:
             raise InputError(f"{self.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         linears, offloaded, unpacked = [], False, 0
@@ -230,14 +230,14 @@ class LowbitQuantizer(HfQuantizer):
         self.stored = None
         return model
 
-    def _check_shapes(self, model) -> None:
-        """Not every loader has looked at the shapes of what it puts into a quantized model."""
+    def _check_and_cast(self, model) -> None:
+        """Not every release of transformers looks at the shapes of what goes into a quantized model, and casts it."""
         for name, parameter in model.named_parameters():
-            expected = self.shapes.get(name, parameter.shape)
-            if parameter.shape != expected:
-                raise InputError(
-                    f"{name} has shape {list(parameter.shape)} in the checkpoint, expected {list(expected)}"
-                )
+            shape, dtype = self.empty.get(name, (parameter.shape, parameter.dtype))
+            if parameter.shape != shape:
+                raise InputError(f"{name} has shape {list(parameter.shape)} in the checkpoint, expected {list(shape)}")
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
     def _check_loaded(self, name: str, module: nn.Module, parameters) -> None:
         """transformers fills a parameter that the checkpoint lacks with whatever is there; here it is an error."""

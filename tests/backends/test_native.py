@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from packaging.version import Version
 from weights import matrix, random_quantized
 
 from lowbit.backends import native
@@ -139,7 +140,10 @@ def test_operator_of_experts_is_declared_as_it_behaves(sym, requires_grad):
     x, bias = (torch.randn(size).requires_grad_(requires_grad) for size in ((7, 96), (3, 18)))
     start = torch.tensor([0, 2, 2, 6], dtype=torch.int32)  # one row belongs to nobody
     arguments = (x, codes, scales, *(zeros or [None]), None, None, bias, start, scheme.name, 18)
-    torch.library.opcheck(torch.ops.lowbit.experts_native.default, arguments)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    if Version(torch.__version__) < Version("2.13"):  # it cannot trace a backward that is cut by numbers of tokens
+        checks = checks[:3]
+    torch.library.opcheck(torch.ops.lowbit.experts_native.default, arguments, test_utils=checks)
 
 
 # --- building ---

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from models import relative_error
+from packaging.version import Version
 from rounds import SCHEME, quantizable, quantized_share, round_trip
 from tiny import ATTEMPTS, logits, model_types, tiny_model_that_runs, tiny_skeleton
 
@@ -60,6 +62,8 @@ def test_linears_of_every_language_model_are_found():
 
 @pytest.mark.parametrize("model_type", ROUNDS)
 def test_round(model_type, tmp_path):
+    if model_type == "qwen3_vl_moe" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this transformers looks for packed parameters of transposed experts when it saves prepared ones")
     model, inputs = tiny_model_that_runs(ROUNDS[model_type], model_type)
     facts = round_trip(model, inputs, tmp_path)
     assert facts["share"] >= 0.95 and facts["to_original"] < 0.7

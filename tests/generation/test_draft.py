@@ -38,10 +38,10 @@ def models(request, tmp_path_factory):
         model.generation_config.assistant_confidence_threshold = 0.0
     target = lowbit.load(work / SCHEMES[0], dtype="float32")
     try:
-        target.generate(prompt(), max_new_tokens=NEW, prompt_lookup_num_tokens=3, eos_token_id=None)
+        target.generate(prompt(), max_new_tokens=NEW, assistant_model=found[SCHEMES[0]], eos_token_id=None)
     except RuntimeError:
         with pytest.raises(InputError, match="cannot check drafts of Gemma3ForCausalLM"):
-            Decoder(target, draft=Draft(lookup=3)).generate(prompt(), max_new_tokens=NEW)
+            Decoder(target, draft=Draft(assistant=found[SCHEMES[0]])).generate(prompt(), max_new_tokens=NEW)
         pytest.skip("this transformers checks no drafts of models with a sliding window")
     return target, found
 

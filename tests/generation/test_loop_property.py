@@ -72,9 +72,7 @@ def with_rope(name: str, rope: str):
     return tiny_model(name, rope_parameters=ROPES[rope], **limits)
 
 
-@pytest.mark.parametrize(
-    ("name", "rope"), [*(("llama", rope) for rope in ROPES), ("phi3", "default"), ("phi3", "longrope")]
-)
+@pytest.mark.parametrize(("name", "rope"), [*(("llama", rope) for rope in ROPES), ("phi3", "longrope")])
 def test_ropes_before_across_and_behind_the_border(name, rope):
     for length, chunk in ((20, 7), (BORDER - 4, 16), (BORDER + 30, 16), (BORDER + 30, None), (BORDER - 4, None)):
         model = with_rope(name, rope)  # dynamic rope keeps what it has grown to

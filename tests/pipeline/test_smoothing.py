@@ -64,9 +64,19 @@ def smoothed_source(source, out, folder):
     return folder
 
 
+def rounded_again(model, dtype):
+    """Scaled matrices are rounded again, and vectors too: what that alone does to a model, with random scales."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scales = 1 + torch.rand(parameter.shape[-1], generator=generator)
+            parameter.copy_((parameter * scales).to(dtype).float() / scales)
+    return model
+
+
 @pytest.mark.parametrize("name", FOLDS)
-@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=("fp32", "bf16"))
-def test_the_model_is_what_it_was(name, dtype, allowed, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+def test_the_model_is_what_it_was(name, dtype, tmp_path):
     """Before quantization, to rounding; what is not quantized is in the output as it was scaled, and `verify` knows."""
     source = save_with_outliers(tmp_path / "source", name, dtype)
     report = rtn(source, tmp_path / "out", smooth=0.5)
@@ -74,7 +84,8 @@ def test_the_model_is_what_it_was(name, dtype, allowed, tmp_path):
     assert len(entries) == 2 * FOLDS[name] and all(entry.get("alpha") == 0.5 for entry in entries)
     folder = smoothed_source(source, tmp_path / "out", tmp_path / "smoothed")
     before, after = (logits(load(path).float()) for path in (source, folder))
-    assert relative_error(after, before) < allowed
+    again = relative_error(logits(rounded_again(load(source).float(), dtype)), before)
+    assert relative_error(after, before) < 3 * again + 1e-4
     given, made, written = (stored_tensors(path) for path in (source, folder, tmp_path / "out"))
     assert all(torch.equal(tensor, made[key]) for key, tensor in written.items() if key in made)
     assert sum(not torch.equal(given[key], written[key]) for key in given if key in written) >= 4
