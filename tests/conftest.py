@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Read when a process loads OpenMP: threads that wait by spinning take the cores from whatever else is running
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Read when a kernel is defined: before anything else imports triton, as transformers' models do
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
