@@ -1,6 +1,7 @@
 """Model folders for tests: random checkpoints of a given size, tokenizers, and small edits that make them wrong."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -90,6 +91,17 @@ def edit_tensors(folder, change) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@contextmanager
+def precious(folder: Path):
+    """A folder of the user's with files in it, which must be as they were at the end."""
+    (folder / "docs").mkdir(parents=True)
+    for name in ("a", "docs/b"):
+        (folder / name).write_text("precious")
+    before = contents(folder)
+    yield folder
+    assert contents(folder) == before
 
 
 def contents(folder) -> dict[str, bytes]:

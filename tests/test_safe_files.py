@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from folders import contents
+from folders import contents, precious
 
 from lowbit import safe_files
 from lowbit.errors import OutputError
@@ -23,13 +23,8 @@ from lowbit.safe_files import (
 @pytest.fixture
 def victim(tmp_path):
     """A folder beside `here`, which must stay as it is."""
-    folder = tmp_path / "victim"
-    (folder / "docs").mkdir(parents=True)
-    for name in ("a", "docs/b"):
-        (folder / name).write_text("precious")
-    before = contents(folder)
-    yield folder
-    assert contents(folder) == before
+    with precious(tmp_path / "victim") as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from folders import contents, read_json, write_json
+from folders import precious, read_json, write_json
 
 GPTQ = ["--method", "gptq", "--num-samples", 2, "--seqlen", 16]
 
@@ -12,13 +12,8 @@ GPTQ = ["--method", "gptq", "--num-samples", 2, "--seqlen", 16]
 @pytest.fixture
 def victim(tmp_path_factory):
     """Files of the user's, which must stay what they are."""
-    folder = tmp_path_factory.mktemp("victim")
-    (folder / "docs").mkdir()
-    for name in ("a", "docs/b"):
-        (folder / name).write_text("precious")
-    before = contents(folder)
-    yield folder
-    assert contents(folder) == before
+    with precious(tmp_path_factory.mktemp("victim")) as folder:
+        yield folder
 
 
 @pytest.fixture
