@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from models import tiny_model
+from packaging.version import Version
 from tiny import model_types, tiny_model_that_runs
 
 from lowbit.errors import InputError
@@ -87,6 +89,9 @@ def test_ropes_before_across_and_behind_the_border(name, rope):
             assert result.stats.path == "recorded loop", result.stats.why
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.21"), reason="generate of this transformers dies past the border"
+)
 def test_ropes_of_several_kinds_of_layers():
     """Each kind has its own: the one that depends on the length is found, whichever is asked for last."""
     for kind in ("sliding_attention", "full_attention"):
