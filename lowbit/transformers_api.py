@@ -7,6 +7,7 @@ in a minute, under any release, which of them it has taken away.
 import inspect
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -215,18 +216,34 @@ def normed(module, rows: torch.Tensor) -> torch.Tensor:
 # Conversions: what becomes of the tensors of a checkpoint while it loads
 
 
+def _operations(conversion) -> set[str]:
+    return {type(operation).__name__ for operation in getattr(conversion, "operations", ())}
+
+
+def merges_matrices(conversion) -> bool:
+    """Whether a conversion merges the matrices of experts into one parameter, each as it is stored."""
+    operations = _operations(conversion)
+    return "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
+
+
+def keeps_matrices(conversion) -> bool:
+    """Whether each matrix that a conversion gives is stored as it is, transposed perhaps."""
+    return merges_matrices(conversion) or _operations(conversion) <= {"Transpose"}
+
+
 def original_sources(conversion) -> list[str]:
     """The patterns of checkpoint tensors that a conversion takes, as they were written down."""
     return ATTRIBUTES["_original_source_patterns"].of(conversion)
 
 
 def with_suffixes(conversion, suffixes: Iterable[str], parameters: Iterable[str]) -> list:
-    """For a mere renaming that gives one of `parameters`: renamings that do the same to names with each suffix."""
+    """For a mere renaming of a `*.weight` that gives one of `parameters`: renamings that do the same to names with each
+    suffix."""
     WeightRenaming = use("WeightRenaming")
     if type(conversion) is not WeightRenaming:
         return []
     sources, targets = original_sources(conversion), ATTRIBUTES["_original_target_patterns"].of(conversion)
-    if not any(name.endswith(targets[0]) for name in parameters):
+    if not sources[0].endswith(".weight") or not any(name.endswith(targets[0]) for name in parameters):
         return []
     made = [WeightRenaming([s + suffix for s in sources], [t + suffix for t in targets]) for suffix in suffixes]
     for renaming in made:
@@ -274,6 +291,45 @@ def save_with(model, conversions: list) -> None:
     model._weight_conversions = conversions or None
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """What transformers computes while loading.
+
+    sources: names of checkpoint tensors -> the patterns of `converter` that they match, in its order. parameters: what
+    is computed from them.
+    """
+
+    model: nn.Module
+    converter: object
+    sources: dict[str, str]
+    parameters: tuple[str, ...]
+
+    def compute(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The parameters by name, from all of the sources by name. Raises whatever the operations raise."""
+        patterns, targets = self.converter.source_patterns, self.converter.target_patterns
+        made = {pattern: [tensors[n] for n, p in self.sources.items() if p == pattern] for pattern in patterns}
+        made = {pattern: found for pattern, found in made.items() if found}
+        for operation in self.converter.operations:
+            made = operation.convert(
+                made,
+                source_patterns=patterns,
+                target_patterns=targets,
+                full_layer_name=self.parameters[0],
+                model=self.model,
+                config=self.model.config,
+                missing_keys=None,
+            )
+        return {
+            self.parameters[0].replace(targets[0], target): part[0] if isinstance(part, list) else part
+            for target, part in made.items()
+        }
+
+
+def _natural(name: str) -> list:
+    """Sorts names as transformers does: numbers in them by value."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
 class CheckpointNames:
     """Translates checkpoint tensor names into parameter names of `model`, as transformers does while loading."""
 
@@ -281,8 +337,10 @@ class CheckpointNames:
         from transformers import WeightConverter
 
         mapping = use("get_model_conversion_mapping")(model)
+        self._model = model
         self._renamings = [entry for entry in mapping if isinstance(entry, use("WeightRenaming"))]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._merging = [entry for entry in self._converters if merges_matrices(entry)]
         self._by_source = {source: c for c in self._converters for source in c.source_patterns}
         self.state = model.state_dict()  # of the model's parameters
         self._prefix = model.base_model_prefix
@@ -293,15 +351,13 @@ class CheckpointNames:
 
     def locate(self, name: str) -> tuple[str, bool]:
         """(parameter name, direct). Direct: the tensor is the parameter, or is merged into it as the matrix of one
-        expert, or is transposed. Other tensors are computed from while loading, and cannot be quantized before that."""
+        expert, or is transposed. Parameters are computed from other tensors while loading: see `conversions`."""
         renamed, source = self._renamed(name)
         if renamed not in self.state and name in self.state:
             return name, True
         if source is None:
             return renamed, True
-        operations = {type(operation).__name__ for operation in self._by_source[source].operations}
-        merged = "MergeModulelist" in operations and operations <= {"MergeModulelist", "Concatenate"}
-        return renamed, merged or operations == {"Transpose"}
+        return renamed, keeps_matrices(self._by_source[source])
 
     def turns(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether matrices of a tensor of this shape are transposed while loading."""
@@ -317,6 +373,19 @@ class CheckpointNames:
         first, *others = self._by_source[source].target_patterns
         return [renamed, *(renamed.replace(first, other) for other in others)]
 
+    def conversions(self, names: Iterable[str]) -> list[Conversion]:
+        """How parameters are computed from those of the checkpoint tensors `names` that `locate` calls not direct."""
+        groups: dict[str, dict[str, str]] = {}
+        for name in sorted(names, key=_natural):
+            if not self.locate(name)[1]:
+                renamed, source = self._renamed(name)
+                groups.setdefault(renamed, {})[name] = source
+        made = []
+        for sources in groups.values():
+            name, source = next(iter(sources.items()))
+            made.append(Conversion(self._model, self._by_source[source], sources, tuple(self.computed(name))))
+        return made
+
     def expert(self, name: str) -> tuple[int, int] | None:
         """(expert, part) of a tensor that is merged into a fused parameter: part counts the tensors of one expert that
         are concatenated there (gate 0, up 1). None for any other tensor."""
@@ -327,13 +396,8 @@ class CheckpointNames:
 
     def merged(self, parameter: str) -> int:
         """How many checkpoint tensors of one expert are concatenated in a fused parameter (1: stored alone)."""
-        for converter in self._converters:
-            targets = converter.target_patterns
-            if len(targets) == 1 and parameter.endswith(targets[0]) and len(converter.source_patterns) > 1:
-                return len(converter.source_patterns)
-        return 1
+        return next((len(c.source_patterns) for c in self._merging if parameter.endswith(c.target_patterns[0])), 1)
 
     def by_expert(self, parameter: str) -> bool:
         """Whether a fused parameter is stored as tensors of each expert, not as it is."""
-        targets = [target for converter in self._converters for target in converter.target_patterns]
-        return any(parameter.endswith(target) for target in targets)
+        return any(parameter.endswith(converter.target_patterns[0]) for converter in self._merging)

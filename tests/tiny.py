@@ -25,6 +25,7 @@ _STUBBORN = {
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"]},
     "falcon_h1": {"mamba_d_head": 16},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},  # a slot for each of its cycles
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "reformer": {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (32, 32)},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
@@ -35,6 +36,7 @@ ATTEMPTS = (
     {},
     {"rope": {"mrope_section": [2, 3, 3]}},
     {"rope": {"mrope_section": [2, 1, 1]}},
+    {"rope": {"mrope_section": [3, 3, 2]}},
     {"layers": 4},
     {"layers": 8},
 )

@@ -58,6 +58,24 @@ class StoredTensor(TensorInfo):
     file: Path
     offset: int
 
+    def read(self) -> torch.Tensor:
+        """Its data in memory of its own. Raises InputError if the file cannot be read or ends early."""
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        try:
+            with open_regular(self.file, buffering=0) as file:
+                file.seek(self.offset)
+                view, done = memoryview(data.numpy()), 0
+                while done < self.nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise InputError(
+                            f"{self.file.name} ended while reading {self.name}: the file changed, try again"
+                        )
+                    done += count
+        except OSError as error:
+            raise InputError(f"cannot read {self.name} from {self.file}: {error.strerror}") from None
+        return data.view(self.dtype).view(self.shape)
+
 
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of a safetensors file. Raises InputError, naming the file, for anything that is not a whole one.

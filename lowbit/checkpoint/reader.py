@@ -4,7 +4,8 @@ What a folder holds is decided here, by the rules of transformers, so that whate
 that `transformers_weights` in config.json names, else `model.safetensors`, else the shards of the index.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, read_header
 from lowbit.errors import InputError
-from lowbit.reading import check_regular_files, open_regular, read_json
+from lowbit.reading import check_regular_files, read_json
 from lowbit.records import record, shown
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -171,7 +172,13 @@ class CheckpointReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into memory of its own."""
-        return read_tensor(self.tensors[name])
+        return self.tensors[name].read()
+
+    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "CheckpointReader":
+        """A reader of the same folder that knows these tensors, such as those of `lowbit.checkpoint.computed`."""
+        other = copy.copy(self)
+        other.tensors = dict(tensors)
+        return other
 
     def rows(self, name: str, indices: list[int]) -> torch.Tensor:
         """Read some rows (of the first dimension) of one tensor. Raises InputError for one that it does not have."""
@@ -180,7 +187,7 @@ class CheckpointReader:
             if not info.shape or not 0 <= index < info.shape[0]:
                 raise InputError(f"{name} in {info.file.name} has shape {list(info.shape)}, and no row {index}")
         row = replace(info, shape=info.shape[1:])
-        return torch.stack([read_tensor(replace(row, offset=info.offset + i * row.nbytes)) for i in indices])
+        return torch.stack([replace(row, offset=info.offset + i * row.nbytes).read() for i in indices])
 
 
 def _is_beside(name: str) -> bool:
@@ -200,20 +207,3 @@ def _plain(config: dict) -> dict:
         for name, value in config.items()
         if name != "quantization_config"
     }
-
-
-def read_tensor(info: StoredTensor) -> torch.Tensor:
-    """Read a stored tensor into memory of its own. Raises InputError if the file cannot be read or ends early."""
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    try:
-        with open_regular(info.file, buffering=0) as file:
-            file.seek(info.offset)
-            view, done = memoryview(data.numpy()), 0
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{info.file.name} ended while reading {info.name}: the file changed, try again")
-                done += count
-    except OSError as error:
-        raise InputError(f"cannot read {info.name} from {info.file}: {error.strerror}") from None
-    return data.view(info.dtype).view(info.shape)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from lowbit.checkpoint.computed import ComputedTensor, as_loaded
 from lowbit.checkpoint.layout import read_header
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites, named_in_config
 from lowbit.errors import InputError
@@ -38,6 +39,7 @@ from lowbit.scheme import Scheme
 from lowbit.transformers_api import (
     ignore_unexpected,
     keep_dimensions,
+    keeps_matrices,
     original_sources,
     save_with,
     was_loaded,
@@ -112,7 +114,7 @@ class LowbitQuantizer(HfQuantizer):
         config = self.quantization_config
         self.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.names = CheckpointNames(model)
-        self.damaged = []
+        self.damaged, self.computing = [], []
         if self.pre_quantized:
             with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
                 self.stored = StoredModel(model, self.names, kwargs["checkpoint_files"])
@@ -145,7 +147,10 @@ class LowbitQuantizer(HfQuantizer):
             matrices = [(base if w.experts else f"{base}.weight", 2) for base, w in stored.weights.items()]
             return matrices + [(info.name, len(info.shape)) for info in stored.plain]
         headers = [read_header(Path(file)) for file in files if str(file).endswith(".safetensors")]
-        return [(info.name, len(info.shape)) for header in headers for info in header]
+        stored = {info.name: info for header in headers for info in header}
+        loaded = as_loaded(stored, self.names, self.chosen).values()
+        self.computing = [info.conversion.converter for info in loaded if isinstance(info, ComputedTensor)]
+        return [(info.name, len(info.shape)) for info in loaded]
 
     def _replace_linear(self, model, site: Site, scheme: Scheme, old: nn.Module) -> None:
         with torch.device("meta"):
@@ -183,6 +188,8 @@ class LowbitQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions, *model):
         # the model is passed on where transformers passes it
         conversions = super().update_weight_conversions(weight_conversions, *model)
+        # transformers would have packed tensors split and permuted like dense ones: those are stored as parameters
+        conversions = [c for c in conversions if keeps_matrices(c) or not _is_of_packed(c)]
         self._conversions = [r for c in conversions for r in (c, *with_suffixes(c, _PACKED, self.chosen))]
         keep_dimensions(self._conversions)
         if not self.pre_quantized:
@@ -251,8 +258,11 @@ class LowbitQuantizer(HfQuantizer):
             )
 
     def _keep_expert_conversions(self, model) -> None:
-        """Saving reverses the merges of packed experts, of which a dense or foreign checkpoint used none."""
-        save_with(model, [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)])
+        """Saving reverses the merges of packed experts, of which a dense or foreign checkpoint used none; what was
+        computed and quantized stays under the names of its parameters."""
+        used = [c for c in self._conversions if c.was_used() or _is_of_packed(c) or merges_experts(c)]
+        computing = [original_sources(c) for c in self.computing]
+        save_with(model, [c for c in used if original_sources(c) not in computing])
 
     def saved_config(self, model) -> dict:
         schemes = {name: scheme for name, (_, scheme) in self.chosen.items()}

@@ -15,7 +15,7 @@ import torch
 
 from lowbit import safe_files
 from lowbit.checkpoint.layout import StoredTensor, TensorInfo, read_header
-from lowbit.checkpoint.reader import SINGLE_NAME, read_tensor
+from lowbit.checkpoint.reader import SINGLE_NAME
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import InputError, OutputError
 from lowbit.pipeline.plan import Step
@@ -180,7 +180,7 @@ class Job:
             self._made = {k: v for number in range(len(self.layers)) for k, v in self.stored_tensors(number).items()}
         if step.outputs[0].name not in self._made:
             return None
-        return {info.name: read_tensor(self._made[info.name]) for info in step.outputs}
+        return {info.name: self._made[info.name].read() for info in step.outputs}
 
     def streams(self, number: int, rank: int) -> Path:
         """Where the hidden states at the input of layer `number` are, or will be."""

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.checkpoint.computed import as_loaded
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
 from lowbit.formats import get_format
@@ -72,6 +73,11 @@ class Plan:
         return [info for step in self.steps for info in step.outputs]
 
     @property
+    def sources(self) -> dict[str, TensorInfo]:
+        """What is read of the source, by name."""
+        return {step.source.name: step.source for step in self.steps}
+
+    @property
     def fallbacks(self) -> list[Step]:
         """Quantized with another group size than asked, because theirs does not divide in_features."""
         asked = ((step, self.recipe.asked_for(*step.site.names, is_head=step.site.is_head)) for step in self.quantized)
@@ -114,7 +120,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     chosen, left = choose(model, recipe)
     checkpoint_names = CheckpointNames(model)
     steps, fulfilled, elsewhere = [], {}, set()
-    for info in reader.tensors.values():
+    for info in as_loaded(reader.tensors, checkpoint_names, chosen).values():
         parameter, direct = checkpoint_names.locate(info.name)
         step = _copy(info)
         if parameter in chosen:

@@ -98,6 +98,7 @@ def quantize(
     config = load_config(source, trust_remote_code)
     built = skeleton(config, trust_remote_code, tensors=reader.tensors.values())
     plan = make_plan(reader, built, recipe, format)
+    reader = reader.with_tensors(plan.sources)
     report = Report.of(plan, recorded_name(model), source, command)
     if dry_run:
         if on_plan:

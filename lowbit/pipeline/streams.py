@@ -11,7 +11,7 @@ import torch
 
 from lowbit.checkpoint.layout import TensorInfo, read_header
 from lowbit.checkpoint.manifest import digest
-from lowbit.checkpoint.reader import SINGLE_NAME, read_tensor
+from lowbit.checkpoint.reader import SINGLE_NAME
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import InputError
 from lowbit.safe_files import remove
@@ -27,7 +27,7 @@ class Streams:
 
     def check(self, expected: str | None) -> None:
         """Raise InputError unless these are the hidden states that `StreamsWriter.commit` gave this digest of."""
-        tensors = ((name, read_tensor(info)) for name, info in self._stored.items())
+        tensors = ((name, info.read()) for name, info in self._stored.items())
         found = {name: digest(tensor.view(-1).view(torch.uint8).numpy()) for name, tensor in tensors}
         if _digest_of(found) != expected:
             raise InputError("the hidden states are not those that were written")
@@ -35,7 +35,7 @@ class Streams:
     def read(self, index: int) -> list[torch.Tensor]:
         """[quantized, original] of batch `index`, or [quantized]"""
         names = [f"{name}.{index}" for name in _NAMES]
-        return [read_tensor(self._stored[name]) for name in names if name in self._stored]
+        return [self._stored[name].read() for name in names if name in self._stored]
 
 
 def _digest_of(digests: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
@@ -366,6 +367,8 @@ def _source(folder: Folder, reference: Path) -> Check:
         raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
     try:
         layers = _report(folder.path).get("decoder_layers", ())
+        quantized = {folder.parameter_of(base) for base in folder.stored.weights}
+        source = source.with_tensors(as_loaded(source.tensors, folder.names, quantized))
         edits = recorded_edits(layers, folder.names, source.tensors, source.tensor)
     except InputError as error:
         return Check("source", False, str(error))

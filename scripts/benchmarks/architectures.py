@@ -37,7 +37,7 @@ def go(task: str, model_type: str) -> dict:
     row["architecture"] = type(model).__name__
     try:
         with tempfile.TemporaryDirectory() as folder:
-            facts = round_trip(model, inputs, Path(folder))
+            facts = round_trip(task, model, inputs, Path(folder))
     except RuntimeError as error:
         return {**row, "status": "failed", "reason": _line(error)}
     if facts["share"] < _LEAST_SHARE:
