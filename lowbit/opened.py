@@ -4,10 +4,11 @@ Whatever asks what a folder holds asks here, so that no two parts of lowbit can 
 """
 
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, also_named, find_sites, skeleton
 from lowbit.errors import InputError
@@ -52,24 +53,11 @@ class OpenedFolder:
 
     def parameters_of(self, name: str) -> list[str]:
         """All parameters that are made of it: several, if it is split while loading."""
-        for candidate in (f"{name}.weight", name):
-            found, direct = self.names.locate(candidate)
-            if found in self.state:
-                return [found] if direct else self.names.computed(candidate)
-        return [self.names.locate(name)[0]]
+        return parameters_of(name, self.names)
 
     @cached_property
     def _extras(self) -> tuple[dict[str, str], dict[str, str]]:
-        # what transformers says that a family's checkpoints hold for others, such as heads that predict further tokens
-        known = ignored_if_unexpected(self.model)
-        names = []
-        for info in self.stored.plain:
-            parameters = self.parameters_of(info.name)
-            if self.state.keys().isdisjoint(parameters) and not any(
-                re.search(pattern, parameter) for pattern in known for parameter in parameters
-            ):
-                names.append(info.name)
-        return judge(self.reader, names)
+        return judge(self.reader, without_parameter(self.model, self.names, self.stored.plain))
 
     @property
     def harmless(self) -> dict[str, str]:
@@ -90,3 +78,26 @@ class OpenedFolder:
                 f"{name} is unknown to the model but in {self.path}: {reason}{more}; the checkpoint does not belong to "
                 "its config"
             )
+
+
+def parameters_of(name: str, names: CheckpointNames) -> list[str]:
+    """The parameters that a stored tensor, or the base of a quantized weight, belongs to; what `names` makes of its
+    name where there are none."""
+    for candidate in (f"{name}.weight", name):
+        found, direct = names.locate(candidate)
+        if found in names.state:
+            return [found] if direct else names.computed(candidate)
+    return [names.locate(name)[0]]
+
+
+def without_parameter(model, names: CheckpointNames, tensors: Iterable[TensorInfo]) -> list[str]:
+    """Names of those of a checkpoint's `tensors` that `model` has no parameter for, and that transformers does not say
+    are there for others, such as heads that predict further tokens."""
+    known, found = ignored_if_unexpected(model), []
+    for info in tensors:
+        parameters = parameters_of(info.name, names)
+        if names.state.keys().isdisjoint(parameters) and not any(
+            re.search(pattern, parameter) for pattern in known for parameter in parameters
+        ):
+            found.append(info.name)
+    return found

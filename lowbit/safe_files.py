@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lowbit.errors import OutputError
+from lowbit.errors import OutputError, UsageError
 
 # Opening for writing never follows a link and never waits for the other end of a pipe
 _CAREFULLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -279,3 +279,14 @@ def _is_only_ours(group: int) -> bool:
         return found.gr_name == name and set(found.gr_mem) <= {name}
     except (ImportError, KeyError):
         return False
+
+
+def refuse_where_we_are(folder: Path) -> None:
+    """Raise UsageError for a folder that this process runs in: another one takes its place, and a shell, or Python,
+    would be left in one that is no more."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it is no more already
+        return
+    if here.is_relative_to(os.path.realpath(folder)):
+        raise UsageError(f"the output folder {folder} is the one this command runs in: choose one inside of it")

@@ -183,11 +183,25 @@ def names_module(pattern: str, name: str) -> bool:
     return plain or re.match(pattern, name) is not None
 
 
+def _pairs(overrides) -> list[tuple[str, Scheme]]:
+    """(pattern, Scheme) of pairs, or of a dict, whose schemes may be names."""
+    made = []
+    for pair in overrides.items() if isinstance(overrides, Mapping) else overrides:
+        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise UsageError(
+                f"override {pair!r} is not understood; expected (pattern, scheme), e.g. ('.*down_proj', 'W8A16')"
+            )
+        pattern, scheme = pair
+        made.append((pattern, Scheme.parse(scheme) if isinstance(scheme, str) else scheme))
+    return made
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How to quantize a model: the scheme of its linears, the method, and what is left alone.
 
-    overrides: (pattern, Scheme) pairs, the first one that names a module (`names_module`) wins over `scheme`.
+    overrides: (pattern, Scheme) pairs, or a dict of them, of schemes or their names; the first one that names a module
+    (`names_module`) wins over `scheme`.
     ignore: patterns of modules that stay in the source dtype.
     options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
@@ -211,8 +225,8 @@ class Recipe:
         object.__setattr__(self, "options", dict(self.options))
         object.__setattr__(self, "smooth", _alpha(self.smooth))
         # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
-        overrides = tuple((pattern.removeprefix("re:"), scheme) for pattern, scheme in self.overrides)
-        object.__setattr__(self, "overrides", overrides)
+        overrides = ((pattern.removeprefix("re:"), scheme) for pattern, scheme in _pairs(self.overrides))
+        object.__setattr__(self, "overrides", tuple(overrides))
         if isinstance(self.ignore, str):
             object.__setattr__(self, "ignore", (self.ignore,))
         object.__setattr__(self, "ignore", tuple(pattern.removeprefix("re:") for pattern in self.ignore))

@@ -69,7 +69,8 @@ def judge(reader: CheckpointReader, names: Iterable[str]) -> tuple[dict[str, str
     """Tell tensors that a model has no parameter for apart.
 
     Args:
-        reader: The checkpoint; the values of tensors that may be harmless are read.
+        reader: The checkpoint; the values of tensors that may be harmless are read. Of one whose headers alone are
+            known they are taken for harmless.
         names: Those tensors.
 
     Returns:
@@ -80,7 +81,7 @@ def judge(reader: CheckpointReader, names: Iterable[str]) -> tuple[dict[str, str
         kind = next((extra for extra in EXTRAS if re.search(rf"(^|\.)({extra.pattern})$", name)), None)
         if kind is None:
             refused[name] = "the model has no such parameter"
-        elif kind.harmless(reader.tensor(name)):
+        elif not isinstance(reader, CheckpointReader) or kind.harmless(reader.tensor(name)):
             harmless[name] = kind.meaning
         else:
             refused[name] = kind.otherwise

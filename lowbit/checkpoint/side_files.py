@@ -65,10 +65,14 @@ def is_own(path: Path, folder: Path) -> bool:
     return inside and target.is_file()
 
 
+def foreign_links(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Those of `paths` that are links and lead to no file of `folder` (see `is_own`)."""
+    return [path for path in paths if path.is_symlink() and not is_own(path, folder)]
+
+
 def refuse_foreign(folder: Path, paths: Iterable[Path]) -> None:
-    """Raise InputError, naming the first of `paths` that is a link and leads to no file of `folder` (see `is_own`)."""
-    foreign = [path for path in paths if path.is_symlink() and not is_own(path, folder)]
-    if foreign:
+    """Raise InputError, naming the first of `foreign_links`."""
+    if foreign := foreign_links(folder, paths):
         more = f" (and {len(foreign) - 1} more)" if len(foreign) > 1 else ""
         raise InputError(
             f"{foreign[0]}{more} is a link to something that is no file of {folder}: "

@@ -76,6 +76,7 @@ class StagedFolder:
     def __init__(self, target: str | Path, overwrite: bool = False):
         self.target = Path(os.path.abspath(target))
         self.overwrite = overwrite
+        safe_files.refuse_where_we_are(self.target)
         try:
             self._remove_leftovers()
             self._check_target()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit.errors import OutputError, UsageError
+from lowbit.safe_files import refuse_where_we_are
 
 ModelArgument = Annotated[
     str | None,
@@ -54,8 +55,7 @@ def one_output(folder: Path | None, overwrite: bool = False) -> Path:
         raise UsageError("no output folder: pass -o DIR")
     try:
         target = Path(os.path.realpath(folder))
-        if Path.cwd().is_relative_to(target):  # the shell would be left in a folder that is no more
-            raise UsageError(f"the output folder {folder} is the one this command runs in: choose one inside of it")
+        refuse_where_we_are(folder)
         occupied = folder.is_dir() and any(folder.iterdir())
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror}") from None

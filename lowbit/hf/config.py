@@ -1,6 +1,6 @@
 """LowbitConfig: what a user passes to `from_pretrained`, and what `save_pretrained` writes from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -18,6 +18,7 @@ class LowbitConfig(QuantizationConfigMixin):
 
     bits: 2, 3, 4, 8. group_size: 16 ... 1024, or -1 per channel. sym: symmetric grid. scale_search: "minmax" or "mse".
     ignore: modules to leave alone, each a regex from the start of their names, or words of them ("down_proj", "mlp").
+    overrides: (pattern, scheme) pairs or a dict of them, for modules that get another scheme, such as "W8A16".
     backend: the name of the one to run on, an error if it cannot;
     by default each layer takes the first that can. source: the `quantization_config` of a quantized checkpoint.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
@@ -37,6 +38,7 @@ class LowbitConfig(QuantizationConfigMixin):
         source: dict | None = None,
         include_vision: bool = False,
         fuse: bool = True,
+        overrides: Mapping[str, str | Scheme] | Iterable[tuple[str, str | Scheme]] = (),
         **unknown,
     ):
         if unknown:
@@ -47,6 +49,7 @@ class LowbitConfig(QuantizationConfigMixin):
             Scheme(bits, group_size, sym),
             "rtn",
             options,
+            overrides,
             ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
             include_vision=include_vision,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointWriter, TensorInfo
+from lowbit.checkpoint.reader import read_config
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.errors import InputError, OutputError
@@ -67,7 +68,7 @@ def _write(source: ExitSource, plan: list[Entry], folder: Path, shard_bytes: int
             if progress:
                 progress(entry, "")
         writer.finish(sum(torch.Size(entry.full_shape).numel() for entry in plan))
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(source.folder)
     config.pop("quantization_config", None)
     config = _older_names(config, source.config.attribute_map) | config
     config["quantization"] = _quantization(plan)

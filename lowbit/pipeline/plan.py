@@ -9,9 +9,11 @@ import torch
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.computed import as_loaded
+from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
 from lowbit.formats import get_format
+from lowbit.opened import without_parameter
 from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Recipe, Scheme
@@ -63,6 +65,7 @@ class Plan:
     steps: tuple[Step, ...]
     quantization_config: dict
     left: dict[str, tuple[Site, str]] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)  # tensors that are left out, as the model has none like them
 
     @cached_property
     def quantized(self) -> list[Step]:
@@ -120,7 +123,10 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     chosen, left = choose(model, recipe)
     checkpoint_names = CheckpointNames(model)
     steps, fulfilled, elsewhere = [], {}, set()
+    _, unknown = judge(reader, without_parameter(model, checkpoint_names, reader.tensors.values()))
     for info in as_loaded(reader.tensors, checkpoint_names, chosen).values():
+        if info.name in unknown:
+            continue
         parameter, direct = checkpoint_names.locate(info.name)
         step = _copy(info)
         if parameter in chosen:
@@ -142,7 +148,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     # and all that a tensor becomes which is split while loading
     named += [(chosen[name][0], None, step.scheme) for name, step in fulfilled.items() if name in chosen]
     config = fmt.config(recipe.scheme, *exceptions_and_ignored(model, named, elsewhere, recipe.scheme))
-    return Plan(recipe, format_name, tuple(steps), config, left)
+    return Plan(recipe, format_name, tuple(steps), config, left, unknown)
 
 
 def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:

@@ -97,7 +97,8 @@ def plan(
         seconds=ahead.seconds,
         modules=[_module(step) for step in planned.quantized],
         fallbacks={step.source.name: step.scheme.name for step in planned.fallbacks},
-        skipped={step.source.name: step.reason for step in planned.steps if step.site and not step.scheme},
+        skipped={step.source.name: step.reason for step in planned.steps if step.site and not step.scheme}
+        | {name: f"left out: {reason}" for name, reason in planned.unknown.items()},
         engines=[_engine(verdict) for verdict in _verdicts(planned, runnable)],
     )
 

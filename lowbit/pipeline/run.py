@@ -1,5 +1,6 @@
 """Quantizing a checkpoint: plan it, quantize it with data or without, write it."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,8 @@ from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options
 from lowbit.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
 from lowbit.sources import check_apart, load_config, recorded_name, resolve
+
+logger = logging.getLogger("lowbit")
 
 
 def quantize(
@@ -99,6 +102,9 @@ def quantize(
     built = skeleton(config, trust_remote_code, tensors=reader.tensors.values())
     plan = make_plan(reader, built, recipe, format)
     reader = reader.with_tensors(plan.sources)
+    for name, reason in list(plan.unknown.items())[:1]:
+        more = f" (and {len(plan.unknown) - 1} more such tensors)" if len(plan.unknown) > 1 else ""
+        logger.warning("%s of %s is left out%s: %s", name, source, more, reason)
     report = Report.of(plan, recorded_name(model), source, command)
     if dry_run:
         if on_plan:
@@ -153,17 +159,6 @@ def require_data_method(recipe: Recipe, **options) -> None:
             )
 
 
-def _pairs(overrides) -> list[tuple[str, str | Scheme]]:
-    """(pattern, scheme) of pairs, or of a dict."""
-    pairs = list(overrides.items() if isinstance(overrides, Mapping) else overrides)
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise UsageError(
-                f"override {pair!r} is not understood; expected (pattern, scheme), e.g. ('.*down_proj', 'W8A16')"
-            )
-    return pairs
-
-
 def make_recipe(
     scheme, group_size, sym, method, options, overrides=(), ignore=(), lm_head=False, include_vision=False, smooth=None,
     activation_range=None,
@@ -174,11 +169,10 @@ def make_recipe(
     base = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     asked = {"group_size": group_size, "sym": sym}
     base = replace(base, **{field: value for field, value in asked.items() if value is not None})
-    parsed = [(pattern, Scheme.parse(s) if isinstance(s, str) else s) for pattern, s in _pairs(overrides)]
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     head = Scheme.parse(lm_head) if isinstance(lm_head, str) else {True: HEAD_SCHEME, False: None}.get(lm_head, lm_head)
     options, ranges = checked_options(method, options or {}), activation_range or ACTIVATION_RANGES[0]
-    recipe = Recipe(base, method, options, parsed, ignore, head, include_vision, smooth, ranges)
+    recipe = Recipe(base, method, options, overrides, ignore, head, include_vision, smooth, ranges)
     if activation_range is not None and not recipe.is_static:
         raise UsageError(f"activation_range is of static schemes, such as W8A8-STATIC, not of {base.name}")
     return recipe

@@ -17,11 +17,11 @@ from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
-from lowbit.checkpoint.side_files import is_own, side_files
+from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visible
 from lowbit.discovery import choose
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.opened import OpenedFolder
+from lowbit.opened import OpenedFolder, without_parameter
 from lowbit.pipeline.half import cast, converted_dtype
 from lowbit.pipeline.nearness import difference
 from lowbit.pipeline.report import load_report
@@ -322,6 +322,8 @@ def _trip(folder: Folder, weight: StoredWeight, tensors: dict[str, torch.Tensor]
 def _side_files(folder: Folder, reference: Path | None) -> Check:
     """Files that are listed and gone; a tokenizer that loads; what the model it was made from has."""
     problems, changed = _Problems(), []
+    for path in foreign_links(folder.path, visible(folder.path)):
+        problems.add(f"{path.relative_to(folder.path)} is a link to something that is no file of the folder")
     for name, expected in (folder.manifest.files if folder.manifest else {}).items():
         path = folder.path / name
         if not is_own(path, folder.path):
@@ -367,6 +369,7 @@ def _source(folder: Folder, reference: Path) -> Check:
         raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
     try:
         layers = _report(folder.path).get("decoder_layers", ())
+        unknown = without_parameter(folder.model, folder.names, source.tensors.values())
         quantized = {folder.parameter_of(base) for base in folder.stored.weights}
         source = source.with_tensors(as_loaded(source.tensors, folder.names, quantized))
         edits = recorded_edits(layers, folder.names, source.tensors, source.tensor)
@@ -375,6 +378,8 @@ def _source(folder: Folder, reference: Path) -> Check:
     plain = {info.name for info in folder.stored.plain}
     for name in source.tensors:
         base = name.removesuffix(".weight")
+        if name in unknown and name not in plain:
+            continue
         if name not in plain and base not in folder.stored.weights:
             problems.add(f"{name} of {reference.name} is missing")
             continue

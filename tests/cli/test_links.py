@@ -6,6 +6,8 @@ import shutil
 import pytest
 from folders import precious, read_json, write_json
 
+from lowbit.pipeline.verify import static_checks
+
 GPTQ = ["--method", "gptq", "--num-samples", 2, "--seqlen", 16]
 
 
@@ -113,6 +115,8 @@ def test_a_link_that_leads_out_of_the_folder_is_not_published(refused, model, tm
     for to in (target, os.path.relpath(target, path.parent), "nowhere"):
         path.symlink_to(to)
         refused(1, "push", model, "me/x", "--dry-run", says=[path, "is a link", str(model)])
+        checked = list(static_checks(model))
+        assert any(not check.ok and (name in check.detail or name == "model.safetensors") for check in checked)
         path.unlink()
 
 

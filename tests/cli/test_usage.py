@@ -12,6 +12,7 @@ from folders import ROOT, contents, save_random_llama
 import lowbit
 from lowbit.cli.convert import FORMATS
 from lowbit.cli.main import COMMANDS
+from lowbit.errors import UsageError
 from lowbit.pipeline.convert import EXITS
 
 HEAVY = {"torch", "transformers", "huggingface_hub", "numpy", "rich.console"}
@@ -78,6 +79,15 @@ def test_the_folder_of_the_shell_is_not_replaced(cli, quantized, chat_model, tmp
     outcome = cli(command, chat_model if command == "quantize" else quantized, "-o", output, "--overwrite")
     assert outcome.code == 2 and "is the one this command runs in" in outcome.err
     assert (os.stat(".").st_ino, contents(tmp_path)) == before
+
+
+@pytest.mark.parametrize("output", [".", "..", "../empty"])
+def test_nor_is_that_of_a_script(chat_model, tmp_path, monkeypatch, output):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UsageError, match="is the one this command runs in"):
+        lowbit.quantize(chat_model, output, group_size=32)
+    assert contents(tmp_path) == {"empty": b""}
 
 
 def test_an_empty_folder_elsewhere_may_be_the_output(done, chat_model, tmp_path):

@@ -224,6 +224,17 @@ def test_on_the_fly_options(folders):
     assert {(m.scheme.bits, m.scheme.sym, m.backend) for m in layers.values()} == {(8, False, "reference")}
 
 
+def test_on_the_fly_overrides(folders):
+    config = LowbitConfig(4, 32, overrides={"down_proj": "W8A16-G32"})
+    model = AutoModelForCausalLM.from_pretrained(folders[0], quantization_config=config)
+    layers = {name: m.scheme.bits for name, m in model.named_modules() if isinstance(m, LowbitLinear)}
+    assert layers and all(bits == (8 if "down_proj" in name else 4) for name, bits in layers.items())
+    with pytest.raises(UsageError, match="override 'dwon_proj' names no linear layer"):
+        AutoModelForCausalLM.from_pretrained(
+            folders[0], quantization_config=LowbitConfig(4, 32, overrides=[("dwon_proj", "W8A16")])
+        )
+
+
 def test_config_refuses_what_it_does_not_know():
     with pytest.raises(UsageError, match="5; allowed: 2, 3, 4, 8"):
         LowbitConfig(bits=5)

@@ -184,6 +184,26 @@ def test_a_tokenizer_of_another_model(tmp_path):
         export_gguf(source, tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": []}, "tokenizer.json: model is \\[\\]; expected an object"),
+        ({"model": {"type": "BPE", "vocab": [["a", 0]], "merges": []}}, "model.vocab: it is .*; expected an object"),
+        ({"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}, "a is '0'; expected a whole number"),
+        ({"added_tokens": [{"content": "<s>"}]}, r"added_tokens\[0\].id is missing"),
+        ({"pre_tokenizer": {"pretokenizers": ["ByteLevel"]}}, r"pretokenizers\[0\] is 'ByteLevel'"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"pattern": 3}]}}, "pattern is 3"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_file_that_is_none(tmp_path, change, message):
+    source = quantized_source(tmp_path, "llama", vocab_size=320)
+    save_tokenizer(source.folder)
+    write_json(source.folder / "tokenizer.json", {**read_json(source.folder / "tokenizer.json"), **change})
+    with pytest.raises(InputError, match=message):
+        export_gguf(source, tmp_path / "model.gguf")
+
+
 # --- what is refused ---
 
 
