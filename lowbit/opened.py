@@ -3,7 +3,9 @@
 Whatever asks what a folder holds asks here, so that no two parts of lowbit can answer differently.
 """
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -101,3 +103,45 @@ def without_parameter(model, names: CheckpointNames, tensors: Iterable[TensorInf
         ):
             found.append(info.name)
     return found
+
+
+def stored_weights(path: Path) -> StoredWeights:
+    """The quantized weights of a folder. The model is built only where the names of the files do not tell by which
+    scheme a weight is quantized: a config may know it by that of its module. Raises InputError."""
+    try:
+        return StoredWeights(CheckpointReader(path))
+    except InputError:
+        return OpenedFolder(path).stored
+
+
+def summarize(folder: Path) -> dict:
+    """Parts of a checkpoint (each scheme, and what is not quantized) with parameters, bytes and bits per weight."""
+    stored = stored_weights(folder)
+    reader = stored.reader
+    parts, layers = defaultdict(lambda: [0, 0, 0]), []
+
+    def add(part: str, parameters: int, nbytes: int) -> None:
+        parts[part] = [a + b for a, b in zip(parts[part], (1, parameters, nbytes), strict=True)]
+
+    for base, weight in stored.weights.items():
+        shape = [weight.experts, *weight.shape] if weight.experts else list(weight.shape)
+        scheme, order = weight.scheme.name, ", act-order" if weight.act_order else ""
+        layers.append({"name": base, "scheme": scheme, "shape": shape, "bytes": weight.nbytes})
+        add(scheme + order, math.prod(shape), weight.nbytes)
+    for tensor in stored.plain:
+        add(str(tensor.dtype).removeprefix("torch."), tensor.numel, tensor.nbytes)
+    totals = [sum(column) for column in zip(*parts.values(), strict=True)]
+    return {
+        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type") or "unknown"])[0],
+        "format": stored.format,
+        "files": len(reader.files),
+        "parameters": totals[1],
+        "bytes": totals[2],
+        "bits_per_weight": 8 * totals[2] / max(totals[1], 1),
+        "parts": [
+            {"name": name, "tensors": count, "parameters": parameters, "bytes": nbytes,
+             "bits_per_weight": 8 * nbytes / max(parameters, 1)}
+            for name, (count, parameters, nbytes) in sorted(parts.items())
+        ],
+        "layers": layers,
+    }  # fmt: skip

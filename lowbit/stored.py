@@ -4,11 +4,9 @@ Configs do not tell all: GPTQ and AWQ do not list what is quantized, their `sym`
 has no word for symmetric. Zeros and g_idx do tell; they are small, and are read.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -238,36 +236,3 @@ def _split(tensor: TensorInfo, suffixes: tuple[str, ...]) -> tuple[str, str | No
         if "experts." in name and fused != suffix and name.endswith(f"proj{fused}"):
             return name.removesuffix(fused), suffix
     return name, None
-
-
-def summarize(folder: Path) -> dict:
-    """Parts of a checkpoint (each scheme, and what is not quantized) with parameters, bytes and bits per weight."""
-    reader = CheckpointReader(folder)
-    stored = StoredWeights(reader)
-    parts, layers = defaultdict(lambda: [0, 0, 0]), []
-
-    def add(part: str, parameters: int, nbytes: int) -> None:
-        parts[part] = [a + b for a, b in zip(parts[part], (1, parameters, nbytes), strict=True)]
-
-    for base, weight in stored.weights.items():
-        shape = [weight.experts, *weight.shape] if weight.experts else list(weight.shape)
-        scheme, order = weight.scheme.name, ", act-order" if weight.act_order else ""
-        layers.append({"name": base, "scheme": scheme, "shape": shape, "bytes": weight.nbytes})
-        add(scheme + order, math.prod(shape), weight.nbytes)
-    for tensor in stored.plain:
-        add(str(tensor.dtype).removeprefix("torch."), tensor.numel, tensor.nbytes)
-    totals = [sum(column) for column in zip(*parts.values(), strict=True)]
-    return {
-        "architecture": (reader.config.get("architectures") or [reader.config.get("model_type") or "unknown"])[0],
-        "format": stored.format,
-        "files": len(reader.files),
-        "parameters": totals[1],
-        "bytes": totals[2],
-        "bits_per_weight": 8 * totals[2] / max(totals[1], 1),
-        "parts": [
-            {"name": name, "tensors": count, "parameters": parameters, "bytes": nbytes,
-             "bits_per_weight": 8 * nbytes / max(parameters, 1)}
-            for name, (count, parameters, nbytes) in sorted(parts.items())
-        ],
-        "layers": layers,
-    }  # fmt: skip

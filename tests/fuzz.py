@@ -23,6 +23,7 @@ from folders import save_chat_model
 import lowbit
 from lowbit.calibration.data import shuffled
 from lowbit.errors import LowbitError
+from lowbit.opened import summarize
 from lowbit.pipeline.half import converted_dtype
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.report import load_report
@@ -31,7 +32,6 @@ from lowbit.publish.card import model_card
 from lowbit.publish.facts import Facts
 from lowbit.publish.page import render
 from lowbit.sources import load_config
-from lowbit.stored import summarize
 
 MISSING = object()
 _NESTED = [[]]

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 
 from lowbit.calibration.data import token_stream
-from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.hf import load
+from lowbit.opened import stored_weights
 from lowbit.pipeline.verify import MAX_UNQUANTIZED, Check, static_checks
 from lowbit.sources import load_config, resolve
-from lowbit.stored import StoredWeights
 
 _TOKENS, _NEW_TOKENS = 256, 16
 # Mean KL to the reference, in nats, beyond which nobody should publish a model of so few bits. Unlike the weights of
@@ -94,7 +93,7 @@ def _running_checks(path: Path, source: Path | None, device_map, trust_remote_co
         return
     ids, bos = _some_tokens(path, model, trust_remote_code)
     quality = evaluate(model, ids, reference=load(source, **options), bos=bos)
-    weights = StoredWeights(CheckpointReader(path)).weights.values()
+    weights = stored_weights(path).weights.values()
     limit = _LARGEST_KL[min((weight.scheme.bits for weight in weights), default=16)]
     measured = (
         f"mean KL {quality.kl_mean:.4f} nats (expected below {limit}), top-1 agreement {quality.top1_agreement:.1%}"

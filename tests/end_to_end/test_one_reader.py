@@ -13,7 +13,7 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.extras import EXTRAS, judge
 from lowbit.errors import InputError, LowbitError
 from lowbit.linear import LowbitLinear
-from lowbit.stored import summarize
+from lowbit.opened import summarize
 
 UP, ATTENTION = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn"
 
@@ -131,6 +131,21 @@ def test_a_scheme_under_another_name_is_known_by_its_tensors(copy, tmp_path):
     write_json(tmp_path / "q" / "config.json", config)
     assert lowbit.load(tmp_path / "q").model.layers[0].mlp.down_proj.scheme.name == "W8A16-G16"
     assert {layer["scheme"] for layer in summarize(tmp_path / "q")["layers"]} == {"W4A16-G32", "W8A16-G16"}
+
+
+def test_a_config_that_names_modules_of_the_model(tmp_path):
+    """Its files have other names: only the model tells which is which, and whoever lists weights asks it too."""
+    model, _ = tiny_model_that_runs("AutoModelForImageTextToText", "qwen2_vl")
+    model.save_pretrained(tmp_path / "dense")
+    folder = tmp_path / "q"
+    lowbit.quantize(tmp_path / "dense", folder, scheme="W4A16-G16")
+    config = read_json(folder / "config.json")
+    (group,) = config["quantization_config"]["config_groups"].values()
+    stored = [layer["name"] for layer in summarize(folder)["layers"]]
+    group["targets"] = quantized_modules(lowbit.load(folder))
+    assert set(stored).isdisjoint(group["targets"])
+    write_json(folder / "config.json", config)
+    assert [layer["name"] for layer in summarize(folder)["layers"]] == stored
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])
