@@ -207,7 +207,7 @@ def _show(report, output_dir: Path) -> None:
 
 def _error(report) -> str:
     if report.calibration:
-        return f"relative output error {report.mean_output_error:.4f}"
+        return f"mean relative error of rounding, in outputs, {report.mean_rounding_error:.4f}"
     return f"mean relative error {report.mean_error:.4f}"
 
 
@@ -221,11 +221,11 @@ def _show_calibration(report) -> None:
     if smoothed:
         scaled = sum(entry.get("alpha") is not None for entry in smoothed)
         console.print(f"inputs scaled in front of {scaled} of {len(smoothed)} groups of linears")
-    worst = table("largest output errors", "scheme", "tokens", "error", "to the original", title=None)
+    worst = table("largest errors of rounding", "scheme", "tokens", "error", "to the original", title=None)
     for layer in report.worst(5):
         worst.add_row(
             layer["name"].removesuffix(".weight"), layer["scheme"], f"{layer['tokens']:,}",
-            f"{layer['output_error']:.4f}", _digits(layer["output_error_to_original"]),
+            f"{layer['rounding_error']:.4f}", _digits(layer["output_error_to_original"]),
         )  # fmt: skip
     console.print(worst)
     for layer in report.layers:

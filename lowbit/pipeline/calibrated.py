@@ -282,6 +282,7 @@ def _quantize_together(
             "note": notes[0].get("fallback", note),
             **_output_errors(target.weight, qweight, moments, ranks),
         }
+        entry["rounding_error"] = _rounding_error(notes, rows, entry["output_error"])
         if len(run.models) == 1:
             entry["output_error_to_original"] = None
         if target.expert is not None:
@@ -320,6 +321,17 @@ def _objective(notes: list[dict], rows: slice) -> dict[str, float]:
     """Stage -> the error of these rows after it, relative to their energy."""
     stages = notes[0].get("objective", {})
     return {stage: float(torch.cat([n["objective"][stage].cpu() for n in notes])[rows].mean()) for stage in stages}
+
+
+def _rounding_error(notes: list[dict], rows: slice, otherwise: float | None) -> float | None:
+    """Relative output error ||Q x - T x|| / ||T x|| against the weight T that these rows were moved to before they were
+    rounded: what rounding costs, without what moving them makes up for. otherwise: of a weight that was not moved."""
+    if "energy" not in notes[0]:
+        return otherwise
+    energy = torch.cat([n["energy"].cpu() for n in notes])[rows]
+    *_, last = notes[0]["objective"]
+    cost = torch.cat([n["objective"][last].cpu() for n in notes])[rows] * energy
+    return float((cost.sum() / energy.sum()).sqrt())
 
 
 def _moved(notes: list[dict], rows: slice, weight: torch.Tensor) -> float:

@@ -151,13 +151,13 @@ class Report:
         return _mean(layer["error"] for layer in self.layers)
 
     @property
-    def mean_output_error(self) -> float:
-        return _mean(layer["output_error"] for layer in self.layers if layer.get("output_error") is not None)
+    def mean_rounding_error(self) -> float:
+        return _mean(layer["rounding_error"] for layer in self.layers if layer.get("rounding_error") is not None)
 
     def worst(self, count: int) -> list[dict]:
-        """The weights with the largest output errors."""
-        known = [layer for layer in self.layers if layer.get("output_error") is not None]
-        return sorted(known, key=lambda layer: -layer["output_error"])[:count]
+        """The weights whose rounding costs most in outputs."""
+        known = [layer for layer in self.layers if layer.get("rounding_error") is not None]
+        return sorted(known, key=lambda layer: -layer["rounding_error"])[:count]
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -9,7 +9,7 @@ from importlib.resources import files
 from lowbit.errors import InputError
 from lowbit.escape import shell
 from lowbit.publish.page_advice import FEW_TOKENS, Advice, advice
-from lowbit.publish.page_bands import FAIR_KL, GOOD_KL, KL_OVER_SQUARE, band, limits
+from lowbit.publish.page_bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
 from lowbit.publish.page_facts import Facts, Layer, mapping, mean, number, percent, size, text
 from lowbit.publish.private import recorded_command
 
@@ -31,7 +31,7 @@ def render(report: dict, folder: str) -> str:
         raise InputError(f"the page of a report needs {error.name}: pip install 'lowbit[report]'") from None
 
     facts = Facts(report)
-    good, fair = limits(facts.measure)
+    good, fair = limits(facts.measure, len(facts.by_module))
     return template.render(
         facts=facts,
         folder=text(folder),
@@ -54,7 +54,7 @@ def render(report: dict, folder: str) -> str:
         command=shell(recorded_command(command := text(report.get("command"))) or ([command] if command else [])),
         measure=shell(["lowbit", "eval", folder, "--reference", text(report.get("source")), "--save"]),
         quality_band="" if (kl := number(facts.quality.get("kl_mean"))) is None else band(kl, GOOD_KL, FAIR_KL),
-        good=good, fair=fair, good_kl=GOOD_KL, fair_kl=FAIR_KL, kl_over_square=KL_OVER_SQUARE[facts.measure],
+        good=good, fair=fair, good_kl=GOOD_KL, fair_kl=FAIR_KL, slope=SLOPES[facts.measure],
     )  # fmt: skip
 
 
@@ -117,12 +117,13 @@ def _strings(facts: Facts) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Errors:
-    """How many weights are in which band, their mean error, and the KL divergence to expect of errors like these."""
+    """How many weights are in which band, their mean error, and the least and the largest KL divergence to expect of
+    errors like these."""
 
     bands: dict[str, int]
     mean: float | None
     worst_band: str
-    expected_kl: float | None
+    expected_kl: tuple[float, float] | None
 
     @classmethod
     def of(cls, facts: Facts, good: float, fair: float) -> "_Errors":
@@ -131,10 +132,15 @@ class _Errors:
             bands[band(layer.error, good, fair)] += 1
         if not facts.known:
             return cls(bands, None, "", None)
-        squares = mean(layer.error**2 for layer in facts.known)
+        # of experts the mean: each of them has its share of the tokens
+        of_modules = (
+            [layer.error for layer in layers if layer.error is not None] for layers in facts.by_module.values()
+        )
+        squares = sum(mean(error**2 for error in errors) for errors in of_modules if errors)
+        slope = SLOPES[facts.measure]
         worst = max((name for name, count in bands.items() if count), key=list(bands).index)
         average = mean(layer.error for layer in facts.known)
-        return cls(bands, average, worst, KL_OVER_SQUARE[facts.measure] * squares)
+        return cls(bands, average, worst, (slope.least * squares, slope.most * squares))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ class Advice:
 
 
 def advice(layer: Layer, samples: float | None, weights: float | None) -> Iterator[Advice]:
-    """What to try, the cheapest first. samples: of the calibration. weights: that the options concern, all experts'."""
+    """What to try, the surest first: more bits for the three worst weights of the embedded model at 4 bits lowered KL
+    divergence by 34 %, smaller groups by 10 %; at 3 bits by 24 and by 0.2 %. samples: of the calibration. weights: that
+    the options concern, all experts'."""
     if layer.note.startswith("rtn:"):
         yield Advice("the method gave up on it: more damping", "--option damping=0.1")
     seen = layer.tokens if layer.routed is None else layer.routed
@@ -37,13 +39,13 @@ def advice(layer: Layer, samples: float | None, weights: float | None) -> Iterat
         scheme = Scheme.parse(layer.scheme)
     except UsageError:
         return
-    if not 0 < scheme.group_size <= _SMALL_GROUP:
-        finer = replace(scheme, group_size=_SMALL_GROUP)
-        yield _override("smaller groups", layer, scheme, finer, weights)
     more_bits = [bits for bits in BITS if bits > scheme.bits]
     if more_bits:
         wider = replace(scheme, bits=more_bits[0])
         yield _override(f"{wider.bits} bits", layer, scheme, wider, weights)
+    if not 0 < scheme.group_size <= _SMALL_GROUP:
+        finer = replace(scheme, group_size=_SMALL_GROUP)
+        yield _override("smaller groups", layer, scheme, finer, weights)
     if scheme.bits == max(BITS):
         yield Advice("leave it as it was", f"--ignore {shlex.quote(_pattern(layer))}")
 

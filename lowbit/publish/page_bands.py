@@ -2,20 +2,38 @@
 
 The limits are on perplexity: in a good model it grows by 1 % at most, in a fair one by 5 %. Stated as KL divergence
 that is 0.01 and 0.05 nats (61 models in scripts/benchmarks/results/quality_peers.json: 0.83 % for each 0.01 nats, in
-the median), which grows with the square of small errors. How fast was measured with scripts/benchmarks/error_bands.py:
-the embedded model, from 2 to 8 bits, with data and without. A weight is called what the model would be if all of its
-weights were as wrong as that one.
+the median). The errors of linears add up: the divergence is nearly proportional to the sum, over all of them, of their
+squared errors, whatever the bits, and whatever the model where the error is that of rounding, measured on outputs
+(scripts/benchmarks/error_bands.py: the embedded model, SmolLM2 135M and Gemma 3 270M, which have 35, 210 and 126
+linears). A weight is called what the model would be if all of its weights were as wrong as that one.
 """
+
+from dataclasses import dataclass
 
 # KL divergence in nats
 GOOD_KL, FAIR_KL = 0.01, 0.05
-# Key of the error in a report -> KL divergence over the square of that error (results/error_bands.json, geometric mean)
-KL_OVER_SQUARE = {"output_error": 5.9, "error": 1.2}
 
 
-def limits(measure: str) -> tuple[float, float]:
-    """The largest relative errors that are good, and fair."""
-    return tuple((kl / KL_OVER_SQUARE[measure]) ** 0.5 for kl in (GOOD_KL, FAIR_KL))
+@dataclass(frozen=True)
+class Slope:
+    """KL divergence over the sum of squared errors: of the model that forgives most, in the geometric mean of the
+    models, and of the one that forgives least (results/error_bands.json)."""
+
+    least: float
+    usual: float
+    most: float
+
+
+# By the key of the error in a report
+SLOPES = {
+    "rounding_error": Slope(0.10, 0.13, 0.16),
+    "error": Slope(0.034, 0.1, 0.17),
+}
+
+
+def limits(measure: str, modules: int) -> tuple[float, float]:
+    """The largest relative errors that are good, and fair, in a model of so many quantized modules."""
+    return tuple((kl / SLOPES[measure].usual / max(modules, 1)) ** 0.5 for kl in (GOOD_KL, FAIR_KL))
 
 
 def band(value: float, good: float, fair: float) -> str:

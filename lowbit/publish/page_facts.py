@@ -76,8 +76,9 @@ class Facts:
 
     @property
     def measure(self) -> str:
-        """The key of the error that a layer is judged by: of its outputs where there was data, else of its weights."""
-        return "output_error" if self.calibration else "error"
+        """The key of the error that a layer is judged by: what its rounding costs in outputs where there was data, else
+        the error of its weights."""
+        return "rounding_error" if self.calibration else "error"
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -91,7 +92,7 @@ class Facts:
                 depth=_depth(module),
                 kind=kinds[module],
                 scheme=text(entry.get("scheme")),
-                error=number(entry.get(self.measure)),
+                error=self._error(entry),
                 expert=_whole(entry.get("expert")),
                 tokens=number(entry.get("tokens")),
                 routed=number(entry.get("routed")),
@@ -100,6 +101,11 @@ class Facts:
             )
             for entry, module in zip(entries, modules, strict=True)
         ]
+
+    def _error(self, entry: dict) -> float | None:
+        error = number(entry.get(self.measure))
+        # reports of earlier versions do not tell what rounding costs from what moving a weight makes up for
+        return number(entry.get("output_error")) if error is None and self.calibration else error
 
     @cached_property
     def known(self) -> list[Layer]:

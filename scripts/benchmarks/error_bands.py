@@ -1,14 +1,16 @@
-"""How the relative error of the linears becomes KL divergence: what the bands of `lowbit report` are derived from.
+"""How the relative errors of linears become KL divergence: what the bands of `lowbit report` are derived from.
 
     python scripts/benchmarks/error_bands.py [--real DIR]
 
-Quantizes the embedded model, and with --real the models that ../shared/models/make_real.py wrote to DIR, from 2 to 8
-bits, with and without data, and measures each result on held-out text. Of each run the JSON has every error that a
-report knows, as root mean square over the weights, beside the divergence.
+Quantizes the embedded model, and with --real the models that ../shared/models/make_real.py wrote to DIR, to 4, 3 and 2
+bits, with and without data, and measures each result on held-out text. Of each run the JSON has the errors that a
+report knows, as root mean square over the weights, beside the divergence; and of the runs with data to 4 bits what the
+divergence was after following the first advice of the report's three worst weights.
 """
 
 import argparse
 import itertools
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,19 +18,16 @@ from common import WORK, save
 
 import lowbit
 from lowbit.calibration.data import token_stream
-from lowbit.eval import evaluate
+from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.generation.stream import load_tokenizer
+from lowbit.publish.page_advice import advice
+from lowbit.publish.page_facts import Facts
 
-SCHEMES = ("W4A16_ASYM-G128", "W3A16-G128", "W2A16_ASYM-G32", "W8A16-G128")
+SCHEMES = ("W4A16_ASYM-G128", "W3A16-G128", "W2A16_ASYM-G32")
 METHODS = ("rtn", "gptq")
-SAMPLES, CALIBRATION_SEQLEN, TOKENS, SEQLEN = 16, 256, 4_096, 512
-# Of an entry of a report with data -> what it is judged by
-ERRORS = {
-    "error": lambda entry: entry["error"],
-    "output_error": lambda entry: entry["output_error"],
-    "output_error_to_original": lambda entry: entry["output_error_to_original"],
-    "rounding_error": lambda entry: list(entry["objective"].values())[-1] ** 0.5,
-}
+SAMPLES, CALIBRATION_SEQLEN, TOKENS, SEQLEN = 16, 256, 2_048, 512
+ERRORS = ("error", "output_error", "output_error_to_original", "rounding_error")
+FOLLOWED = 3
 
 
 def root_mean_square(values) -> float:
@@ -36,25 +35,42 @@ def root_mean_square(values) -> float:
     return (sum(value**2 for value in values) / len(values)) ** 0.5
 
 
-def errors(layers: list[dict], method: str) -> dict[str, float]:
-    kinds = ERRORS if method == "gptq" else {"error": ERRORS["error"]}
-    return {name: root_mean_square(error(layer) for layer in layers) for name, error in kinds.items()}
+def first_advice(report: dict) -> dict[str, str]:
+    """Overrides: the first advice of the three worst weights."""
+    steps = (next(advice(layer, None, layer.weights)) for layer in Facts(report).worst(FOLLOWED))
+    return dict(shlex.split(step.options)[1].rsplit("=", 1) for step in steps)
 
 
-def rows_of(name: str, model: str | Path, calibration: str, held_out: str):
-    stream = token_stream(load_tokenizer(model), held_out, TOKENS)
-    reference = lowbit.load(model, dtype="float32")
-    for scheme, method in itertools.product(SCHEMES, METHODS):
-        folder = WORK / "error_bands" / f"{name}-{scheme}-{method}"
-        data = {"dataset": calibration, "num_samples": SAMPLES, "seqlen": CALIBRATION_SEQLEN}
-        report = lowbit.quantize(
-            model, folder, scheme=scheme, method=method, overwrite=True, **(data if method == "gptq" else {})
-        )
+class Measured:
+    """A model, and what quantizing it does to held-out text."""
+
+    def __init__(self, name: str, model: str | Path, calibration: str, held_out: str):
+        tokenizer = load_tokenizer(model)
+        self.name, self.model = name, model
+        self.data = {"dataset": calibration, "num_samples": SAMPLES, "seqlen": CALIBRATION_SEQLEN}
+        self.stream = token_stream(tokenizer, held_out, TOKENS)
+        self.bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+        self.reference = lowbit.load(model, dtype="float32")
+
+    def row(self, scheme: str, method: str, **options) -> tuple[dict, dict]:
+        folder = WORK / "error_bands" / self.name
+        data = self.data if method == "gptq" else {}
+        report = lowbit.quantize(self.model, folder, scheme=scheme, method=method, overwrite=True, **data, **options)
         dense = lowbit.load(folder, dtype="float32").dequantize()
-        quality = evaluate(dense, stream, reference=reference, seqlen=SEQLEN)
-        row = {"model": name, "method": method, "scheme": scheme, **errors(report.layers, method), **quality.to_dict()}
-        print({key: value for key, value in row.items() if not isinstance(value, dict | list)}, flush=True)
-        yield row
+        quality = evaluate(dense, self.stream, reference=self.reference, seqlen=SEQLEN, bos=self.bos)
+        errors = {
+            key: root_mean_square(layer[key] for layer in report.layers) for key in ERRORS if key in report.layers[0]
+        }
+        row = {"model": self.name, "modules": len(report.layers), "method": method, "scheme": scheme, **errors}
+        return {**row, **quality.to_dict()}, report.to_dict()
+
+    def rows(self):
+        for scheme, method in itertools.product(SCHEMES, METHODS):
+            row, report = self.row(scheme, method)
+            if (scheme, method) == (SCHEMES[0], "gptq"):
+                row["advice"] = first_advice(report)
+                row["kl_mean_followed"] = self.row(scheme, method, overrides=row["advice"])[0]["kl_mean"]
+            yield row
 
 
 def main():
@@ -67,8 +83,10 @@ def main():
         models |= {folder.name: (folder, *texts) for folder in sorted(real.iterdir()) if folder.is_dir()}
     rows = []
     for name, where in models.items():
-        for row in rows_of(name, *where):
+        for row in Measured(name, *where).rows():
             rows.append(row)
+            slopes = {key: row["kl_mean"] / row[key] ** 2 / row["modules"] for key in ERRORS if key in row}
+            print(name, row["scheme"], row["method"], f"KL {row['kl_mean']:.4f}", slopes, flush=True)
             # after each, so that a run that is stopped leaves what it has
             save("error_bands", {"samples": SAMPLES, "seqlen": CALIBRATION_SEQLEN, "rows": rows})
     shutil.rmtree(WORK / "error_bands")

@@ -40,14 +40,19 @@ def gptq_refused(refused, chat_model, text_file, tmp_path):
 def test_text(done, chat_model, text_file, tmp_path):
     outcome = done("quantize", chat_model, "-o", tmp_path / "out", *SMALL, "--dataset", text_file)
     assert "calibrating with 6 samples, 192 tokens: text.txt" in outcome.err
-    for words in ("calibrated with 6 samples, 192 tokens", "text.txt", "peak memory", "relative output error 0."):
+    for words in (
+        "calibrated with 6 samples, 192 tokens",
+        "text.txt",
+        "peak memory",
+        "error of rounding, in outputs, 0.",
+    ):
         assert words in outcome.out
-    shown = outcome.out.split("largest output errors")[1].split("left alone")[0].splitlines()
+    shown = outcome.out.split("largest errors of rounding")[1].split("left alone")[0].splitlines()
     rows = [row.split() for row in shown if "W4A16-G32" in row]  # a name may go on in the next line
     report = read_json(tmp_path / "out" / "lowbit_report.json")
-    worst = sorted(report["layers"], key=lambda layer: -layer["output_error"])[:5]
+    worst = sorted(report["layers"], key=lambda layer: -layer["rounding_error"])[:5]
     for (name, _, *numbers), layer in zip(rows, worst, strict=True):
-        errors = [f"{layer[key]:.4f}" for key in ("output_error", "output_error_to_original")]
+        errors = [f"{layer[key]:.4f}" for key in ("rounding_error", "output_error_to_original")]
         assert layer["name"].startswith(name) and numbers == ["192", *errors]
     model = lowbit.load(tmp_path / "out")
     with torch.no_grad():

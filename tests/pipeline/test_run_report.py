@@ -21,7 +21,8 @@ KEYS = {
 }  # fmt: skip
 LAYER_KEYS = {"name", "module", "kind", "scheme", "shape", "source_bytes", "bytes", "error"}
 MEASURED_KEYS = {
-    "tokens", "damping", "objective", "moved", "seconds", "note", "output_error", "output_error_to_original"
+    "tokens", "damping", "objective", "moved", "seconds", "note", "output_error", "output_error_to_original",
+    "rounding_error",
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ def layer(module: str, error: float, **others) -> dict:
     return {
         "name": f"{module}.weight", "module": module, "kind": module.rpartition(".")[2], "scheme": SCHEME,
         "shape": [256, 512], "source_bytes": 262144, "bytes": 68000, "error": 3 * error, "tokens": 4096,
-        "damping": 0.03, "objective": {"gptq": error * error}, "seconds": 0.25, "note": "", "output_error": error,
-        "output_error_to_original": 1.1 * error, **others,
+        "damping": 0.03, "objective": {"gptq": error * error}, "seconds": 0.25, "note": "",
+        "output_error": 1.05 * error, "output_error_to_original": 1.1 * error, "rounding_error": error, **others,
     }  # fmt: skip
 
 

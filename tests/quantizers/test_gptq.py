@@ -140,7 +140,8 @@ def test_notes_tell_the_truth(scheme):
         assert (after <= before * (1 + 1e-6)).all()
     for sweeps in (0, 1, 4):
         qweight, notes = quantize(weight, hessian, scheme, sweeps=sweeps)
-        assert notes.keys() == {"objective", "damping"} and notes["damping"] == DAMPING
+        assert notes.keys() == {"objective", "energy", "damping"} and notes["damping"] == DAMPING
+        torch.testing.assert_close(notes["energy"], energy, rtol=1e-3, atol=0)
         stages = list(notes["objective"])
         assert stages == list(whole["objective"])[: len(stages)]
         assert all(torch.equal(notes["objective"][stage], whole["objective"][stage]) for stage in stages)
