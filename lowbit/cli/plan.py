@@ -65,7 +65,8 @@ def plan(
 ):
     """Show what quantizing a model would give and take, from its headers: nothing is downloaded or written.
 
-    Sizes are exact. Takes the flags of `quantize` that matter to the result.
+    Sizes are exact. Takes the flags of `quantize` that matter to the result. With --json, output_bytes are those of all
+    tensors, file_bytes those of the weight files, headers and all: what they take up on a disk.
     """
     check_known(format=format, method=method)
     recipe = recipe_arguments(
