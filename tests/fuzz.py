@@ -27,11 +27,11 @@ from lowbit.opened import summarize
 from lowbit.pipeline.half import converted_dtype
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.report import load_report
-from lowbit.pipeline.verify import static_checks
 from lowbit.publish.card import model_card
 from lowbit.publish.facts import Facts
 from lowbit.publish.page import render
 from lowbit.sources import load_config
+from lowbit.verification.checks import static_checks
 
 MISSING = object()
 _NESTED = [[]]

@@ -12,8 +12,8 @@ from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.discovery import skeleton
 from lowbit.errors import InputError
 from lowbit.model_size import check_counts, no_larger_than
-from lowbit.pipeline.verify import static_checks
 from lowbit.sources import load_config
+from lowbit.verification.checks import static_checks
 
 TENSORS = [TensorInfo("embed", torch.bfloat16, (2048, 64)), TensorInfo("up", torch.int32, (128, 8))]
 

@@ -12,8 +12,8 @@ from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.hf import load
 from lowbit.opened import stored_weights
-from lowbit.pipeline.verify import MAX_UNQUANTIZED, Check, static_checks
 from lowbit.sources import load_config, resolve
+from lowbit.verification.checks import MAX_UNQUANTIZED, Check, static_checks
 
 _TOKENS, _NEW_TOKENS = 256, 16
 # Mean KL to the reference, in nats, beyond which nobody should publish a model of so few bits. Unlike the weights of

@@ -19,11 +19,11 @@ from lowbit.pipeline.memory import peak_memory
 from lowbit.pipeline.plan import Plan, make_plan
 from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import Report, save_report
-from lowbit.pipeline.verify import check_structure
 from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options
 from lowbit.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
 from lowbit.sources import check_apart, load_config, recorded_name, resolve
+from lowbit.verification.checks import check_structure
 
 logger = logging.getLogger("lowbit")
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from folders import precious, read_json, write_json
 
-from lowbit.pipeline.verify import static_checks
+from lowbit.verification.checks import static_checks
 
 GPTQ = ["--method", "gptq", "--num-samples", 2, "--seqlen", 16]
 

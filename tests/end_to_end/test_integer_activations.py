@@ -18,10 +18,10 @@ from lowbit.cli.main import app
 from lowbit.errors import InputError, UsageError
 from lowbit.pipeline.calibrated import Seen
 from lowbit.pipeline.convert import convert, dequantize
-from lowbit.pipeline.verify import static_checks
 from lowbit.quantizers import rtn
 from lowbit.ranges import RangeObserver
 from lowbit.scheme import Recipe, Scheme
+from lowbit.verification.checks import static_checks
 
 NAMES = ("W8A8", "W8A8-STATIC", "W8A8-STATIC_SYM", "W8A8-DYNAMIC_ASYM", "W4A8-G32", "W4A8-CHANNEL-STATIC")
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(7))

@@ -7,10 +7,10 @@ import torch
 from weights import matrix
 
 from lowbit.grid import quantize_nearest
-from lowbit.pipeline.nearness import difference
 from lowbit.quantizers import checked_options, get_quantizer
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
+from lowbit.verification.tolerance import difference
 
 GROUPS = (16, 128, -1)
 SCHEMES = [Scheme(bits, group, sym) for bits in (2, 3, 4, 8) for group in GROUPS for sym in (True, False)]

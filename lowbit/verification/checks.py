@@ -23,12 +23,12 @@ from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.opened import OpenedFolder, without_parameter
 from lowbit.pipeline.half import cast, converted_dtype
-from lowbit.pipeline.nearness import difference
 from lowbit.pipeline.report import load_report
 from lowbit.pipeline.smoothing import recorded_edits, scaled
 from lowbit.scheme import Recipe
 from lowbit.stored import StoredWeight
 from lowbit.transformers_api import ignored_if_missing, tied_weights
+from lowbit.verification.tolerance import difference
 
 # Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
 MAX_UNQUANTIZED = 0.05
