@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import lowbit
+from lowbit.conversion.export import ExitSource
 from lowbit.grid import dequantize
-from lowbit.pipeline.exits import ExitSource
 from lowbit.pipeline.source import QuantizedFolder
 
 

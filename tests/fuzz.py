@@ -22,9 +22,9 @@ from folders import save_chat_model
 
 import lowbit
 from lowbit.calibration.data import shuffled
+from lowbit.conversion.dtype import converted_dtype
 from lowbit.errors import LowbitError
 from lowbit.opened import summarize
-from lowbit.pipeline.half import converted_dtype
 from lowbit.pipeline.job import Job
 from lowbit.pipeline.report import load_report
 from lowbit.publish.card import model_card

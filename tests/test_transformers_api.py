@@ -17,10 +17,10 @@ from packaging.version import Version
 
 import lowbit
 from lowbit import transformers_api
+from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.generation import Decoder, Draft
 from lowbit.generation.cache import static_cache
 from lowbit.generation.fallback import say_once
-from lowbit.pipeline.gguf_vocabulary import add_vocabulary
 from lowbit.transformers_api import ATTRIBUTES, IMPORTED
 from lowbit.upstream import MissingNameError, UpstreamName
 

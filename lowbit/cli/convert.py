@@ -23,7 +23,7 @@ from lowbit.cli.terminal import console, counted_progress, print_json
 from lowbit.errors import UsageError
 from lowbit.formats import FORMATS as READ_AND_WRITTEN
 
-# Those of lowbit.formats, and of lowbit.pipeline.exits, which takes a second to import
+# Those of lowbit.formats, and of lowbit.conversion.export, which takes a second to import
 FORMATS = (*READ_AND_WRITTEN, "mlx", "gguf")
 
 
@@ -52,7 +52,7 @@ def convert(
     name, target = one_model(model, model_option), one_output(output_dir, overwrite)
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is not known; allowed: {', '.join(FORMATS)}")
-    from lowbit.pipeline.convert import convert as run
+    from lowbit.conversion.formats import convert as run
 
     quiet_transformers()
     with interrupted_once(), counted_progress("converting", json) as on_start:

@@ -38,7 +38,7 @@ def dequantize(
 ):
     """Write a quantized model as a plain one, of the weights that its codes stand for: any tool reads it."""
     name, target = one_model(model, model_option), one_output(output_dir, overwrite)
-    from lowbit.pipeline.convert import dequantize as run
+    from lowbit.conversion.formats import dequantize as run
 
     quiet_transformers()
     with interrupted_once(), counted_progress("dequantizing", json) as on_start:

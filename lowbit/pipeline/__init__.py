@@ -1,7 +1,7 @@
 """Whole checkpoints: quantized from a plan made of headers, converted, dequantized."""
 
-from lowbit.pipeline.convert import convert, dequantize
-from lowbit.pipeline.half import convert_dtype, plan_dtype
+from lowbit.conversion.dtype import convert_dtype, plan_dtype
+from lowbit.conversion.formats import convert, dequantize
 from lowbit.pipeline.preview import Preview, plan
 from lowbit.pipeline.run import quantize
 

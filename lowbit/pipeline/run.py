@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.writer import StagedFolder, parse_size
+from lowbit.conversion.dtype import is_dtype
 from lowbit.discovery import skeleton
 from lowbit.errors import UsageError
 from lowbit.pipeline.calibrate import Calibration, calibrate, needs_data
-from lowbit.pipeline.half import is_dtype
 from lowbit.pipeline.job import clear_finished
 from lowbit.pipeline.memory import peak_memory
 from lowbit.pipeline.plan import Plan, make_plan

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import TensorInfo
+from lowbit.conversion.export import ExitSource
 from lowbit.discovery import Site, named_in_config
 from lowbit.errors import InputError
 from lowbit.opened import OpenedFolder
-from lowbit.pipeline.exits import ExitSource
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
 from lowbit.sources import resolve

@@ -18,11 +18,11 @@ from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visible
+from lowbit.conversion.dtype import cast, converted_dtype
 from lowbit.discovery import choose
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.opened import OpenedFolder, without_parameter
-from lowbit.pipeline.half import cast, converted_dtype
 from lowbit.pipeline.report import load_report
 from lowbit.pipeline.smoothing import recorded_edits, scaled
 from lowbit.scheme import Recipe

@@ -12,8 +12,8 @@ from folders import ROOT, contents, save_random_llama
 import lowbit
 from lowbit.cli.convert import FORMATS
 from lowbit.cli.main import COMMANDS
+from lowbit.conversion.formats import EXITS
 from lowbit.errors import UsageError
-from lowbit.pipeline.convert import EXITS
 
 HEAVY = {"torch", "transformers", "huggingface_hub", "numpy", "rich.console"}
 # Runs each command in a fork of a process that has imported no more than `lowbit --help` does

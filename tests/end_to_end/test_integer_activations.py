@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import lowbit
 from lowbit.cli.main import app
+from lowbit.conversion.formats import convert, dequantize
 from lowbit.errors import InputError, UsageError
 from lowbit.pipeline.calibrated import Seen
-from lowbit.pipeline.convert import convert, dequantize
 from lowbit.quantizers import rtn
 from lowbit.ranges import RangeObserver
 from lowbit.scheme import Recipe, Scheme

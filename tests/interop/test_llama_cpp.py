@@ -9,7 +9,7 @@ from exit_sources import dense_model, quantized_source
 from folders import VOCABULARY, save_tokenizer
 from models import relative_error, token_ids
 
-from lowbit.pipeline.export_gguf import export_gguf
+from lowbit.conversion.gguf import export_gguf
 
 xllamacpp = pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")

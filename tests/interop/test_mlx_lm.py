@@ -7,8 +7,8 @@ from exit_sources import dense_model, quantized_source
 from models import relative_error, token_ids
 from weights import BITS, matrix, random_quantized
 
+from lowbit.conversion.mlx import export_mlx
 from lowbit.formats import mlx as ours
-from lowbit.pipeline.export_mlx import export_mlx
 from lowbit.scheme import Scheme
 
 mx = pytest.importorskip("mlx.core")

@@ -13,9 +13,9 @@ from models import token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, modeling_gguf_pytorch_utils
 from transformers.integrations.gguf import gguf_tokenizer_mapping
 
+from lowbit.conversion.gguf import export_gguf
+from lowbit.conversion.gguf_architecture import Architecture, Arrangement, settings_read
 from lowbit.errors import InputError, OutputError, UsageError
-from lowbit.pipeline.export_gguf import export_gguf
-from lowbit.pipeline.gguf_architecture import Architecture, Arrangement, settings_read
 
 gguf = pytest.importorskip("gguf")
 

@@ -9,9 +9,9 @@ from exit_sources import dequantized, quantized_source
 from folders import contents, edit_config, save_tokenizer, stored_tensors
 from safetensors import safe_open
 
+from lowbit.conversion.mlx import export_mlx
 from lowbit.errors import InputError, OutputError
 from lowbit.formats.bitpack import unpack
-from lowbit.pipeline.export_mlx import export_mlx
 from lowbit.qweight import QuantWeight
 from lowbit.scheme import Scheme
 

@@ -10,9 +10,9 @@ from lowbit.checkpoint import CheckpointWriter, TensorInfo
 from lowbit.checkpoint.reader import read_config
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, parse_size
+from lowbit.conversion.export import Entry, ExitSource, OnPlan, entries, refuse_transposed
 from lowbit.errors import InputError, OutputError
 from lowbit.formats import mlx
-from lowbit.pipeline.exits import Entry, ExitSource, OnPlan, entries, refuse_transposed
 from lowbit.qweight import QuantWeight
 from lowbit.safe_files import write_whole
 

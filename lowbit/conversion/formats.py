@@ -17,11 +17,11 @@ from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, parse_size
+from lowbit.conversion.gguf import export_gguf
+from lowbit.conversion.mlx import export_mlx
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import FORMATS, get_format
 from lowbit.grid import dequantize as dense_matrix
-from lowbit.pipeline.export_gguf import export_gguf
-from lowbit.pipeline.export_mlx import export_mlx
 from lowbit.pipeline.plan import output_name
 from lowbit.pipeline.source import QuantizedFolder
 from lowbit.pipeline.write import read_checked, write_configs

@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from lowbit.conversion.export import Entry, ExitSource
 from lowbit.discovery import skeleton
 from lowbit.errors import InputError, UsageError, first_line
-from lowbit.pipeline.exits import Entry, ExitSource
 
 # Metadata that llama.cpp's own converter derives from a config whatever its architecture, as transformers calls it
 _GENERAL_KEYS = {

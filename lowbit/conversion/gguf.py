@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from lowbit.checkpoint.writer import StagedFolder
+from lowbit.conversion.export import Entry, ExitSource, OnPlan, entries, refuse_transposed
+from lowbit.conversion.gguf_architecture import Architecture, Arrangement, import_gguf
+from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.errors import InputError, OutputError
 from lowbit.formats import gguf as blocks
-from lowbit.pipeline.exits import Entry, ExitSource, OnPlan, entries, refuse_transposed
-from lowbit.pipeline.gguf_architecture import Architecture, Arrangement, import_gguf
-from lowbit.pipeline.gguf_vocabulary import add_vocabulary
 
 # What llama.cpp's own converter keeps in float32 beside norms and biases: routers
 _FLOAT32 = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
