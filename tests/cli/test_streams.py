@@ -185,7 +185,7 @@ def test_a_signal_after_the_last_rename_is_too_late(cli, chat_model, text_file, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_signals_say_that_finished_layers_are_kept(cli, chat_model, text_file, tmp_path, monkeypatch, number):
-    from lowbit.pipeline.job import Job
+    from lowbit.quantization.calibrated.job import Job
 
     real = Job.commit
 

@@ -17,7 +17,7 @@ import lowbit
 from lowbit.cli.main import app
 from lowbit.conversion.formats import convert, dequantize
 from lowbit.errors import InputError, UsageError
-from lowbit.pipeline.calibrated import Seen
+from lowbit.quantization.calibrated.layer import Seen
 from lowbit.quantizers import rtn
 from lowbit.ranges import RangeObserver
 from lowbit.scheme import Recipe, Scheme

@@ -27,7 +27,7 @@ import lowbit
 from lowbit.errors import LowbitError
 from lowbit.formats.compressed_tensors import unpack_weight
 from lowbit.pipeline import quantize
-from lowbit.pipeline.job import Job
+from lowbit.quantization.calibrated.job import Job
 
 conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles what a forked process needs, once
 IDS = token_ids(8 * 32).view(8, 32)

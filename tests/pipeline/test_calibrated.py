@@ -11,8 +11,9 @@ from runs import IDS, dense_model, dense_tensors, gptq, logits, names
 
 import lowbit
 from lowbit.errors import UsageError
-from lowbit.pipeline import calibrate, calibrated
-from lowbit.pipeline.layers import LayeredModel
+from lowbit.quantization.calibrated import layer as calibrated
+from lowbit.quantization.calibrated import run as calibrate
+from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantizers import QUANTIZERS
 
 MANY = token_ids(8 * 64).view(8, 64)  # few enough for some experts of every model to be cold

@@ -24,7 +24,7 @@ from runs import (
 from safetensors.torch import load_file, save_file
 
 import lowbit
-from lowbit.pipeline.job import Job
+from lowbit.quantization.calibrated.job import Job
 from lowbit.quantizers import QUANTIZERS
 
 pytestmark = pytest.mark.skipif(

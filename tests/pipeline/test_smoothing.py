@@ -17,7 +17,7 @@ import lowbit
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, skeleton
 from lowbit.errors import UsageError
-from lowbit.pipeline.smoothing import recorded_edits, scaled
+from lowbit.quantization.calibrated.smoothing import recorded_edits, scaled
 from lowbit.sources import load_config
 
 CHANNELS = (3, 17, 40)  # of the outliers

@@ -17,12 +17,12 @@ from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
 from lowbit.errors import InputError
 from lowbit.grid import dequantize
 from lowbit.memory import return_freed
-from lowbit.pipeline.layers import LayeredModel
 from lowbit.pipeline.plan import Plan, Step, statistics
-from lowbit.pipeline.ranks import Ranks
 from lowbit.pipeline.report import layer_entry, weight_error
-from lowbit.pipeline.streams import Streams, StreamsWriter
-from lowbit.pipeline.targets import Target, targets
+from lowbit.quantization.calibrated.model import LayeredModel
+from lowbit.quantization.calibrated.ranks import Ranks
+from lowbit.quantization.calibrated.streams import Streams, StreamsWriter
+from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
 from lowbit.ranges import RangeObserver
