@@ -15,7 +15,7 @@ from lowbit.bench.traffic import bytes_per_second, cache_bytes, extra_memory, mo
 from lowbit.errors import InputError, first_line
 from lowbit.experts import expert_weights
 from lowbit.linear import LowbitLinear
-from lowbit.pipeline.memory import available_memory
+from lowbit.quantization.memory import available_memory
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lowbit.errors import InputError, UsageError
 from lowbit.hf import load
 from lowbit.opened import summarize
 from lowbit.pipeline import dequantize, quantize
-from lowbit.pipeline.memory import available_memory
+from lowbit.quantization.memory import available_memory
 from lowbit.safe_files import copy_file
 from lowbit.scheme import Scheme
 from lowbit.sources import REFERENCE, load_config, resolve

@@ -60,7 +60,7 @@ def evaluate(
     from lowbit.eval.compare import starts_with_bos
     from lowbit.generation.stream import load_tokenizer
     from lowbit.hf import load
-    from lowbit.pipeline.report import load_report, now, save_report
+    from lowbit.quantization.report import load_report, now, save_report
     from lowbit.sources import load_config, resolve
 
     quiet_transformers()

@@ -22,9 +22,9 @@ from lowbit.conversion.mlx import export_mlx
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import FORMATS, get_format
 from lowbit.grid import dequantize as dense_matrix
-from lowbit.pipeline.plan import output_name
 from lowbit.pipeline.source import QuantizedFolder
-from lowbit.pipeline.write import read_checked, write_configs
+from lowbit.quantization.plan import output_name
+from lowbit.quantization.write import read_checked, write_configs
 from lowbit.qweight import QuantWeight
 from lowbit.safe_files import write_whole
 from lowbit.scheme import Scheme

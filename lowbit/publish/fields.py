@@ -37,7 +37,7 @@ class _Recipe:
 
 @dataclass(frozen=True)
 class ReportFields:
-    """Of lowbit_report.json, which `lowbit.pipeline.report.Report` writes."""
+    """Of lowbit_report.json, which `lowbit.quantization.report.Report` writes."""
 
     source: str | None = None
     source_revision: str | None = None

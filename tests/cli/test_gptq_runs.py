@@ -264,7 +264,7 @@ def test_a_finished_output_is_not_touched(refused, done, chat_model, ids_file, t
 
 
 def test_other_settings_are_refused(cli, refused, done, source, ids_file, tmp_path, monkeypatch):
-    from lowbit.pipeline import run
+    from lowbit.quantization import run
 
     command = ["quantize", source, "-o", tmp_path / "out", *SMALL, "--dataset", ids_file]
     with monkeypatch.context() as patched:  # everything is done but for the output

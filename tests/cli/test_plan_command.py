@@ -10,7 +10,7 @@ from publish.hub import Repo, running_hub
 
 import lowbit
 from lowbit.errors import InputError, UsageError
-from lowbit.pipeline import forecast
+from lowbit.quantization import forecast
 
 CASES = {
     "llama": {},

@@ -167,7 +167,7 @@ def test_little_memory_in_a_process_of_its_own(chat_model, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_signal_after_the_last_rename_is_too_late(cli, chat_model, text_file, tmp_path, monkeypatch, number, method):
-    from lowbit.pipeline import run
+    from lowbit.quantization import run
 
     real = run.StagedFolder.commit
 

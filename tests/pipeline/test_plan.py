@@ -5,7 +5,7 @@ from models import save_tiny, tiny_config
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import skeleton
-from lowbit.pipeline.plan import make_plan
+from lowbit.quantization.plan import make_plan
 from lowbit.scheme import Recipe, Scheme
 
 

@@ -11,7 +11,7 @@ from runs import quick_gptq, stop_after_layers
 
 import lowbit
 from lowbit.errors import InputError, OutputError
-from lowbit.pipeline.report import load_report, save_report
+from lowbit.quantization.report import load_report, save_report
 
 KEYS = {
     "lowbit", "date", "source", "source_revision", "recipe", "format", "command", "versions", "machine", "seconds",

@@ -18,7 +18,7 @@ from lowbit.checkpoint.layout import StoredTensor, TensorInfo, read_header
 from lowbit.checkpoint.reader import SINGLE_NAME
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import InputError, OutputError
-from lowbit.pipeline.plan import Step
+from lowbit.quantization.plan import Step
 from lowbit.reading import open_regular, read_json
 from lowbit.records import record, shown
 

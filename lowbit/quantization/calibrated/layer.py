@@ -17,12 +17,12 @@ from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
 from lowbit.errors import InputError
 from lowbit.grid import dequantize
 from lowbit.memory import return_freed
-from lowbit.pipeline.plan import Plan, Step, statistics
-from lowbit.pipeline.report import layer_entry, weight_error
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.streams import Streams, StreamsWriter
 from lowbit.quantization.calibrated.targets import Target, targets
+from lowbit.quantization.plan import Plan, Step, statistics
+from lowbit.quantization.report import layer_entry, weight_error
 from lowbit.quantizers import get_quantizer
 from lowbit.qweight import QuantWeight
 from lowbit.ranges import RangeObserver

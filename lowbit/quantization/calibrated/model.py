@@ -14,7 +14,7 @@ from torch import nn
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, decoder_layers, skeleton
 from lowbit.errors import InputError, LowbitError, first_line
-from lowbit.pipeline.write import read_checked
+from lowbit.quantization.write import read_checked
 from lowbit.transformers_api import load_tensors
 
 

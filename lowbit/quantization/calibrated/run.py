@@ -20,10 +20,6 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
 from lowbit.grid import dequantize
-from lowbit.pipeline.memory import available_memory, expected_peak, held_between_stages, peak_memory
-from lowbit.pipeline.plan import Plan, Step, statistics
-from lowbit.pipeline.report import Report
-from lowbit.pipeline.write import Progress, read_checked
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.layer import LayerRun, quantize_layer
 from lowbit.quantization.calibrated.model import LayeredModel
@@ -31,6 +27,10 @@ from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.smoothing import Smoothed, Smoother, recorded_edits, scaled
 from lowbit.quantization.calibrated.streams import NoStreams, Streams, StreamsWriter
 from lowbit.quantization.calibrated.targets import Target, targets
+from lowbit.quantization.memory import available_memory, expected_peak, held_between_stages, peak_memory
+from lowbit.quantization.plan import Plan, Step, statistics
+from lowbit.quantization.report import Report
+from lowbit.quantization.write import Progress, read_checked
 from lowbit.qweight import QuantWeight
 from lowbit.safe_files import remove, write_whole
 from lowbit.scheme import Recipe, names_module

@@ -18,11 +18,11 @@ from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError
 from lowbit.grid import dequantize, quantize_nearest
-from lowbit.pipeline.plan import Plan, Step
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.streams import NoStreams, Streams
 from lowbit.quantization.calibrated.targets import Target, targets
+from lowbit.quantization.plan import Plan, Step
 from lowbit.transformers_api import tied_weights
 
 # Of the first sample: enough to see what listens to what

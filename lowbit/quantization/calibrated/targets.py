@@ -12,7 +12,7 @@ from torch import nn
 
 from lowbit.discovery import CheckpointNames
 from lowbit.errors import InputError
-from lowbit.pipeline.plan import Step
+from lowbit.quantization.plan import Step
 
 
 @dataclass(frozen=True)

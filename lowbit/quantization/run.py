@@ -13,13 +13,13 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.conversion.dtype import is_dtype
 from lowbit.discovery import skeleton
 from lowbit.errors import UsageError
-from lowbit.pipeline.memory import peak_memory
-from lowbit.pipeline.plan import Plan, make_plan
-from lowbit.pipeline.report import Report, save_report
-from lowbit.pipeline.write import Progress, write_checkpoint
 from lowbit.quantization.calibrated.job import clear_finished
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.run import Calibration, calibrate, needs_data
+from lowbit.quantization.memory import peak_memory
+from lowbit.quantization.plan import Plan, make_plan
+from lowbit.quantization.report import Report, save_report
+from lowbit.quantization.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options
 from lowbit.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
 from lowbit.sources import check_apart, load_config, recorded_name, resolve

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.discovery import decoder_layers
-from lowbit.pipeline.memory import available_memory, expected_peak, held_between_stages, peak_memory
-from lowbit.pipeline.plan import Plan, Step, statistics
+from lowbit.quantization.memory import available_memory, expected_peak, held_between_stages, peak_memory
+from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantizers import get_quantizer
 from lowbit.scheme import Recipe
 

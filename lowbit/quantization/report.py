@@ -15,7 +15,7 @@ from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.side_files import refuse_foreign
 from lowbit.errors import InputError
 from lowbit.grid import dequantize
-from lowbit.pipeline.plan import Plan, Step
+from lowbit.quantization.plan import Plan, Step
 from lowbit.qweight import QuantWeight
 from lowbit.reading import read_json
 from lowbit.records import record

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lowbit.pipeline.plan import Step
+from lowbit.quantization.plan import Step
 
 # float32 matrices the size of the weight that a solver holds at a time, and float64 matrices the size of its Hessian
 _WEIGHTS_AT_A_TIME, _HESSIANS_AT_A_TIME = 6, 5

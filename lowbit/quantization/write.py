@@ -14,8 +14,8 @@ from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.errors import OutputError
 from lowbit.formats import get_format
-from lowbit.pipeline.plan import Plan, Step
-from lowbit.pipeline.report import Report, weight_error
+from lowbit.quantization.plan import Plan, Step
+from lowbit.quantization.report import Report, weight_error
 from lowbit.quantizers import get_quantizer
 from lowbit.safe_files import write_whole
 from lowbit.scheme import Recipe
