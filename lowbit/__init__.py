@@ -9,8 +9,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Scheme": "lowbit.scheme:Scheme",
-    "Recipe": "lowbit.scheme:Recipe",
+    "Scheme": "lowbit.numerics.scheme:Scheme",
+    "Recipe": "lowbit.numerics.scheme:Recipe",
     "LowbitError": "lowbit.errors:LowbitError",
     "LowbitConfig": "lowbit.hf:LowbitConfig",
     "load": "lowbit.hf:load",

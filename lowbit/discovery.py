@@ -17,8 +17,8 @@ from torch.func import functional_call
 
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.model_size import no_larger_than
+from lowbit.numerics.scheme import Recipe, Scheme, names_module
 from lowbit.records import shown
-from lowbit.scheme import Recipe, Scheme, names_module
 from lowbit.transformers_api import CheckpointNames, build
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model

@@ -7,10 +7,10 @@ from torch import nn
 
 from lowbit.backends import choose, get_backend
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.grid import dequantize
-from lowbit.qweight import QuantWeight
-from lowbit.reference import linear as reference_linear
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.reference import linear as reference_linear
+from lowbit.numerics.scheme import Scheme
 from lowbit.torch_api import buffer_dict, parameter_dict
 from lowbit.transformers_api import mark_loaded
 

@@ -17,8 +17,8 @@ from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.formats import detect_format, get_format
 from lowbit.formats.bitpack import unpack
-from lowbit.qweight import QuantWeight, input_grid
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight, input_grid
+from lowbit.numerics.scheme import Scheme
 
 _MOST_CODES = 16  # in a word of 32 bits, of 2 bits each
 # What other writers store in 32 or in 64 bits

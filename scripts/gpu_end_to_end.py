@@ -6,7 +6,7 @@ import torch
 from lowbit.bench.random_model import dense_model, quantized_model
 from lowbit.bench.rounds import Bench, Side
 from lowbit.bench.shapes import config_of
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 SHAPES, BATCHES, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = "llama-3.1-8b", (1, 16, 64), 512, 64, 3
 TINY = "tiny", (1, 2), 8, 4, 1

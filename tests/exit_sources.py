@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.conversion.export import ExitSource
-from lowbit.grid import dequantize
+from lowbit.numerics.grid import dequantize
 from lowbit.pipeline.source import QuantizedFolder
 
 

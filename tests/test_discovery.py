@@ -8,7 +8,7 @@ from torch import nn
 
 from lowbit.discovery import choose, decoder_layers, find_sites, model_class, skeleton
 from lowbit.errors import InputError, UsageError
-from lowbit.scheme import Recipe, Scheme
+from lowbit.numerics.scheme import Recipe, Scheme
 
 LINEAR = nn.functional.linear
 

@@ -17,8 +17,8 @@ from lowbit.experts import (
     restore_experts,
 )
 from lowbit.formats import compressed_tensors as ct
-from lowbit.grid import quantize_nearest
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.scheme import Scheme
 
 EXPERTS, OUT, IN = 3, 48, 64
 SCHEMES = [Scheme(4, 32), Scheme(3, 16, False), Scheme(8, -1), Scheme(2, 64, False)]

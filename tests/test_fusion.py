@@ -17,7 +17,7 @@ import lowbit
 from lowbit.backends import torch_cpu
 from lowbit.fusion import SharedProduct, share_products
 from lowbit.linear import LowbitLinear
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 # scheme, out_features of the members, in_features, dtype, act-order
 CASES = [

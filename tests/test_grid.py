@@ -7,10 +7,10 @@ import torch
 from covering import cover
 from weights import BITS, DTYPES, matrix, unit
 
-from lowbit import grid
-from lowbit.grid import dequantize, quantize_nearest
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics import grid
+from lowbit.numerics.grid import dequantize, quantize_nearest
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 # lowbit works in float32. In a scale are at most two roundings (a difference, a quotient), 2^-24 each; a code rounds a
 # quotient below 256, whose error in float32 is at most 256 * 2^-25 < 1e-5: only codes nearer to a tie may differ

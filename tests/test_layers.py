@@ -190,8 +190,8 @@ def test_source_tree(check):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("lowbit/grid.py", "import math, torch\nfrom lowbit.qweight import QuantWeight"),
-        ("lowbit/grid.py", "from lowbit import __version__, qweight"),
+        ("lowbit/numerics/grid.py", "import math, torch\nfrom lowbit.numerics.qweight import QuantWeight"),
+        ("lowbit/numerics/grid.py", "from lowbit import __version__, qweight"),
         ("lowbit/formats/awq.py", "from lowbit.formats import bitpack\nfrom .bitpack import pack\nfrom . import gptq"),
         ("lowbit/formats/awq.py", "from ..qweight import QuantWeight\nfrom .. import errors"),
         ("lowbit/formats/__init__.py", "FORMATS = {'gptq': 'lowbit.cli:main'}\nfrom .bitpack import pack"),
@@ -208,12 +208,12 @@ def test_imports_that_are_allowed(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("lowbit/grid.py", "import lowbit.cli"),
-        ("lowbit/grid.py", "from lowbit import pipeline"),
-        ("lowbit/grid.py", "from lowbit import quantize"),
-        ("lowbit/grid.py", "import lowbit"),
-        ("lowbit/grid.py", "from lowbit.reference import linear"),
-        ("lowbit/grid.py", "def f():\n    from lowbit.hf.load import load"),
+        ("lowbit/numerics/grid.py", "import lowbit.cli"),
+        ("lowbit/numerics/grid.py", "from lowbit import pipeline"),
+        ("lowbit/numerics/grid.py", "from lowbit import quantize"),
+        ("lowbit/numerics/grid.py", "import lowbit"),
+        ("lowbit/numerics/grid.py", "from lowbit.numerics.reference import linear"),
+        ("lowbit/numerics/grid.py", "def f():\n    from lowbit.hf.load import load"),
         ("lowbit/quantizers/rtn.py", "from ..formats import gptq"),
         ("lowbit/quantizers/rtn.py", "from .. import linear"),
         ("lowbit/backends/__init__.py", "from ..linear import LowbitLinear"),

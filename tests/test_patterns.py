@@ -73,7 +73,7 @@ def test_what_is_no_regular_expression(pattern):
     ],
 )
 def test_configs_of_checkpoints_are_bounded(format, change, monkeypatch):
-    from lowbit.scheme import Scheme
+    from lowbit.numerics.scheme import Scheme
 
     monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.05)
     fmt = get_format(format)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from lowbit.qweight import QuantWeight, input_grid
-from lowbit.ranges import RangeObserver, affine, dequantize, quantize, quantize_input
-from lowbit.reference import linear
-from lowbit.scheme import ACTIVATION_RANGES, BITS, Activations, Scheme
+from lowbit.numerics.activations import RangeObserver, affine, dequantize, quantize, quantize_input
+from lowbit.numerics.qweight import QuantWeight, input_grid
+from lowbit.numerics.reference import linear
+from lowbit.numerics.scheme import ACTIVATION_RANGES, BITS, Activations, Scheme
 
 STATIC = {sym: Activations(8, sym, "tensor") for sym in (True, False)}
 DYNAMIC = {sym: Activations(8, sym, "token") for sym in (True, False)}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lowbit.errors import UsageError
-from lowbit.scheme import BITS, GROUP_SIZES, TENSOR, TOKEN, Activations, Recipe, Scheme
+from lowbit.numerics.scheme import BITS, GROUP_SIZES, TENSOR, TOKEN, Activations, Recipe, Scheme
 
 NAMES = {
     "W4A16": Scheme(4, 128, True),

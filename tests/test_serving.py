@@ -9,7 +9,7 @@ from folders import ROOT
 from models import ARCHITECTURES, tiny_config
 
 from lowbit.discovery import choose, find_sites, skeleton
-from lowbit.scheme import Recipe, Scheme
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.serving import COLUMN, ROW, RULES, Module, fused_units, modules_of, splits, verdicts
 
 G128 = Scheme()

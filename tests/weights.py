@@ -2,8 +2,8 @@
 
 import torch
 
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, -1)
@@ -30,7 +30,7 @@ def random_quantized(scheme: Scheme, out_features: int, in_features: int, dtype=
 
 
 def matrix(qweight: QuantWeight) -> torch.Tensor:
-    """float64 [N, K] = (code - zero) * scale, exact, written apart from lowbit.grid."""
+    """float64 [N, K] = (code - zero) * scale, exact, written apart from lowbit.numerics.grid."""
     in_features, groups = qweight.codes.shape[1], qweight.scales.shape[1]
     group_of = torch.tensor([k * groups // in_features for k in range(in_features)])
     if qweight.g_idx is not None:

@@ -22,7 +22,7 @@ from importlib import import_module
 import torch
 
 from lowbit.errors import BackendError, UsageError
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 logger = logging.getLogger("lowbit")
 

@@ -9,10 +9,10 @@ groups are scaled before they are multiplied, and rounded as float32 rounds.
 
 import torch
 
-from lowbit.grid import dequantize
-from lowbit.qweight import QuantWeight, input_grid
-from lowbit.ranges import quantize_input
-from lowbit.scheme import Scheme
+from lowbit.numerics.activations import quantize_input
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight, input_grid
+from lowbit.numerics.scheme import Scheme
 
 # Elements of a weight that are converted at a time: small enough to stay in cache until they are multiplied
 _BLOCK_ELEMENTS = 2**20

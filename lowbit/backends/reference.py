@@ -1,7 +1,7 @@
 """The definition, run as it is written: correct for every scheme, dtype and device, fast for none."""
 
-from lowbit.qweight import QuantWeight, input_grid
-from lowbit.reference import linear as reference_linear
+from lowbit.numerics.qweight import QuantWeight, input_grid
+from lowbit.numerics.reference import linear as reference_linear
 
 
 def available():

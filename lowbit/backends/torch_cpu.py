@@ -15,9 +15,9 @@ from functools import cache
 import torch
 
 from lowbit.backends import dense
-from lowbit.grid import dequantize
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import PER_CHANNEL, Scheme
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import PER_CHANNEL, Scheme
 
 _OP_GROUPS = (256, 128, 64, 32)
 # The kernels work on whole vectors of the widest instruction set and do not check their bounds: bf16 int8pack with

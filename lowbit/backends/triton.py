@@ -5,8 +5,8 @@ from functools import cache
 import torch
 
 from lowbit.errors import first_line
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import PER_CHANNEL
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import PER_CHANNEL
 
 # Tests set it: kernels then run on the CPU, in triton's interpreter (TRITON_INTERPRET=1)
 INTERPRETED = False

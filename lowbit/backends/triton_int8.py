@@ -6,7 +6,7 @@ import torch
 
 from lowbit.backends import triton
 from lowbit.errors import first_line
-from lowbit.qweight import QuantWeight, input_grid
+from lowbit.numerics.qweight import QuantWeight, input_grid
 
 available = triton.available
 # Of the trial of a GPU: rows for few and for many, a weight, and far more error than rounding makes

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import UsageError
+from lowbit.numerics.scheme import Scheme
 from lowbit.pipeline import quantize
-from lowbit.scheme import Scheme
 
 
 @dataclass(frozen=True)

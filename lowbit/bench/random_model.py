@@ -10,7 +10,7 @@ from lowbit.experts import QuantizedExperts, finish_experts, quantize_experts
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.fusion import share_products
 from lowbit.linear import LowbitLinear
-from lowbit.scheme import Recipe, Scheme
+from lowbit.numerics.scheme import Recipe, Scheme
 
 # Values do not change how long a product takes: this many random ones, over and over
 _BLOCK = 2**22

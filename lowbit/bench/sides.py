@@ -15,11 +15,11 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, UsageError
 from lowbit.hf import load
+from lowbit.numerics.scheme import Scheme
 from lowbit.opened import summarize
 from lowbit.pipeline import dequantize, quantize
 from lowbit.quantization.memory import available_memory
 from lowbit.safe_files import copy_file
-from lowbit.scheme import Scheme
 from lowbit.sources import REFERENCE, load_config, resolve
 
 LOWBIT = "lowbit"

@@ -30,7 +30,7 @@ from lowbit.cli.common import (
 from lowbit.cli.ending import interrupted_once
 from lowbit.cli.terminal import console, print_json, status, table
 from lowbit.errors import LowbitError, OutputError, UsageError
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 _PACKAGES = ("lowbit", "torch", "transformers", "triton", "bitsandbytes", "torchao", "gptqmodel")
 

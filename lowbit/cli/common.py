@@ -90,7 +90,7 @@ def head_scheme(asked: bool, scheme: str | None) -> str | None:
     """The scheme that --lm-head and --lm-head-scheme stand for."""
     if scheme is not None and not asked:
         raise UsageError("--lm-head-scheme says how --lm-head quantizes: pass both")
-    from lowbit.scheme import HEAD_SCHEME
+    from lowbit.numerics.scheme import HEAD_SCHEME
 
     return (scheme or HEAD_SCHEME.name) if asked else None
 

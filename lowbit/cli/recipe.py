@@ -6,7 +6,7 @@ import typer
 
 from lowbit.cli.common import head_scheme
 from lowbit.errors import UsageError
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 SchemeOption = Annotated[
     str | None,

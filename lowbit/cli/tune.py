@@ -83,8 +83,8 @@ def _counts(rows: str) -> list[int]:
 
 def _weights(what: str, scheme: str | None, revision: str | None) -> list:
     """Distinct (Scheme, (out_features, in_features)): the shapes in `what`, or of a model's quantized layers."""
+    from lowbit.numerics.scheme import Scheme
     from lowbit.opened import summarize
-    from lowbit.scheme import Scheme
     from lowbit.sources import resolve
 
     if _SHAPES.fullmatch(what):

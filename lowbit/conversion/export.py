@@ -14,8 +14,8 @@ import torch
 from lowbit.checkpoint import TensorInfo
 from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 _EXPERT = re.compile(r"(?P<list>.+\.experts)\.(?P<number>\d+)\.(?P<projection>.+)")
 

@@ -21,13 +21,13 @@ from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import FORMATS, get_format
-from lowbit.grid import dequantize as dense_matrix
+from lowbit.numerics.grid import dequantize as dense_matrix
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 from lowbit.pipeline.source import QuantizedFolder
 from lowbit.quantization.plan import output_name
 from lowbit.quantization.write import read_checked, write_configs
-from lowbit.qweight import QuantWeight
 from lowbit.safe_files import write_whole
-from lowbit.scheme import Scheme
 from lowbit.sources import check_apart
 from lowbit.stored import StoredWeight, StoredWeights
 

@@ -13,7 +13,7 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.conversion.export import Entry, ExitSource, OnPlan, entries, refuse_transposed
 from lowbit.errors import InputError, OutputError
 from lowbit.formats import mlx
-from lowbit.qweight import QuantWeight
+from lowbit.numerics.qweight import QuantWeight
 from lowbit.safe_files import write_whole
 
 # What mlx-lm calls the parts of the parameters that transformers fuses

@@ -11,8 +11,8 @@ bytes and change no number. Which type holds an asymmetric weight is for its num
 import torch
 
 from lowbit.errors import InputError
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 BLOCK = 32
 

@@ -12,8 +12,8 @@ import torch
 
 from lowbit.errors import InputError
 from lowbit.formats.bitpack import pack as pack_bits
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 SUFFIXES = ("weight", "scales", "biases")
 GROUP_SIZES = (32, 64, 128)

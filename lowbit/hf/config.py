@@ -6,8 +6,8 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.errors import UsageError
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.quantizers import checked_options
-from lowbit.scheme import Recipe, Scheme
 
 
 @register_quantization_config("lowbit")

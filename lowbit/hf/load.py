@@ -10,9 +10,9 @@ from lowbit.formats import detect_format
 from lowbit.hf.head import quantize_head
 from lowbit.hf.quiet import quiet_transformers
 from lowbit.model_size import no_larger_than
+from lowbit.numerics.scheme import Scheme
 from lowbit.opened import OpenedFolder
 from lowbit.read_ahead import read_ahead
-from lowbit.scheme import Scheme
 from lowbit.sources import load_config, resolve
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do

@@ -34,8 +34,8 @@ from lowbit.hf.config import LowbitConfig
 from lowbit.hf.foreign import StoredModel, merges_experts
 from lowbit.linear import LowbitLinear
 from lowbit.memory import return_freed
+from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import get_quantizer
-from lowbit.scheme import Scheme
 from lowbit.transformers_api import (
     ignore_unexpected,
     keep_dimensions,

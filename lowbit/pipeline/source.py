@@ -11,9 +11,9 @@ from lowbit.checkpoint import TensorInfo
 from lowbit.conversion.export import ExitSource
 from lowbit.discovery import Site, named_in_config
 from lowbit.errors import InputError
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 from lowbit.opened import OpenedFolder
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
 from lowbit.sources import resolve
 from lowbit.stored import StoredWeight
 

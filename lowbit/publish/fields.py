@@ -26,7 +26,7 @@ class QualityFields:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """The names and patterns of it; `lowbit.scheme` checks the rest."""
+    """The names and patterns of it; `lowbit.numerics.scheme` checks the rest."""
 
     scheme: dict
     method: str

@@ -13,10 +13,10 @@ from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
 from lowbit.formats import get_format
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.opened import without_parameter
 from lowbit.quantizers import get_quantizer
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Recipe, Scheme
 
 _SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -14,9 +14,9 @@ from lowbit import __version__
 from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.side_files import refuse_foreign
 from lowbit.errors import InputError
-from lowbit.grid import dequantize
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight
 from lowbit.quantization.plan import Plan, Step
-from lowbit.qweight import QuantWeight
 from lowbit.reading import read_json
 from lowbit.records import record
 from lowbit.safe_files import write_whole

@@ -35,10 +35,10 @@ from functools import cache
 
 import torch
 
-from lowbit.grid import quantize_nearest
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import Between
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
 
 logger = logging.getLogger("lowbit")
 

@@ -1,7 +1,7 @@
 """Round to nearest: each weight goes to the closest point of its group's grid. No data, no solver, seconds."""
 
-from lowbit.grid import quantize_nearest
-from lowbit.scheme import SCALE_SEARCHES
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.scheme import SCALE_SEARCHES
 
 OPTIONS = {"scale_search": SCALE_SEARCHES}
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from lowbit.discovery import CheckpointNames, Site, find_sites
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 from lowbit.serving.rules import COLUMN, ROW, Module
 from lowbit.transformers_api import tensor_parallel_plan
 from lowbit.upstream import MissingNameError

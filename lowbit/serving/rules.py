@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lowbit.scheme import PER_CHANNEL, TENSOR, Activations, Scheme
+from lowbit.numerics.scheme import PER_CHANNEL, TENSOR, Activations, Scheme
 
 RANKS = (1, 2, 4, 8)  # sizes of tensor parallelism that a verdict is about
 COLUMN, ROW = "column", "row"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lowbit.scheme import PER_CHANNEL, Activations
+from lowbit.numerics.scheme import PER_CHANNEL, Activations
 from lowbit.serving.rules import COLUMN, PACKED, ROW, RULES, Kernel, Module, Rule
 
 

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 
 import torch
 
-from lowbit.grid import dequantize, quantize_nearest
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import dequantize, quantize_nearest
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 # Times the error of rounding. A zero point that is off by one adds a whole step to the 1 / sqrt(12) of a step that
 # rounding loses: a factor of sqrt(13) = 3.6

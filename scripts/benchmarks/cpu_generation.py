@@ -28,7 +28,7 @@ from lowbit.bench.random_model import dense_model
 from lowbit.bench.shapes import config_of
 from lowbit.bench.sides import save_random
 from lowbit.bench.traffic import model_bytes
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 SCHEME, BASELINE = Scheme(4, 128), "transformers bf16"
 SHORT, NEW, LONG = 16, 33, 512

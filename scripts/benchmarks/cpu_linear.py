@@ -12,8 +12,8 @@ import torch
 from common import save, timed
 
 from lowbit.backends import native, torch_cpu
-from lowbit.grid import quantize_nearest
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.scheme import Scheme
 
 SIZE, COPIES = 4096, 8
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 512)

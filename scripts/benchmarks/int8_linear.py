@@ -11,8 +11,8 @@ import torch
 from common import save, timed
 
 from lowbit.backends import int8_cpu, native
-from lowbit.grid import quantize_nearest
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.scheme import Scheme
 
 SIZE, COPIES = 4096, 2
 ROWS = (1, 16, 256, 2048)

@@ -17,7 +17,7 @@ from lowbit.bench.traffic import model_bytes
 from lowbit.calibration.data import token_stream
 from lowbit.eval import evaluate
 from lowbit.generation.stream import load_tokenizer
-from lowbit.scheme import ACTIVATION_RANGES
+from lowbit.numerics.scheme import ACTIVATION_RANGES
 from lowbit.stored import summarize
 
 MSE, GPTQ = {"options": {"scale_search": "mse"}}, {"method": "gptq"}

@@ -17,7 +17,7 @@ from lowbit.bench.loops import lowbit_loop, prompts
 from lowbit.bench.random_model import dense_model, quantized_model
 from lowbit.bench.shapes import config_of
 from lowbit.bench.traffic import model_bytes
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 SHAPES, LAYERS, VOCABULARY = "llama-3.2-1b", 2, 1024
 DENSE = {"FP32": torch.float32, "BF16": torch.bfloat16, "FP16": torch.float16}

@@ -12,10 +12,10 @@ from weights import BITS, DTYPES, SCHEMES, assert_same, matrix, random_quantized
 from lowbit import backends
 from lowbit.backends import BACKENDS, choose, get_backend
 from lowbit.errors import BackendError, UsageError
-from lowbit.grid import quantize_nearest
 from lowbit.linear import LowbitLinear
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 # (N, K): one output, blocks of 16, 32 and 64 outputs with and without a rest, inputs off every multiple, long inputs
 SHAPES = [

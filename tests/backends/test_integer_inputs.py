@@ -6,10 +6,10 @@ from weights import assert_same, random_quantized
 
 from lowbit.backends import choose, int8_cpu, native
 from lowbit.linear import LowbitLinear
-from lowbit.qweight import QuantWeight, input_grid
-from lowbit.ranges import quantize_input
-from lowbit.reference import linear as definition
-from lowbit.scheme import BITS, TENSOR, TOKEN, Activations, Scheme
+from lowbit.numerics.activations import quantize_input
+from lowbit.numerics.qweight import QuantWeight, input_grid
+from lowbit.numerics.reference import linear as definition
+from lowbit.numerics.scheme import BITS, TENSOR, TOKEN, Activations, Scheme
 
 CPU = torch.device("cpu")
 EVERY = [Activations(8, sym, strategy) for sym in (True, False) for strategy in (TOKEN, TENSOR)]

@@ -14,7 +14,7 @@ from weights import matrix, random_quantized
 
 from lowbit.backends import native
 from lowbit.backends.native import build
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 SCHEMES = [Scheme(2, 16), Scheme(3, 32), Scheme(4, 128, False), Scheme(4, -1), Scheme(8, 64), Scheme(8, -1, False)]
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)

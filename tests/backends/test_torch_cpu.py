@@ -6,7 +6,7 @@ from covering import cover
 from weights import assert_same, matrix, random_quantized, unit
 
 from lowbit.backends import dense, torch_cpu
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 LAYOUTS = {
     "int4-sym": Scheme(4, 32),

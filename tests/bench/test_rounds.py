@@ -14,7 +14,7 @@ from lowbit.bench.rounds import Bench, Side, kernels
 from lowbit.bench.shapes import config_of
 from lowbit.bench.traffic import bytes_per_second, cache_bytes, extra_memory, model_bytes, step_bytes, tensor_bytes
 from lowbit.errors import UsageError
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 CPU = torch.device("cpu")
 CONFIG = config_of("tiny")

@@ -10,7 +10,7 @@ from lowbit.bench.traffic import model_bytes
 from lowbit.errors import InputError, UsageError
 from lowbit.experts import QuantizedExperts
 from lowbit.linear import LowbitLinear
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 # Parameters as their publishers count them, in billions
 PUBLISHED = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lowbit.calibration.smooth import Activations, Consumer, choose_scales, scales_of
-from lowbit.grid import dequantize, quantize_nearest
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import dequantize, quantize_nearest
+from lowbit.numerics.scheme import Scheme
 
 STEP = 1 / 8  # of exponents
 

@@ -8,7 +8,7 @@ from folders import save_chat_model, save_tokenizer, stored_tensors
 import lowbit
 from lowbit.discovery import choose, require_language_head, skeleton
 from lowbit.errors import InputError
-from lowbit.scheme import Recipe
+from lowbit.numerics.scheme import Recipe
 
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

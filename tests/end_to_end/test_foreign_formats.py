@@ -12,7 +12,7 @@ from lowbit.errors import InputError
 from lowbit.formats.bitpack import unpack
 from lowbit.hf import loading_config
 from lowbit.linear import LowbitLinear
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 
 def logits(model):

@@ -17,10 +17,10 @@ import lowbit
 from lowbit.cli.main import app
 from lowbit.conversion.formats import convert, dequantize
 from lowbit.errors import InputError, UsageError
+from lowbit.numerics.activations import RangeObserver
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.quantization.calibrated.layer import Seen
 from lowbit.quantizers import rtn
-from lowbit.ranges import RangeObserver
-from lowbit.scheme import Recipe, Scheme
 from lowbit.verification.checks import static_checks
 
 NAMES = ("W8A8", "W8A8-STATIC", "W8A8-STATIC_SYM", "W8A8-DYNAMIC_ASYM", "W4A8-G32", "W4A8-CHANNEL-STATIC")

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 import lowbit
 from lowbit.errors import InputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.grid import dequantize
 from lowbit.hf.head import quantize_head
 from lowbit.linear import LowbitLinear
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import get_quantizer
-from lowbit.scheme import Scheme
 
 
 def logits(model):

@@ -16,8 +16,8 @@ from weights import BITS, DTYPES, as_loaded, assert_same, matrix, random_quantiz
 from lowbit.errors import InputError, LowbitError
 from lowbit.formats import compressed_tensors as ct
 from lowbit.formats import detect_format
-from lowbit.qweight import QuantWeight, input_grid
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight, input_grid
+from lowbit.numerics.scheme import Scheme
 
 # (N, K, group): rows that do not fill a word of zero points, inputs that do not fill a word of codes
 SHAPES = [(1, 32, 32), (7, 172, -1), (33, 96, 32), (5, 43, -1), (31, 64, 16), (1, 1, -1), (16, 512, 512)]

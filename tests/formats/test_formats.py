@@ -6,8 +6,8 @@ from weights import BITS, assert_same, old_words, random_quantized
 
 from lowbit.errors import InputError, UsageError
 from lowbit.formats import FORMATS, awq, compressed_tensors, detect_format, get_format, gptq
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 SCHEMES = [Scheme(bits, group, sym) for bits in BITS for group in (32, 128, -1) for sym in (True, False)]
 SHAPES = [(32, 128), (96, 384)]  # of outputs and inputs

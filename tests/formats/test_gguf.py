@@ -7,8 +7,8 @@ from weights import BITS, matrix, random_quantized
 
 from lowbit.errors import InputError
 from lowbit.formats import gguf as blocks
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 gguf = pytest.importorskip("gguf")
 

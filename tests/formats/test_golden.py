@@ -9,8 +9,8 @@ from weights import BITS, assert_same
 
 from lowbit.formats import compressed_tensors as ct
 from lowbit.formats import get_format
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "packed.json").read_text())
 ROWS, COLUMNS = 5, 48  # neither the codes nor the zero points fill whole words at every number of bits

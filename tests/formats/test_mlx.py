@@ -7,8 +7,8 @@ from weights import BITS, DTYPES, matrix, random_quantized
 
 from lowbit.errors import InputError
 from lowbit.formats import mlx
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 # (N, K, group): one row, rows that fill no word, groups that are the whole row
 SHAPES = [(1, 32, 32), (7, 96, 32), (5, 64, 64), (3, 384, 128), (33, 128, 128)]

@@ -13,7 +13,7 @@ from models import relative_error
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default for two cores is one, and then it raises
 gptqmodel = pytest.importorskip("gptqmodel")

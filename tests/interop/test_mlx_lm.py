@@ -9,7 +9,7 @@ from weights import BITS, matrix, random_quantized
 
 from lowbit.conversion.mlx import export_mlx
 from lowbit.formats import mlx as ours
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm.utils")

@@ -30,8 +30,8 @@ from lowbit.experts import (
     quantize_experts,
     restore_experts,
 )
-from lowbit.grid import quantize_nearest
-from lowbit.scheme import Scheme
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.scheme import Scheme
 
 EXPERTS, HIDDEN = 4, 64
 CONFIG = SimpleNamespace(

@@ -8,8 +8,8 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
+from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import checked_options, gptq
-from lowbit.scheme import Scheme
 from lowbit_kernels import gptq as kernels
 
 if not torch.cuda.is_available() and not knobs.runtime.interpret:

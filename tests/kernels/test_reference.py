@@ -6,9 +6,9 @@ import pytest
 import torch
 from weights import DTYPES, SCHEMES, matrix, random_quantized, unit
 
-from lowbit import reference
-from lowbit.grid import dequantize
-from lowbit.qweight import QuantWeight
+from lowbit.numerics import reference
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight
 from lowbit_kernels import reference as kernels
 
 

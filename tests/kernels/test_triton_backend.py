@@ -9,8 +9,8 @@ from weights import assert_same, matrix, random_quantized
 
 from lowbit.backends import choose, triton
 from lowbit.linear import LowbitLinear
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 CPU = torch.device("cpu")
 SCHEMES = [Scheme(4, 128), Scheme(4, 32, False), Scheme(8, 64), Scheme(8, -1, False), Scheme(3, 64), Scheme(2, 32)]

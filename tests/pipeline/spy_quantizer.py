@@ -1,6 +1,6 @@
 """A quantizer that keeps what it is given. It rounds, coarsely: what it gives back does not depend on the data."""
 
-from lowbit.grid import quantize_nearest
+from lowbit.numerics.grid import quantize_nearest
 from lowbit.quantizers import QUANTIZERS
 
 OPTIONS = {}

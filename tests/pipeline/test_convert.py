@@ -12,7 +12,7 @@ from weights import BITS
 import lowbit
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 UP = "model.layers.0.mlp.up_proj"
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from lowbit.conversion.mlx import export_mlx
 from lowbit.errors import InputError, OutputError
 from lowbit.formats.bitpack import unpack
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 
 def read_weights(folder) -> dict[str, torch.Tensor]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from weights import matrix
 
-from lowbit.grid import quantize_nearest
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import checked_options, get_quantizer
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
 from lowbit.verification.tolerance import difference
 
 GROUPS = (16, 128, -1)

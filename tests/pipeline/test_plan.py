@@ -5,8 +5,8 @@ from models import save_tiny, tiny_config
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import skeleton
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.quantization.plan import make_plan
-from lowbit.scheme import Recipe, Scheme
 
 
 def planned_config(folder, name, **options):

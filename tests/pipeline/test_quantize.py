@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 import lowbit
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats.compressed_tensors import pack, unpack_weight
-from lowbit.grid import dequantize
+from lowbit.numerics.grid import dequantize
 from lowbit.quantizers import rtn
 
 INDEX = "model.safetensors.index.json"

@@ -1,6 +1,6 @@
 """What a base model says of itself in its card, and a run in its report."""
 
-from lowbit.scheme import Recipe, Scheme
+from lowbit.numerics.scheme import Recipe, Scheme
 
 BASE_CARD = """---
 license: other

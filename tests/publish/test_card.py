@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.errors import InputError, UsageError
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.publish import Facts, model_card
 from lowbit.publish.facts import hub_id
-from lowbit.scheme import Recipe, Scheme
 
 
 def rendered(folder, repo_id="me/tiny", **known) -> ModelCard:

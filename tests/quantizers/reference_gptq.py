@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from lowbit.qweight import QuantWeight
+from lowbit.numerics.qweight import QuantWeight
 
 # lowbit feeds errors back in float32: a value this close to a tie (in steps of its scale), or an unrounded scale this
 # close to another stored value, may go either way

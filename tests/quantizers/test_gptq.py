@@ -12,10 +12,10 @@ from reference_gptq import heavy_tailed, inputs, second_moment
 from weights import BITS, DTYPES, matrix
 
 from lowbit.errors import UsageError
-from lowbit.grid import quantize_nearest
+from lowbit.numerics.grid import quantize_nearest
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import QUANTIZERS, checked_options, get_quantizer, gptq
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
 
 PAPER = {"order": "none", "scale_search": "minmax", "sweeps": 0, "drift": 0}
 DAMPING = checked_options("gptq", {})["damping"]

@@ -13,9 +13,9 @@ import torch
 
 from lowbit.backends import dense
 from lowbit.backends.native.build import Weight, library
-from lowbit.qweight import QuantWeight, input_grid
-from lowbit.ranges import quantize_input
-from lowbit.scheme import Scheme
+from lowbit.numerics.activations import quantize_input
+from lowbit.numerics.qweight import QuantWeight, input_grid
+from lowbit.numerics.scheme import Scheme
 
 # As in linear.c
 _ROWS, _LANES, _STEP = 4, 16, 256  # a step of integer inputs is longer: there are fewer

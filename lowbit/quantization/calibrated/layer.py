@@ -15,8 +15,11 @@ import torch
 from lowbit.calibration.moments import Moments
 from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
 from lowbit.errors import InputError
-from lowbit.grid import dequantize
 from lowbit.memory import return_freed
+from lowbit.numerics.activations import RangeObserver
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Recipe
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.streams import Streams, StreamsWriter
@@ -24,9 +27,6 @@ from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import layer_entry, weight_error
 from lowbit.quantizers import get_quantizer
-from lowbit.qweight import QuantWeight
-from lowbit.ranges import RangeObserver
-from lowbit.scheme import Recipe
 
 # An expert that saw fewer tokens than this is shown others, that were routed elsewhere
 _FEWEST_TOKENS = 256

@@ -19,7 +19,9 @@ from lowbit.calibration.samples import Samples, calibration_samples, checked_ids
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
-from lowbit.grid import dequantize
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Recipe, names_module
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.layer import LayerRun, quantize_layer
 from lowbit.quantization.calibrated.model import LayeredModel
@@ -31,9 +33,7 @@ from lowbit.quantization.memory import available_memory, expected_peak, held_bet
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import Report
 from lowbit.quantization.write import Progress, read_checked
-from lowbit.qweight import QuantWeight
 from lowbit.safe_files import remove, write_whole
-from lowbit.scheme import Recipe, names_module
 from lowbit.torch_api import cpu_has_bf16_products
 
 # Tokens in one forward pass: enough for matrix products to run at full speed

@@ -17,7 +17,7 @@ from lowbit.calibration.walk import Products, addresses
 from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError
-from lowbit.grid import dequantize, quantize_nearest
+from lowbit.numerics.grid import dequantize, quantize_nearest
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.streams import NoStreams, Streams

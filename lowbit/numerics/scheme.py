@@ -207,7 +207,7 @@ class Recipe:
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
     activation_range: how static schemes find the range of their inputs, "mse", "minmax" or "percentile"
-    (`lowbit.ranges`).
+    (`lowbit.numerics.activations`).
     """
 
     scheme: Scheme = field(default_factory=Scheme)

@@ -6,8 +6,8 @@ chosen, so that the codes are optimal for the grid that a reader will see.
 
 import torch
 
-from lowbit.qweight import QuantWeight
-from lowbit.scheme import Scheme
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 # Shrink factors tried by the MSE search: 1 is min-max. Below 0.4 no weight distribution we measured gains.
 _SHRINK_STEPS = 49

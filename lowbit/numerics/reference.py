@@ -2,9 +2,9 @@
 
 import torch
 
-from lowbit.grid import dequantize
-from lowbit.qweight import QuantWeight
-from lowbit.ranges import quantize_input
+from lowbit.numerics.activations import quantize_input
+from lowbit.numerics.grid import dequantize
+from lowbit.numerics.qweight import QuantWeight
 
 
 def linear(x: torch.Tensor, qweight: QuantWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ import math
 
 import torch
 
-from lowbit.scheme import Activations
+from lowbit.numerics.scheme import Activations
 
 # Of no more than this share of the values, half of it at either end, the percentile range takes no notice
 _OUTLIERS = 1e-4

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lowbit.scheme import Scheme
+from lowbit.numerics.scheme import Scheme
 
 
 def input_grid(scheme: Scheme) -> tuple[str, ...]:
