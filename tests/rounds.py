@@ -12,8 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lowbit
-from lowbit.experts import expert_weights
-from lowbit.linear import LowbitLinear
+from lowbit.layers.experts import expert_weights
+from lowbit.layers.linear import LowbitLinear
 
 SCHEME = lowbit.Scheme(4, 32, True)
 # What transformers calls the parts of a model that are not its language model

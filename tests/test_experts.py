@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from weights import matrix, random_quantized
 
-from lowbit.experts import (
+from lowbit.formats import compressed_tensors as ct
+from lowbit.layers.experts import (
     ExpertWeights,
     expert_weights,
     finish_experts,
@@ -16,7 +17,6 @@ from lowbit.experts import (
     quantize_experts,
     restore_experts,
 )
-from lowbit.formats import compressed_tensors as ct
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.scheme import Scheme
 

@@ -15,8 +15,8 @@ from weights import DTYPES, random_quantized
 
 import lowbit
 from lowbit.backends import torch_cpu
-from lowbit.fusion import SharedProduct, share_products
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
+from lowbit.layers.shared_product import SharedProduct, share_products
 from lowbit.numerics.scheme import Scheme
 
 # scheme, out_features of the members, in_features, dtype, act-order

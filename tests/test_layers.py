@@ -218,7 +218,7 @@ def test_imports_that_are_allowed(path, source):
         ("lowbit/quantizers/rtn.py", "from .. import linear"),
         ("lowbit/backends/__init__.py", "from ..linear import LowbitLinear"),
         ("lowbit/backends/reference.py", "import lowbit_kernels"),
-        ("lowbit/linear.py", "from lowbit_kernels.gemv import gemv"),
+        ("lowbit/layers/linear.py", "from lowbit_kernels.gemv import gemv"),
         ("lowbit/stray.py", "import torch"),
         ("lowbit_kernels/gemv.py", "from lowbit.errors import LowbitError"),
         ("lowbit_kernels/gemv.py", "import numpy"),
@@ -273,13 +273,13 @@ def test_patterns_that_are_refused(source):
     ],
 )
 def test_undocumented_names_of_other_packages_are_refused(source):
-    assert len(boundary_errors("lowbit/linear.py", source)) == 1
+    assert len(boundary_errors("lowbit/layers/linear.py", source)) == 1
     assert boundary_errors("lowbit/transformers_api.py", source) == []
 
 
 def test_own_private_names_are_allowed():
     source = "class A:\n    def _f(self):\n        self._x = other._x\n        return self._f, super()._apply(f)"
-    assert boundary_errors("lowbit/linear.py", source) == []
+    assert boundary_errors("lowbit/layers/linear.py", source) == []
     assert boundary_errors("lowbit/backends/torch_cpu.py", "torch.ops.aten._weight_int4pack_mm_for_cpu") == []
 
 

@@ -10,7 +10,7 @@ from weights import DTYPES, as_loaded, assert_same, matrix, random_quantized, un
 
 from lowbit.backends import choose
 from lowbit.formats import compressed_tensors as ct
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
 
 # Between them every backend and layout: int4, int4 with zeros, two int4, int8, off the kernels' multiples, one word

@@ -6,10 +6,10 @@ from torch import nn
 
 from lowbit.discovery import choose, skeleton
 from lowbit.errors import InputError
-from lowbit.experts import QuantizedExperts, finish_experts, quantize_experts
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.fusion import share_products
-from lowbit.linear import LowbitLinear
+from lowbit.layers.experts import QuantizedExperts, finish_experts, quantize_experts
+from lowbit.layers.linear import LowbitLinear
+from lowbit.layers.shared_product import share_products
 from lowbit.numerics.scheme import Recipe, Scheme
 
 # Values do not change how long a product takes: this many random ones, over and over

@@ -13,8 +13,8 @@ from lowbit.backends import get_backend
 from lowbit.bench.loops import LOOPS, Run, Timing, prompts
 from lowbit.bench.traffic import bytes_per_second, cache_bytes, extra_memory, model_bytes, step_bytes
 from lowbit.errors import InputError, first_line
-from lowbit.experts import expert_weights
-from lowbit.linear import LowbitLinear
+from lowbit.layers.experts import expert_weights
+from lowbit.layers.linear import LowbitLinear
 from lowbit.quantization.memory import available_memory
 
 

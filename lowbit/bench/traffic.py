@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lowbit.bench.random_model import stored_bytes
-from lowbit.experts import expert_weights
-from lowbit.linear import LowbitLinear
+from lowbit.layers.experts import expert_weights
+from lowbit.layers.linear import LowbitLinear
 from lowbit.safe_files import open_existing
 
 

@@ -22,7 +22,7 @@ class LowbitConfig(QuantizationConfigMixin):
     backend: the name of the one to run on, an error if it cannot;
     by default each layer takes the first that can. source: the `quantization_config` of a quantized checkpoint.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone.
-    fuse: linears that share an input share one product (lowbit.fusion).
+    fuse: linears that share an input share one product (lowbit.layers.shared_product).
 
     `to_dict` gives the config of the format that is saved (compressed-tensors), never one of lowbit's own.
     """

@@ -10,7 +10,7 @@ from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError, UsageError
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.quantizer import LowbitQuantizer
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import get_quantizer
 from lowbit.transformers_api import tied_weights, untie

@@ -2,7 +2,7 @@
 
 from lowbit.errors import UsageError
 from lowbit.hf.quantizer import dense_layer
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 
 # Ways to start an adapter that leave the base weight what it is; all others subtract what the adapter starts with
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")

@@ -19,7 +19,10 @@ from lowbit.checkpoint.computed import ComputedTensor, as_loaded
 from lowbit.checkpoint.layout import read_header
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites, named_in_config
 from lowbit.errors import InputError
-from lowbit.experts import (
+from lowbit.formats import compressed_tensors as packed_format
+from lowbit.hf.config import LowbitConfig
+from lowbit.hf.foreign import StoredModel, merges_experts
+from lowbit.layers.experts import (
     QuantizedExperts,
     expert_weights,
     finish_experts,
@@ -28,11 +31,8 @@ from lowbit.experts import (
     quantize_experts,
     restore_experts,
 )
-from lowbit.formats import compressed_tensors as packed_format
-from lowbit.fusion import share_products
-from lowbit.hf.config import LowbitConfig
-from lowbit.hf.foreign import StoredModel, merges_experts
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
+from lowbit.layers.shared_product import share_products
 from lowbit.memory import return_freed
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import get_quantizer

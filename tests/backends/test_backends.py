@@ -12,7 +12,7 @@ from weights import BITS, DTYPES, SCHEMES, assert_same, matrix, random_quantized
 from lowbit import backends
 from lowbit.backends import BACKENDS, choose, get_backend
 from lowbit.errors import BackendError, UsageError
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme

@@ -5,7 +5,7 @@ import torch
 from weights import assert_same, random_quantized
 
 from lowbit.backends import choose, int8_cpu, native
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.activations import quantize_input
 from lowbit.numerics.qweight import QuantWeight, input_grid
 from lowbit.numerics.reference import linear as definition

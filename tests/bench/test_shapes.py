@@ -8,8 +8,8 @@ from lowbit.bench.random_model import check_memory, dense_model, quantized_model
 from lowbit.bench.shapes import SHAPES, config_of
 from lowbit.bench.traffic import model_bytes
 from lowbit.errors import InputError, UsageError
-from lowbit.experts import QuantizedExperts
-from lowbit.linear import LowbitLinear
+from lowbit.layers.experts import QuantizedExperts
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
 
 # Parameters as their publishers count them, in billions

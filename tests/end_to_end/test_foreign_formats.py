@@ -11,7 +11,7 @@ import lowbit
 from lowbit.errors import InputError
 from lowbit.formats.bitpack import unpack
 from lowbit.hf import loading_config
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
 
 

@@ -11,7 +11,7 @@ import lowbit
 from lowbit.errors import InputError, UsageError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.hf.head import quantize_head
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import get_quantizer

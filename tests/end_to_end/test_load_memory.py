@@ -16,7 +16,7 @@ import lowbit
 from lowbit.backends import torch_cpu
 from lowbit.errors import InputError
 from lowbit.hf import loading_config
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,7 +72,7 @@ def test_a_backend_that_fails_in_the_middle_is_one_line(quantized, monkeypatch):
 _MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
-import lowbit, lowbit.hf.quantizer, lowbit.linear
+import lowbit, lowbit.hf.quantizer, lowbit.layers.linear
 from lowbit.memory import return_freed
 
 def anonymous():
@@ -94,7 +94,7 @@ sampler.start()
 model = lowbit.load(sys.argv[1], backend="torch_cpu", fuse=False)
 loaded.set()
 sampler.join()
-prepared = [module for module in model.modules() if isinstance(module, lowbit.linear.LowbitLinear)]
+prepared = [module for module in model.modules() if isinstance(module, lowbit.layers.linear.LowbitLinear)]
 print(json.dumps({
     "held": anonymous() - before,
     "peak": max(samples) - before,

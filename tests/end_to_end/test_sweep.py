@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import lowbit
 from lowbit.discovery import choose
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results" / "architectures.json"
 CAUSAL, SEQ2SEQ, VISION = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"

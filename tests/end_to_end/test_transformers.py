@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import lowbit
 from lowbit.errors import InputError, UsageError
 from lowbit.hf import LowbitConfig, enable_lora, loading_config
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 
 
 @pytest.fixture(scope="module")

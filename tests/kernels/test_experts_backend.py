@@ -22,7 +22,7 @@ import lowbit
 from lowbit import backends
 from lowbit.backends import triton
 from lowbit.errors import BackendError
-from lowbit.experts import (
+from lowbit.layers.experts import (
     QuantizedExperts,
     finish_experts,
     pack_experts,

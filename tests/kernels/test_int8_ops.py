@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from weights import assert_same, random_quantized
 
 from lowbit.backends import choose, kernels_for, triton, triton_int8
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics import reference as definition
 from lowbit.numerics.scheme import Scheme
 from lowbit_kernels import int8_layout, int8_ops, reference, select, tune

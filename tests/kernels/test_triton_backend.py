@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from weights import assert_same, matrix, random_quantized
 
 from lowbit.backends import choose, triton
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 

@@ -42,7 +42,7 @@ class LowbitLinear(nn.Module):
         self.wanted_backend = backend
         self.transposed = False  # stands in for a Conv1D
         self.backend: str | None = None
-        self.shared = None  # the product that it has in common with others (lowbit.fusion)
+        self.shared = None  # the product that it has in common with others (lowbit.layers.shared_product)
         self.packed_shapes = packed_format.shapes(scheme, out_features, in_features)
         if act_order:
             self.packed_shapes["weight_g_idx"] = ((in_features,), torch.int32)

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowbit.backends import get_backend
 from lowbit.errors import first_line
-from lowbit.linear import LowbitLinear
+from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.torch_api import version_of
 
