@@ -20,7 +20,7 @@ _PUBLIC = {
     "convert_dtype": "lowbit.pipeline:convert_dtype",
     "dequantize": "lowbit.pipeline:dequantize",
     "verify": "lowbit.eval:verify",
-    "resolve": "lowbit.sources:resolve",
+    "resolve": "lowbit.folders.locate:resolve",
 }
 __all__ = list(_PUBLIC)
 

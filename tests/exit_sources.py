@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.conversion.export import ExitSource
+from lowbit.folders.quantized import QuantizedFolder
 from lowbit.numerics.grid import dequantize
-from lowbit.pipeline.source import QuantizedFolder
 
 
 def open_source(folder) -> ExitSource:

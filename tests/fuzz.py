@@ -24,13 +24,13 @@ import lowbit
 from lowbit.calibration.data import shuffled
 from lowbit.conversion.dtype import converted_dtype
 from lowbit.errors import LowbitError
-from lowbit.opened import summarize
+from lowbit.folders.locate import load_config
+from lowbit.folders.opened import summarize
 from lowbit.publish.card import model_card
 from lowbit.publish.facts import Facts
 from lowbit.publish.page import render
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.report import load_report
-from lowbit.sources import load_config
 from lowbit.verification.checks import static_checks
 
 MISSING = object()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.cli.main import COMMANDS
-from lowbit.sources import resolve
+from lowbit.folders.locate import resolve
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,8 +11,8 @@ from weights import assert_same
 import lowbit
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError
+from lowbit.folders.stored import StoredWeights
 from lowbit.numerics.scheme import Scheme
-from lowbit.stored import StoredWeights
 
 UP = "model.layers.0.mlp.up_proj"
 

@@ -14,13 +14,13 @@ from lowbit.bench.shapes import config_of
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, UsageError
+from lowbit.folders.locate import REFERENCE, load_config, resolve
+from lowbit.folders.opened import summarize
 from lowbit.hf import load
 from lowbit.numerics.scheme import Scheme
-from lowbit.opened import summarize
 from lowbit.pipeline import dequantize, quantize
 from lowbit.quantization.memory import available_memory
 from lowbit.safe_files import copy_file
-from lowbit.sources import REFERENCE, load_config, resolve
 
 LOWBIT = "lowbit"
 

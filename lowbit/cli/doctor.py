@@ -108,8 +108,8 @@ def examine(model: str | None = None, revision: str | None = None, trust_remote_
 
 def generation_of_the_embedded_model() -> dict:
     """{"path", "why"}: what ran the steps of a few tokens, and why it was not what is fastest on this device."""
+    from lowbit.folders.locate import REFERENCE
     from lowbit.generation import open_session
-    from lowbit.sources import REFERENCE
 
     quiet_transformers()
     session = open_session(REFERENCE, device_map=default_device_map(None))
@@ -143,8 +143,8 @@ def _layers(model: str, revision: str | None, trust_remote_code: bool) -> tuple[
     """Distinct (Scheme, shape) of the quantized layers as they are once loaded, and the dtype they run in."""
     from lowbit.checkpoint import CheckpointReader
     from lowbit.discovery import CheckpointNames, skeleton
+    from lowbit.folders.locate import load_config, resolve
     from lowbit.hf.foreign import StoredModel
-    from lowbit.sources import load_config, resolve
 
     quiet_transformers()
     folder = resolve(model, revision)

@@ -58,10 +58,10 @@ def evaluate(
     from lowbit.discovery import require_language_head
     from lowbit.eval import evaluate as measure
     from lowbit.eval.compare import starts_with_bos
+    from lowbit.folders.locate import load_config, resolve
     from lowbit.generation.stream import load_tokenizer
     from lowbit.hf import load
     from lowbit.quantization.report import load_report, now, save_report
-    from lowbit.sources import load_config, resolve
 
     quiet_transformers()
     if save:
@@ -94,7 +94,7 @@ def evaluate(
 
 def _own_folder(name: str) -> Path:
     """The folder that MODEL is. Raises UsageError for one that belongs to the Hub's cache, or to lowbit."""
-    from lowbit.sources import REFERENCE
+    from lowbit.folders.locate import REFERENCE
 
     folder = Path(name).expanduser()
     if name == REFERENCE or not folder.is_dir():

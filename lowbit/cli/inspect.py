@@ -17,8 +17,8 @@ def inspect(
 ):
     """Show what is quantized and how, from headers alone."""
     name = one_model(model, model_option)
-    from lowbit.opened import summarize
-    from lowbit.sources import resolve
+    from lowbit.folders.locate import resolve
+    from lowbit.folders.opened import summarize
 
     summary = summarize(resolve(name, revision))
     if json:

@@ -83,9 +83,9 @@ def _counts(rows: str) -> list[int]:
 
 def _weights(what: str, scheme: str | None, revision: str | None) -> list:
     """Distinct (Scheme, (out_features, in_features)): the shapes in `what`, or of a model's quantized layers."""
+    from lowbit.folders.locate import resolve
+    from lowbit.folders.opened import summarize
     from lowbit.numerics.scheme import Scheme
-    from lowbit.opened import summarize
-    from lowbit.sources import resolve
 
     if _SHAPES.fullmatch(what):
         if revision is not None:

@@ -15,10 +15,10 @@ from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, file_bytes, parse_size
 from lowbit.errors import InputError, OutputError, UsageError
+from lowbit.folders.locate import check_apart, open_headers, resolve
 from lowbit.quantization.memory import peak_memory
 from lowbit.quantization.report import load_report, machine, now, save_report, versions, write_whole
 from lowbit.quantization.write import read_checked
-from lowbit.sources import check_apart, open_headers, resolve
 
 # What `--scheme` may say instead of a grid
 DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16}

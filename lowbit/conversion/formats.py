@@ -20,16 +20,16 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
 from lowbit.errors import InputError, OutputError, UsageError
+from lowbit.folders.locate import check_apart
+from lowbit.folders.quantized import QuantizedFolder
+from lowbit.folders.stored import StoredWeight, StoredWeights
 from lowbit.formats import FORMATS, get_format
 from lowbit.numerics.grid import dequantize as dense_matrix
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
-from lowbit.pipeline.source import QuantizedFolder
 from lowbit.quantization.plan import output_name
 from lowbit.quantization.write import read_checked, write_configs
 from lowbit.safe_files import write_whole
-from lowbit.sources import check_apart
-from lowbit.stored import StoredWeight, StoredWeights
 
 # Formats of other tools, which lowbit writes and does not read
 EXITS = ("mlx", "gguf")

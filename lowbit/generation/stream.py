@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 from lowbit.chat_template import chat_ids
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, first_line
+from lowbit.folders.locate import load_config, resolve
 from lowbit.generation.draft import Draft, check_same_tokens
 from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary, load
-from lowbit.sources import load_config, resolve
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 

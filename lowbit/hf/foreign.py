@@ -18,10 +18,10 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, Site, also_named, find_sites
 from lowbit.errors import InputError
+from lowbit.folders.stored import StoredWeight, StoredWeights
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.layers.experts import packed_name
 from lowbit.numerics.scheme import Scheme
-from lowbit.stored import StoredWeight, StoredWeights
 from lowbit.transformers_api import MergeModulelist
 
 # How the names of tensors end that a layer has no parameter for where they carry nothing

@@ -6,14 +6,14 @@ from lowbit.backends import get_backend
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
+from lowbit.folders.locate import load_config, resolve
+from lowbit.folders.opened import OpenedFolder
 from lowbit.formats import detect_format
 from lowbit.hf.head import quantize_head
 from lowbit.hf.quiet import quiet_transformers
 from lowbit.model_size import no_larger_than
 from lowbit.numerics.scheme import Scheme
-from lowbit.opened import OpenedFolder
 from lowbit.read_ahead import read_ahead
-from lowbit.sources import load_config, resolve
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
 _ELSEWHERE = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lowbit.discovery import find_sites
 from lowbit.errors import InputError
-from lowbit.pipeline.source import QuantizedFolder
+from lowbit.folders.quantized import QuantizedFolder
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 
 

@@ -17,8 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.side_files import side_files
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
+from lowbit.folders.opened import summarize
 from lowbit.numerics.scheme import Recipe, Scheme
-from lowbit.opened import summarize
 from lowbit.publish.fields import CardFields, ConfigFields, QualityFields, ReportFields
 from lowbit.publish.page_facts import mapping, text
 from lowbit.reading import read_bytes, read_json

@@ -12,10 +12,10 @@ from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
+from lowbit.folders.opened import without_parameter
 from lowbit.formats import get_format
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Recipe, Scheme
-from lowbit.opened import without_parameter
 from lowbit.quantizers import get_quantizer
 
 _SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -21,12 +21,12 @@ from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visi
 from lowbit.conversion.dtype import cast, converted_dtype
 from lowbit.discovery import choose
 from lowbit.errors import InputError, OutputError, UsageError
+from lowbit.folders.opened import OpenedFolder, without_parameter
+from lowbit.folders.stored import StoredWeight
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.numerics.scheme import Recipe
-from lowbit.opened import OpenedFolder, without_parameter
 from lowbit.quantization.calibrated.smoothing import recorded_edits, scaled
 from lowbit.quantization.report import load_report
-from lowbit.stored import StoredWeight
 from lowbit.transformers_api import ignored_if_missing, tied_weights
 from lowbit.verification.tolerance import difference
 

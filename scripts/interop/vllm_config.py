@@ -21,8 +21,8 @@ import torch
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, find_sites, skeleton
+from lowbit.folders.locate import load_config
 from lowbit.serving import fused_units
-from lowbit.sources import load_config
 
 
 def layer(class_name: str):

@@ -44,7 +44,7 @@ def test_bytes_are_those_that_are_written(name, tmp_path):
 
 def _stored(folder):
     from lowbit.checkpoint import CheckpointReader
-    from lowbit.stored import StoredWeights
+    from lowbit.folders.stored import StoredWeights
 
     return StoredWeights(CheckpointReader(folder)).weights
 

@@ -12,8 +12,8 @@ import lowbit
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.extras import EXTRAS, judge
 from lowbit.errors import InputError, LowbitError
+from lowbit.folders.opened import summarize
 from lowbit.layers.linear import LowbitLinear
-from lowbit.opened import summarize
 
 UP, ATTENTION = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn"
 

@@ -384,7 +384,7 @@ import re, sys
 from pathlib import Path
 import lowbit, torch
 from lowbit.discovery import skeleton
-from lowbit.sources import load_config
+from lowbit.folders.locate import load_config
 
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1000

@@ -14,8 +14,8 @@ from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, also_named, find_sites, skeleton
 from lowbit.errors import InputError
-from lowbit.sources import load_config
-from lowbit.stored import StoredWeights
+from lowbit.folders.locate import load_config
+from lowbit.folders.stored import StoredWeights
 from lowbit.transformers_api import ignored_if_unexpected
 
 

@@ -11,11 +11,11 @@ from lowbit.checkpoint import TensorInfo
 from lowbit.conversion.export import ExitSource
 from lowbit.discovery import Site, named_in_config
 from lowbit.errors import InputError
+from lowbit.folders.locate import resolve
+from lowbit.folders.opened import OpenedFolder
+from lowbit.folders.stored import StoredWeight
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
-from lowbit.opened import OpenedFolder
-from lowbit.sources import resolve
-from lowbit.stored import StoredWeight
 
 
 class QuantizedFolder(OpenedFolder):
