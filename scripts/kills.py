@@ -186,7 +186,7 @@ def _import_everything() -> None:
     from transformers.models.llama import modeling_llama  # noqa: F401  what the embedded model is
 
     import lowbit.cli.quantize
-    import lowbit.pipeline  # noqa: F401
+    import lowbit.quantization.run  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import torch
 
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import Scheme
-from lowbit.pipeline import quantize
+from lowbit.quantization.run import quantize
 
 
 @dataclass(frozen=True)

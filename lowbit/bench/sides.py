@@ -12,14 +12,15 @@ from lowbit.bench.random_model import check_memory, dense_model, quantized_model
 from lowbit.bench.rounds import Side
 from lowbit.bench.shapes import config_of
 from lowbit.checkpoint import CheckpointReader
+from lowbit.conversion.formats import dequantize
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, UsageError
 from lowbit.folders.locate import REFERENCE, load_config, resolve
 from lowbit.folders.opened import summarize
 from lowbit.hf import load
 from lowbit.numerics.scheme import Scheme
-from lowbit.pipeline import dequantize, quantize
 from lowbit.quantization.memory import available_memory
+from lowbit.quantization.run import quantize
 from lowbit.safe_files import copy_file
 
 LOWBIT = "lowbit"

@@ -35,7 +35,7 @@ def only_converts(scheme: str, clamp: bool = False, **options) -> bool:
 
 def preview_dtype(model: str, scheme: str, json: bool, **options) -> None:
     """Print what `lowbit.plan_dtype` finds."""
-    from lowbit.pipeline import plan_dtype
+    from lowbit.conversion.dtype import plan_dtype
 
     quiet_transformers()
     found = plan_dtype(model, scheme, **options)
@@ -47,7 +47,7 @@ def preview_dtype(model: str, scheme: str, json: bool, **options) -> None:
 
 def convert_to_dtype(model: str, output_dir: Path, scheme: str, json: bool, **options) -> None:
     """Run `lowbit.convert_dtype`, and print its report."""
-    from lowbit.pipeline import convert_dtype
+    from lowbit.conversion.dtype import convert_dtype
 
     with ExitStack() as stack:
 

@@ -149,7 +149,7 @@ def quantize(
 
 def _run(model: str, target: Path, json: bool, **options):
     """The report of `lowbit.quantize`. A signal that comes when the output is in place already is too late."""
-    from lowbit.pipeline import quantize as run
+    from lowbit.quantization.run import quantize as run
 
     before = _place(target)
     try:

@@ -26,8 +26,8 @@ from weights import matrix
 import lowbit
 from lowbit.errors import LowbitError
 from lowbit.formats.compressed_tensors import unpack_weight
-from lowbit.pipeline import quantize
 from lowbit.quantization.calibrated.job import Job
+from lowbit.quantization.run import quantize
 
 conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles what a forked process needs, once
 IDS = token_ids(8 * 32).view(8, 32)

@@ -8,8 +8,8 @@ from folders import contents, data_bytes, edit_config, edit_tensors, read_json, 
 from models import save_tiny, token_ids
 
 import lowbit
+from lowbit.conversion.dtype import plan_dtype
 from lowbit.errors import InputError, OutputError, UsageError
-from lowbit.pipeline import plan_dtype
 
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.calibration.samples import Samples
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError
-from lowbit.pipeline import quantize
 from lowbit.quantization.calibrated.model import LayeredModel
+from lowbit.quantization.run import quantize
 from lowbit.quantizers import QUANTIZERS
 
 
