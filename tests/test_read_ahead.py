@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lowbit import read_ahead as module
-from lowbit.read_ahead import read_ahead
+from lowbit.system import read_ahead as module
+from lowbit.system.read_ahead import read_ahead
 
 
 @pytest.fixture

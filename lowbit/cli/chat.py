@@ -46,8 +46,8 @@ from lowbit.cli.generate import (
 )
 from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
-from lowbit.read_ahead import read_ahead
 from lowbit.safe_files import write_whole
+from lowbit.system.read_ahead import read_ahead
 
 HELP = (
     "!help         this text",

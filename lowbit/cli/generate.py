@@ -28,7 +28,7 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError, UsageError
-from lowbit.read_ahead import read_ahead
+from lowbit.system.read_ahead import read_ahead
 
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")]

@@ -13,7 +13,7 @@ from lowbit.hf.head import quantize_head
 from lowbit.hf.quiet import quiet_transformers
 from lowbit.model_size import no_larger_than
 from lowbit.numerics.scheme import Scheme
-from lowbit.read_ahead import read_ahead
+from lowbit.system.read_ahead import read_ahead
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
 _ELSEWHERE = {

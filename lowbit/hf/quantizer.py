@@ -33,9 +33,9 @@ from lowbit.layers.experts import (
 )
 from lowbit.layers.linear import LowbitLinear
 from lowbit.layers.shared_product import share_products
-from lowbit.memory import return_freed
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import get_quantizer
+from lowbit.system.memory import return_freed
 from lowbit.transformers_api import (
     ignore_unexpected,
     keep_dimensions,

@@ -73,7 +73,7 @@ _MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
 import lowbit, lowbit.hf.quantizer, lowbit.layers.linear
-from lowbit.memory import return_freed
+from lowbit.system.memory import return_freed
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

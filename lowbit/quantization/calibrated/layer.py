@@ -15,7 +15,6 @@ import torch
 from lowbit.calibration.moments import Moments
 from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
 from lowbit.errors import InputError
-from lowbit.memory import return_freed
 from lowbit.numerics.activations import RangeObserver
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
@@ -27,6 +26,7 @@ from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import layer_entry, weight_error
 from lowbit.quantizers import get_quantizer
+from lowbit.system.memory import return_freed
 
 # An expert that saw fewer tokens than this is shown others, that were routed elsewhere
 _FEWEST_TOKENS = 256
