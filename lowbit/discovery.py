@@ -16,9 +16,9 @@ from torch import nn
 from torch.func import functional_call
 
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
-from lowbit.model_size import no_larger_than
+from lowbit.guards.model_size import no_larger_than
+from lowbit.guards.records import shown
 from lowbit.numerics.scheme import Recipe, Scheme, names_module
-from lowbit.records import shown
 from lowbit.transformers_api import CheckpointNames, build
 
 # Gates with fewer outputs than this (shared-expert gates, value heads) hold no bytes worth saving and steer the model

@@ -5,7 +5,7 @@ import shlex
 import pytest
 from markdown_it import MarkdownIt
 
-from lowbit.escape import Prose, code_block, code_span, link, markdown, prose, shell, terminal, url
+from lowbit.guards.escape import Prose, code_block, code_span, link, markdown, prose, shell, terminal, url
 
 EVIL = (
     "a\x1b[2J\n# heading", "`` ` ```", "```\n# out\n```", "<img src=x onerror=y>", "[x](javascript:y)", "![x](http://y)",

@@ -44,7 +44,11 @@ UNDOCUMENTED_MODULES = re.compile(
     r"cache_utils|models|quantizers\.\w+_utils|generation\.[a-z])|accelerate\.(?!utils\b)\w+\.|(torch|transformers|accelerate|peft)\..*\._"
 )
 # Only these write and remove files by name. The kernel package has no lowbit to import: it writes its own tables.
-WRITERS = {"lowbit/safe_files.py", "lowbit_kernels/select.py", "lowbit/reading.py"}  # the last opens to read only
+WRITERS = {
+    "lowbit/guards/safe_files.py",
+    "lowbit_kernels/select.py",
+    "lowbit/guards/reading.py",
+}  # the last opens to read only
 REMOVING = {"unlink", "rmdir", "rmtree", "removedirs"}
 WRITING = {
     "write_text", "write_bytes", "touch", "truncate", "mkstemp", "copyfile", "copytree", "copy2", "symlink_to",

@@ -12,7 +12,7 @@ from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.discovery import skeleton
 from lowbit.errors import InputError
 from lowbit.folders.locate import load_config
-from lowbit.model_size import check_counts, no_larger_than
+from lowbit.guards.model_size import check_counts, no_larger_than
 from lowbit.verification.checks import static_checks
 
 TENSORS = [TensorInfo("embed", torch.bfloat16, (2048, 64)), TensorInfo("up", torch.int32, (128, 8))]

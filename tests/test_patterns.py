@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from lowbit import patterns
 from lowbit.errors import InputError
 from lowbit.formats import get_format
-from lowbit.patterns import Patterns
+from lowbit.guards import patterns
+from lowbit.guards.patterns import Patterns
 
 NAMES = [
     "model.layers.0.mlp.gate",

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from lowbit.errors import InputError
-from lowbit.reading import check_regular_files, open_regular, parse_json, read_json
-from lowbit.records import record
+from lowbit.guards.reading import check_regular_files, open_regular, parse_json, read_json
+from lowbit.guards.records import record
 
 
 @dataclass(frozen=True)

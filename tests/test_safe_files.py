@@ -6,9 +6,9 @@ import shutil
 import pytest
 from folders import contents, precious
 
-from lowbit import safe_files
 from lowbit.errors import OutputError
-from lowbit.safe_files import (
+from lowbit.guards import safe_files
+from lowbit.guards.safe_files import (
     claim,
     create,
     make_private,

@@ -17,11 +17,11 @@ from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, UsageError
 from lowbit.folders.locate import REFERENCE, load_config, resolve
 from lowbit.folders.opened import summarize
+from lowbit.guards.safe_files import copy_file
 from lowbit.hf import load
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantization.memory import available_memory
 from lowbit.quantization.run import quantize
-from lowbit.safe_files import copy_file
 
 LOWBIT = "lowbit"
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lowbit.bench.random_model import stored_bytes
+from lowbit.guards.safe_files import open_existing
 from lowbit.layers.experts import expert_weights
 from lowbit.layers.linear import LowbitLinear
-from lowbit.safe_files import open_existing
 
 
 def bytes_per_second(device: torch.device) -> float:

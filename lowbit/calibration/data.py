@@ -14,7 +14,7 @@ import torch
 from lowbit.calibration.stdlib import sources
 from lowbit.chat_template import chat_ids
 from lowbit.errors import InputError, UsageError, first_line
-from lowbit.records import record
+from lowbit.guards.records import record
 
 # Names people use -> (data set on the Hub, config, split that is evaluated on, text column)
 KNOWN = {

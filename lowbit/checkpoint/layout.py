@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import InputError
-from lowbit.reading import open_regular, parse_json
-from lowbit.records import shown
+from lowbit.guards.reading import open_regular, parse_json
+from lowbit.guards.records import shown
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

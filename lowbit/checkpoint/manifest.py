@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.errors import InputError
-from lowbit.reading import open_regular, read_json
-from lowbit.records import record, shown
-from lowbit.safe_files import write_whole
+from lowbit.guards.reading import open_regular, read_json
+from lowbit.guards.records import record, shown
+from lowbit.guards.safe_files import write_whole
 
 MANIFEST_NAME = "lowbit_manifest.json"
 REPORT_NAME = "lowbit_report.json"

@@ -13,8 +13,8 @@ import torch
 
 from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, read_header
 from lowbit.errors import InputError
-from lowbit.reading import check_regular_files, read_json
-from lowbit.records import record, shown
+from lowbit.guards.reading import check_regular_files, read_json
+from lowbit.guards.records import record, shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

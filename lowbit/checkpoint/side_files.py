@@ -7,7 +7,7 @@ from pathlib import Path
 from lowbit.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME
 from lowbit.checkpoint.reader import PICKLE_SUFFIXES
 from lowbit.errors import InputError
-from lowbit.safe_files import copy_file
+from lowbit.guards.safe_files import copy_file
 
 logger = logging.getLogger("lowbit")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from lowbit import safe_files
 from lowbit.checkpoint.layout import TensorInfo, build_header
 from lowbit.checkpoint.manifest import digest
 from lowbit.checkpoint.reader import INDEX_NAME, SINGLE_NAME
 from lowbit.errors import InputError, OutputError, UsageError
+from lowbit.guards import safe_files
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip

@@ -93,7 +93,7 @@ def bench(
     from lowbit.bench.peers import parse_against
     from lowbit.bench.rounds import Bench
     from lowbit.bench.sides import Checkpoint, Setting, Shapes
-    from lowbit.safe_files import write_whole
+    from lowbit.guards.safe_files import write_whole
 
     wanted, device = parse_against(against), _device(default_device_map(device_map))
     quiet_transformers()

@@ -46,7 +46,7 @@ from lowbit.cli.generate import (
 )
 from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
-from lowbit.safe_files import write_whole
+from lowbit.guards.safe_files import write_whole
 from lowbit.system.read_ahead import read_ahead
 
 HELP = (

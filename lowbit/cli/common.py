@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lowbit.errors import OutputError, UsageError
-from lowbit.safe_files import refuse_where_we_are
+from lowbit.guards.safe_files import refuse_where_we_are
 
 ModelArgument = Annotated[
     str | None,

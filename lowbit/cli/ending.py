@@ -5,8 +5,8 @@ import signal
 import sys
 from contextlib import contextmanager
 
-from lowbit import escape
 from lowbit.errors import LowbitError, first_line
+from lowbit.guards import escape
 
 INTERRUPTED = 130  # what typer turns a KeyboardInterrupt into
 

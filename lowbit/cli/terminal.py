@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 
-from lowbit import escape
+from lowbit.guards import escape
 
 # Without a terminal, progress is a line every so many seconds
 _SECONDS_BETWEEN_LINES = 60.0

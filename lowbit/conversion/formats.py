@@ -24,12 +24,12 @@ from lowbit.folders.locate import check_apart
 from lowbit.folders.quantized import QuantizedFolder
 from lowbit.folders.stored import StoredWeight, StoredWeights
 from lowbit.formats import FORMATS, get_format
+from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.grid import dequantize as dense_matrix
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantization.plan import output_name
 from lowbit.quantization.write import read_checked, write_configs
-from lowbit.safe_files import write_whole
 
 # Formats of other tools, which lowbit writes and does not read
 EXITS = ("mlx", "gguf")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lowbit.conversion.gguf_architecture import import_gguf
 from lowbit.errors import InputError, first_line
-from lowbit.reading import read_json
-from lowbit.records import record
+from lowbit.guards.reading import read_json
+from lowbit.guards.records import record
 from lowbit.upstream import MissingNameError
 
 

@@ -13,8 +13,8 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.conversion.export import Entry, ExitSource, OnPlan, entries, refuse_transposed
 from lowbit.errors import InputError, OutputError
 from lowbit.formats import mlx
+from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.qweight import QuantWeight
-from lowbit.safe_files import write_whole
 
 # What mlx-lm calls the parts of the parameters that transformers fuses
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}

@@ -9,7 +9,7 @@ from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.reader import read_config
 from lowbit.checkpoint.remote import RemoteHeaders
 from lowbit.errors import InputError, OutputError, UsageError, first_line
-from lowbit.model_size import check_counts
+from lowbit.guards.model_size import check_counts
 
 REFERENCE = "reference"
 # What quantizing or running a model needs; pickle weights and other frameworks' copies stay on the Hub

@@ -24,7 +24,7 @@ what the layers of lowbit load.
 from importlib import import_module
 
 from lowbit.errors import InputError, UsageError
-from lowbit.records import shown
+from lowbit.guards.records import shown
 
 FORMATS = {
     "compressed-tensors": "lowbit.formats.compressed_tensors",

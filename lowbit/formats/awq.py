@@ -14,9 +14,9 @@ import torch
 from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import unpack
+from lowbit.guards.records import record, shown
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
-from lowbit.records import record, shown
 
 METHOD = "awq"
 SUFFIXES = ("qweight", "qzeros", "scales")

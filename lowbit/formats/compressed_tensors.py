@@ -16,10 +16,10 @@ import torch
 from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import packed_width, unpack
+from lowbit.guards.patterns import Patterns
+from lowbit.guards.records import record, shown
 from lowbit.numerics.qweight import QuantWeight, input_grid
 from lowbit.numerics.scheme import PER_CHANNEL, Activations, Scheme
-from lowbit.patterns import Patterns
-from lowbit.records import record, shown
 
 METHOD = "compressed-tensors"
 # Codes and scales of fused experts are stored as they are in memory where a family stores them fused

@@ -17,10 +17,10 @@ import torch
 from lowbit.errors import InputError, UsageError
 from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.formats.bitpack import unpack
+from lowbit.guards.patterns import Patterns
+from lowbit.guards.records import record, shown
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
-from lowbit.patterns import Patterns
-from lowbit.records import record, shown
 
 METHOD = "gptq"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")

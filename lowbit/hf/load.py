@@ -9,9 +9,9 @@ from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.folders.locate import load_config, resolve
 from lowbit.folders.opened import OpenedFolder
 from lowbit.formats import detect_format
+from lowbit.guards.model_size import no_larger_than
 from lowbit.hf.head import quantize_head
 from lowbit.hf.quiet import quiet_transformers
-from lowbit.model_size import no_larger_than
 from lowbit.numerics.scheme import Scheme
 from lowbit.system.read_ahead import read_ahead
 

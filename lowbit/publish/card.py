@@ -14,7 +14,7 @@ from importlib.resources import files
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from lowbit.escape import Markdown, code_block, code_span, link, markdown, shell, terminal, url
+from lowbit.guards.escape import Markdown, code_block, code_span, link, markdown, shell, terminal, url
 from lowbit.numerics.scheme import PER_CHANNEL
 from lowbit.publish.engines import engine_verdicts
 from lowbit.publish.facts import QUANTIZED, Facts

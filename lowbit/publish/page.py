@@ -7,7 +7,7 @@ from functools import cache
 from importlib.resources import files
 
 from lowbit.errors import InputError
-from lowbit.escape import shell
+from lowbit.guards.escape import shell
 from lowbit.publish.page_advice import FEW_TOKENS, Advice, advice
 from lowbit.publish.page_bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
 from lowbit.publish.page_facts import Facts, Layer, mapping, mean, number, percent, size, text

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from lowbit.escape import terminal
+from lowbit.guards.escape import terminal
 
 
 def number(value) -> float | None:

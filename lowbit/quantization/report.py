@@ -14,12 +14,12 @@ from lowbit import __version__
 from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.side_files import refuse_foreign
 from lowbit.errors import InputError
+from lowbit.guards.reading import read_json
+from lowbit.guards.records import record
+from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.quantization.plan import Plan, Step
-from lowbit.reading import read_json
-from lowbit.records import record
-from lowbit.safe_files import write_whole
 
 # Rows looked at for the error of a layer: enough for three digits, and far cheaper than the quantization itself
 _SAMPLED_ROWS = 64

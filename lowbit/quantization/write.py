@@ -14,11 +14,11 @@ from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.errors import OutputError
 from lowbit.formats import get_format
+from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.scheme import Recipe
 from lowbit.quantization.plan import Plan, Step
 from lowbit.quantization.report import Report, weight_error
 from lowbit.quantizers import get_quantizer
-from lowbit.safe_files import write_whole
 
 # Called with each Step that is done, for progress bars, and with what there is to say of it
 Progress = Callable[[Step, str], None]

@@ -14,11 +14,11 @@ from folders import contents, read_json, same_bits, stored_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lowbit import safe_files
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.layout import DTYPES
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.errors import LowbitError, OutputError, UsageError
+from lowbit.guards import safe_files
 
 INDEX = "model.safetensors.index.json"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import first_line
-from lowbit.safe_files import distrust, make_private, open_existing
+from lowbit.guards.safe_files import distrust, make_private, open_existing
 
 logger = logging.getLogger("lowbit")
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
-from lowbit import safe_files
 from lowbit.checkpoint.layout import StoredTensor, TensorInfo, read_header
 from lowbit.checkpoint.reader import SINGLE_NAME
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import InputError, OutputError
+from lowbit.guards import safe_files
+from lowbit.guards.reading import open_regular, read_json
+from lowbit.guards.records import record, shown
 from lowbit.quantization.plan import Step
-from lowbit.reading import open_regular, read_json
-from lowbit.records import record, shown
 
 _STATE = "job.json"
 

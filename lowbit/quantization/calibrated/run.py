@@ -19,6 +19,7 @@ from lowbit.calibration.samples import Samples, calibration_samples, checked_ids
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
+from lowbit.guards.safe_files import remove, write_whole
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Recipe, names_module
@@ -33,7 +34,6 @@ from lowbit.quantization.memory import available_memory, expected_peak, held_bet
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import Report
 from lowbit.quantization.write import Progress, read_checked
-from lowbit.safe_files import remove, write_whole
 from lowbit.torch_api import cpu_has_bf16_products
 
 # Tokens in one forward pass: enough for matrix products to run at full speed

@@ -14,7 +14,7 @@ from lowbit.checkpoint.manifest import digest
 from lowbit.checkpoint.reader import SINGLE_NAME
 from lowbit.checkpoint.writer import CheckpointWriter
 from lowbit.errors import InputError
-from lowbit.safe_files import remove
+from lowbit.guards.safe_files import remove
 
 _NAMES = ("quantized", "original")
 

@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 )
 
 from lowbit.errors import InputError
-from lowbit.records import shown
+from lowbit.guards.records import shown
 
 # Keys of numbers of layers, of which each has a tensor at least; and of sizes that are a dimension of some tensor
 _LAYERS = re.compile(r"(^|_)(n?layers?|depths?|n?blocks)$", re.IGNORECASE)

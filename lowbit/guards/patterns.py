@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import regex
 
 from lowbit.errors import InputError
-from lowbit.records import shown
+from lowbit.guards.records import shown
 
 # A real pattern takes some microseconds
 MATCH_SECONDS = 0.5
