@@ -10,9 +10,9 @@ import sys
 from transformers import AutoTokenizer
 
 import lowbit
-from lowbit.calibration.data import token_stream
 from lowbit.eval import evaluate
 from lowbit.publish import push
+from lowbit.text.datasets import token_stream
 
 
 def main(model, repo, upload=None, folder="published"):

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lowbit.calibration.stdlib import HELDOUT_MODULES, described_functions, sources
+from lowbit.text.stdlib import HELDOUT_MODULES, described_functions, sources
 
 END, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (

@@ -21,7 +21,6 @@ from pathlib import Path
 from folders import save_chat_model
 
 import lowbit
-from lowbit.calibration.data import shuffled
 from lowbit.conversion.dtype import converted_dtype
 from lowbit.errors import LowbitError
 from lowbit.folders.locate import load_config
@@ -31,6 +30,7 @@ from lowbit.publish.facts import Facts
 from lowbit.publish.page import render
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.report import load_report
+from lowbit.text.datasets import shuffled
 from lowbit.verification.checks import static_checks
 
 MISSING = object()

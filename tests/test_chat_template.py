@@ -6,10 +6,10 @@ import sys
 import pytest
 from folders import save_chat_model, save_tokenizer
 
-from lowbit import chat_template
-from lowbit.calibration.data import chat_tokens
-from lowbit.chat_template import chat_ids
 from lowbit.errors import InputError
+from lowbit.text import chat_template
+from lowbit.text.chat_template import chat_ids
+from lowbit.text.datasets import chat_tokens
 
 MESSAGES = [{"role": "user", "content": "the quick brown fox"}]
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

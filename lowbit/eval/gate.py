@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from lowbit.calibration.data import token_stream
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, LowbitError, first_line
 from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.folders.locate import load_config, resolve
 from lowbit.folders.opened import stored_weights
 from lowbit.hf import load
+from lowbit.text.datasets import token_stream
 from lowbit.verification.checks import MAX_UNQUANTIZED, Check, static_checks
 
 _TOKENS, _NEW_TOKENS = 256, 16

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from lowbit.chat_template import chat_ids
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, first_line
 from lowbit.folders.locate import load_config, resolve
@@ -16,6 +15,7 @@ from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary, load
+from lowbit.text.chat_template import chat_ids
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 

@@ -12,9 +12,9 @@ from common import save
 from transformers import StaticCache
 
 import lowbit
-from lowbit.calibration.data import token_stream
 from lowbit.generation.kv_int8 import Int8StaticCache
 from lowbit.generation.stream import load_tokenizer
+from lowbit.text.datasets import token_stream
 from lowbit.transformers_api import cache_argument
 
 WINDOWS, SEQLEN, PROMPT = 33, 512, 32

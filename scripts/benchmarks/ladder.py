@@ -14,11 +14,11 @@ from common import WORK, save
 
 import lowbit
 from lowbit.bench.traffic import model_bytes
-from lowbit.calibration.data import token_stream
 from lowbit.eval import evaluate
 from lowbit.folders.stored import summarize
 from lowbit.generation.stream import load_tokenizer
 from lowbit.numerics.scheme import ACTIVATION_RANGES
+from lowbit.text.datasets import token_stream
 
 MSE, GPTQ = {"options": {"scale_search": "mse"}}, {"method": "gptq"}
 # rung, scheme, what else `quantize` is told

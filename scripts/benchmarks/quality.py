@@ -10,9 +10,9 @@ import shutil
 from common import WORK, save
 
 import lowbit
-from lowbit.calibration.data import token_stream
 from lowbit.eval import evaluate
 from lowbit.generation.stream import load_tokenizer
+from lowbit.text.datasets import token_stream
 
 SCHEMES = ("W8A16-G128", "W4A16-G128", "W4A16_ASYM-G128", "W4A16-G32", "W4A16-CHANNEL", "W3A16-G64", "W3A16_ASYM-G32",
            "W2A16_ASYM-G32", "W2A16_ASYM-G16")  # fmt: skip

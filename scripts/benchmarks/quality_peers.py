@@ -33,9 +33,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lowbit
-from lowbit.calibration.data import token_stream
 from lowbit.eval import evaluate
 from lowbit.generation.stream import load_tokenizer
+from lowbit.text.datasets import token_stream
 
 SCHEMES = {"W4g128": (4, 128), "W4g32": (4, 32), "W3g64": (3, 64), "W2g32": (2, 32)}
 SAMPLES, SEQLEN, HELDOUT_TOKENS = 128, 512, 32_768

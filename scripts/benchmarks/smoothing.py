@@ -9,9 +9,9 @@ import shutil
 from common import WORK, save
 
 import lowbit
-from lowbit.calibration.data import token_stream
 from lowbit.eval import evaluate
 from lowbit.generation.stream import load_tokenizer
+from lowbit.text.datasets import token_stream
 
 SCHEMES = ("W4A16-G128", "W3A16-G64")
 METHODS = ("rtn", "gptq")

@@ -18,9 +18,9 @@ import torch
 from common import WORK, save
 
 import lowbit
-from lowbit.calibration.data import token_stream
 from lowbit.generation import Decoder, Draft
 from lowbit.generation.stream import load_tokenizer
+from lowbit.text.datasets import token_stream
 
 TARGET, DRAFTS = "W8A16-G128", ("W4A16-G128", "W2A16_ASYM-G16")
 LOOKUPS = (3, 8)

@@ -4,7 +4,7 @@ import pytest
 from folders import VOCABULARY, save_chat_model
 from transformers import AutoTokenizer
 
-from lowbit.calibration.samples import calibration_samples
+from lowbit.text.samples import calibration_samples
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ import torch
 from folders import save_chat_model
 from texts import make_texts, write_rows, write_texts
 
-from lowbit.calibration import data
-from lowbit.calibration.data import documents, token_stream
 from lowbit.errors import InputError
+from lowbit.text import datasets as data
+from lowbit.text.datasets import documents, token_stream
 
 EOS = 2
 TEXTS = make_texts(40, words=12)
@@ -378,7 +378,7 @@ def test_without_a_data_set_and_without_a_network_the_model_speaks(samples_of):
 
 
 def test_without_a_data_set_the_default_is_taken_where_it_can_be_had(samples_of, tokenizer, repository, monkeypatch):
-    monkeypatch.setattr("lowbit.calibration.samples.DEFAULT_CALIBRATION", repository({"text": TEXTS}))
+    monkeypatch.setattr("lowbit.text.samples.DEFAULT_CALIBRATION", repository({"text": TEXTS}))
     samples = samples_of(None, num_samples=8, seqlen=64)
     assert set(found_in(samples, tokenizer)) <= set(TEXTS)
     assert samples.source == "org/name, train" and samples_of.said == []

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from texts import make_texts, write_texts
 from transformers import AutoTokenizer
 
-from lowbit.calibration.samples import Samples
 from lowbit.errors import InputError, UsageError
+from lowbit.text.samples import Samples
 
 BOS, EOS = 1, 2
 
@@ -239,7 +239,7 @@ def test_more_samples_begin_with_the_fewer(samples_of, tmp_path):
 def test_samples_do_not_depend_on_hashes(samples_of, model_folder, tmp_path):
     path = write_texts(tmp_path / "rows.jsonl", make_texts(100))
     code = (
-        "import sys, pathlib; from lowbit.calibration.samples import calibration_samples as f; "
+        "import sys, pathlib; from lowbit.text.samples import calibration_samples as f; "
         f"print(f(sys.argv[1], pathlib.Path(sys.argv[2]), num_samples=8, seqlen=32, vocabulary={VOCABULARY}, "
         "context=None).digest, hash('a'))"
     )

@@ -6,9 +6,9 @@ from folders import REFERENCE, edit_config, edit_tensors, save_chat_model
 from models import save_tiny
 from transformers import AutoModelForCausalLM
 
-from lowbit.calibration import selfmade
-from lowbit.calibration.selfmade import sample_from_model
 from lowbit.errors import InputError
+from lowbit.text import selfmade
+from lowbit.text.selfmade import sample_from_model
 
 BOS, EOS = 1, 2
 

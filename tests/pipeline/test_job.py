@@ -13,11 +13,11 @@ from runs import IDS, LAYERS, assert_finished, job_of, layer_files, names, stop_
 from runs import quick_gptq as gptq
 from safetensors.torch import load_file, save_file
 
-from lowbit.calibration.samples import Samples
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.run import quantize
 from lowbit.quantizers import QUANTIZERS
+from lowbit.text.samples import Samples
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_a_local_folder_is_no_base_model(quantized_from, name):
 
 
 def test_a_calibration_folder_is_no_data_set_of_the_hub(monkeypatch, tmp_path):
-    from lowbit.calibration.data import shuffled
+    from lowbit.text.datasets import shuffled
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "texts").mkdir(parents=True)

@@ -14,7 +14,6 @@ from models import save_tiny
 from reports import SCHEME, layer, report
 
 import lowbit
-from lowbit.calibration.data import token_stream
 from lowbit.eval import evaluate
 from lowbit.generation.stream import load_tokenizer
 from lowbit.publish import page_figures
@@ -22,6 +21,7 @@ from lowbit.publish.page import render
 from lowbit.publish.page_advice import advice
 from lowbit.publish.page_bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
 from lowbit.publish.page_facts import Facts
+from lowbit.text.datasets import token_stream
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results"
 EVIL = [

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lowbit.calibration.samples import Samples, calibration_samples, checked_ids
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
@@ -34,6 +33,7 @@ from lowbit.quantization.memory import available_memory, expected_peak, held_bet
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import Report
 from lowbit.quantization.write import Progress, read_checked
+from lowbit.text.samples import Samples, calibration_samples, checked_ids
 from lowbit.torch_api import cpu_has_bf16_products
 
 # Tokens in one forward pass: enough for matrix products to run at full speed

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lowbit.calibration.data import DEFAULT_CALIBRATION, Texts, chat_tokens, ended, shuffled
-from lowbit.calibration.selfmade import sample_from_model
 from lowbit.checkpoint.layout import read_header
 from lowbit.errors import InputError, UsageError, first_line
+from lowbit.text.datasets import DEFAULT_CALIBRATION, Texts, chat_tokens, ended, shuffled
+from lowbit.text.selfmade import sample_from_model
 
 SELF = "self"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)

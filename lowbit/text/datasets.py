@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lowbit.calibration.stdlib import sources
-from lowbit.chat_template import chat_ids
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.guards.records import record
+from lowbit.text.chat_template import chat_ids
+from lowbit.text.stdlib import sources
 
 # Names people use -> (data set on the Hub, config, split that is evaluated on, text column)
 KNOWN = {
