@@ -27,9 +27,9 @@ from lowbit.folders.locate import load_config
 from lowbit.folders.opened import summarize
 from lowbit.publish.card import model_card
 from lowbit.publish.facts import Facts
-from lowbit.publish.page import render
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.report import load_report
+from lowbit.report_page.page import render
 from lowbit.text.datasets import shuffled
 from lowbit.verification.checks import static_checks
 

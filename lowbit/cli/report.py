@@ -18,8 +18,8 @@ def report(
 
     Needs the extra `report`. The page holds all that it shows: it can be sent, printed, and read offline.
     """
-    from lowbit.publish.page import render
     from lowbit.quantization.report import load_report, write_whole
+    from lowbit.report_page.page import render
 
     page = render(load_report(folder), str(folder))
     output = output or Path(f"{folder.resolve()}.report.html")

@@ -22,7 +22,7 @@ from lowbit.guards.reading import read_bytes, read_json
 from lowbit.guards.records import record
 from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.publish.fields import CardFields, ConfigFields, QualityFields, ReportFields
-from lowbit.publish.page_facts import mapping, text
+from lowbit.report_page.facts import mapping, text
 
 CARD_NAME = "README.md"
 QUANTIZED = "quantized"  # what `base_model_relation` says of a model like ours

@@ -19,8 +19,8 @@ from common import WORK, save
 import lowbit
 from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.generation.stream import load_tokenizer
-from lowbit.publish.page_advice import advice
-from lowbit.publish.page_facts import Facts
+from lowbit.report_page.advice import advice
+from lowbit.report_page.facts import Facts
 from lowbit.text.datasets import token_stream
 
 SCHEMES = ("W4A16_ASYM-G128", "W3A16-G128", "W2A16_ASYM-G32")

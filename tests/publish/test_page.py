@@ -16,11 +16,11 @@ from reports import SCHEME, layer, report
 import lowbit
 from lowbit.eval import evaluate
 from lowbit.generation.stream import load_tokenizer
-from lowbit.publish import page_figures
-from lowbit.publish.page import render
-from lowbit.publish.page_advice import advice
-from lowbit.publish.page_bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
-from lowbit.publish.page_facts import Facts
+from lowbit.report_page import figures as page_figures
+from lowbit.report_page.advice import advice
+from lowbit.report_page.bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
+from lowbit.report_page.facts import Facts
+from lowbit.report_page.page import render
 from lowbit.text.datasets import token_stream
 
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import BITS, PER_CHANNEL, Scheme
-from lowbit.publish.page_facts import Layer
+from lowbit.report_page.facts import Layer
 
 # No smaller groups than this are proposed: to halve them again costs half a bit for each weight
 _SMALL_GROUP = 32

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lowbit.publish.page_facts import Facts, mean, percent, size
+from lowbit.report_page.facts import Facts, mean, percent, size
 
 # Kinds with a colour of their own: no more than can be told apart
 COLOURS = 8

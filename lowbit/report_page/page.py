@@ -8,10 +8,10 @@ from importlib.resources import files
 
 from lowbit.errors import InputError
 from lowbit.guards.escape import shell
-from lowbit.publish.page_advice import FEW_TOKENS, Advice, advice
-from lowbit.publish.page_bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
-from lowbit.publish.page_facts import Facts, Layer, mapping, mean, number, percent, size, text
 from lowbit.publish.private import recorded_command
+from lowbit.report_page.advice import FEW_TOKENS, Advice, advice
+from lowbit.report_page.bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
+from lowbit.report_page.facts import Facts, Layer, mapping, mean, number, percent, size, text
 
 _WORST = 10
 
@@ -24,7 +24,7 @@ def render(report: dict, folder: str) -> str:
     try:
         from markupsafe import Markup
 
-        from lowbit.publish.page_figures import COLOURS, colour_of, figures
+        from lowbit.report_page.figures import COLOURS, colour_of, figures
 
         template = _template()
     except ImportError as error:
