@@ -4,7 +4,7 @@ Llama-3.1-8B. The part of gpu_check.py that needs transformers and the rest of w
 import torch
 
 from lowbit.bench.random_model import dense_model, quantized_model
-from lowbit.bench.rounds import Bench, Side
+from lowbit.bench.repeats import Bench, Side
 from lowbit.bench.shapes import config_of
 from lowbit.numerics.scheme import Scheme
 

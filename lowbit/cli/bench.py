@@ -90,9 +90,9 @@ def bench(
         raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     import torch
 
+    from lowbit.bench.contestants import Checkpoint, Setting, Shapes
     from lowbit.bench.peers import parse_against
-    from lowbit.bench.rounds import Bench
-    from lowbit.bench.sides import Checkpoint, Setting, Shapes
+    from lowbit.bench.repeats import Bench
     from lowbit.guards.safe_files import write_whole
 
     wanted, device = parse_against(against), _device(default_device_map(device_map))

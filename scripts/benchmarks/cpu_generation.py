@@ -22,12 +22,12 @@ import torch
 from common import ROOT, WORK, save
 
 import lowbit
+from lowbit.bench.bytes_moved import model_bytes
+from lowbit.bench.contestants import save_random
 from lowbit.bench.loops import LOOPS, prompts
 from lowbit.bench.peers import PEERS, Task, load_gptqmodel
 from lowbit.bench.random_model import dense_model
 from lowbit.bench.shapes import config_of
-from lowbit.bench.sides import save_random
-from lowbit.bench.traffic import model_bytes
 from lowbit.numerics.scheme import Scheme
 
 SCHEME, BASELINE = Scheme(4, 128), "transformers bf16"

@@ -13,7 +13,7 @@ from pathlib import Path
 from common import WORK, save
 
 import lowbit
-from lowbit.bench.traffic import model_bytes
+from lowbit.bench.bytes_moved import model_bytes
 from lowbit.eval import evaluate
 from lowbit.folders.stored import summarize
 from lowbit.generation.stream import load_tokenizer

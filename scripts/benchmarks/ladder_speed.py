@@ -13,10 +13,10 @@ from collections import defaultdict
 import torch
 from common import save
 
+from lowbit.bench.bytes_moved import model_bytes
 from lowbit.bench.loops import lowbit_loop, prompts
 from lowbit.bench.random_model import dense_model, quantized_model
 from lowbit.bench.shapes import config_of
-from lowbit.bench.traffic import model_bytes
 from lowbit.numerics.scheme import Scheme
 
 SHAPES, LAYERS, VOCABULARY = "llama-3.2-1b", 2, 1024

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from lowbit.bench.bytes_moved import bytes_per_second, cache_bytes, extra_memory, model_bytes, step_bytes, tensor_bytes
 from lowbit.bench.loops import LOOPS, Timing, prompts
 from lowbit.bench.peers import PEERS, parse_against
 from lowbit.bench.random_model import dense_model, quantized_model
-from lowbit.bench.rounds import Bench, Side, kernels
+from lowbit.bench.repeats import Bench, Side, kernels
 from lowbit.bench.shapes import config_of
-from lowbit.bench.traffic import bytes_per_second, cache_bytes, extra_memory, model_bytes, step_bytes, tensor_bytes
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import Scheme
 
@@ -133,7 +133,7 @@ def test_sides_that_fail_are_named(dense):
 
 
 def test_batches_that_do_not_fit_are_named(dense, monkeypatch):
-    monkeypatch.setattr("lowbit.bench.rounds.available_memory", lambda: 2**20)
+    monkeypatch.setattr("lowbit.bench.repeats.available_memory", lambda: 2**20)
     running = bench(batches=(1, 1000), rounds=1)
     running.compare(Side("lowbit", "", lambda: dense), [])
     result = running.result()

@@ -4,9 +4,9 @@ import pytest
 import torch
 from models import relative_error, token_ids
 
+from lowbit.bench.bytes_moved import model_bytes
 from lowbit.bench.random_model import check_memory, dense_model, quantized_model, weight_bytes
 from lowbit.bench.shapes import SHAPES, config_of
-from lowbit.bench.traffic import model_bytes
 from lowbit.errors import InputError, UsageError
 from lowbit.layers.experts import QuantizedExperts
 from lowbit.layers.linear import LowbitLinear

@@ -92,7 +92,7 @@ def test_wrong_usage(cli, arguments, message):
 
 
 def test_too_large(cli, monkeypatch):
-    monkeypatch.setattr("lowbit.bench.sides.available_memory", lambda: 24 * 10**9)
+    monkeypatch.setattr("lowbit.bench.contestants.available_memory", lambda: 24 * 10**9)
     done = cli("bench", "--shapes", "llama-3.1-70b")
     assert done.code == 1 and "the weights take 39.5 GB W4A16-G128, and 24.0 GB are free" in done.err
 
@@ -108,7 +108,7 @@ def test_interrupted(tmp_path):
     arguments = ["bench", "--shapes", "tiny", "--batch", "1,2", "--rounds", "100000", "--prompt-tokens", "4",
                  "--new-tokens", "3", "--against", "none", "--out", tmp_path / "result.json"]  # fmt: skip
     code = (
-        "import sys; from lowbit.bench.rounds import Bench; from lowbit.cli.main import main; keep = Bench._keep\n"
+        "import sys; from lowbit.bench.repeats import Bench; from lowbit.cli.main import main; keep = Bench._keep\n"
         "def said(self, *arguments):\n    keep(self, *arguments); print('.', file=sys.stderr, flush=True)\n"
         "Bench._keep = said; main()"
     )

@@ -9,7 +9,7 @@ import torch
 
 from lowbit.bench.peers import PEERS, UNQUANTIZED, Task, load_peer
 from lowbit.bench.random_model import check_memory, dense_model, quantized_model
-from lowbit.bench.rounds import Side
+from lowbit.bench.repeats import Side
 from lowbit.bench.shapes import config_of
 from lowbit.checkpoint import CheckpointReader
 from lowbit.conversion.formats import dequantize

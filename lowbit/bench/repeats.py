@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lowbit.backends import get_backend
+from lowbit.bench.bytes_moved import bytes_per_second, cache_bytes, extra_memory, model_bytes, step_bytes
 from lowbit.bench.loops import LOOPS, Run, Timing, prompts
-from lowbit.bench.traffic import bytes_per_second, cache_bytes, extra_memory, model_bytes, step_bytes
 from lowbit.errors import InputError, first_line
 from lowbit.layers.experts import expert_weights
 from lowbit.layers.linear import LowbitLinear
