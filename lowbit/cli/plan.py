@@ -16,7 +16,7 @@ from lowbit.cli.common import (
     quiet_transformers,
     size,
 )
-from lowbit.cli.half import only_converts, preview_dtype
+from lowbit.cli.dtype import only_converts, preview_dtype
 from lowbit.cli.recipe import (
     ActivationRangeOption,
     BitsOption,

@@ -26,8 +26,8 @@ from lowbit.cli.common import (
     quiet_transformers,
     size,
 )
+from lowbit.cli.dtype import convert_to_dtype, only_converts, preview_dtype
 from lowbit.cli.ending import ignore_signals, interrupted_once
-from lowbit.cli.half import convert_to_dtype, only_converts, preview_dtype
 from lowbit.cli.plan import preview
 from lowbit.cli.recipe import (
     ActivationRangeOption,
