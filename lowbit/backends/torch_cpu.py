@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from lowbit.backends import dense
+from lowbit.numerics import dense
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import PER_CHANNEL, Scheme

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lowbit.backends.dense import gemm_dtype
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, first_line
+from lowbit.numerics.dense import gemm_dtype
 
 # Sample i has temperature i % 8: from text that is likely to text that is not, both of which real text is made of
 _TEMPERATURES = tuple(step / 10 for step in range(6, 14))

@@ -5,7 +5,8 @@ import torch
 from covering import cover
 from weights import assert_same, matrix, random_quantized, unit
 
-from lowbit.backends import dense, torch_cpu
+from lowbit.backends import torch_cpu
+from lowbit.numerics import dense
 from lowbit.numerics.scheme import Scheme
 
 LAYOUTS = {

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from lowbit.backends import dense
 from lowbit.backends.native.build import Weight, library
+from lowbit.numerics import dense
 from lowbit.numerics.activations import quantize_input
 from lowbit.numerics.qweight import QuantWeight, input_grid
 from lowbit.numerics.scheme import Scheme
