@@ -12,8 +12,8 @@ from itertools import chain, groupby
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lowbit.backends import native
-from lowbit.backends.native import attention, elementwise, matmul
+from lowbit.native import attention, elementwise, matmul
+from lowbit.native.linear import replay
 from lowbit.torch_api import (
     COPY_TO,
     TorchDispatchMode,
@@ -30,7 +30,7 @@ _READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::
 _LISTS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 # What is computed by one call of a kernel: operator -> (its result, its arguments) -> that call
 _CALLS = {
-    torch.ops.lowbit.linear_native.default: native.replay,
+    torch.ops.lowbit.linear_native.default: replay,
     torch.ops.aten.mm.default: matmul.replay,
     torch.ops.aten.scaled_dot_product_attention.default: attention.replay,
 }

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowbit.backends.native import attention
+from lowbit.native import attention
 
 pytestmark = pytest.mark.usefixtures("compiler")
 # batch, heads, heads of keys, queries, keys, head_dim, the values' head_dim

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lowbit.backends.native import elementwise
-from lowbit.backends.native.elementwise import instructions, program
+from lowbit.native import elementwise
+from lowbit.native.elementwise import instructions, program
 
 pytestmark = pytest.mark.usefixtures("compiler")
 aten = torch.ops.aten

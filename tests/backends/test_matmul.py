@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowbit.backends.native import matmul
+from lowbit.native import matmul
 
 pytestmark = pytest.mark.usefixtures("compiler")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}

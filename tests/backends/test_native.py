@@ -13,7 +13,8 @@ from packaging.version import Version
 from weights import matrix, random_quantized
 
 from lowbit.backends import native
-from lowbit.backends.native import build
+from lowbit.native import build
+from lowbit.native.linear import _weight_of, product, replay
 from lowbit.numerics.scheme import Scheme
 
 SCHEMES = [Scheme(2, 16), Scheme(3, 32), Scheme(4, 128, False), Scheme(4, -1), Scheme(8, 64), Scheme(8, -1, False)]
@@ -31,7 +32,7 @@ def test_integers_are_kept_exactly(scheme, rows):
     qweight = random_quantized(scheme, *scheme_shape)
     qweight.scales.copy_(2.0 ** torch.randint(-3, 1, qweight.scales.shape))
     buffers, x, y = native.prepare(qweight), torch.randint(-127, 128, (rows, 1024)).float(), torch.empty(rows, 37)
-    native.product(native._weight_of(buffers, scheme, scheme_shape), x, y, None, pieces=1)()
+    product(_weight_of(buffers, scheme, scheme_shape), x, y, None, pieces=1)()
     assert torch.equal(y.double(), x.double() @ matrix(qweight).T)
 
 
@@ -55,7 +56,7 @@ def test_a_repeated_product(rows, dtype):
     x, y = torch.empty(rows, 96, dtype=dtype), torch.empty(rows, 21, dtype=dtype)
 
     def repeated(x, bias, name=scheme.name):
-        return native.replay(y, x, buffers["codes"], buffers["scales"], buffers["zeros"], None, None, bias, name, 21)
+        return replay(y, x, buffers["codes"], buffers["scales"], buffers["zeros"], None, None, bias, name, 21)
 
     call = repeated(x, bias)
     for _ in range(2):

@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from lowbit.backends.native import DTYPES
-from lowbit.backends.native.build import Attention, Rows, library
+from lowbit.native.build import Attention, Rows, library
+from lowbit.native.linear import DTYPES
 
 _LONGEST_HEAD = 512  # HEAD of attention.c
 

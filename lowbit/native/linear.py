@@ -1,8 +1,8 @@
-"""Kernels in C for the CPU, compiled on the machine they run on (build.py); linear.c says what they compute.
+"""Products with a packed weight: linear.c says what its kernels compute.
 
-Few rows are multiplied by the packed weight as it is, many by a dense copy, made block by block. Integer activations
-are integers to the kernels already, and always theirs. 3-bit codes are stored in 4 bits: taking three from words costs
-more time than reading a bit more.
+Few rows are multiplied by the packed weight as it is, many by a dense copy, made block by block. With integer
+activations the kernel multiplies int8 by int8 at every number of rows; there is no dense detour. 3-bit codes are
+widened to 4-bit fields: unpacking 3-bit fields costs more time than the bandwidth that they save.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import torch
 
-from lowbit.backends.native.build import Weight, library
+from lowbit.native.build import Weight, library
 from lowbit.numerics import dense
 from lowbit.numerics.activations import quantize_input
 from lowbit.numerics.qweight import QuantWeight, input_grid
@@ -21,7 +21,7 @@ from lowbit.numerics.scheme import Scheme
 _ROWS, _LANES, _STEP = 4, 16, 256  # a step of integer inputs is longer: there are fewer
 _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 # 16-bit integers that stand for an input
-_PIECES = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
+PIECES = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
 # What the kernels read and write, and their number for it; float16 becomes float32
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # From how many rows of 16-bit integers on dequantize + GEMM wins: in float32 as scripts/benchmarks/cpu_linear.py has it
@@ -29,19 +29,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 128
 # Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
 _ROWS_OF_INTEGERS = 64
-
-
-def available() -> str | None:
-    found = library()
-    return found if isinstance(found, str) else None
-
-
-def refuse(scheme, device, dtype, shape):
-    if torch.device(device).type != "cpu":
-        return f"runs on cpu, not on {torch.device(device).type}"
-    if dtype not in _PIECES:
-        return f"runs {', '.join(str(known).removeprefix('torch.') for known in _PIECES)}, not {dtype}"
-    return available()
 
 
 def _chunk(bits: int) -> int:
@@ -53,12 +40,13 @@ def _width(in_features: int, bits: int) -> int:
     return -(-in_features // _chunk(bits)) * _chunk(bits)
 
 
-def prepare(qweight: QuantWeight):
+def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
+    """The buffers of a weight in the layout of linear.c."""
     qweight.require_natural_order("native")
     bits, (out_features, in_features) = _BITS[qweight.scheme.bits], qweight.codes.shape
     blocks = -(-out_features // _ROWS)
     codes = torch.empty(blocks, _width(in_features, bits) // _chunk(bits), _ROWS, _LANES, dtype=torch.int16)
-    # scales_like, without elements: for `restore` to know the dtype
+    # scales_like, without elements: for `unpack` to know the dtype
     buffers = {"codes": codes, "scales": _by_block(qweight.scales), "scales_like": qweight.scales.new_empty(0)}
     zeros = _zeros(qweight)
     if zeros is not None:
@@ -99,7 +87,8 @@ def _weight_of(buffers, scheme: Scheme, shape: tuple[int, int]) -> Weight:
     return _weight(buffers["codes"], buffers["scales"], buffers.get("zeros"), scheme, shape)
 
 
-def restore(buffers, scheme, shape):
+def unpack(buffers, scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
+    """The weight of shape (out_features, in_features) that `pack` made buffers of."""
     out_features, in_features = shape
     codes = torch.empty(out_features, in_features, dtype=torch.uint8)
     library().lowbit_unpack(_weight_of(buffers, scheme, shape), 0, out_features, codes.data_ptr(), None)
@@ -116,20 +105,6 @@ def _blocks(weight: Weight, dtype: torch.dtype):
         block = torch.empty(stop - start, weight.in_features)
         library().lowbit_unpack(weight, start, stop, None, block.data_ptr())
         yield start, stop, block.to(dtype)
-
-
-def linear(x, buffers, scheme, shape, bias=None):
-    optional = (buffers.get(name) for name in ("zeros", "input_scale", "input_zero"))
-    return torch.ops.lowbit.linear_native(
-        x, buffers["codes"], buffers["scales"], *optional, bias, scheme.name, shape[0]
-    )
-
-
-def experts(x, buffers, expert_start, scheme, shape, bias=None):
-    optional = (buffers.get(name) for name in ("zeros", "input_scale", "input_zero"))
-    return torch.ops.lowbit.experts_native(
-        x, buffers["codes"], buffers["scales"], *optional, bias, expert_start, scheme.name, shape[1]
-    )
 
 
 def _experts(x, codes, scales, zeros, input_scale, input_zero, bias, expert_start, scheme, out_features):
@@ -153,13 +128,13 @@ def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_
     stored = x.dtype if x.dtype in DTYPES else torch.float32
     y = torch.empty(len(x), out_features, dtype=stored)
     bias = None if bias is None else bias.to(stored)
-    product(weight, x.to(stored).contiguous(), y, bias, _PIECES[x.dtype])()
+    product(weight, x.to(stored).contiguous(), y, bias, PIECES[x.dtype])()
     return y.to(x.dtype)
 
 
 def _dense_is_faster(x: torch.Tensor) -> bool:
     wide = dense.gemm_dtype(x.dtype) == torch.float32
-    return len(x) * _PIECES[x.dtype] >= (_CROSSOVER_FP32 if wide else _CROSSOVER_BF16)
+    return len(x) * PIECES[x.dtype] >= (_CROSSOVER_FP32 if wide else _CROSSOVER_BF16)
 
 
 def _integer_product(x, weight: Weight, scheme: Scheme, input_scale, input_zero) -> torch.Tensor:
@@ -192,7 +167,7 @@ def replay(y, x, codes, scales, zeros, input_scale, input_zero, bias, scheme, ou
     if parsed.activations is not None or not one_call:
         return None
     weight = _weight(codes, scales, zeros, parsed, (out_features, x.shape[1]))
-    call = product(weight, x, y, bias, _PIECES[x.dtype])
+    call = product(weight, x, y, bias, PIECES[x.dtype])
     call.keeps += (codes, scales, zeros)
     return call
 

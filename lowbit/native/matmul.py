@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from lowbit.backends.native import DTYPES
-from lowbit.backends.native.build import library
+from lowbit.native.build import library
+from lowbit.native.linear import DTYPES
 
 _ROWS = 4  # COLUMNS of matmul.c
 

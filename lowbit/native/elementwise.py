@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from lowbit.backends.native import DTYPES
-from lowbit.backends.native.build import Instruction, Operand, library
+from lowbit.native.build import Instruction, Operand, library
+from lowbit.native.linear import DTYPES
 from lowbit.torch_api import COPY_TO, is_mutable
 
 _LARGEST = 2**15  # elements; from there on torch divides an operation among its threads
