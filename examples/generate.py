@@ -1,6 +1,6 @@
 """Quantize a model, load it on lowbit's kernels, and complete a prompt.
 
-    python scripts/generate.py [MODEL] [PROMPT]
+    python examples/generate.py [MODEL] [PROMPT]
 
 MODEL is a folder, a Hub id, or `reference`, the small model of Python that comes with lowbit.
 """

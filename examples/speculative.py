@@ -1,6 +1,6 @@
 """Speculative decoding: a model in few bits drafts tokens, and itself in 8 bits checks several of them at a time.
 
-    python scripts/speculative.py [MODEL] [PROMPT]
+    python examples/speculative.py [MODEL] [PROMPT]
 
 MODEL is a folder, a Hub id, or `reference`, the small model of Python that comes with lowbit. What comes out is what
 the 8-bit model alone would write; whether it comes faster depends on the machine (scripts/benchmarks/speculative.py).

@@ -1,6 +1,6 @@
 """Quantize a model, measure what that cost, and publish it on the Hub with a card that says so.
 
-    python scripts/publish.py MODEL NAMESPACE/ [--upload]
+    python examples/publish.py MODEL NAMESPACE/ [--upload]
 
 Shows the card and the files. With --upload they go to a private repository (`hf auth login` first).
 """

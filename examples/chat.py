@@ -1,6 +1,6 @@
 """Talk to a model: several turns, answers that appear as they are written.
 
-    python scripts/chat.py [MODEL]
+    python examples/chat.py [MODEL]
 
 MODEL is a folder (quantized or not), a Hub id, or `reference`. An empty line or the end of input ends the chat.
 """
