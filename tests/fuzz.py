@@ -21,14 +21,13 @@ from pathlib import Path
 from folders import save_chat_model
 
 import lowbit
-from lowbit.conversion.dtype import converted_dtype
+from lowbit.checkpoint.report_file import converted_dtype, load_report
 from lowbit.errors import LowbitError
 from lowbit.folders.locate import load_config
 from lowbit.folders.opened import summarize
 from lowbit.publish.card import model_card
 from lowbit.publish.facts import Facts
 from lowbit.quantization.calibrated.job import Job
-from lowbit.quantization.report import load_report
 from lowbit.report_page.page import render
 from lowbit.text.datasets import shuffled
 from lowbit.verification.checks import static_checks

@@ -20,8 +20,8 @@ from lowbit.folders.opened import summarize
 from lowbit.guards.safe_files import copy_file
 from lowbit.hf import load
 from lowbit.numerics.scheme import Scheme
-from lowbit.quantization.memory import available_memory
 from lowbit.quantization.run import quantize
+from lowbit.system.memory import available_memory
 
 LOWBIT = "lowbit"
 

@@ -15,7 +15,7 @@ from lowbit.bench.loops import LOOPS, Run, Timing, prompts
 from lowbit.errors import InputError, first_line
 from lowbit.layers.experts import expert_weights
 from lowbit.layers.linear import LowbitLinear
-from lowbit.quantization.memory import available_memory
+from lowbit.system.memory import available_memory
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _check_what(model, model_option, shapes, layers, source, revision, trust_rem
 def _facts(device: str) -> dict:
     import torch
 
-    from lowbit.quantization.report import cpu
+    from lowbit.system.machine import cpu
 
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu()
     versions = {}

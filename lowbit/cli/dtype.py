@@ -19,7 +19,7 @@ def only_converts(scheme: str, clamp: bool = False, **options) -> bool:
 
     Raises UsageError for an option that goes with the other kind of scheme only.
     """
-    from lowbit.conversion.dtype import DTYPES, is_dtype
+    from lowbit.numerics.dtypes import DTYPES, is_dtype
 
     if not is_dtype(scheme):
         if clamp:

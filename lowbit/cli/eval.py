@@ -54,13 +54,14 @@ def evaluate(
     With --save the result goes into MODEL/lowbit_report.json, where `lowbit report` and the model card find it.
     """
     name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    from lowbit.checkpoint.report_file import load_report, save_report
     from lowbit.discovery import require_language_head
     from lowbit.eval import evaluate as measure
     from lowbit.eval.compare import starts_with_bos
     from lowbit.folders.locate import load_config, resolve
     from lowbit.generation.stream import load_tokenizer
     from lowbit.hf import load
-    from lowbit.quantization.report import load_report, now, save_report
+    from lowbit.system.machine import now
     from lowbit.text.datasets import token_stream
 
     quiet_transformers()

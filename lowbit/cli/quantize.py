@@ -166,8 +166,9 @@ def _run(model: str, target: Path, json: bool, **options):
     except (KeyboardInterrupt, SystemExit):
         if _place(target) in (None, before):
             raise
+    from lowbit.checkpoint.report_file import load_report
     from lowbit.quantization.calibrated.job import clear_finished
-    from lowbit.quantization.report import Report, load_report
+    from lowbit.quantization.report import Report
 
     clear_finished(target)
     return Report(**load_report(target))

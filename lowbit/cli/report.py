@@ -18,7 +18,8 @@ def report(
 
     Needs the extra `report`. The page holds all that it shows: it can be sent, printed, and read offline.
     """
-    from lowbit.quantization.report import load_report, write_whole
+    from lowbit.checkpoint.report_file import load_report
+    from lowbit.quantization.report import write_whole
     from lowbit.report_page.page import render
 
     page = render(load_report(folder), str(folder))

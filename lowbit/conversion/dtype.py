@@ -11,17 +11,18 @@ import torch
 
 from lowbit import __version__
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from lowbit.checkpoint.checked import read_checked
 from lowbit.checkpoint.manifest import write_manifest
+from lowbit.checkpoint.report_file import save_report
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, file_bytes, parse_size
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.folders.locate import check_apart, open_headers, resolve
-from lowbit.quantization.memory import peak_memory
-from lowbit.quantization.report import load_report, machine, now, save_report, versions, write_whole
-from lowbit.quantization.write import read_checked
+from lowbit.guards.safe_files import write_whole
+from lowbit.numerics.dtypes import DTYPES, cast, is_dtype
+from lowbit.system.machine import machine, now, versions
+from lowbit.system.memory import peak_memory
 
-# What `--scheme` may say instead of a grid
-DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that an error names
 _NAMED = 5
 
@@ -55,30 +56,6 @@ class DtypeReport:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def is_dtype(scheme) -> bool:
-    """Whether a scheme is the name of a half precision dtype."""
-    return isinstance(scheme, str) and scheme.strip().upper() in DTYPES
-
-
-def converted_dtype(folder: Path) -> torch.dtype | None:
-    """What `convert_dtype` made of all floating tensors of a folder, by its report; None: it did not write it."""
-    try:
-        return DTYPES.get(load_report(folder).get("dtype"))
-    except (InputError, TypeError):
-        return None
-
-
-def cast(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:
-    """A finite tensor in `dtype` if it is floating, else as it is; how many of its values were too large, and became
-    the largest of the dtype; how many were not zero and now are."""
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor, 0, 0
-    largest = torch.finfo(dtype).max
-    too_large = int((tensor.abs() > largest).sum())
-    made = (tensor.clamp(-largest, largest) if too_large else tensor).to(dtype)
-    return made, too_large, int(torch.count_nonzero(tensor) - torch.count_nonzero(made))
 
 
 def plan_dtype(

@@ -1,12 +1,13 @@
-"""What the exits to other tools (GGUF, MLX) read from, and what all of them do with the experts of a layer.
+"""What exports to other tools (GGUF, MLX) read from, and what all of them do with the experts of a layer.
 
 Both want the matrices of one projection of all experts as a single 3-D tensor, where checkpoints have one 2-D tensor
-for each expert. `entries` lists what an exit writes: modules and tensors of the checkpoint, experts stacked.
+for each expert. `entries` lists what an export writes: modules and tensors of the checkpoint, experts stacked.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ import torch
 from lowbit.checkpoint import TensorInfo
 from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError
+from lowbit.folders.quantized import QuantizedFolder
+from lowbit.folders.stored import StoredWeight
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 
@@ -21,7 +24,7 @@ _EXPERT = re.compile(r"(?P<list>.+\.experts)\.(?P<number>\d+)\.(?P<projection>.+
 
 
 @dataclass(frozen=True)
-class ExitSource:
+class ExportSource:
     """A quantized model folder, whatever its format.
 
     folder: where its side files are. config: the transformers config of the dense model. skeleton: that model on the
@@ -38,9 +41,35 @@ class ExitSource:
     tensor: Callable[[str], torch.Tensor]
 
 
+def export_source(folder: QuantizedFolder) -> ExportSource:
+    """What exports take of a quantized folder. Raises InputError for experts that are stored as one tensor."""
+    config = copy.copy(folder.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    stored = folder.stored
+    return ExportSource(
+        folder=folder.folder,
+        config=config,
+        skeleton=folder.model,
+        quantized={base: _on_meta(weight) for base, weight in stored.weights.items()},
+        dense={info.name: info for info in folder.kept},
+        read=lambda base: stored.quantized(stored.weights[base])[0],
+        tensor=folder.reader.tensor,
+    )
+
+
+def _on_meta(weight: StoredWeight) -> QuantWeight:
+    if weight.experts:
+        raise InputError(f"{weight.base}: its experts are stored as one tensor, which no export takes apart")
+    qweight = QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype)
+    if not weight.act_order:
+        return qweight
+    return replace(qweight, g_idx=torch.empty(weight.shape[1], dtype=torch.int32, device="meta"))
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the exit: `members` are the modules or tensors of the source that it holds, several if experts.
+    """A tensor of the export: `members` are the modules or tensors of the source that it holds, several if experts.
 
     name: of the tensor in the checkpoint, without the number of the expert and, if quantized, without `.weight`.
     parameter: of the model. part: which of the tensors that are laid side by side there (gate 0, up 1), None if it is
@@ -81,7 +110,7 @@ Progress = Callable[[Entry, str], None]
 OnPlan = Callable[[list[Entry]], Progress | None]
 
 
-def entries(source: ExitSource) -> list[Entry]:
+def entries(source: ExportSource) -> list[Entry]:
     """Everything an exit writes, in the order of the checkpoint. Raises InputError for experts that do not stack."""
     names = CheckpointNames(source.skeleton)
     stacks: dict[str, dict[int, Entry]] = {}
@@ -134,7 +163,7 @@ def _describe(entry: Entry) -> str:
     return f"{kind} {list(entry.shape)} {str(entry.dtype).removeprefix('torch.')}"
 
 
-def refuse_transposed(source: ExitSource, written: Iterable[Entry], reader: str) -> None:
+def refuse_transposed(source: ExportSource, written: Iterable[Entry], reader: str) -> None:
     """Raise InputError for weights that their model keeps as [in_features, out_features] (GPT-2's Conv1D)."""
     sites = find_sites(source.skeleton)
     for entry in written:

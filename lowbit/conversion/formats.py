@@ -14,9 +14,13 @@ from pathlib import Path
 import torch
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from lowbit.checkpoint.checked import read_checked
+from lowbit.checkpoint.configs import write_configs
 from lowbit.checkpoint.manifest import write_manifest
+from lowbit.checkpoint.names import output_name
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, parse_size
+from lowbit.conversion.export import export_source
 from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
 from lowbit.errors import InputError, OutputError, UsageError
@@ -28,11 +32,9 @@ from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.grid import dequantize as dense_matrix
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
-from lowbit.quantization.plan import output_name
-from lowbit.quantization.write import read_checked, write_configs
 
 # Formats of other tools, which lowbit writes and does not read
-EXITS = ("mlx", "gguf")
+EXPORTS = ("mlx", "gguf")
 
 # Called with the number of weights in all, may return what is called with the name of each that is done
 OnStart = Callable[[int], Callable[[str], None] | None]
@@ -84,8 +86,8 @@ def convert(
     Raises UsageError for a format that does not exist, InputError with the reason where it cannot hold the numbers,
     OutputError when the folder cannot be written or reads back differently.
     """
-    if format not in (*FORMATS, *EXITS):
-        raise UsageError(f"format {format!r} is not known; allowed: {', '.join((*FORMATS, *EXITS))}")
+    if format not in (*FORMATS, *EXPORTS):
+        raise UsageError(f"format {format!r} is not known; allowed: {', '.join((*FORMATS, *EXPORTS))}")
     if pre is not None and format != "gguf":
         raise UsageError(f"pre is an option of gguf, not of {format}")
     shard_bytes = parse_size(max_shard_size)
@@ -116,7 +118,7 @@ def convert(
 
 def _to_mlx(source: QuantizedFolder, output: Path, max_shard_size, overwrite: bool, on_start) -> Conversion:
     notes = export_mlx(
-        source.as_exit(),
+        export_source(source),
         output,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
@@ -129,7 +131,7 @@ def _to_mlx(source: QuantizedFolder, output: Path, max_shard_size, overwrite: bo
 def _to_gguf(source: QuantizedFolder, output: Path, pre: str | None, overwrite: bool, on_start) -> Conversion:
     if output.suffix != ".gguf":
         output = output / f"{source.folder.resolve().name}.gguf"
-    notes = export_gguf(source.as_exit(), output, pre=pre, overwrite=overwrite, on_plan=_by_entry(on_start))
+    notes = export_gguf(export_source(source), output, pre=pre, overwrite=overwrite, on_plan=_by_entry(on_start))
     return _conversion(source, "gguf", output.stat().st_size, output, notes)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lowbit.checkpoint.writer import StagedFolder
-from lowbit.conversion.export import Entry, ExitSource, OnPlan, entries, refuse_transposed
+from lowbit.conversion.export import Entry, ExportSource, OnPlan, entries, refuse_transposed
 from lowbit.conversion.gguf_architecture import Architecture, Arrangement, import_gguf
 from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.errors import InputError, OutputError
@@ -36,7 +36,7 @@ class _Tensor:
 
 
 def export_gguf(
-    source: ExitSource,
+    source: ExportSource,
     output: str | Path,
     *,
     pre: str | None = None,
@@ -68,7 +68,7 @@ def export_gguf(
     return notes
 
 
-def _place(source: ExitSource, entry: Entry, architecture: Architecture) -> _Tensor:
+def _place(source: ExportSource, entry: Entry, architecture: Architecture) -> _Tensor:
     name = architecture.tensor_name(entry)
     if entry.scheme is None:
         shape = entry.full_shape if entry.stacked else tuple(n for n in entry.shape if n != 1) or (1,)
@@ -86,7 +86,7 @@ def _place(source: ExitSource, entry: Entry, architecture: Architecture) -> _Ten
     return _Tensor(entry, name, _block_type(source, entry), arrangement, entry.full_shape)
 
 
-def _block_type(source: ExitSource, entry: Entry) -> str:
+def _block_type(source: ExportSource, entry: Entry) -> str:
     """The type that holds all members; of an asymmetric weight that is for its numbers to say."""
     if entry.scheme.sym:
         return blocks.symmetric_type(entry.scheme)
@@ -101,7 +101,9 @@ def _named(module: str, function, *args):
         raise InputError(f"{module}: {error}") from None
 
 
-def _write(source: ExitSource, architecture: Architecture, tensors, path: Path, title: str, pre, progress) -> list[str]:
+def _write(
+    source: ExportSource, architecture: Architecture, tensors, path: Path, title: str, pre, progress
+) -> list[str]:
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, architecture.name)
     try:
@@ -150,7 +152,7 @@ def _add_info(gguf, writer, tensor: _Tensor) -> None:
         writer.add_tensor_info(tensor.name, shape, np.uint8, int(np.prod(shape)), kind)
 
 
-def _data(source: ExitSource, tensor: _Tensor) -> np.ndarray:
+def _data(source: ExportSource, tensor: _Tensor) -> np.ndarray:
     """The bytes of a tensor, uint8."""
     read = _dense if tensor.entry.scheme is None else _packed
     parts = [read(source, tensor, name) for name in tensor.entry.members]
@@ -160,7 +162,7 @@ def _data(source: ExitSource, tensor: _Tensor) -> np.ndarray:
     return data.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _dense(source: ExitSource, tensor: _Tensor, name: str) -> torch.Tensor:
+def _dense(source: ExportSource, tensor: _Tensor, name: str) -> torch.Tensor:
     values = source.tensor(name)
     if tensor.type == "F32":
         # where a file has 1 + w for a norm, float32 rounds it as the model does that computes it
@@ -168,7 +170,7 @@ def _dense(source: ExitSource, tensor: _Tensor, name: str) -> torch.Tensor:
     return values if tensor.entry.stacked else values.view(tensor.shape)
 
 
-def _packed(source: ExitSource, tensor: _Tensor, module: str) -> torch.Tensor:
+def _packed(source: ExportSource, tensor: _Tensor, module: str) -> torch.Tensor:
     return _named(module, blocks.pack, source.read(module), tensor.type)
 
 

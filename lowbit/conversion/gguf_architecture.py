@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from lowbit.conversion.export import Entry, ExitSource
+from lowbit.conversion.export import Entry, ExportSource
 from lowbit.discovery import skeleton
 from lowbit.errors import InputError, UsageError, first_line
 
@@ -58,7 +58,7 @@ class Arrangement:
 class Architecture:
     """The architecture of a model among those of GGUF. Raises InputError if it is not one that can be written."""
 
-    def __init__(self, source: ExitSource):
+    def __init__(self, source: ExportSource):
         from lowbit.transformers_api import (
             GGUF_CONFIG_DEFAULTS_MAPPING,
             GGUF_CONFIG_MAPPING,

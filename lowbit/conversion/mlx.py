@@ -10,7 +10,7 @@ from lowbit.checkpoint import CheckpointWriter, TensorInfo
 from lowbit.checkpoint.reader import read_config
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, parse_size
-from lowbit.conversion.export import Entry, ExitSource, OnPlan, entries, refuse_transposed
+from lowbit.conversion.export import Entry, ExportSource, OnPlan, entries, refuse_transposed
 from lowbit.errors import InputError, OutputError
 from lowbit.formats import mlx
 from lowbit.guards.safe_files import write_whole
@@ -21,7 +21,7 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def export_mlx(
-    source: ExitSource,
+    source: ExportSource,
     output_dir: str | Path,
     *,
     max_shard_size: str | int = "5GB",
@@ -58,7 +58,7 @@ def module_name(entry: Entry) -> str:
     return f"{owner}.switch_mlp.{projection}"
 
 
-def _write(source: ExitSource, plan: list[Entry], folder: Path, shard_bytes: int, progress) -> None:
+def _write(source: ExportSource, plan: list[Entry], folder: Path, shard_bytes: int, progress) -> None:
     infos = [info for entry in plan for info in _infos(entry)]
     copy_side_files(source.folder, folder)
     with CheckpointWriter(folder, infos, shard_bytes, {"format": "mlx"}) as writer:
@@ -96,7 +96,7 @@ def _infos(entry: Entry) -> list[TensorInfo]:
     return [TensorInfo(f"{module_name(entry)}.{s}", t.dtype, (*lead, *t.shape)) for s, t in packed.items()]
 
 
-def _tensors(source: ExitSource, entry: Entry) -> dict[str, torch.Tensor]:
+def _tensors(source: ExportSource, entry: Entry) -> dict[str, torch.Tensor]:
     if entry.scheme is None:
         parts = [{entry.suffix: source.tensor(name)} for name in entry.members]
     else:
@@ -107,7 +107,7 @@ def _tensors(source: ExitSource, entry: Entry) -> dict[str, torch.Tensor]:
     }
 
 
-def _pack(source: ExitSource, module: str) -> dict[str, torch.Tensor]:
+def _pack(source: ExportSource, module: str) -> dict[str, torch.Tensor]:
     try:
         return mlx.pack(source.read(module))
     except InputError as error:

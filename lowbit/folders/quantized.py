@@ -1,20 +1,13 @@
 """A quantized model folder, as conversions read it."""
 
-import copy
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from lowbit.checkpoint import TensorInfo
-from lowbit.conversion.export import ExitSource
 from lowbit.discovery import Site, named_in_config
 from lowbit.errors import InputError
 from lowbit.folders.locate import resolve
 from lowbit.folders.opened import OpenedFolder
-from lowbit.folders.stored import StoredWeight
-from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 
 
@@ -60,27 +53,3 @@ class QuantizedFolder(OpenedFolder):
         tensors = [(base if w.experts else f"{base}.weight", 2) for base, w in weights.items()]
         tensors += [(info.name, len(info.shape)) for info in self.kept]
         return named_in_config(self.model, self.names, self.sites, schemes, tensors, default)
-
-    def as_exit(self) -> ExitSource:
-        """What exits to other tools take of it. Raises InputError for experts that are stored as one tensor."""
-        config = copy.copy(self.config)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        return ExitSource(
-            folder=self.folder,
-            config=config,
-            skeleton=self.model,
-            quantized={base: _meta(weight) for base, weight in self.stored.weights.items()},
-            dense={info.name: info for info in self.kept},
-            read=lambda base: self.stored.quantized(self.stored.weights[base])[0],
-            tensor=self.reader.tensor,
-        )
-
-
-def _meta(weight: StoredWeight) -> QuantWeight:
-    if weight.experts:
-        raise InputError(f"{weight.base}: its experts are stored as one tensor, which no exit takes apart")
-    qweight = QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype)
-    if not weight.act_order:
-        return qweight
-    return replace(qweight, g_idx=torch.empty(weight.shape[1], dtype=torch.int32, device="meta"))

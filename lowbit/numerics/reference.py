@@ -42,3 +42,21 @@ def integer_product(x: torch.Tensor, qweight: QuantWeight) -> torch.Tensor:
     for group, part in enumerate(steps.split(weight.shape[-1], -1)):
         y += (part @ weight[:, group].T).float() * qweight.scales[:, group].float()
     return y * scale
+
+
+# Rows looked at for the error of a layer: enough for three digits, and far cheaper than the quantization itself
+_SAMPLED_ROWS = 64
+
+
+def weight_error(weight: torch.Tensor, qweight: QuantWeight) -> float:
+    """Relative error ||W - Q|| / ||W|| over evenly spaced rows."""
+    step = max(1, weight.shape[0] // _SAMPLED_ROWS)
+    rows = weight[::step].float()
+    sampled = QuantWeight(
+        qweight.codes[::step],
+        qweight.scales[::step],
+        qweight.scheme.weight_only,
+        None if qweight.zeros is None else qweight.zeros[::step],
+    )
+    difference = dequantize(sampled, torch.float32).sub_(rows)
+    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(rows).clamp_min(1e-30))

@@ -15,11 +15,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from lowbit.guards.escape import Markdown, code_block, code_span, link, markdown, shell, terminal, url
+from lowbit.guards.lenient import mapping, number, text
 from lowbit.numerics.scheme import PER_CHANNEL
 from lowbit.publish.engines import engine_verdicts
 from lowbit.publish.facts import QUANTIZED, Facts
 from lowbit.publish.private import public_command, without_folders
-from lowbit.report_page.facts import mapping, number, text
 
 # Where the base model's own card goes: ours takes its place as README.md
 BASE_CARD_NAME = "BASE_MODEL_CARD.md"

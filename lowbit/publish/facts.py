@@ -18,11 +18,11 @@ from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.side_files import side_files
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.folders.opened import summarize
+from lowbit.guards.lenient import mapping, text
 from lowbit.guards.reading import read_bytes, read_json
 from lowbit.guards.records import record
 from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.publish.fields import CardFields, ConfigFields, QualityFields, ReportFields
-from lowbit.report_page.facts import mapping, text
 
 CARD_NAME = "README.md"
 QUANTIZED = "quantized"  # what `base_model_relation` says of a model like ours

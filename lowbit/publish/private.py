@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import PureWindowsPath
 
-from lowbit.report_page.facts import mapping
+from lowbit.guards.lenient import mapping
 
 _PROGRAMS = ("lowbit", "torchrun")
 # Options whose value is a pattern or a word: a slash in it is no folder

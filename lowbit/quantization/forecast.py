@@ -7,9 +7,10 @@ import torch
 
 from lowbit.discovery import decoder_layers
 from lowbit.numerics.scheme import Recipe
-from lowbit.quantization.memory import available_memory, expected_peak, held_between_stages, peak_memory
+from lowbit.quantization.memory import expected_peak, held_between_stages
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantizers import get_quantizer
+from lowbit.system.memory import available_memory, peak_memory
 
 # Of the piece that is timed
 _SIDE, _ROWS = 1024, 256

@@ -10,6 +10,7 @@ import torch
 from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.extras import judge
+from lowbit.checkpoint.names import output_name
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
 from lowbit.folders.opened import without_parameter
@@ -50,12 +51,6 @@ def statistics(recipe: Recipe) -> tuple[str, ...]:
     """What has to be measured with data: what the method needs ("hessian", "missing"), and the ranges of inputs."""
     needs = get_quantizer(recipe.method).needs(recipe.options)
     return (*needs, "ranges") if recipe.is_static else needs
-
-
-def output_name(source: str, suffix: str) -> str:
-    """`x.weight` -> `x.weight_packed`; a fused parameter `x.gate_up_proj` -> `x.gate_up_proj_packed`."""
-    base = source.removesuffix(".weight")
-    return f"{base}.{suffix}" if base != source else source + suffix.removeprefix("weight")
 
 
 @dataclass(frozen=True)

@@ -1,42 +1,12 @@
 """What a run did, for people and for scripts: `lowbit_report.json` in the folder that it wrote."""
 
-import json
-import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from lowbit import __version__
-from lowbit.checkpoint.manifest import REPORT_NAME
-from lowbit.checkpoint.side_files import refuse_foreign
-from lowbit.errors import InputError
-from lowbit.guards.reading import read_json
-from lowbit.guards.records import record
-from lowbit.guards.safe_files import write_whole
-from lowbit.numerics.grid import dequantize
-from lowbit.numerics.qweight import QuantWeight
 from lowbit.quantization.plan import Plan, Step
-
-# Rows looked at for the error of a layer: enough for three digits, and far cheaper than the quantization itself
-_SAMPLED_ROWS = 64
-
-
-def weight_error(weight: torch.Tensor, qweight: QuantWeight) -> float:
-    """Relative error ||W - Q|| / ||W|| over evenly spaced rows."""
-    step = max(1, weight.shape[0] // _SAMPLED_ROWS)
-    rows = weight[::step].float()
-    sampled = QuantWeight(
-        qweight.codes[::step],
-        qweight.scales[::step],
-        qweight.scheme.weight_only,
-        None if qweight.zeros is None else qweight.zeros[::step],
-    )
-    difference = dequantize(sampled, torch.float32).sub_(rows)
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(rows).clamp_min(1e-30))
+from lowbit.system.machine import machine, now, versions
 
 
 def layer_entry(step: Step, expert: int | None = None) -> dict:
@@ -56,34 +26,6 @@ def layer_entry(step: Step, expert: int | None = None) -> dict:
         "source_bytes": step.source.nbytes // matrices,
         "bytes": sum(info.nbytes for info in step.outputs) // matrices,
     }
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), "lowbit": __version__, **{name: version(name) for name in packages}}
-
-
-def machine() -> str:
-    """The GPU, or the CPU with its threads."""
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return torch.cuda.get_device_name() + (f" x {count}" if count > 1 else "")
-    return cpu()
-
-
-def cpu() -> str:
-    """The CPU with its threads."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    name = next(names, platform.processor() or platform.machine())
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 @dataclass
@@ -161,24 +103,6 @@ class Report:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def load_report(folder: Path) -> dict:
-    """The report in a quantized folder: an object, whatever is in it. Raises InputError where there is none."""
-    path = folder / REPORT_NAME
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {folder} (expected one that `lowbit quantize` wrote)")
-    refuse_foreign(folder, [path])  # it is shown, and written back to the folder with what was measured
-    if not path.exists():
-        raise InputError(f"{folder} holds no {REPORT_NAME}: expected a folder that `lowbit quantize` wrote")
-    try:
-        return record(dict, read_json(path), str(path))
-    except InputError as error:
-        raise InputError(f"cannot read the report ({error}): quantize again to have one") from None
-
-
-def save_report(folder: Path, report: dict) -> None:
-    write_whole(folder / REPORT_NAME, json.dumps(report, indent=1) + "\n")
 
 
 def _parts(plan: Plan) -> dict[str, dict[str, int]]:

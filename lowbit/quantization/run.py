@@ -9,20 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.report_file import save_report
 from lowbit.checkpoint.writer import StagedFolder, parse_size
-from lowbit.conversion.dtype import is_dtype
 from lowbit.discovery import skeleton
 from lowbit.errors import UsageError
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
+from lowbit.numerics.dtypes import is_dtype
 from lowbit.numerics.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
 from lowbit.quantization.calibrated.job import clear_finished
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.run import Calibration, calibrate, needs_data
-from lowbit.quantization.memory import peak_memory
 from lowbit.quantization.plan import Plan, make_plan
-from lowbit.quantization.report import Report, save_report
+from lowbit.quantization.report import Report
 from lowbit.quantization.write import Progress, write_checkpoint
 from lowbit.quantizers import checked_options
+from lowbit.system.memory import peak_memory
 from lowbit.verification.checks import check_structure
 
 logger = logging.getLogger("lowbit")

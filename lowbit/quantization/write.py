@@ -1,6 +1,5 @@
 """Writes the planned checkpoint: a thread reads ahead, this one quantizes, a third writes."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,15 +8,16 @@ import torch
 
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter
 from lowbit.checkpoint.checked import read_checked
+from lowbit.checkpoint.configs import write_configs
 from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.errors import OutputError
 from lowbit.formats import get_format
-from lowbit.guards.safe_files import write_whole
+from lowbit.numerics.reference import weight_error
 from lowbit.numerics.scheme import Recipe
 from lowbit.quantization.plan import Plan, Step
-from lowbit.quantization.report import Report, weight_error
+from lowbit.quantization.report import Report
 from lowbit.quantizers import get_quantizer
 
 # Called with each Step that is done, for progress bars, and with what there is to say of it
@@ -68,14 +68,6 @@ def _write(reader, plan: Plan, folder: Path, shard_bytes: int, report: Report, p
         writer.finish(plan.total_parameters)
     write_configs(folder, reader.plain_config, fmt, plan.quantization_config)
     write_manifest(folder, writer.digests)
-
-
-def write_configs(folder: Path, config: dict, fmt, quantization_config: dict) -> None:
-    """config.json with the quantization in it, and what else readers of the format look for."""
-    files = fmt.companions(quantization_config)
-    files["config.json"] = {**config, "quantization_config": quantization_config}
-    for name, data in files.items():
-        write_whole(folder / name, json.dumps(data, indent=2) + "\n")
 
 
 def _write_all(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> None:

@@ -8,10 +8,11 @@ from importlib.resources import files
 
 from lowbit.errors import InputError
 from lowbit.guards.escape import shell
+from lowbit.guards.lenient import mapping, number, text
 from lowbit.publish.private import recorded_command
 from lowbit.report_page.advice import FEW_TOKENS, Advice, advice
 from lowbit.report_page.bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
-from lowbit.report_page.facts import Facts, Layer, mapping, mean, number, percent, size, text
+from lowbit.report_page.facts import Facts, Layer, mean, percent, size
 
 _WORST = 10
 

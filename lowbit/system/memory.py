@@ -1,7 +1,11 @@
 """Memory of the process."""
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
+
+import torch
 
 
 def return_freed() -> None:
@@ -11,3 +15,32 @@ def return_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process ever held in memory (on a GPU: there)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int:
+    """Bytes that can still be taken without swapping; what the container may take counts, where there is a limit."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            left = [int((Path("/sys/fs/cgroup") / name).read_text()) for name in (limit, used)]
+        except (OSError, ValueError):
+            continue
+        free = min(free, left[0] - left[1])
+    return free

@@ -12,21 +12,21 @@ from pathlib import Path
 
 import torch
 
+from lowbit.calibration.recorded import recorded_edits, scaled
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
 from lowbit.checkpoint.reader import INDEX_NAME
+from lowbit.checkpoint.report_file import converted_dtype, load_report
 from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visible
-from lowbit.conversion.dtype import cast, converted_dtype
 from lowbit.discovery import choose
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.folders.opened import OpenedFolder, without_parameter
 from lowbit.folders.stored import StoredWeight
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.numerics.dtypes import cast
 from lowbit.numerics.scheme import Recipe
-from lowbit.quantization.calibrated.smoothing import recorded_edits, scaled
-from lowbit.quantization.report import load_report
 from lowbit.transformers_api import ignored_if_missing, tied_weights
 from lowbit.verification.tolerance import difference
 

@@ -12,7 +12,7 @@ from folders import ROOT, contents, save_random_llama
 import lowbit
 from lowbit.cli.convert import FORMATS
 from lowbit.cli.main import COMMANDS
-from lowbit.conversion.formats import EXITS
+from lowbit.conversion.formats import EXPORTS
 from lowbit.errors import UsageError
 
 HEAVY = {"torch", "transformers", "huggingface_hub", "numpy", "rich.console"}
@@ -67,7 +67,7 @@ def test_wrong_usage_imports_nothing_heavy(chat_model, tmp_path):
 
 
 def test_the_formats_of_convert_are_those_of_the_pipeline():
-    assert (*lowbit.formats.FORMATS, *EXITS) == FORMATS
+    assert (*lowbit.formats.FORMATS, *EXPORTS) == FORMATS
 
 
 @pytest.mark.parametrize("output", [".", "", "..", "../empty", "../.."])

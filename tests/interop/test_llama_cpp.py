@@ -5,7 +5,7 @@ Skipped without it: pip install -r tests/interop/requirements-llama-cpp.txt
 
 import pytest
 import torch
-from exit_sources import dense_model, quantized_source
+from export_sources import dense_model, quantized_source
 from folders import VOCABULARY, save_tokenizer
 from models import relative_error, token_ids
 

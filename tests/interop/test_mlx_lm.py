@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from exit_sources import dense_model, quantized_source
+from export_sources import dense_model, quantized_source
 from models import relative_error, token_ids
 from weights import BITS, matrix, random_quantized
 

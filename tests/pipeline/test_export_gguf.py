@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from exit_sources import dense_model, dequantized, open_source, quantized_source
+from export_sources import dense_model, dequantized, open_source, quantized_source
 from folders import contents, edit_config, read_json, save_tokenizer, write_json
 from models import token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config, modeling_gguf_pytorch_utils

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exit_sources import dequantized, quantized_source
+from export_sources import dequantized, quantized_source
 from folders import contents, edit_config, save_tokenizer, stored_tensors
 from safetensors import safe_open
 

@@ -10,8 +10,8 @@ from models import save_tiny, token_ids
 from runs import quick_gptq, stop_after_layers
 
 import lowbit
+from lowbit.checkpoint.report_file import load_report, save_report
 from lowbit.errors import InputError, OutputError
-from lowbit.quantization.report import load_report, save_report
 
 KEYS = {
     "lowbit", "date", "source", "source_revision", "recipe", "format", "command", "versions", "machine", "seconds",

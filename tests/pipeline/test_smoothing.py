@@ -14,11 +14,11 @@ from runs import quick_gptq as gptq
 from safetensors.torch import save_file
 
 import lowbit
+from lowbit.calibration.recorded import recorded_edits, scaled
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, skeleton
 from lowbit.errors import UsageError
 from lowbit.folders.locate import load_config
-from lowbit.quantization.calibrated.smoothing import recorded_edits, scaled
 
 CHANNELS = (3, 17, 40)  # of the outliers
 FOLDS = {"llama": 4, "qwen2": 4, "gemma2": 4, "gpt2": 2, "qwen3_moe": 3, "qwen2_moe": 4}

@@ -18,13 +18,14 @@ from lowbit.errors import InputError
 from lowbit.numerics.activations import RangeObserver
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.reference import weight_error
 from lowbit.numerics.scheme import Recipe
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.streams import Streams, StreamsWriter
 from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantization.plan import Plan, Step, statistics
-from lowbit.quantization.report import layer_entry, weight_error
+from lowbit.quantization.report import layer_entry
 from lowbit.quantizers import get_quantizer
 from lowbit.system.memory import return_freed
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.checked import read_checked
 from lowbit.discovery import CheckpointNames, decoder_layers, skeleton
 from lowbit.errors import InputError, LowbitError, first_line
-from lowbit.quantization.write import read_checked
 from lowbit.transformers_api import load_tensors
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from lowbit.calibration.recorded import recorded_edits, scaled
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats import get_format
@@ -26,13 +27,14 @@ from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.layer import LayerRun, quantize_layer
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
-from lowbit.quantization.calibrated.smoothing import Smoothed, Smoother, recorded_edits, scaled
+from lowbit.quantization.calibrated.smoothing import Smoothed, Smoother
 from lowbit.quantization.calibrated.streams import NoStreams, Streams, StreamsWriter
 from lowbit.quantization.calibrated.targets import Target, targets
-from lowbit.quantization.memory import available_memory, expected_peak, held_between_stages, peak_memory
+from lowbit.quantization.memory import expected_peak, held_between_stages
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import Report
 from lowbit.quantization.write import Progress, read_checked
+from lowbit.system.memory import available_memory, peak_memory
 from lowbit.text.samples import Samples, calibration_samples, checked_ids
 from lowbit.torch_api import cpu_has_bf16_products
 

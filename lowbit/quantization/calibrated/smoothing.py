@@ -5,18 +5,17 @@ with them are stored like what is quantized. The report says what was scaled by 
 goes on scales finished layers alike again, and `lowbit verify` the source.
 """
 
-from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Mapping
+from base64 import b64encode
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from lowbit.calibration.folds import Edit, Fold, find_folds, planned_edits
+from lowbit.calibration.folds import Fold, find_folds
+from lowbit.calibration.recorded import add_edits, scaled
 from lowbit.calibration.smooth import Activations, Choice, Consumer, choose_scales, scales_of
 from lowbit.calibration.walk import Products, addresses
-from lowbit.checkpoint.manifest import REPORT_NAME
-from lowbit.discovery import CheckpointNames, find_sites
-from lowbit.errors import InputError
+from lowbit.discovery import find_sites
 from lowbit.numerics.grid import dequantize, quantize_nearest
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
@@ -29,11 +28,6 @@ from lowbit.transformers_api import tied_weights
 _TRIED_TOKENS = 64
 # Of the matrices of experts, so many are tried with each candidate
 _MOST_MATRICES = 16
-
-_MOST_CHANNELS = 2**24  # more inputs than any linear has
-
-# Parameter -> what it is scaled by, one after the other
-Edits = dict[str, list[tuple[Edit, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class Smoother:
             choice = self._choice(fold, consumers, activations)
             entries.append(_entry(fold, prefix, choice))
             if choice.alpha is not None:
-                _add_edits(edits, fold, prefix, scales_of(choice.exponents), stored)
+                add_edits(edits, fold, prefix, scales_of(choice.exponents), stored)
         made = {name: scaled(name, tensor, edits, self.model.names) for name, tensor in tensors.items()}
         quantized = {step.source.name for step in steps}
         changed = {name: made[name] for name in tensors if made[name] is not tensors[name] and name not in quantized}
@@ -159,25 +153,6 @@ def _rounded(target: Target) -> Callable[[torch.Tensor], torch.Tensor]:
     return rounded
 
 
-def scaled(name: str, tensor: torch.Tensor, edits: Edits, names: CheckpointNames) -> torch.Tensor:
-    """A checkpoint tensor with the edits of its parameter; itself, where there are none. Raises InputError for edits of
-    a report that do not fit it."""
-    parameter, _ = names.locate(name)
-    for edit, scales in edits.get(parameter, ()):
-        edit = edit.turned() if names.turns(name, tuple(tensor.shape)) else edit
-        try:
-            tensor = edit.apply(tensor, scales)
-        except (IndexError, TypeError, ValueError, RuntimeError):
-            raise InputError(f"what {REPORT_NAME} says of smoothing does not fit {name}: quantize again") from None
-    return tensor
-
-
-def _add_edits(edits: Edits, fold: Fold, prefix: str, scales: torch.Tensor, stored: Mapping[str, torch.Tensor]) -> None:
-    """stored: parameter -> the tensor of the checkpoint that it is, of producers at least."""
-    for edit, each in planned_edits(fold, stored[prefix + fold.producers[0].parameter], scales):
-        edits.setdefault(prefix + edit.parameter, []).append((edit, each))
-
-
 def _described(fold: Fold, prefix: str) -> dict:
     return {
         "producer": prefix + fold.producers[0].parameter,
@@ -213,32 +188,3 @@ def _runs(channels: list[int]) -> list[list[int]]:
         else:
             runs.append([channel, 1])
     return runs
-
-
-def recorded_edits(
-    layers: Iterable[Mapping], names: CheckpointNames, tensors: Iterable[str], read: Callable[[str], torch.Tensor]
-) -> Edits:
-    """What a report says of its decoder `layers` that was scaled. tensors: names of those of the source; read: gives
-    one. Raises InputError for a report that is damaged."""
-    edits: Edits = {}
-    stored = {names.locate(name)[0]: name for name in tensors}
-    try:
-        for layer in layers:
-            for entry in layer.get("smoothing", ()):
-                if "exponents" in entry:
-                    exponents = torch.frombuffer(bytearray(b64decode(entry["exponents"])), dtype=torch.int8).long()
-                    if sum(length for _, length in entry["channels"]) > _MOST_CHANNELS:
-                        raise ValueError("channels")
-                    fold = Fold(
-                        tuple(Edit(name, axis, offset) for name, axis, offset in entry["producer_edits"]),
-                        tuple(Edit(name, axis) for name, axis in entry["consumer_edits"]),
-                        torch.cat([torch.arange(first, first + length) for first, length in entry["channels"]]),
-                        len(exponents),
-                    )
-                    producer = {entry["producer"]: read(stored[entry["producer"]])}
-                    _add_edits(edits, fold, entry["prefix"], scales_of(exponents), producer)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"what {REPORT_NAME} says of smoothing is damaged ({type(error).__name__}): quantize again"
-        ) from None
-    return edits

@@ -7,13 +7,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import lowbit
-from lowbit.conversion.export import ExitSource
+from lowbit.conversion.export import ExportSource, export_source
 from lowbit.folders.quantized import QuantizedFolder
 from lowbit.numerics.grid import dequantize
 
 
-def open_source(folder) -> ExitSource:
-    return QuantizedFolder(folder).as_exit()
+def open_source(folder) -> ExportSource:
+    return export_source(QuantizedFolder(folder))
 
 
 def quantized_source(folder, name="llama", scheme="W4A16-G32", dtype=torch.bfloat16, options=None, **changes):
@@ -26,13 +26,13 @@ def quantized_source(folder, name="llama", scheme="W4A16-G32", dtype=torch.bfloa
     return open_source(folder / "quantized")
 
 
-def dequantized(source: ExitSource) -> dict[str, torch.Tensor]:
+def dequantized(source: ExportSource) -> dict[str, torch.Tensor]:
     """Every tensor of the checkpoint by its dense name, float32."""
     weights = {f"{name}.weight": dequantize(source.read(name), torch.float32) for name in source.quantized}
     return weights | {name: source.tensor(name).float() for name in source.dense}
 
 
-def dense_model(source: ExitSource, folder):
+def dense_model(source: ExportSource, folder):
     """The transformers model of the dequantized weights, float32."""
     folder.mkdir()
     config = read_json(source.folder / "config.json")
