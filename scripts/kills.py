@@ -4,8 +4,8 @@
 
 Runs of rtn and gptq alternate. Each is killed by TERM, HUP, INT or KILL, up to five times in a row, then left to end.
 The output is compared byte by byte with that of a run nobody killed; of the report all but times, memory and the
-command. A few such kills are in tests/pipeline/test_killed.py; this is for hundreds of them. Exit code 1 at the first
-difference, with the folder kept.
+command. A few such kills are in tests/quantization/test_killed.py; this is for hundreds of them. Exit code 1 at the
+first difference, with the folder kept.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: builds them with gcc into a folder of their own
-# and runs the tests that call them. Arguments go to pytest: scripts/sanitize.sh tests/backends/test_native.py -x
+# and runs the tests that call them. Arguments go to pytest: scripts/sanitize.sh tests/native/test_native.py -x
 #
 #   LOWBIT_PYTHON   interpreter that has the packages (default: .venv/bin/python of this checkout)
 set -euo pipefail
@@ -8,8 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${LOWBIT_PYTHON:-.venv/bin/python}
 compiler=$(command -v gcc) || { echo "error: this needs gcc" >&2; exit 2; }
 # (not the tests of compiling and caching: each would wait for a compiler that takes a minute with sanitizers)
-[ $# -gt 0 ] || set -- -q -k "not built and not cache and not library" tests/backends/test_native.py tests/backends/test_matmul.py tests/backends/test_attention.py \
-    tests/backends/test_elementwise.py tests/backends/test_integer_inputs.py
+[ $# -gt 0 ] || set -- -q -k "not built and not cache and not library" tests/native/test_native.py tests/native/test_matmul.py tests/native/test_attention.py \
+    tests/native/test_elementwise.py tests/backends/test_integer_inputs.py
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

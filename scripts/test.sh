@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format and tests: the one command of developers and of CI. Arguments go to pytest: scripts/test.sh tests/test_grid.py -x
+# Lint, format and tests: the one command of developers and of CI. Arguments go to pytest: scripts/test.sh tests/numerics/test_grid.py -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh

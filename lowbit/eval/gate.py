@@ -1,4 +1,4 @@
-"""The release gate: what the files of a folder say (verification.checks), and what the model in it does when it runs."""
+"""The release gate: what the files of a folder say (verification/), and what the model in it does when it runs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,9 +16,9 @@ from lowbit.text.datasets import token_stream
 from lowbit.verification.checks import MAX_UNQUANTIZED, Check, static_checks
 
 _TOKENS, _NEW_TOKENS = 256, 16
-# Mean KL to the reference, in nats, beyond which nobody should publish a model of so few bits. Unlike the weights of
-# verification.tolerance it is not compared with that of a rounded model, which may be as useless: whether a model is damaged
-# or merely too coarse makes no difference to who runs it
+# Mean KL to the reference, in nats, beyond which nobody should publish a model of so few bits. Unlike weights
+# (verification/tolerance.py) it is not compared with that of a rounded model, which may be as useless: whether a model
+# is damaged or merely too coarse makes no difference to who runs it
 _LARGEST_KL = {16: 0.1, 8: 0.1, 4: 0.5, 3: 2.0, 2: 5.0}
 
 

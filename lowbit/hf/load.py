@@ -71,7 +71,7 @@ def load(
         backend: Run on this one or fail.
         revision: Of a Hub id.
         trust_remote_code: Let code that comes with the model run.
-        fuse: Linears that share an input share one product (lowbit.layers.shared_product): fewer launches, the same result.
+        fuse: Linears that share an input share one product: fewer launches, the same result.
         lm_head: A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.
         **kwargs: Those of `from_pretrained`. quantization_config= quantizes a dense model while it is loaded.
 

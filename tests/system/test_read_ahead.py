@@ -75,5 +75,5 @@ def test_commands_read_ahead_before_they_import_torch(command):
         "module.read_ahead = lambda folder: sys.exit(f'{folder}, torch: {\"torch\" in sys.modules}')\n"
         f"module.{command}(model='some/folder')"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.stderr.strip() == f"{Path('some/folder')}, torch: False"
