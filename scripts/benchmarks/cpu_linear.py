@@ -12,6 +12,7 @@ import torch
 from common import save, timed
 
 from lowbit.backends import native, torch_cpu
+from lowbit.native import linear as native_linear
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.scheme import Scheme
 
@@ -26,10 +27,10 @@ def milliseconds(function, weights) -> float:
 
 
 def paths():
-    """(name, backend, from how many rows on it makes a dense copy)"""
-    for backend, short in ((native, "native"), (torch_cpu, "torch")):
-        yield f"{short}_packed_ms", backend, NEVER
-        yield f"{short}_dense_ms", backend, 0
+    """(name, backend, the module that decides, from how many rows on it makes a dense copy)"""
+    for backend, decides, short in ((native, native_linear, "native"), (torch_cpu, torch_cpu, "torch")):
+        yield f"{short}_packed_ms", backend, decides, NEVER
+        yield f"{short}_dense_ms", backend, decides, 0
 
 
 def main():
@@ -40,11 +41,11 @@ def main():
         row["bf16_ms"] = milliseconds(lambda w, x=x: torch.nn.functional.linear(x, w), dense)
     for scheme in SCHEMES:
         quantized = [quantize_nearest(weight, scheme) for weight in dense]
-        for name, backend, crossover in paths():
+        for name, backend, decides, crossover in paths():
             if backend.refuse(scheme, torch.device("cpu"), torch.bfloat16, (SIZE, SIZE)):
                 continue
             weights = [backend.prepare(qweight) for qweight in quantized]
-            with patch.multiple(backend, _CROSSOVER_FP32=crossover, _CROSSOVER_BF16=crossover):
+            with patch.multiple(decides, _CROSSOVER_FP32=crossover, _CROSSOVER_BF16=crossover):
                 for row in rows:
                     x = torch.randn(row["rows"], SIZE, dtype=torch.bfloat16)
                     row[f"{scheme.name}_{name}"] = milliseconds(
