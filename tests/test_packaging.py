@@ -24,6 +24,7 @@ def package_files(name):
     """Paths in the wheel that a package must have, found in the tree and not through the build's settings."""
     root = SOURCE_ROOTS[name]
     found = {*(root / name).rglob("*.py"), *(root / name).rglob("*.[ch]"), *(root / name).glob(DATA[name])}
+    found.add(root / name / "py.typed")
     return {file.relative_to(root).as_posix() for file in found if file.is_file() and "__pycache__" not in file.parts}
 
 

@@ -52,6 +52,17 @@ def test_commands_run_in_order(folder):
             arguments = [sys.executable, "-m", "lowbit", name, *words[2:]]
             done = run(arguments, folder)
             assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+            if words[1] == "quantize" and "--method" not in words:
+                assert without_seconds(shown_output()) in without_seconds(done.stdout)
+
+
+def shown_output() -> str:
+    """What the README shows of the first `quantize`."""
+    return re.search(r"The second one says:\n\n```\n(.*?)```", README, flags=re.DOTALL)[1]
+
+
+def without_seconds(text: str) -> str:
+    return " ".join(re.sub(r"[\d.]+ s$", "", text, flags=re.MULTILINE).split())
 
 
 def test_python_code_runs(folder):

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Scaled dot product attention of few queries: one pass over keys and values, which skips those that are masked.
 
    The softmax is that of the keys so far (Milakov and Gimelshein, 2018; Dao et al., 2022): BLOCK keys at a time, what

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Small operations, one after the other in one call: each costs less than to have it called.
 
    An instruction works along the last of four dimensions, on PART numbers at a time: they become floats, then it is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* y = x W^T for a group-wise quantized W, in integers: compiled by build.py for the processor it runs on.
 
    Inputs become 16-bit integers. The inputs of a step, at most STEP of a group, share a power of two, chosen so that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* y = x W^T for few rows of x and a dense W, which is read once: the time of this is the time of reading. */
 
 #include "numbers.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* Numbers as they lie in memory, and as the kernels compute with them. */
 
 #include <stdint.h>

@@ -20,7 +20,22 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/kv_cache.md",
     "docs/ladder.md",
+    "docs/results.md",
 )
+
+
+def summary() -> str:
+    """What a newcomer wants to know: how much smaller, and how much worse."""
+    data = result("ladder")
+    wanted = {"BF16": None, "W8A16-G128": None, "W4A16-G128": "gptq", "W3A16-G64": "gptq", "W2A16_ASYM-G32": "gptq"}
+    rows = [
+        [row["scheme"] + (", calibrated" if wanted[row["scheme"]] else ""), f"{row['file_bytes'] / 1e6:.2f}",
+         f"{row['perplexity']:.2f}", f"{row['kl_mean']:.5f}", f"{100 * row['top1_agreement']:.1f} %"]
+        for row in data["rows"]
+        if row["scheme"] in wanted and row["settings"].get("method") == wanted[row["scheme"]]
+    ]  # fmt: skip
+    header = ["embedded model", "file MB", "perplexity", "mean KL (nats)", "same next token"]
+    return markdown(header, rows) + source(data, "ladder")
 
 
 def quality() -> str:
@@ -334,7 +349,7 @@ def architecture_names() -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
+        summary, architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
         gpu_end_to_end, cpu_generation, kv_cache, speculative, ladder, ladder_speed, int8_linear,
         gpu_predictions, interop, reference_training,
     )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from facts import BASE_CARD, REPORT
-from folders import ROOT, edit_config, read_json, save_random_llama, stored_tensors, write_json
+from folders import edit_config, read_json, save_random_llama, stored_tensors, write_json
 from huggingface_hub import ModelCard
 from models import save_tiny
 from transformers import AutoModelForCausalLM
@@ -320,11 +320,6 @@ def test_a_card_without_metadata(folder):
     (folder / "README.md").write_text("# Tiny\n")
     facts = Facts.of(folder)
     assert facts.has_base_card and "license" not in metadata(folder)
-
-
-def test_the_template_in_the_repository_is_the_one_in_the_wheel():
-    template = ROOT / "model_cards" / "template.md"
-    assert template.resolve() == ROOT / "lowbit" / "assets" / "model_card.md"
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From packed halfwords to tensor core operands: the jit helpers every kernel shares.
 
 A code becomes a float by being written into the mantissa of a fixed exponent: 0x4300 | q is the bf16 number 128 + q,

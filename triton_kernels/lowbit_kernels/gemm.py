@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many rows: y = x @ W^T where the tensor cores are the limit, in plain triton, and the packed weight made dense.
 
 Like the decode kernel, with weights as the left operand, decoded in registers. The scale goes on the weights, rounded

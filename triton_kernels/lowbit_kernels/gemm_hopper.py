@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """33 rows of x and more on Hopper, in Gluon: out^T = W x^T with the packed weight as the tensor core's left operand,
 straight from global memory into registers.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPTQ inside of a group: its columns run in registers, one launch instead of several per column.
 
 Two loops of `lowbit.quantizers.gptq` go from column to column, each column correcting those after it:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eight-bit rows: y = x @ W^T on the integer tensor cores, for any number of rows. W8A8 and W4A8.
 
 Weights are the left operand, as in the other kernels. Per channel, sums are int32 over all inputs: exact. A group has

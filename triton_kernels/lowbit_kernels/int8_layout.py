@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packed weight of a product of integers, in plain torch. The README beside it has the picture.
 
 Eight bits need no decoding: the codes minus 128, row by row, read by the tensor core from shared memory.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators of torch for integer inputs, beside those of `ops`.
 
     lowbit_kernels::int8_linear     y = Q(x) W^T + bias, each row of x quantized to eight bits

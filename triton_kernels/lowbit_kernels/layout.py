@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """frag32: the packed weight every kernel of this package reads, in plain torch. The README beside it has the picture.
 
 A tensor core takes its left operand as 16x16 fragments: lane 4g + c of a warp holds rows g and g + 8, columns 2c,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators of torch: schemas, shapes for tracing, gradients for the input, and the kernels behind them.
 
     lowbit_kernels::linear    y = x W^T + bias

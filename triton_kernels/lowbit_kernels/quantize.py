@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of x to eight bits: one program per row, which is read once and held in registers. x ~ (code - zero) * scale.
 
     symmetric     scale = largest |x| of the row / 127.5

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every kernel must compute, in plain torch on plain tensors. No layout, no speed: the oracle of the kernel
 tests."""
 

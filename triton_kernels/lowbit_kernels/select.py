@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernel runs y = x @ W^T and with which configuration: an exact entry of a table, else a rule.
 
 Tables are JSON files, one per GPU: those shipped in tuned/, and the user's own in the platform's cache folder, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Few rows (1 to about 32): y = x @ W^T where reading the weight is all the time there is.
 
 Weights are the left operand, W @ x^T: the tensor core's 16 rows are filled by output features and its 8 columns by the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long kernels take, measured so that caches do not flatter: every call reads another copy of the weight.
 
 On a GPU the calls are one CUDA graph: launching from Python takes longer than many of these kernels run.

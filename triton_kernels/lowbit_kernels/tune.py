@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find the fastest kernel and configuration for a weight shape on this GPU.
 
 The candidates are few: those that arithmetic leaves over. Each must compute the right thing, the same in every repeat,
