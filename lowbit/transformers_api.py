@@ -359,7 +359,7 @@ class CheckpointNames:
             return renamed, True
         return renamed, keeps_matrices(self._by_source[source])
 
-    def turns(self, name: str, shape: tuple[int, ...]) -> bool:
+    def transposes(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether matrices of a tensor of this shape are transposed while loading."""
         renamed, source = self._renamed(name)
         operation = None if source is None else self._by_source[source].operations[0]

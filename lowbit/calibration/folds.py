@@ -46,7 +46,7 @@ class Edit:
         scales = scales.to(tensor.device).float().view(shape)
         return ((tensor.float() + self.offset) * scales - self.offset).to(tensor.dtype)
 
-    def turned(self) -> "Edit":
+    def transposed(self) -> "Edit":
         """For a tensor that holds the matrices transposed."""
         return Edit(self.parameter, -3 - self.axis, self.offset)
 

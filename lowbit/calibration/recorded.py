@@ -23,7 +23,7 @@ def scaled(name: str, tensor: torch.Tensor, edits: Edits, names: CheckpointNames
     a report that do not fit it."""
     parameter, _ = names.locate(name)
     for edit, scales in edits.get(parameter, ()):
-        edit = edit.turned() if names.turns(name, tuple(tensor.shape)) else edit
+        edit = edit.transposed() if names.transposes(name, tuple(tensor.shape)) else edit
         try:
             tensor = edit.apply(tensor, scales)
         except (IndexError, TypeError, ValueError, RuntimeError):

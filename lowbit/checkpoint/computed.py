@@ -58,7 +58,7 @@ def as_loaded(
     for name, stored in tensors.items():
         parameter, direct = names.locate(name)
         renamed = direct and parameter in wanted and parameter != name and not name.endswith(".weight")
-        if renamed and _is_final(parameter, stored.shape, names) and not names.turns(name, stored.shape):
+        if renamed and _is_final(parameter, stored.shape, names) and not names.transposes(name, stored.shape):
             made[name] = [replace(stored, name=parameter)]
     return {info.name: info for name, stored in tensors.items() for info in made.get(name, [stored])}
 

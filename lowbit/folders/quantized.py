@@ -44,7 +44,7 @@ class QuantizedFolder(OpenedFolder):
     def is_stored_transposed(self, site: Site, name: str) -> bool:
         """Whether transformers expects the matrices of the tensor `name` as [in_features, out_features]."""
         in_memory = tuple(self.names.state[site.parameter].shape)
-        return site.transposed != self.names.turns(name, in_memory)
+        return site.transposed != self.names.transposes(name, in_memory)
 
     def in_config(self, default: Scheme) -> tuple[dict[str, Scheme], list[str]]:
         """What a config of this model has to name."""

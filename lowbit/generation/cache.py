@@ -114,7 +114,7 @@ def unusable(cache: Cache) -> str | None:
     return None
 
 
-def rewind(cache: Cache, length: int) -> None:
+def truncate(cache: Cache, length: int) -> None:
     """Forget all positions from `length` on. What they hold stays until it is overwritten, and is not seen."""
     for layer in cache.layers:
         if isinstance(layer, FilledLayer):
@@ -124,14 +124,14 @@ def rewind(cache: Cache, length: int) -> None:
             length_tensor(layer).fill_(length)
 
 
-def hold(cache: Cache, visible: int) -> None:
-    """Attention sees so many positions in every step of one token to come, until the cache is rewound."""
+def set_visible(cache: Cache, visible: int) -> None:
+    """Attention sees so many positions in every step of one token to come, until the cache is truncated."""
     for layer in cache.layers:
         if isinstance(layer, FilledLayer):
             layer.visible = visible
 
 
-def advance(cache: Cache) -> None:
+def commit(cache: Cache) -> None:
     """What a step that sees `visible` positions ends with."""
     filled = (layer for layer in cache.layers if isinstance(layer, FilledLayer))
     if (layer := next(filled, None)) is not None:

@@ -60,7 +60,7 @@ class _Recorded:
     def record(self) -> None:
         self.calls, self.sees = [], 0  # the old tensors are gone before there are new ones
         sees = min(-(-(self.step.filled + 1) // _MULTIPLE) * _MULTIPLE, self.step.length)
-        self.step.hold(sees)
+        self.step.set_visible(sees)
         with _NoLists(), _Recording() as recording:
             self.step()
         self.calls, self.sees = recording.calls(), sees

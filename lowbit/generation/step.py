@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowbit.generation.cache import advance, grows, hold, rewind
+from lowbit.generation.cache import commit, grows, set_visible, truncate
 from lowbit.generation.sampling import Sampling, pick
 from lowbit.transformers_api import cache_argument
 
@@ -36,7 +36,7 @@ class Step:
         self.forward: Callable = model  # the compiled one, where that was asked for
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor, seed: int | None) -> None:
-        """Start over with prompts [B, T] and their mask [B, T]; what the cache holds is left to `rewind`."""
+        """Start over with prompts [B, T] and their mask [B, T]; what the cache holds is left to `truncate`."""
         self.prompt, self.prompt_positions = ids, (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         self.mask.fill_(1)
         self.mask[:, : mask.shape[1]] = mask
@@ -78,13 +78,13 @@ class Step:
         seen = self.visible or (self.filled if grows(self.cache) else self.length)
         logits = self._logits(self.forward, self.inputs, self.mask[:, :seen], self.positions)
         if self.visible is not None:
-            advance(self.cache)
+            commit(self.cache)
         return logits
 
-    def hold(self, visible: int) -> None:
+    def set_visible(self, visible: int) -> None:
         """See the first `visible` positions in every step to come, until `begin`."""
         self.visible = visible
-        hold(self.cache, visible)
+        set_visible(self.cache, visible)
 
     def restoring(self) -> Callable[[], None]:
         """A function that undoes the steps that will have been made when it is called."""
@@ -98,7 +98,7 @@ class Step:
                 tensor.copy_(value)
             self.generator.set_state(state)
             self.filled, self.visible = held, None
-            rewind(self.cache, held)
+            truncate(self.cache, held)
 
         return restore
 

@@ -37,6 +37,6 @@ def _steps(step, ids: torch.Tensor, mask: torch.Tensor):
     yield _PROMPT - 1, step.prefill(_CHUNK, _PROMPT)
     for position in range(_PROMPT, ids.shape[1]):
         if position == _PROMPT + _STEPS:
-            step.hold(step.length)
+            step.set_visible(step.length)
         step.feed(ids[:, position : position + 1])
         yield position, step.logits()

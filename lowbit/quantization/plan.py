@@ -31,12 +31,12 @@ class Step:
     site: Site | None = None
     scheme: Scheme | None = None
     reason: str = ""  # why a weight matrix is copied
-    turned: bool = False  # its matrices are transposed while loading
+    transposed_on_load: bool = False  # its matrices are transposed while loading
 
     @property
     def transposed(self) -> bool:
         """Whether the source holds its matrices as [in_features, out_features]."""
-        return self.site.transposed != self.turned
+        return self.site.transposed != self.transposed_on_load
 
     @property
     def base(self) -> str:
@@ -126,7 +126,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
         step = _copy(info)
         if parameter in chosen:
             site, scheme = chosen[parameter]
-            step = Step(info, (), site, scheme, turned=checkpoint_names.turns(info.name, info.shape))
+            step = Step(info, (), site, scheme, transposed_on_load=checkpoint_names.transposes(info.name, info.shape))
             step = _quantize(step, direct, fmt, recipe.scheme)
         elif parameter in left:
             step = _copy(info, *left[parameter])

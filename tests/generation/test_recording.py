@@ -19,7 +19,7 @@ class Counting:
     def __init__(self, operations):
         self.x, self.y, self.operations = torch.arange(6.0).view(2, 3), torch.zeros(2, 3), operations
 
-    def hold(self, visible: int) -> None:
+    def set_visible(self, visible: int) -> None:
         self.visible = visible
 
     def __call__(self) -> None:
