@@ -127,7 +127,7 @@ def _keep_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Past the rounding of inputs, as if they had stayed in floating point."""
+    """Straight-through estimator: the gradient ignores that activations were rounded."""
     qweight = restore(dict(zip(ctx.names.split(), ctx.saved_tensors, strict=True)), ctx.scheme, ctx.shape)
     wide = grad.float()
     parts = zip(wide.split(_row_count(qweight), 1), _rows(qweight), strict=True)

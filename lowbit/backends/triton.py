@@ -13,7 +13,7 @@ INTERPRETED = False
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _GROUP_MULTIPLE = 32
-# Of the trial of a GPU: rows for each of the two kernels, a weight, and far more error than rounding makes
+# The trial of a GPU: rows for each of the two kernels, a weight, and far more error than rounding makes
 _TRIAL_ROWS, _TRIAL_SHAPE, _TRIAL_ERROR = (1, 33), (64, 512), 2e-2
 
 

@@ -9,7 +9,7 @@ from lowbit.errors import first_line
 from lowbit.numerics.qweight import QuantWeight, input_grid
 
 available = triton.available
-# Of the trial of a GPU: rows for few and for many, a weight, and far more error than rounding makes
+# The trial of a GPU: rows for few and for many, a weight, and far more error than rounding makes
 _TRIAL_ROWS, _TRIAL_SHAPE, _TRIAL_ERROR = (1, 65), (64, 512), 2e-2
 
 

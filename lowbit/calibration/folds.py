@@ -10,10 +10,10 @@ linear before. Which module that is, and whether anything else hears of it, is f
    changed otherwise, or not at all.
 2. The weights of those products are divided by the same powers of two, and it is tried again: products behind those
    that are repaired now may be next (experts behind their router).
-3. At last the module's parameters are changed instead of its outputs; some norms multiply by 1 + weight. If the layer
-   then puts out what it did, nothing else had listened, and this is a fold. Here the outputs are brought to a size
-   around 1, where functions are curved: what is large may pass through a GELU as it does through a ReLU, to which
-   scales make no difference.
+3. Finally the parameters of the module are scaled instead of its outputs; some norms multiply by 1 + weight. If the
+   output of the layer is unchanged, up to rounding, no other consumer reads the scaled channels, and the pair is
+   foldable. Activations are normalised to about 1 first: for large inputs GELU is indistinguishable from ReLU, which
+   would accept scales that are wrong at normal magnitudes.
 """
 
 from collections.abc import Callable, Iterator

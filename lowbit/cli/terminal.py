@@ -156,7 +156,7 @@ def status(quiet: bool = False):
 
 @contextmanager
 def counted_progress(label: str, quiet: bool):
-    """Yields what, called with a number of steps, shows a bar and gives what advances it by one step of a name."""
+    """Yields `start(total) -> advance(name)`: a progress bar whose length is known only once work begins."""
     with ExitStack() as stack:
 
         def on_start(total: int) -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""How a GGUF file calls and keeps the parts of a model: known by others, turned round here for writing.
+"""Names and layouts of a model's parts in a GGUF file, inverted from the tables that others read such files by.
 
 The names of tensors are the gguf package's; the names of metadata and what each tensor goes through on its way in are
 those of transformers' GGUF reader. What that reader would read back must be the model: a setting it would lose and a

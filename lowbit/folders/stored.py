@@ -197,8 +197,9 @@ class StoredWeights:
         return True
 
     def _believe_zeros(self) -> None:
-        """Where zeros are stored in any case, they decide what is symmetric: those of a weight whose config says so,
-        and those of all weights where the config says nothing of it."""
+        """Decide what is symmetric. GPTQ and AWQ files store zero points even of symmetric weights: a weight counts as
+        symmetric if its config says so and all its zero points are the middle code; where the config is silent, only
+        if that holds for every weight of the model."""
         middle = {base: self._has_middle_zeros(weight) for base, weight in self.weights.items()}
         every = self.config.silent_on_symmetry and all(middle.values())
         for base, weight in self.weights.items():

@@ -18,8 +18,16 @@ _ONE_AFTER_THE_OTHER = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 @dataclass(frozen=True)
 class Draft:
-    """Who drafts: `assistant`, a model with the same tokens, or the text so far: `lookup` tokens that followed when the
-    last ones were there before. Raises UsageError unless it is one of the two."""
+    """The draft source of speculative decoding.
+
+    Attributes:
+        assistant: A smaller model with the same tokenizer.
+        lookup: Prompt lookup instead: up to so many tokens that followed the last earlier occurrence of the current
+            n-gram.
+
+    Raises:
+        UsageError: Unless exactly one of both is given.
+    """
 
     assistant: PreTrainedModel | None = None
     lookup: int | None = None

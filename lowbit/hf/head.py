@@ -39,7 +39,8 @@ def quantize_head(model: nn.Module, scheme: Scheme, folder: Path, backend: str |
 
 
 def _quantizer_of(model: nn.Module, folder: Path, backend: str | None) -> LowbitQuantizer:
-    """What the model was loaded with, or for a dense one what saves it from here on."""
+    """Returns the quantizer that the model was loaded with; a dense model gets a new one, so that `save_pretrained`
+    writes it quantized."""
     found = getattr(model, "hf_quantizer", None)
     if found is None:
         found = LowbitQuantizer(LowbitConfig(backend=backend), pre_quantized=False)

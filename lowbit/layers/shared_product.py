@@ -22,8 +22,13 @@ logger = logging.getLogger("lowbit")
 
 
 def share_products(model: nn.Module) -> list["SharedProduct"]:
-    """Make linears of `model` that share an input share the product; the products that were made. Linears that are not
-    prepared yet need not be, which saves to lay them out twice."""
+    """Fuse linears that read the same input (q/k/v, gate/up) into one matrix product.
+
+    Call it before `prepare`: a fused weight is packed once then, instead of once alone and once fused.
+
+    Returns:
+        The fused products.
+    """
     made = []
     for parent, linears in _with_one_input(model):
         product = SharedProduct(linears)

@@ -260,8 +260,7 @@ INLINE int64_t vector_of(const Weight *w, int64_t n, int64_t chunk) {
     return (n / ROWS * chunks_of(w) + chunk) * ROWS + n % ROWS;
 }
 
-/* Memory that nothing was written to yet comes in pages of 2 MiB if the system has some: the processor knows where a
-   few thousand pages lie, and a product reads more small ones than that. */
+/* Asks for transparent huge pages, before first touch: in pages of 4 KiB a weight exceeds the reach of the TLB. */
 static void in_large_pages(char *memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) / page * page;

@@ -216,7 +216,7 @@ def _keep_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    """Past the rounding of inputs, as if they had stayed in floating point."""
+    """Straight-through estimator: the gradient ignores that activations were rounded."""
     of_x = torch.ops.lowbit.grad_input_native(grad, *ctx.saved_tensors, *ctx.form)
     of_bias = grad.sum(0) if ctx.needs_input_grad[6] else None
     return of_x, None, None, None, None, None, of_bias, None, None

@@ -21,7 +21,7 @@ import torch
 
 from lowbit.numerics.scheme import Activations
 
-# Of no more than this share of the values, half of it at either end, the percentile range takes no notice
+# The percentile range ignores at most this share of the values, half of it at either end
 _OUTLIERS = 1e-4
 # The histogram of an observer; a range is found to within one bin of it
 _BINS = 2048
@@ -29,7 +29,7 @@ _BINS = 2048
 _SHRINK_STEPS = 100
 # No scale is smaller: a token of zeros has it, and its codes are zeros
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-# Of a histogram: values below it are all one
+# A histogram is no narrower than this: smaller values are all alike
 _SMALLEST_WIDTH = 1e-30
 
 

@@ -168,7 +168,7 @@ class Scheme:
         return replace(self, group_size=max(smaller, default=PER_CHANNEL))
 
 
-# Of an output embedding, where none is named: every token goes through all of it, and int8 costs it next to nothing
+# The default scheme of an output embedding: every token reads all of it, and int8 costs it next to nothing
 HEAD_SCHEME = Scheme(8, 128)
 
 

@@ -78,8 +78,8 @@ def _write_all(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> No
 def _read_ahead(
     reader: CheckpointReader, steps: Iterable[Step], made: Made, pool
 ) -> Iterator[tuple[Step, dict[str, torch.Tensor], bool]]:
-    """Each step with its source tensor, or with the output tensors where they are made already, and which of the two it
-    is; the next one is being read."""
+    """Yield (step, tensors, finished). The tensors are those of the output if a calibrated run has produced them
+    (`finished`), else that of the source. The next step is prefetched."""
 
     def read(step: Step):
         outputs = made(step)

@@ -1,18 +1,17 @@
-"""Reading the weights of a model before they are asked for."""
+"""Prefetch of a model's weights into the page cache."""
 
 import os
 from functools import cache
 from pathlib import Path
 from threading import Thread
 
-_CHUNK = 2**20  # stays in the processor's cache: what is copied there is not looked at
+_CHUNK = 2**20  # stays in the processor's cache: the copied bytes are not used
 
 
 @cache
 def read_ahead(folder: Path) -> None:
-    """Have a thread bring the weights of a folder into the system's cache, once in a process, while others import,
-    build the model and lay out what is there already. Says nothing of a folder or a file that cannot be read: who needs
-    it will."""
+    """Start a thread that reads the weights of a folder into the page cache, once per process, while the main thread
+    imports, builds the model and packs weights. Errors are ignored: the reader that needs the file reports them."""
     Thread(target=_read, name="lowbit-read-ahead", args=(folder,), daemon=True).start()
 
 

@@ -25,7 +25,7 @@ _FEWEST_TOKENS = 32
 _LARGEST_SHARE = 16
 # Characters that surely hold a token each, with a wide margin: most texts have four
 _CHARACTERS = 16
-# So many, and not one accepted: the template does not take this data set
+# After so many rejected conversations and not one accepted, the chat template does not fit the data set
 _REFUSED_CHATS = 100
 
 

@@ -23,7 +23,7 @@ _library = torch.library.Library("lowbit_kernels", "DEF")
 _library.define(f"linear(Tensor x, Tensor weight, Tensor meta, Tensor? bias, {_FORM}) -> Tensor")
 _library.define(f"gate_up(Tensor x, Tensor weight, Tensor meta, {_FORM}) -> Tensor")
 _library.define(f"experts(Tensor x, Tensor weight, Tensor meta, Tensor expert_start, Tensor? bias, {_FORM}) -> Tensor")
-# Of the gradients: out_features of the weight are those of grad
+# In the gradients, out_features of the weight are those of grad
 _GRAD_FORM = "int bits, int group_size, bool sym, ScalarType dtype, int in_features"
 _library.define(f"grad_input(Tensor grad, Tensor weight, Tensor meta, {_GRAD_FORM}) -> Tensor")
 _library.define(

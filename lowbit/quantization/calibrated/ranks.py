@@ -92,7 +92,8 @@ class Ranks:
 
 @contextmanager
 def _others_alive():
-    """What torch raises when another process went away: that one has said why."""
+    """Turns the error that torch raises when another process of the group has died into one line: that process has
+    printed why."""
     try:
         yield
     except RuntimeError as error:

@@ -24,9 +24,9 @@ from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantization.plan import Plan, Step
 from lowbit.transformers_api import tied_weights
 
-# Of the first sample: enough to see what listens to what
+# The foldable pairs are searched for on so many tokens of the first sample
 _TRIED_TOKENS = 64
-# Of the matrices of experts, so many are tried with each candidate
+# Each candidate is tried on at most so many of the experts' matrices
 _MOST_MATRICES = 16
 
 
@@ -115,7 +115,7 @@ class Smoother:
         """Of the inputs that each fold scales, as the layer computes them now."""
         device, parameters = self.model.device, dict(self.model.layers[number].named_parameters())
         seen = [Activations(len(fold.channels), device) for fold in folds]
-        # all consumers of a fold take in the same: one is listened to, a router rather than experts
+        # all consumers of a fold read the same input: it is observed at one, a router rather than experts
         first = [min(fold.consumers, key=lambda edit: parameters[edit.parameter].ndim).parameter for fold in folds]
         places = addresses({name: parameters[name] for name in first})
         tokens = sum(batch.numel() for batch in self.batches)
