@@ -1,5 +1,5 @@
-"""Key-value caches that are allocated once. A captured step (CUDA graph) addresses them through tensors and always reads
-the whole cache; an eager step reads the filled positions, a recorded step those of a fixed window."""
+"""Key-value caches that are allocated once. A captured step (CUDA graph) addresses them through tensors and always
+reads the whole cache; an eager step reads the filled positions, a recorded step those of a fixed window."""
 
 import torch
 from transformers import Cache, CacheLayerMixin, StaticCache, StaticLayer, StaticSlidingWindowLayer

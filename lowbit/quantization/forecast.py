@@ -12,7 +12,7 @@ from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantizers import get_quantizer
 from lowbit.system.memory import available_memory, peak_memory
 
-# The size of the piece that is timed
+# Side of the square weight that is timed, and rows that it multiplies
 _SIDE, _ROWS = 1024, 256
 # A read and a write of a warm disk, bytes a second
 _COPY_RATE = 1e9
