@@ -13,4 +13,5 @@ unset OMP_NUM_THREADS   # tests/conftest.py sets the threads
 
 python -m ruff check .
 python -m ruff format --check .
+python -m mypy
 python -m pytest "$@"

@@ -9,6 +9,7 @@ name is given to what is no `*.weight` and renamed while loading: a reader would
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -22,16 +23,16 @@ class ComputedTensor(TensorInfo):
     """A parameter that `conversion` computes from `sources`."""
 
     conversion: Conversion
-    sources: tuple[StoredTensor, ...]
+    sources: tuple[TensorInfo, ...]  # StoredTensors, where there is more than headers
 
     @property
     def file(self) -> Path:
         """Where it comes from: the file of the first of its sources."""
-        return self.sources[0].file
+        return cast(StoredTensor, self.sources[0]).file
 
     def read(self) -> torch.Tensor:
         """Its data in memory of its own. Raises InputError if a source cannot be read or converted."""
-        tensors = {source.name: source.read() for source in self.sources}
+        tensors = {source.name: cast(StoredTensor, source).read() for source in self.sources}
         try:
             return self.conversion.compute(tensors)[self.name]
         except Exception as error:  # of any operation of transformers
@@ -77,4 +78,5 @@ def _computed(conversion: Conversion, sources: list[TensorInfo], names: Checkpoi
         return None
     if not all(_is_final(name, tensor.shape, names) for name, tensor in outputs.items()):
         return None
-    return [ComputedTensor(n, t.dtype, tuple(t.shape), conversion, tuple(sources)) for n, t in outputs.items()]
+    stored = tuple(sources)
+    return [ComputedTensor(name, t.dtype, tuple(t.shape), conversion, stored) for name, t in outputs.items()]

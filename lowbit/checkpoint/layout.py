@@ -64,7 +64,7 @@ class StoredTensor(TensorInfo):
         try:
             with open_regular(self.file, buffering=0) as file:
                 file.seek(self.offset)
-                view, done = memoryview(data.numpy()), 0
+                view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]  # numpy 2 gives a buffer
                 while done < self.nbytes:
                     count = file.readinto(view[done:])
                     if not count:
@@ -152,7 +152,8 @@ def build_header(tensors: list[TensorInfo], metadata: dict[str, str]) -> tuple[b
 
     Widest dtypes first, as the safetensors package orders them, so that every tensor starts aligned.
     """
-    entries, position = {}, 0
+    entries: dict[str, dict] = {}
+    position = 0
     for tensor in sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name)):
         entries[tensor.name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],

@@ -50,7 +50,7 @@ class _Index:
 def read_config(folder: Path) -> dict:
     """The object in config.json; what lowbit reads of it has the types it should have. Raises InputError."""
     path = folder / "config.json"
-    config = read_json(path, f"{folder} is not a model folder: it has no config.json")
+    config = record(dict, read_json(path, f"{folder} is not a model folder: it has no config.json"), str(path))
     record(_Config, config, str(path))
     return config
 
@@ -72,7 +72,7 @@ class CheckpointReader:
         check_regular_files(self.folder)
         self.config = read_config(self.folder)
         self.index: str | None = None
-        self.index_size: int | None = None
+        self.index_size: float | None = None
         self._weight_map: dict | None = None
         if files is None:
             files = [self.folder / name for name in self._weight_files()]
@@ -151,7 +151,7 @@ class CheckpointReader:
         self._weight_map = index.weight_map
         if not self._weight_map:
             raise InputError(f"{index_name} in {self.folder} has an empty weight_map: download it again")
-        self.index_size = index.metadata and index.metadata.total_size
+        self.index_size = index.metadata.total_size if index.metadata else None
         names = sorted(set(self._weight_map.values()))
         for name in names:
             # an index comes from strangers: it may only name files beside it

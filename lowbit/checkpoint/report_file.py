@@ -35,6 +35,6 @@ def save_report(folder: Path, report: dict) -> None:
 def converted_dtype(folder: Path) -> torch.dtype | None:
     """What `convert_dtype` made of all floating tensors of a folder, by its report; None: it did not write it."""
     try:
-        return DTYPES.get(load_report(folder).get("dtype"))
+        return DTYPES.get(load_report(folder).get("dtype", ""))
     except (InputError, TypeError):
         return None

@@ -37,7 +37,8 @@ def parse_size(text: str | int) -> int:
 
 def split_shards(tensors: list[TensorInfo], max_shard_size: int) -> list[list[TensorInfo]]:
     """Tensors in order, a new shard when the next one would pass the limit; a larger tensor gets a shard of its own."""
-    shards, size = [[]], 0
+    shards: list[list[TensorInfo]] = [[]]
+    size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > max_shard_size:
             shards.append([])
@@ -86,6 +87,8 @@ class StagedFolder:
             raise OutputError(f"cannot write to {self.target.parent}: {reason}") from None
 
     def _make(self, parents: list[Path]) -> None:
+        self._hidden: Path
+        self._cleanup: weakref.finalize
         lock = None
         while lock is None:  # a run that takes it for a leftover may be faster
             self._hidden = self.target.with_name(f".{self.target.name}.partial-{time.time_ns()}")
@@ -193,7 +196,7 @@ class CheckpointWriter:
         if len(self._pending) != len(tensors):
             raise ValueError("a tensor name is planned twice")
         self._places: dict[str, tuple[int, int]] = {}
-        self._files = []
+        self._files: list[int] = []
         self.weight_map: dict[str, str] = {}
         self.digests: dict[str, str] = {}  # of the bytes of each tensor that is written
         self.folder = folder
@@ -235,7 +238,8 @@ class CheckpointWriter:
             self.digests[name] = digest(b"")
             return
         descriptor, offset = self._places[name]
-        data = memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        numbers = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        data = memoryview(numbers)  # type: ignore[arg-type]  # numpy 2 gives a buffer
         self.digests[name] = digest(data)
         try:
             _write_at(descriptor, data, offset)

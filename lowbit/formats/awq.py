@@ -105,7 +105,7 @@ class StoredAWQ:
         if bits != _BITS:
             raise InputError(f"awq with {bits!r} bits cannot be read; expected {_BITS}")
         try:
-            self._scheme = Scheme(bits, group_size, sym=False)
+            self._scheme = Scheme(bits, group_size, sym=False)  # type: ignore[arg-type]  # which refuses None
         except UsageError as error:
             raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
 

@@ -136,7 +136,9 @@ def _weight_args(scheme: Scheme) -> dict:
 
 def _activation_args(scheme: Scheme) -> dict | None:
     activations = scheme.activations
-    return activations and {
+    if activations is None:
+        return None
+    return {
         "num_bits": activations.bits,
         "type": "int",
         "symmetric": activations.sym,
@@ -237,7 +239,8 @@ def _scheme_of(group: _Group, fallback_format: str | None) -> Scheme:
     group_size = PER_CHANNEL if weights.strategy == "channel" else weights.group_size
     try:
         activations = _activations_of(group.input_activations)
-        scheme = Scheme(weights.num_bits, group_size, weights.symmetric, activations)
+        # None is refused like any other number
+        scheme = Scheme(weights.num_bits, group_size, weights.symmetric, activations)  # type: ignore[arg-type]
     except UsageError as error:
         raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
     if stored != _stored_as(scheme):
@@ -250,7 +253,7 @@ def _activations_of(args: _Args | None) -> Activations | None:
         return None
     if args.type != "int":
         raise InputError(f"input_activations of type {shown(args.type)} cannot be read; expected 'int'")
-    activations = Activations(args.num_bits, args.symmetric, args.strategy)
+    activations = Activations(args.num_bits, args.symmetric, args.strategy)  # type: ignore[arg-type]  # None is refused
     if args.dynamic is activations.static:
         raise InputError(
             f"input_activations of strategy {activations.strategy!r} are expected to "
@@ -341,7 +344,7 @@ class _Targets:
 
     def first(self, names: list[str], class_name: str) -> str | None:
         """The one that decides over a module known under any of `names`."""
-        listed = min((name for name in names if name in self._places), key=self._places.get, default=None)
+        listed = min((name for name in names if name in self._places), key=self._places.__getitem__, default=None)
         if listed is not None:
             return listed
         place = self._patterns.first(names)

@@ -71,6 +71,7 @@ def _values(qweight: QuantWeight) -> torch.Tensor:
 
 def _minima(qweight: QuantWeight) -> torch.Tensor:
     """float64 [N, G], exact."""
+    assert qweight.zeros is not None, "symmetric weights have no minima"
     return qweight.scales.double() * -qweight.zeros.double()
 
 

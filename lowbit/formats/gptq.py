@@ -57,7 +57,7 @@ def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
 def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str], act_order: bool = False) -> dict:
     """The `quantization_config` of a checkpoint; `dynamic` lists the modules that differ from `default` or are left."""
     # an exact name each: `re.match` reads these in GPTQModel, vLLM and SGLang
-    dynamic = {f"-:^{re.escape(name)}$": {} for name in ignored}
+    dynamic: dict[str, dict] = {f"-:^{re.escape(name)}$": {} for name in ignored}
     for name, scheme in exceptions.items():
         dynamic[f"+:^{re.escape(name)}$"] = {"bits": scheme.bits, "group_size": scheme.group_size}
     version = "gptq" if default.sym else "gptq_v2"
@@ -87,9 +87,9 @@ def parse(quantization_config: Mapping) -> "StoredGPTQ":
 class _Settings:
     """Of all modules, or of an exception. None: not said (null is refused)."""
 
-    bits: int = None
-    group_size: int = None
-    sym: bool = None
+    bits: int = None  # type: ignore[assignment]
+    group_size: int = None  # type: ignore[assignment]
+    sym: bool = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import cast
 
 from lowbit.errors import InputError, first_line
 
@@ -19,7 +20,7 @@ MOST_BYTES = 100_000_000
 MOST_VALUES = 8_000_000
 
 
-def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+def open_regular(path: Path, buffering: int = -1) -> BufferedReader:
     """Open a file for reading bytes. A pipe would be waited for, and a device may never end.
 
     Raises OSError as `open` does, InputError for what is no regular file.
@@ -27,7 +28,8 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
     _check_regular(path, os.stat(path).st_mode)
     # the file may be exchanged in between: opened without waiting, and looked at again
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = os.fdopen(os.open(path, flags), "rb", buffering=buffering)
+    # a FileIO where nothing is buffered, which has all that is used of it
+    file = cast(BufferedReader, os.fdopen(os.open(path, flags), "rb", buffering=buffering))
     try:
         _check_regular(path, os.fstat(file.fileno()).st_mode)
     except InputError:

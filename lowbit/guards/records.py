@@ -8,7 +8,7 @@ import math
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lowbit.errors import InputError
 
@@ -62,20 +62,25 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
-def _as(kind, value, path: str):
+def _as(kind: Any, value: Any, path: str) -> Any:
     if get_origin(kind) in (Union, types.UnionType):
         return _one_of(kind, value, path)
-    base = get_origin(kind) or kind
+    base: Any = get_origin(kind) or kind
     if not _is(base, value):
         raise _Mismatch(path, value, _described(kind))
     if is_dataclass(base):
-        return base(**{name: _field(*rest, value, path) for name, rest in _fields(base).items() if _has(rest, value)})
+        return _object(base, value, path)
     arguments = get_args(kind)
     if base in (list, tuple) and arguments:
         return base(_as(arguments[0], item, f"{path}[{number}]") for number, item in enumerate(value))
     if base is dict and arguments:
         return {key: _as(arguments[1], item, f"{path}.{_key(key)}") for key, item in value.items()}
     return value
+
+
+def _object(kind: Any, value: dict, path: str) -> Any:
+    known = ((name, rest) for name, rest in _fields(kind).items() if _has(rest, value))
+    return kind(**{name: _field(*rest, value=value, path=path) for name, rest in known})
 
 
 def _is(base, value) -> bool:
@@ -105,7 +110,7 @@ def _one_of(kind, value, path: str):
 
 
 @cache
-def _fields(kind) -> dict[str, tuple]:
+def _fields(kind: Any) -> dict[str, tuple[str, Any, bool]]:
     """Name of a field -> (key in JSON, annotation, whether it has to be there)."""
     hints = get_type_hints(kind)
     return {
@@ -119,7 +124,7 @@ def _fields(kind) -> dict[str, tuple]:
     }
 
 
-def _has(entry: tuple, value: dict) -> bool:
+def _has(entry: tuple[str, Any, bool], value: dict) -> bool:
     key, _, required = entry
     return required or key in value
 

@@ -84,6 +84,7 @@ def quantize_input(
     x = x.float()
     low, high = token_range(x)
     if activations.static:
+        assert scale is not None, "a static grid has a stored scale"
         scale = torch.where(low.isnan(), low, scale.float())
     else:
         scale, zero = affine(low, high, activations)

@@ -10,7 +10,7 @@ from lowbit.numerics.scheme import Scheme
 
 def input_grid(scheme: Scheme) -> tuple[str, ...]:
     """The fields of a weight that hold the grid of its inputs: none, unless the scheme fixes it."""
-    if not scheme.is_static:
+    if scheme.activations is None or not scheme.is_static:
         return ()
     return ("input_scale",) if scheme.activations.sym else ("input_scale", "input_zero")
 
@@ -90,7 +90,7 @@ class QuantWeight:
     def concatenated(cls, weights: Sequence["QuantWeight"]) -> "QuantWeight":
         """The outputs of all, one after the other. Weights of one scheme, one g_idx and one grid of inputs."""
         first = weights[0]
-        zeros = None if first.zeros is None else torch.cat([weight.zeros for weight in weights])
+        zeros = None if first.zeros is None else torch.cat([w.zeros for w in weights if w.zeros is not None])
         codes, scales = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scales"))
         return replace(first, codes=codes, scales=scales, zeros=zeros)
 

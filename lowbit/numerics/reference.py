@@ -33,6 +33,7 @@ class _Integers(torch.autograd.Function):
 def integer_product(x: torch.Tensor, qweight: QuantWeight) -> torch.Tensor:
     """x [..., K] -> float32 [..., N] of a QuantWeight without g_idx, before the bias."""
     scheme, (out_features, in_features) = qweight.scheme, qweight.codes.shape
+    assert scheme.activations is not None, "the inputs of this scheme are no integers"
     codes, scale, zero = quantize_input(x, scheme.activations, qweight.input_scale, qweight.input_zero)
     # float64 holds every sum of such integers, and multiplies on all devices
     steps = codes.double() if zero is None else codes.double() - zero

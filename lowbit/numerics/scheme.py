@@ -282,7 +282,7 @@ class Recipe:
             Scheme.from_dict(data["scheme"]),
             data["method"],
             data.get("options", {}),
-            overrides,
+            tuple(overrides),
             data.get("ignore", ()),
             Scheme.from_dict(head) if head else None,
             data.get("include_vision", False),

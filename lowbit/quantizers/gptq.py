@@ -235,13 +235,13 @@ class _Problem:
 
     def _ranges(self, target: torch.Tensor, shrinks: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and zeros [C, N] that span shrunk ranges of targets [g, N]."""
-        shrinks = target.new_tensor(shrinks).unsqueeze(1)
+        shrunk = target.new_tensor(shrinks).unsqueeze(1)
         if self.scheme.sym:
             # all 2^bits codes: the largest |w| lies on the lowest code, whichever sign that takes
             largest = target.gather(0, target.abs().argmax(0, keepdim=True))
-            scales = self._stored(-largest * shrinks / self.scheme.middle)
+            scales = self._stored(-largest * shrunk / self.scheme.middle)
             return scales, torch.full_like(scales, self.scheme.middle)
-        low, high = target.amin(0).clamp(max=0) * shrinks, target.amax(0).clamp(min=0) * shrinks
+        low, high = target.amin(0).clamp(max=0) * shrunk, target.amax(0).clamp(min=0) * shrunk
         scales = self._stored((high - low) / self.top)
         zeros = (-low / scales).round_().clamp_(0, self.top)
         return self._with_shifts(scales, zeros) if len(shrinks) > 1 else (scales, zeros)
@@ -334,7 +334,9 @@ class _Problem:
     def _try_grids(self, codes, scales, zeros, error, pull, inner) -> torch.Tensor:
         """Other grids for the group, all other groups fixed: its best weight without rounding is now the target, and
         its columns are run again on grids around the present one."""
-        feedback, costs = _feedback(_factor(inner))
+        factor = _factor(inner)
+        assert factor is not None, "a block of a positive definite matrix is one"
+        feedback, costs = _feedback(factor)
         value = _value(codes, scales, zeros)
         off = _solve(feedback, costs, pull)
         present = (off * pull).sum(0)  # its cost, up to what no choice in this group changes
@@ -398,7 +400,9 @@ def _differs(kernels, device: torch.device) -> str | None:
     """How a small problem comes out of the kernels otherwise than here, or None."""
     rng = torch.Generator().manual_seed(0)
     target, mixed = torch.randn(64, 96, generator=rng), torch.randn(64, 64, generator=rng)
-    feedback, costs = _feedback(_factor(mixed @ mixed.T / 64 + torch.eye(64)))
+    factor = _factor(mixed @ mixed.T / 64 + torch.eye(64))
+    assert factor is not None
+    feedback, costs = _feedback(factor)
     problem = _Problem(target, mixed, 64, Scheme(4, 64, False), torch.float32)
     grids = problem._ranges(target, (1.0, 0.9, 0.8))
     wanted = problem._columns(target, feedback, costs, *grids)
