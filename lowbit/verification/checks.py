@@ -322,10 +322,13 @@ def _trip(folder: Folder, weight: StoredWeight, tensors: dict[str, torch.Tensor]
 def _side_files(folder: Folder, reference: Path | None) -> Check:
     """Files that are listed and gone; a tokenizer that loads; what the model it was made from has."""
     problems, changed = _Problems(), []
-    for path in foreign_links(folder.path, visible(folder.path)):
+    foreign = foreign_links(folder.path, visible(folder.path))
+    for path in foreign:
         problems.add(f"{path.relative_to(folder.path)} is a link to something that is no file of the folder")
     for name, expected in (folder.manifest.files if folder.manifest else {}).items():
         path = folder.path / name
+        if path in foreign:
+            continue
         if not is_own(path, folder.path):
             problems.add(f"{name} was there when the folder was written, and is not now")
         elif file_digest(path) != expected:

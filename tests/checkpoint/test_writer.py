@@ -281,7 +281,7 @@ def test_place_that_cannot_be_written_to(tmp_path):
         StagedFolder(tmp_path / "file" / "out")
     with pytest.raises(OutputError):
         StagedFolder(tmp_path / ("x" * 300))
-    with pytest.raises(OutputError):
+    with pytest.raises(UsageError, match="runs in"):
         StagedFolder("/")
     with pytest.raises(OutputError):
         StagedFolder("/dev/null/out")

@@ -8,6 +8,7 @@ import torch
 from folders import contents, edit_tensors, same_bits, stored_tensors
 from models import ARCHITECTURES, relative_error, save_tiny, tiny_model, token_ids
 from runs import IDS, dense_model, dense_tensors, gptq, logits, names
+from transformers import LlamaForCausalLM
 
 import lowbit
 from lowbit.errors import UsageError
@@ -364,19 +365,21 @@ def test_stored_in_bfloat16(architecture, tmp_path):
     assert errors[0] < 0.75 * errors[1] and report.mean_rounding_error < 0.2
 
 
-def test_tensors_that_no_module_has_are_copied(tmp_path):
-    """With numbers of layers too: further layers (multi-token prediction), rotary frequencies of old checkpoints."""
+def test_tensors_that_no_module_has(tmp_path, monkeypatch):
+    """With numbers of layers too: rotary frequencies of old checkpoints, and further layers (multi-token prediction)
+    where transformers knows of them, are copied."""
     source = save_tiny(tmp_path / "source")
-    extras = {
+    copied = {
         "model.layers.7.self_attn.q_proj.weight": torch.randn(64, 64),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(8),
-        "model.layers.1.extra.weight": torch.randn(3, 3),
-        "counts": torch.arange(5),
     }
-    edit_tensors(source, lambda tensors: tensors.update(extras))
+    left_out = {"model.layers.1.extra.weight": torch.randn(3, 3), "counts": torch.arange(5)}
+    edit_tensors(source, lambda tensors: tensors.update(copied | left_out))
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.7\."])
     gptq(source, tmp_path / "out")
     stored = stored_tensors(tmp_path / "out")
-    assert all(same_bits(stored[name], tensor) for name, tensor in extras.items())
+    assert all(same_bits(stored[name], tensor) for name, tensor in copied.items())
+    assert stored.keys().isdisjoint(left_out)
 
 
 # The output embedding
