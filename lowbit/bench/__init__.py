@@ -1,1 +1,1 @@
-"""How fast a model runs here, beside the same model unquantized and quantized by others."""
+"""Models of known shapes and other tools, measured in turns."""

@@ -1,1 +1,1 @@
-"""Text for calibration and evaluation, as token ids."""
+"""What a linear has to know of its inputs: instrumented forward passes, moments, scales for smoothing."""

@@ -1,1 +1,1 @@
-""""""
+"""A quantized model in another format, another dtype, or dense; exports to other tools."""

@@ -13,7 +13,8 @@ from lowbit.folders.locate import load_config, resolve
 from lowbit.folders.opened import stored_weights
 from lowbit.hf import load
 from lowbit.text.datasets import token_stream
-from lowbit.verification.checks import MAX_UNQUANTIZED, Check, static_checks
+from lowbit.verification.checks import MAX_UNQUANTIZED, static_checks
+from lowbit.verification.folder import Check
 
 _TOKENS, _NEW_TOKENS = 256, 16
 # Mean KL to the reference, in nats, beyond which nobody should publish a model of so few bits. Unlike weights

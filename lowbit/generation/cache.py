@@ -114,7 +114,7 @@ def unusable(cache: Cache) -> str | None:
     return None
 
 
-def truncate(cache: Cache, length: int) -> None:
+def crop(cache: Cache, length: int) -> None:
     """Forget all positions from `length` on. What they hold stays until it is overwritten, and is not seen."""
     for layer in cache.layers:
         if isinstance(layer, FilledLayer):
@@ -125,7 +125,7 @@ def truncate(cache: Cache, length: int) -> None:
 
 
 def set_visible(cache: Cache, visible: int) -> None:
-    """Attention sees so many positions in every step of one token to come, until the cache is truncated."""
+    """Attention sees so many positions in every step of one token to come, until the cache is cropped."""
     for layer in cache.layers:
         if isinstance(layer, FilledLayer):
             layer.visible = visible

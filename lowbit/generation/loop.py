@@ -13,7 +13,7 @@ from accelerate.utils import has_offloaded_params
 from lowbit.backends import native
 from lowbit.errors import InputError, UsageError, first_line
 from lowbit.generation.answer import Answer
-from lowbit.generation.cache import filled_cache, room, static_cache, truncate, unusable
+from lowbit.generation.cache import crop, filled_cache, room, static_cache, unusable
 from lowbit.generation.draft import Draft, Tally
 from lowbit.generation.fallback import Listener, Refusal, model_generate, needs_trial, refuse, say_once
 from lowbit.generation.graph import CudaGraphs, Direct, Pipeline
@@ -242,7 +242,7 @@ class Decoder:
         if logits is None or (run.whole and start < length):
             start = 0 if run.whole or self.held_whole else self._shared(prompt)
             run.reused_tokens = int(run.mask[:, :start].sum())
-            truncate(step.cache, start)
+            crop(step.cache, start)
             step.begin(run.ids, run.mask, run.seed)
             self.held = prompt[..., :start]
         self.held_whole = run.whole

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowbit.generation.cache import commit, grows, set_visible, truncate
+from lowbit.generation.cache import commit, crop, grows, set_visible
 from lowbit.generation.sampling import Sampling, pick
 from lowbit.transformers_api import cache_argument
 
@@ -36,7 +36,7 @@ class Step:
         self.forward: Callable = model  # the compiled one, where that was asked for
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor, seed: int | None) -> None:
-        """Start over with prompts [B, T] and their mask [B, T]; what the cache holds is left to `truncate`."""
+        """Start over with prompts [B, T] and their mask [B, T]; what the cache holds is left to `crop`."""
         self.prompt, self.prompt_positions = ids, (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         self.mask.fill_(1)
         self.mask[:, : mask.shape[1]] = mask
@@ -98,7 +98,7 @@ class Step:
                 tensor.copy_(value)
             self.generator.set_state(state)
             self.filled, self.visible = held, None
-            truncate(self.cache, held)
+            crop(self.cache, held)
 
         return restore
 

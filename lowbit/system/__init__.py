@@ -1,1 +1,1 @@
-""""""
+"""The machine: memory, the page cache, versions."""

@@ -7,69 +7,22 @@ failure names the tensor or file.
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from lowbit.calibration.recorded import recorded_edits, scaled
-from lowbit.checkpoint import CheckpointReader
-from lowbit.checkpoint.computed import as_loaded
-from lowbit.checkpoint.layout import StoredTensor
-from lowbit.checkpoint.manifest import Manifest, digest, file_digest, read_manifest
+from lowbit.checkpoint.manifest import file_digest
 from lowbit.checkpoint.reader import INDEX_NAME
-from lowbit.checkpoint.report_file import converted_dtype, load_report
 from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visible
 from lowbit.discovery import choose
-from lowbit.errors import InputError, OutputError, UsageError
-from lowbit.folders.opened import OpenedFolder, without_parameter
-from lowbit.folders.stored import StoredWeight
-from lowbit.formats import compressed_tensors as packed_format
-from lowbit.numerics.dtypes import cast
+from lowbit.errors import InputError, OutputError
 from lowbit.numerics.scheme import Recipe
 from lowbit.transformers_api import ignored_if_missing, tied_weights
-from lowbit.verification.tolerance import difference
+from lowbit.verification.contents import compared_with_source, contents
+from lowbit.verification.folder import Check, Folder, Problems, report_of
 
 # Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
 MAX_UNQUANTIZED = 0.05
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question that was asked of a folder. ok None: it could not be asked, `detail` says why."""
-
-    name: str
-    ok: bool | None
-    detail: str
-
-
-class _Problems:
-    """What is wrong, as it is found; the first ones by name, all of them by number."""
-
-    def __init__(self):
-        self.found: list[str] = []
-
-    def add(self, problem: str) -> None:
-        self.found.append(problem)
-
-    def check(self, name: str, otherwise: str) -> Check:
-        if not self.found:
-            return Check(name, True, otherwise)
-        more = f" (and {len(self.found) - 1} more)" if len(self.found) > 1 else ""
-        return Check(name, False, self.found[0] + more)
-
-
-class Folder(OpenedFolder):
-    """A saved folder, opened once for all checks. Raises InputError if it cannot be opened at all."""
-
-    def __init__(self, path: Path, trust_remote_code: bool = False):
-        super().__init__(path, trust_remote_code)
-        self.trust_remote_code = trust_remote_code
-        self.manifest: Manifest | None = read_manifest(path)
-        self.dtype = None if self.stored.weights else converted_dtype(path)  # of a plain model that was converted to it
-        self.moved, self.moved_otherwise = _moved(_report(path))
 
 
 def check_structure(path: Path, trust_remote_code: bool = False) -> None:
@@ -108,15 +61,15 @@ def static_checks(
     yield _tensors(folder)
     yield _ties(folder)
     yield _budget(folder, max_unquantized) if folder.dtype is None else _dtypes(folder)
-    yield from _contents(folder, on_tensor)
+    yield from contents(folder, on_tensor)
     yield _side_files(folder, reference)
     if reference is not None:
-        yield _source(folder, reference)
+        yield compared_with_source(folder, reference)
 
 
 def _index(folder: Folder) -> Check:
     """The index says what the headers say, and no weight file lies beside those it names."""
-    problems = _Problems()
+    problems = Problems()
     used = {file.name for file in folder.reader.files}
     for file in sorted(folder.path.glob("*.safetensors")):
         if file.name not in used:
@@ -135,7 +88,7 @@ def _index(folder: Folder) -> Check:
 
 def _tensors(folder: Folder) -> Check:
     """Every parameter of the model is there, and nothing that it does not know but what changes no result."""
-    problems, found, parts = _Problems(), set(), {}
+    problems, found, parts = Problems(), set(), {}
     for base in folder.stored.weights:
         parameter = folder.parameter_of(base)
         parts[parameter] = parts.get(parameter, 0) + max(folder.stored.weights[base].experts, 1)
@@ -203,7 +156,7 @@ def _budget(folder: Folder, max_unquantized: float) -> Check:
 
 def _dtypes(folder: Folder) -> Check:
     """What was converted to a dtype has no other."""
-    problems = _Problems()
+    problems = Problems()
     for info in folder.stored.plain:
         if info.dtype.is_floating_point and info.dtype != folder.dtype:
             problems.add(f"{info.name} is {info.dtype}, expected {folder.dtype}")
@@ -212,116 +165,13 @@ def _dtypes(folder: Folder) -> Check:
 
 def _left_on_purpose(path: Path) -> dict[str, str]:
     """Tensors that the run which wrote the folder left alone, and why, where it has a report."""
-    left = _report(path).get("left_alone")
+    left = report_of(path).get("left_alone")
     return left if isinstance(left, dict) else {}
-
-
-def _report(path: Path) -> dict:
-    """Of the run that wrote the folder; empty, where there is none that can be read."""
-    try:
-        return load_report(path)
-    except InputError:
-        return {}
-
-
-def _moved(report: dict) -> tuple[dict[tuple[str, int | None], float], float | None]:
-    """How far the run moved weights before it rounded them: (name of the source, expert) -> relative to the weight, and
-    of all others; None for unknown."""
-    found = {}
-    layers = report.get("layers")
-    for layer in layers if isinstance(layers, list) else ():
-        moved = layer.get("moved") if isinstance(layer, dict) else None
-        if type(moved) is float and math.isfinite(moved) and moved >= 0:
-            expert = layer.get("expert")
-            name = str(layer.get("name"))
-            found[name, expert if type(expert) is int else None] = moved
-            found.setdefault((name, None), moved)  # an expert that is stored as a tensor of its own
-    recipe = report.get("recipe")
-    rounded = isinstance(recipe, dict) and recipe.get("method") == "rtn"
-    return found, 0.0 if rounded else None
-
-
-def _contents(folder: Folder, on_tensor) -> Iterator[Check]:
-    """Reads every tensor once: checksums, finite values, scales, and codes that survive unpacking and packing."""
-    sums, finite, scales, trips = _Problems(), _Problems(), _Problems(), _Problems()
-    recorded = None if folder.manifest is None else dict(folder.manifest.tensors)
-    done, total = 0, len(folder.reader.tensors)
-
-    def read(info: StoredTensor) -> torch.Tensor:
-        nonlocal done
-        tensor = folder.reader.tensor(info.name)
-        if recorded is not None:
-            expected = recorded.pop(info.name, None)
-            if expected is None:
-                sums.add(f"{info.name} was not there when the folder was written")
-            elif digest(tensor.view(-1).view(torch.uint8).numpy()) != expected:
-                sums.add(f"{info.name} in {info.file.name} is not what was written: its bytes changed")
-        done += 1
-        on_tensor(done, total)
-        return tensor
-
-    for info in folder.stored.plain:
-        tensor = read(info)
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            finite.add(f"{info.name} holds NaN or infinite values")
-    for weight in folder.stored.weights.values():
-        tensors = {suffix: read(info) for suffix, info in weight.tensors.items()}
-        _scales(weight, tensors, scales)
-        _trip(folder, weight, tensors, trips)
-    for name in recorded or ():
-        sums.add(f"{name} was there when the folder was written, and is not now")
-    if recorded is None:
-        yield Check("checksums", None, "no lowbit_manifest.json: written by another tool, or an older lowbit")
-    else:
-        yield sums.check("checksums", f"{total} tensors are what was written")
-    yield finite.check("values", f"{len(folder.stored.plain)} plain tensors are finite")
-    yield scales.check("scales", "all finite, none zero, none negative but of symmetric weights")
-    yield trips.check("codes", f"{len(folder.stored.weights)} weights unpack and pack to the same bytes")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # torch has no isfinite of some types of 8 bits, each value of which float16 has
-    return bool(torch.isfinite(tensor.half() if tensor.element_size() == 1 else tensor).all())
-
-
-def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    # as numbers, so that -0 is 0; torch compares no floats of 8 bits
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False
-    if first.is_floating_point() and first.element_size() == 1:
-        first, second = first.view(torch.uint8), second.view(torch.uint8)
-    return torch.equal(first, second)
-
-
-def _scales(weight: StoredWeight, tensors: dict[str, torch.Tensor], problems: _Problems) -> None:
-    for suffix, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        name, values = weight.tensors[suffix].name, tensor.float()
-        if not torch.isfinite(values).all():
-            problems.add(f"{name} holds NaN or infinite values")
-        elif (values == 0).any():
-            problems.add(f"{name} holds zeros: those groups are lost")
-        elif not weight.scheme.sym and (values < 0).any():
-            # a symmetric grid has one more code on one side, and a negative scale says which
-            problems.add(f"{name} holds negative scales, which an asymmetric grid does not have")
-
-
-def _trip(folder: Folder, weight: StoredWeight, tensors: dict[str, torch.Tensor], problems: _Problems) -> None:
-    fmt = folder.stored.fmt
-    if fmt is packed_format and folder.stored.config.converted(weight.tensors, weight.scheme, weight.shape):
-        return  # of an older layout, which is read and never written
-    packed = [fmt.pack(qweight) for qweight in folder.stored.unpacked(weight, tensors)]
-    for suffix, info in weight.tensors.items():
-        again = [matrix[suffix] for matrix in packed if suffix in matrix]
-        stored = tensors[suffix]
-        if again and not torch.equal((torch.stack(again) if weight.experts else again[0]).to(stored.dtype), stored):
-            problems.add(f"{info.name} has bits outside of its codes, or codes that its config does not allow")
 
 
 def _side_files(folder: Folder, reference: Path | None) -> Check:
     """Files that are listed and gone; a tokenizer that loads; what the model it was made from has."""
-    problems, changed = _Problems(), []
+    problems, changed = Problems(), []
     foreign = foreign_links(folder.path, visible(folder.path))
     for path in foreign:
         problems.add(f"{path.relative_to(folder.path)} is a link to something that is no file of the folder")
@@ -361,64 +211,4 @@ def _tokenizer_problem(folder: Folder) -> str | None:
             GenerationConfig.from_pretrained(folder.path)
         except Exception as error:
             return f"generation_config.json does not load: {type(error).__name__}"
-    return None
-
-
-def _source(folder: Folder, reference: Path) -> Check:
-    """Every tensor of the source is here: the same, or quantized, and near to what it was. What the report says was
-    smoothed is compared with the source scaled alike."""
-    problems, source = _Problems(), CheckpointReader(reference)
-    if source.quantization_config:
-        raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
-    try:
-        layers = _report(folder.path).get("decoder_layers", ())
-        unknown = without_parameter(folder.model, folder.names, source.tensors.values())
-        quantized = {folder.parameter_of(base) for base in folder.stored.weights}
-        source = source.with_tensors(as_loaded(source.tensors, folder.names, quantized))
-        edits = recorded_edits(layers, folder.names, source.tensors, source.tensor)
-    except InputError as error:
-        return Check("source", False, str(error))
-    plain = {info.name for info in folder.stored.plain}
-    for name in source.tensors:
-        base = name.removesuffix(".weight")
-        if name in unknown and name not in plain:
-            continue
-        if name not in plain and base not in folder.stored.weights:
-            problems.add(f"{name} of {reference.name} is missing")
-            continue
-        try:
-            expected = scaled(name, source.tensor(name), edits, folder.names)
-        except InputError as error:
-            return Check("source", False, str(error))
-        if name in plain:
-            here = folder.reader.tensor(name)
-            if folder.dtype is not None:
-                expected, *_ = cast(expected, folder.dtype)
-            if not _same(here, expected):
-                problems.add(f"{name} is not what it is in {reference.name}")
-        elif problem := _too_far(folder, folder.stored.weights[base], expected):
-            problems.add(f"{base} {problem}")
-    for name in sorted(plain - source.tensors.keys()):
-        problems.add(f"{name} is not in {reference.name}")
-    return problems.check("source", f"{len(source.tensors)} tensors of {reference.name}: the same, or near")
-
-
-def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str | None:
-    """What is wrong with a quantized weight that is further from its source than its scheme explains."""
-    site = folder.sites[folder.parameter_of(weight.base)]
-    name = weight.base if weight.experts else f"{weight.base}.weight"
-    if site.transposed != folder.names.transposes(name, tuple(source.shape)):
-        source = source.transpose(-1, -2)
-    if source.shape != ((weight.experts,) if weight.experts else ()) + weight.shape:
-        return f"is {list(weight.shape)}, {name} is not"
-    matrices = list(source) if weight.experts else [source]
-    others = {other.scheme for other in folder.stored.weights.values()} - {weight.scheme}
-    try:
-        stored = folder.stored.quantized(weight)
-    except InputError as error:
-        return f"cannot be compared: {error}"
-    for expert, (qweight, matrix) in enumerate(zip(stored, matrices, strict=True)):
-        moved = folder.moved.get((name, expert if weight.experts else None), folder.moved_otherwise)
-        if found := difference(qweight, matrix, moved, others):
-            return f"is far from {name}: {found}"
     return None
