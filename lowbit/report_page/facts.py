@@ -54,9 +54,13 @@ class Facts:
 
     @property
     def measure(self) -> str:
-        """The key of the error that a layer is judged by: what its rounding costs in outputs where there was data, else
-        the error of its weights."""
-        return "rounding_error" if self.calibration else "error"
+        """The key of the error that a layer is judged by. Where there was data: what its rounding changes behind its
+        decoder layer, or in its own outputs, if that is not known of all; else the error of its weights."""
+        if not self.calibration:
+            return "error"
+        entries = mappings(self.report.get("layers"))
+        whole = all(number(entry.get("stream_error")) is not None for entry in entries)
+        return "stream_error" if entries and whole else "rounding_error"
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -115,6 +119,14 @@ class Facts:
         for layer in self.layers:
             modules.setdefault(layer.module, []).append(layer)
         return modules
+
+    def squares(self, layers: Iterable[Layer]) -> float:
+        """The sum of squared errors over the modules of `layers`; of experts the mean: each has its share of tokens."""
+        modules: dict[str, list[float]] = {}
+        for layer in layers:
+            if layer.error is not None:
+                modules.setdefault(layer.module, []).append(layer.error**2)
+        return sum(map(mean, modules.values()))
 
     def worst(self, count: int) -> list[Layer]:
         """The layers with the largest errors, of each module the worst one."""

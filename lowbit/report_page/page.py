@@ -10,11 +10,11 @@ from lowbit.errors import InputError
 from lowbit.guards.escape import shell
 from lowbit.guards.lenient import mapping, number, text
 from lowbit.publish.private import recorded_command
-from lowbit.report_page.advice import FEW_TOKENS, Advice, advice
+from lowbit.report_page.advice import FEW_TOKENS, Advice, advice, advice_by_kind
 from lowbit.report_page.bands import FAIR_KL, GOOD_KL, SLOPES, band, limits
 from lowbit.report_page.facts import Facts, Layer, mean, percent, size
 
-_WORST = 10
+_WORST, _KINDS = 10, 3
 
 
 def render(report: dict, folder: str) -> str:
@@ -41,6 +41,7 @@ def render(report: dict, folder: str) -> str:
         numbers=_numbers(facts),
         strings=_strings(facts),
         errors=_Errors.of(facts, good, fair),
+        kinds=advice_by_kind(facts)[:_KINDS],
         worst=[_Worst.of(layer, facts, good, fair) for layer in facts.worst(_WORST)],
         modules=[_module(layers, good, fair) for layers in facts.by_module.values()],
         legend=[(kind, colour_of(facts, kind)) for kind in list(facts.by_kind)[:COLOURS]],
@@ -133,12 +134,7 @@ class _Errors:
             bands[band(layer.error, good, fair)] += 1
         if not facts.known:
             return cls(bands, None, "", None)
-        # of experts the mean: each of them has its share of the tokens
-        of_modules = (
-            [layer.error for layer in layers if layer.error is not None] for layers in facts.by_module.values()
-        )
-        squares = sum(mean(error**2 for error in errors) for errors in of_modules if errors)
-        slope = SLOPES[facts.measure]
+        squares, slope = facts.squares(facts.known), SLOPES[facts.measure]
         worst = max((name for name, count in bands.items() if count), key=list(bands).index)
         average = mean(layer.error for layer in facts.known)
         return cls(bands, average, worst, (slope.least * squares, slope.most * squares))

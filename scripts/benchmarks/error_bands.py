@@ -5,7 +5,7 @@
 Quantizes the embedded model, and with --real the models that ../shared/models/make_real.py wrote to DIR, to 4, 3 and 2
 bits, with and without data, and measures each result on held-out text. Of each run the JSON has the errors that a
 report knows, as root mean square over the weights, beside the divergence; and of the runs with data to 4 bits what the
-divergence was after following the first advice of the report's three worst weights.
+divergence was after following the first three pieces of advice of the report's page.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from common import WORK, save
 import lowbit
 from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.generation.stream import load_tokenizer
-from lowbit.report_page.advice import advice
+from lowbit.report_page.advice import advice_by_kind
 from lowbit.report_page.facts import Facts
 from lowbit.text.datasets import token_stream
 
 SCHEMES = ("W4A16_ASYM-G128", "W3A16-G128", "W2A16_ASYM-G32")
 METHODS = ("rtn", "gptq")
 SAMPLES, CALIBRATION_SEQLEN, TOKENS, SEQLEN = 16, 256, 2_048, 512
-ERRORS = ("error", "output_error", "output_error_to_original", "rounding_error")
+ERRORS = ("error", "output_error", "output_error_to_original", "rounding_error", "stream_error")
 FOLLOWED = 3
 
 
@@ -36,9 +36,8 @@ def root_mean_square(values) -> float:
 
 
 def first_advice(report: dict) -> dict[str, str]:
-    """Overrides: the first advice of the three worst weights."""
-    steps = (next(advice(layer, None, layer.weights)) for layer in Facts(report).worst(FOLLOWED))
-    return dict(shlex.split(step.options)[1].rsplit("=", 1) for step in steps)
+    """Overrides: what the page of a report says is to be tried first."""
+    return dict(shlex.split(step.options)[1].rsplit("=", 1) for step in advice_by_kind(Facts(report))[:FOLLOWED])
 
 
 class Measured:
