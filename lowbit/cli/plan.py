@@ -83,7 +83,7 @@ def plan(
 
 def preview(model: str, arguments: dict, json: bool) -> None:
     """Print what `lowbit.plan(model, **arguments)` finds."""
-    from lowbit.quantization import plan as find
+    from lowbit.quantization.preview import plan as find
 
     quiet_transformers()
     found = find(model, **arguments)

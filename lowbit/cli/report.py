@@ -19,7 +19,7 @@ def report(
     Needs the extra `report`. The page holds all that it shows: it can be sent, printed, and read offline.
     """
     from lowbit.checkpoint.report_file import load_report
-    from lowbit.quantization.report import write_whole
+    from lowbit.guards.safe_files import write_whole
     from lowbit.report_page.page import render
 
     page = render(load_report(folder), str(folder))

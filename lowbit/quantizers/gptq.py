@@ -78,8 +78,8 @@ def quantize(weight, stats, scheme, options):
     -> (QuantWeight, notes). notes: "objective", stage -> float64 [N], the error of each row after it, relative to that
     of a row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added. Where
     step 1 or inputs that are always zero moved rows before they were rounded: "target", float32 [N, K], what they are
-    then, and "moved", float32 [N], by how much. Where H cannot be factored at any damping (NaN, infinite): round to nearest,
-    and notes["fallback"] says so.
+    then, and "moved", float32 [N], by how much. Where H cannot be factored at any damping (NaN, infinite): round to
+    nearest, and notes["fallback"] says so.
     """
     group = scheme.group_of(weight.shape[1])
     order = _order(stats["hessian"].diagonal(), group, options["order"])

@@ -9,6 +9,7 @@ quantized weights.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -307,8 +308,9 @@ def _quantize_together(
         if target.expert is not None:
             entry |= {"expert": target.expert, "routed": routed}
         rounded, view = dequantize(qweight, torch.float32), target.view(run.quantized.model)
-        if target.expert is None and ranks.first:
-            entry["stream_error"] = run.stream_error(view, aimed[rows], rounded)
+        if target.expert is None:
+            measure = partial(run.stream_error, view, aimed[rows], rounded)
+            entry["stream_error"] = ranks.of_first(measure)
         view.copy_(rounded)
         done(target, qweight, entry)
 

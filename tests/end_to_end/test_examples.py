@@ -14,7 +14,7 @@ def run(monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
         return capsys.readouterr().out
 
     return script
