@@ -39,7 +39,7 @@ def test_refusals(refused, wrong_usage, chat_model, model, tmp_path, monkeypatch
     refused(1, "report", model, "-o", tmp_path / "no" / "page.html", says=["cannot write", "No such file"])
     refused(1, "report", model, "-o", model, says=["cannot write", model])
     with monkeypatch.context() as without:
-        for name in [name for name in sys.modules if name.startswith(("matplotlib", "lowbit.publish"))]:
+        for name in [name for name in sys.modules if name.startswith(("matplotlib", "lowbit.report_page"))]:
             without.delitem(sys.modules, name)
         without.setitem(sys.modules, "matplotlib", None)
         refused(1, "report", model, says=["matplotlib", "pip install 'lowbit[report]'"])
