@@ -1,5 +1,9 @@
 #!/usr/bin/env bash
-# Lint, format and tests: the one command of developers and of CI. Arguments go to pytest: scripts/test.sh tests/numerics/test_grid.py -x
+# Lint, format, types and tests: the one command of developers and of CI.
+#
+#   scripts/test.sh                                  all of it, in about six minutes on two cores
+#   scripts/test.sh --quick                          without the tests marked slow: about three minutes
+#   scripts/test.sh tests/numerics/test_grid.py -x   arguments go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
@@ -9,9 +13,11 @@ export HF_HUB_OFFLINE=1 # a test that needs the network is a broken test
 unset OMP_NUM_THREADS   # tests/conftest.py sets the threads
 # All of it: a process for each core, each file in one of them (its fixtures are made once, its order stays),
 # the longest files first: tests/conftest.py sorts them.
+quick=()
+[ "${1:-}" != --quick ] || { quick=(-m "not slow") && shift; }
 [ $# -gt 0 ] || set -- -q -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 python -m ruff check .
 python -m ruff format --check .
 python -m mypy
-python -m pytest "$@"
+python -m pytest ${quick[@]+"${quick[@]}"} "$@"

@@ -12,6 +12,8 @@ import pytest
 from lowbit.cli.main import COMMANDS
 from lowbit.folders.locate import resolve
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # set up by scripts, which call this test: running them here would go in circles

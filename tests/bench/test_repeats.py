@@ -16,6 +16,8 @@ from lowbit.bench.shapes import config_of
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import Scheme
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 CONFIG = config_of("tiny")
 

@@ -12,6 +12,8 @@ from models import save_tiny
 
 import lowbit
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--batch", "1", "--prompt-tokens", "6", "--new-tokens", "4", "--rounds", "1")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

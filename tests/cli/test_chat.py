@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 
 import lowbit
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "lowbit"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
 

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 import lowbit
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--method", "gptq", "--group-size", 32, "--num-samples", 6, "--seqlen", 32]
 
 

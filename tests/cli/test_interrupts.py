@@ -10,6 +10,8 @@ from paused import start_paused
 
 import lowbit
 
+pytestmark = pytest.mark.slow
+
 
 def start(model, out, again: bool = False) -> subprocess.Popen:
     """A quantization that has written some tensors of many."""

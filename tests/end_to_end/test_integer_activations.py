@@ -23,6 +23,8 @@ from lowbit.quantization.calibrated.layer import Seen
 from lowbit.quantizers import rtn
 from lowbit.verification.checks import static_checks
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("W8A8", "W8A8-STATIC", "W8A8-STATIC_SYM", "W8A8-DYNAMIC_ASYM", "W4A8-G32", "W4A8-CHANNEL-STATIC")
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(7))
 SAMPLES = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(8))

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import lowbit
 
+pytestmark = pytest.mark.slow
+
 CASES = list(itertools.product((2, 3, 4, 8), (32, -1), (True, False)))
 
 # Plain transformers with the compressed-tensors package, and no lowbit in the process

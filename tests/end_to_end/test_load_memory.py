@@ -18,6 +18,8 @@ from lowbit.errors import InputError
 from lowbit.hf import loading_config
 from lowbit.layers.linear import LowbitLinear
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,6 +17,8 @@ import lowbit
 from lowbit.discovery import choose
 from lowbit.layers.linear import LowbitLinear
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[2] / "scripts" / "benchmarks" / "results" / "architectures.json"
 CAUSAL, SEQ2SEQ, VISION = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText"
 # what each is here for

@@ -11,6 +11,8 @@ from lowbit.errors import InputError
 from lowbit.generation import Decoder
 from lowbit.generation.graph import Direct
 
+pytestmark = pytest.mark.slow
+
 CAUSAL = [name for task, name in model_types() if task == "AutoModelForCausalLM"]
 NEW = 8
 # Prompts of (rows, tokens), all but the first row padded, and tokens of a chunk

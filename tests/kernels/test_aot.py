@@ -16,6 +16,8 @@ sys.path.insert(0, str(SCRIPTS))
 
 from aot import hazard, ptx, sass, shipped  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 REPRESENTATIVE = (

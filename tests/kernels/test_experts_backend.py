@@ -33,6 +33,8 @@ from lowbit.layers.experts import (
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.scheme import Scheme
 
+pytestmark = pytest.mark.slow
+
 EXPERTS, HIDDEN = 4, 64
 CONFIG = SimpleNamespace(
     num_experts=EXPERTS, num_local_experts=EXPERTS, n_routed_experts=EXPERTS, hidden_size=HIDDEN, hidden_act="silu",

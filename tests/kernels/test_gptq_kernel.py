@@ -12,6 +12,8 @@ from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import checked_options, gptq
 from lowbit_kernels import gptq as kernels
 
+pytestmark = pytest.mark.slow
+
 if not torch.cuda.is_available() and not knobs.runtime.interpret:
     pytest.skip("triton was imported before its interpreter was asked for", allow_module_level=True)
 

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
 import rendering  # noqa: E402
 import tables  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # The command, with the kernels on the CPU
 TUNE = "from lowbit.backends import triton; triton.INTERPRETED = True; from lowbit.cli import main; main()"
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 from folders import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):

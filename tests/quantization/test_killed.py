@@ -14,6 +14,8 @@ from runs import quick_gptq as gptq
 
 from lowbit.errors import OutputError
 
+pytestmark = pytest.mark.slow
+
 # What changes the file system; `open` for reading does not
 _OPERATIONS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 

@@ -27,9 +27,12 @@ import lowbit
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantizers import QUANTIZERS
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two processes need a GPU each, or none"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two processes need a GPU each, or none"
+    ),
+]
 
 
 def without_times(report: dict) -> dict:

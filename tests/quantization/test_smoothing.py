@@ -20,6 +20,8 @@ from lowbit.discovery import CheckpointNames, skeleton
 from lowbit.errors import UsageError
 from lowbit.folders.locate import load_config
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = (3, 17, 40)  # of the outliers
 FOLDS = {"llama": 4, "qwen2": 4, "gemma2": 4, "gpt2": 2, "qwen3_moe": 3, "qwen2_moe": 4}
 

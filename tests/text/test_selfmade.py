@@ -10,6 +10,8 @@ from lowbit.errors import InputError
 from lowbit.text import selfmade
 from lowbit.text.selfmade import sample_from_model
 
+pytestmark = pytest.mark.slow
+
 BOS, EOS = 1, 2
 
 
