@@ -343,11 +343,15 @@ class CheckpointNames:
         self._merging = [entry for entry in self._converters if merges_matrices(entry)]
         self._by_source = {source: c for c in self._converters for source in c.source_patterns}
         self.state = model.state_dict()  # of the model's parameters
+        self._found: dict[str, tuple[str, str | None]] = {}
         self._prefix = model.base_model_prefix
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         """(parameter name, the pattern of the converter that takes the tensor or None)"""
-        return use("rename_source_key")(name, self._renamings, self._converters, self._prefix, self.state)
+        if name not in self._found:  # asked for several times of each of up to hundreds of thousands
+            rename = use("rename_source_key")
+            self._found[name] = rename(name, self._renamings, self._converters, self._prefix, self.state)
+        return self._found[name]
 
     def locate(self, name: str) -> tuple[str, bool]:
         """(parameter name, direct). Direct: the tensor is the parameter, or is merged into it as the matrix of one
