@@ -76,10 +76,9 @@ def quantize(weight, stats, scheme, options):
     the first is taken out, so that it is freed if nobody else holds it.
 
     -> (QuantWeight, notes). notes: "objective", stage -> float64 [N], the error of each row after it, relative to that
-    of a row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added. Where
-    step 1 or inputs that are always zero moved rows before they were rounded: "target", float32 [N, K], what they are
-    then, and "moved", float32 [N], by how much. Where H cannot be factored at any damping (NaN, infinite): round to
-    nearest, and notes["fallback"] says so.
+    of a row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added; "moved",
+    float32 [N], by how much each row was moved before it was rounded, where step 1 or inputs that are always zero did.
+    Where H cannot be factored at any damping (NaN, infinite): round to nearest, and notes["fallback"] says so.
     """
     group = scheme.group_of(weight.shape[1])
     order = _order(stats["hessian"].diagonal(), group, options["order"])
@@ -112,9 +111,7 @@ def quantize(weight, stats, scheme, options):
         objective[f"sweep {sweep}"] = solution.cost.clone()
     energy = problem.energy()
     objective = {stage: cost / energy for stage, cost in objective.items()}
-    notes = {"objective": objective, "energy": energy, "damping": damping}
-    if moved.any():
-        notes |= {"moved": moved, "target": target.T[:, torch.argsort(order)]}
+    notes = {"objective": objective, "energy": energy, "damping": damping} | ({"moved": moved} if moved.any() else {})
     return solution.in_order(order, group, scheme, weight.dtype), notes
 
 

@@ -54,13 +54,9 @@ class Facts:
 
     @property
     def measure(self) -> str:
-        """The key of the error that a layer is judged by. Where there was data: what its rounding changes behind its
-        decoder layer, or in its own outputs, if that is not known of all; else the error of its weights."""
-        if not self.calibration:
-            return "error"
-        entries = mappings(self.report.get("layers"))
-        whole = all(number(entry.get("stream_error")) is not None for entry in entries)
-        return "stream_error" if entries and whole else "rounding_error"
+        """The key of the error that a layer is judged by: what its rounding costs in outputs where there was data, else
+        the error of its weights."""
+        return "rounding_error" if self.calibration else "error"
 
     @cached_property
     def layers(self) -> list[Layer]:

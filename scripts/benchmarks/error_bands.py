@@ -26,7 +26,7 @@ from lowbit.text.datasets import token_stream
 SCHEMES = ("W4A16_ASYM-G128", "W3A16-G128", "W2A16_ASYM-G32")
 METHODS = ("rtn", "gptq")
 SAMPLES, CALIBRATION_SEQLEN, TOKENS, SEQLEN = 16, 256, 2_048, 512
-ERRORS = ("error", "output_error", "output_error_to_original", "rounding_error", "stream_error")
+ERRORS = ("error", "output_error", "output_error_to_original", "rounding_error")
 FOLLOWED = 3
 
 

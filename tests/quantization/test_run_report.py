@@ -54,7 +54,6 @@ def test_every_run_leaves_one(architecture, calibrated, tmp_path):
 
     for layer in stored["layers"]:
         measured = MEASURED_KEYS if calibrated else set()
-        measured = measured | ({"stream_error"} if calibrated and "expert" not in layer else set())
         expert = {"expert", "routed"} if calibrated and "expert" in layer else set()
         assert layer.keys() == LAYER_KEYS | measured | expert
         assert torch.Size(layer["shape"]).numel() * 4 == layer["source_bytes"] and 0 < layer["error"] < 0.5

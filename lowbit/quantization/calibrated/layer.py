@@ -9,7 +9,6 @@ quantized weights.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -32,9 +31,6 @@ from lowbit.system.memory import return_freed
 
 # An expert that saw fewer tokens than this is shown others, that were routed elsewhere
 _FEWEST_TOKENS = 256
-
-# What rounding a weight changes behind the layer is measured on so many tokens
-_SEEN_TOKENS = 256
 
 # Called with a target that is done, what became of it, and its entry of the report
 Done = Callable[[Target, QuantWeight, dict], None]
@@ -110,20 +106,6 @@ class LayerRun:
             if not self.keep:
                 for walk in walks:
                     walk.abandon()
-
-    def stream_error(self, view: torch.Tensor, aimed: torch.Tensor, rounded: torch.Tensor) -> float:
-        """What rounding a weight changes behind the layer: the relative difference of its outputs for a few tokens, as
-        root of the mean of squares over them, with `rounded` and with what was `aimed` at in `view`, which holds
-        anything afterwards. The other weights of the layer are what they are by now."""
-        hidden = self._hidden(self.quantized, self.streams.read(0)[0])
-        hidden = None if hidden is None else hidden[:1, :_SEEN_TOKENS]
-        outputs = []
-        for weight in (aimed, rounded):
-            view.copy_(weight)
-            with torch.no_grad():
-                outputs.append(self.quantized.run(self.number, self.batches[0][:1, :_SEEN_TOKENS], hidden).float())
-        change, size = ((part.square().sum(-1)) for part in (outputs[1] - outputs[0], outputs[0]))
-        return float((change / size.clamp_min(1e-30)).mean().sqrt())
 
     def finish(self, streams: StreamsWriter) -> tuple[float, float]:
         """Walk to the end; the outputs are written to `streams`. Squared distance of the quantized outputs from the
@@ -287,7 +269,6 @@ def _quantize_together(
     parts = ranks.all_of(quantizer.quantize(mine, stats, scheme.weight_only, options))
     whole = _joined([part for part, _ in parts])
     notes = [notes for _, notes in parts]
-    aimed = torch.cat([n["target"].cpu() for n in notes]) if "target" in notes[0] else weight
     seconds = (time.perf_counter() - started) * len(alike[0].weight) / len(weight)
     for target, rows in zip(alike, _consecutive(alike), strict=True):
         qweight = _rows(whole, rows).with_inputs(scheme, **grid)
@@ -307,11 +288,7 @@ def _quantize_together(
             entry["output_error_to_original"] = None
         if target.expert is not None:
             entry |= {"expert": target.expert, "routed": routed}
-        rounded, view = dequantize(qweight, torch.float32), target.view(run.quantized.model)
-        if target.expert is None:
-            measure = partial(run.stream_error, view, aimed[rows], rounded)
-            entry["stream_error"] = ranks.of_first(measure)
-        view.copy_(rounded)
+        target.view(run.quantized.model).copy_(dequantize(qweight, torch.float32))
         done(target, qweight, entry)
 
 
