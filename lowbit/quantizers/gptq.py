@@ -76,9 +76,10 @@ def quantize(weight, stats, scheme, options):
     the first is taken out, so that it is freed if nobody else holds it.
 
     -> (QuantWeight, notes). notes: "objective", stage -> float64 [N], the error of each row after it, relative to that
-    of a row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added; "moved",
-    float32 [N], by how much each row was moved before it was rounded, where step 1 or inputs that are always zero did.
-    Where H cannot be factored at any damping (NaN, infinite): round to nearest, and notes["fallback"] says so.
+    of a row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added;
+    "moved", float32 [N], by how much each row was moved before it was rounded, where step 1 or inputs that are always
+    zero did. Where H cannot be factored at any damping (NaN, infinite): round to nearest, and notes["fallback"] says
+    so.
     """
     group = scheme.group_of(weight.shape[1])
     order = _order(stats["hessian"].diagonal(), group, options["order"])

@@ -4,9 +4,8 @@ The limits are on perplexity: in a good model it grows by 1 % at most, in a fair
 that is 0.01 and 0.05 nats (61 models in scripts/benchmarks/results/quality_peers.json: 0.83 % for each 0.01 nats, in
 the median). The errors of linears add up: the divergence is nearly proportional to the sum, over all of them, of their
 squared errors, whatever the bits. scripts/benchmarks/error_bands.py measured by how much, of the embedded model,
-SmolLM2 135M and Gemma 3 270M, which have 35, 210 and 126 linears: what rounding changes in outputs tells much, the error
-of weights little. A weight is called what the model would be if all of its weights
-were as wrong as that one.
+SmolLM2 135M and Gemma 3 270M, which have 35, 210 and 126 linears: what rounding changes in outputs tells much, the
+error of weights little. A weight is called what the model would be if all of its weights were as wrong as that one.
 """
 
 from dataclasses import dataclass
