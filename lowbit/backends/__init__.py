@@ -1,27 +1,17 @@
 """Backends run a quantized linear. The first in the table that gives no reason against a layer runs it.
 
-A backend module has
-`refuse(scheme, device, dtype, shape) -> reason or None`  with shape (out_features, in_features), dtype of x;
-`prepare(QuantWeight) -> dict[str, Tensor]`, the buffers in the layout its kernels want; there is no g_idx, layers
-sort their inputs by group;
-`restore(buffers, scheme, shape) -> QuantWeight`, the exact inverse;
-`linear(x, buffers, scheme, shape, bias=None) -> y`, x [M, in_features] in the dtype of the scales, bias
-[out_features]; differentiable in x and bias;
-`available() -> reason or None`, whether it can run anything on this machine at all.
-
-One that can multiply rows by the matrices of several experts at once also has
-`experts(x, buffers, expert_start, scheme, shape, bias=None) -> y`, x [M, in_features] sorted by expert, expert e having
-the rows [expert_start[e], expert_start[e + 1]) of it (int32 [E + 1]; rows after the last give zeros), buffers and bias
-[E, ...] as `prepare` gives them for each expert; its `refuse` is asked with shape (E, out_features, in_features) then.
+`Backend` is what a module in the table has, `ExpertsBackend` what one has that multiplies by several experts at once.
 """
 
 import logging
 from functools import cache
 from importlib import import_module
+from typing import Protocol, cast
 
 import torch
 
 from lowbit.errors import BackendError, UsageError
+from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 
 logger = logging.getLogger("lowbit")
@@ -36,10 +26,44 @@ BACKENDS = {
 }
 
 
-def get_backend(name: str):
+class Backend(Protocol):
+    """A backend module. Weights have no g_idx: layers sort their inputs by group."""
+
+    def available(self) -> str | None:
+        """Why it can run nothing at all on this machine, None if it can."""
+
+    def refuse(self, scheme: Scheme, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        """Why it does not run a layer of `shape` (out_features, in_features), whose inputs have `dtype`; of experts,
+        (experts, out_features, in_features)."""
+
+    def prepare(self, qweight: QuantWeight) -> dict[str, torch.Tensor]:
+        """The buffers of a weight, in the layout that its kernels want."""
+
+    def restore(self, buffers: dict[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
+        """The exact inverse of `prepare`."""
+
+    def linear(
+        self, x: torch.Tensor, buffers: dict[str, torch.Tensor], scheme: Scheme, shape: tuple[int, int],
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """x [M, in_features] -> [M, out_features], in the dtype of the scales; bias [out_features]. Differentiable in x
+        and bias."""
+
+
+class ExpertsBackend(Backend, Protocol):
+    def experts(
+        self, x: torch.Tensor, buffers: dict[str, torch.Tensor], expert_start: torch.Tensor, scheme: Scheme,
+        shape: tuple[int, int, int], bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """x [M, in_features] sorted by expert -> [M, out_features]. Expert e has the rows [expert_start[e],
+        expert_start[e + 1]) of it (int32 [E + 1]); rows after the last give zeros. Buffers and bias [E, ...] are as
+        `prepare` gives them for each expert."""
+
+
+def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r} is not known; allowed: {', '.join(BACKENDS)}")
-    return import_module(BACKENDS[name])
+    return cast(Backend, import_module(BACKENDS[name]))
 
 
 def kernels_for(scheme: Scheme):

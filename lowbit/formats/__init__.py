@@ -1,30 +1,19 @@
 """Checkpoint formats: QuantWeight to named tensors and back, and the config that describes them. No files.
 
-A format module has
-`SUFFIXES`: the tensor names that replace `weight`, in the order they are written;
-`ACT_ORDER`, `FUSED_EXPERTS`: whether it can hold a g_idx; fused 3-D expert parameters;
-`refuse(scheme, shape, default) -> reason or None`, for a weight of `shape` (out_features, in_features) in a checkpoint
-whose main scheme is `default`;
-`pack(QuantWeight) -> dict[str, Tensor]`, also of meta tensors;
-`config(default, exceptions, ignored) -> dict` (and `act_order=True` where it can hold one);
-`companions(config) -> dict[str, dict]`: JSON files that readers look for beside config.json;
-`detect(config) -> bool`; `parse(config)`, which says of a checkpoint
-    `lookup(names, class_name) -> Scheme or None`, of a module known under any of `names`;
-    `exhaustive`: modules that `lookup` finds are all stored quantized; `silent_on_symmetry`: only zeros tell;
-    `required(scheme)`: the suffixes that every quantized module has, that of its codes first;
-    `shape(tensors, scheme) -> (out_features, in_features)`, None where they are stored;
-    `converted(tensors, scheme, shape)`: which suffixes of a weight's tensors are not those of compressed-tensors, or
-    not laid out as it is today -> theirs there;
-    `to_packed(suffix, tensor, scheme, shape) -> (suffix, tensor)`: one of those as compressed-tensors stores it.
-
-So what is read is always unpacked by `compressed_tensors.unpack_weight`: the tensors of that format, one for one, are
-what the layers of lowbit load.
+`Format` is what a module in the table has. What is read is always unpacked by `compressed_tensors.unpack_weight`: the
+tensors of that format, one for one, are what the layers of lowbit load.
 """
 
+from collections.abc import Iterable, Mapping
 from importlib import import_module
+from typing import Any, Protocol, cast
+
+import torch
 
 from lowbit.errors import InputError, UsageError
 from lowbit.guards.records import shown
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 FORMATS = {
     "compressed-tensors": "lowbit.formats.compressed_tensors",
@@ -33,10 +22,75 @@ FORMATS = {
 }
 
 
-def get_format(name: str):
+class StoredConfig(Protocol):
+    """What a checkpoint's `quantization_config` says.
+
+    Attributes:
+        exhaustive: Modules that `lookup` finds are all stored quantized.
+        silent_on_symmetry: It does not say what is symmetric: only zeros tell.
+    """
+
+    exhaustive: bool
+    silent_on_symmetry: bool
+
+    def lookup(self, names: Iterable[str], class_name: str) -> Scheme | None:
+        """The scheme of a module that is known under any of `names`."""
+
+    def required(self, scheme: Scheme) -> tuple[str, ...]:
+        """The suffixes that every quantized module has, that of its codes first."""
+
+    def shape(self, tensors: Mapping[str, Any], scheme: Scheme) -> tuple[int, int] | None:
+        """(out_features, in_features) by the shapes of a weight's tensors; None where they are stored."""
+
+    def converted(self, tensors: Mapping[str, Any], scheme: Scheme, shape: tuple[int, int]) -> Mapping[str, str]:
+        """Suffixes of a weight's tensors that are not those of compressed-tensors, or not laid out as it is today ->
+        theirs there."""
+
+    def to_packed(
+        self, suffix: str, tensor: torch.Tensor, scheme: Scheme, shape: tuple[int, int]
+    ) -> tuple[str, torch.Tensor]:
+        """One of those as compressed-tensors stores it: (suffix, tensor)."""
+
+
+class Format(Protocol):
+    """A format module. One with act-order takes `act_order=True` in `config` too.
+
+    Attributes:
+        METHOD: Its `quant_method`.
+        SUFFIXES: The tensor names that replace `weight`, in the order they are written.
+        ACT_ORDER: Whether it can hold a g_idx.
+        FUSED_EXPERTS: Whether it can hold fused 3-D expert parameters.
+    """
+
+    METHOD: str
+    SUFFIXES: tuple[str, ...]
+    ACT_ORDER: bool
+    FUSED_EXPERTS: bool
+
+    def refuse(self, scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
+        """Why it cannot hold a weight of `shape` (out_features, in_features) in a checkpoint whose main scheme is
+        `default`."""
+
+    def pack(self, qweight: QuantWeight) -> dict[str, torch.Tensor]:
+        """The tensors of a weight by suffix; also of one on the meta device."""
+
+    def config(self, default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str]) -> dict:
+        """The `quantization_config`: modules that have another scheme than `default`, and that are not quantized."""
+
+    def companions(self, quantization_config: dict) -> dict[str, dict]:
+        """JSON files that readers look for beside config.json."""
+
+    def detect(self, quantization_config: Mapping) -> bool:
+        """Whether a `quantization_config` is one of this format."""
+
+    def parse(self, quantization_config: Mapping) -> StoredConfig:
+        """Raises InputError for a config that lowbit cannot read."""
+
+
+def get_format(name: str) -> Format:
     if name not in FORMATS:
         raise UsageError(f"format {name!r} is not known; allowed: {', '.join(FORMATS)}")
-    return import_module(FORMATS[name])
+    return cast(Format, import_module(FORMATS[name]))
 
 
 def detect_format(config: dict) -> str:

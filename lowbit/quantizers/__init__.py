@@ -1,15 +1,18 @@
 """Quantizers: weight (and statistics) in, QuantWeight out. They know neither files nor formats nor models.
 
-A quantizer module has `OPTIONS`, its options with their allowed values (a tuple, the first is the default, or
-`Between`), `needs(options)`, a tuple of the statistics it wants with them ("hessian", "missing"; empty: data-free), and
-`quantize(weight [N, K], stats: dict, scheme: Scheme, options: Mapping) -> (QuantWeight, notes: dict for the report)`;
-it may take what it does not need any longer out of `stats`.
+`Quantizer` is what a module in the table has.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Protocol, cast
+
+import torch
 
 from lowbit.errors import UsageError
+from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 
 QUANTIZERS = {
     "rtn": "lowbit.quantizers.rtn",
@@ -36,10 +39,37 @@ class Between:
         return f"{self.default}, or {number}" if isinstance(self.default, str) else number
 
 
-def get_quantizer(name: str):
+class Quantizer(Protocol):
+    """A quantizer module.
+
+    Attributes:
+        OPTIONS: Name -> allowed values: a tuple, of which the first is the default, or `Between`.
+    """
+
+    OPTIONS: Mapping[str, tuple | Between]
+
+    def needs(self, options: Mapping) -> tuple[str, ...]:
+        """The statistics that it wants with these options: "hessian", "missing" (`lowbit.calibration.moments`); none if
+        it takes no data."""
+
+    def quantize(self, weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping) -> tuple[QuantWeight, dict]:
+        """Quantize one weight.
+
+        Args:
+            weight: Floating [out_features, in_features]; not changed.
+            stats: The statistics by name. What is not needed any longer may be taken out, so that it is freed.
+            scheme: The grid; it fits in_features.
+            options: All of `OPTIONS`, with allowed values.
+
+        Returns:
+            The weight, and notes for the report.
+        """
+
+
+def get_quantizer(name: str) -> Quantizer:
     if name not in QUANTIZERS:
         raise UsageError(f"method {name!r} is not known; allowed: {', '.join(QUANTIZERS)}")
-    return import_module(QUANTIZERS[name])
+    return cast(Quantizer, import_module(QUANTIZERS[name]))
 
 
 def checked_options(name: str, options) -> dict:
