@@ -26,8 +26,8 @@ class Slope:
 
 # By the key of the error in a report
 SLOPES = {
-    "rounding_error": Slope(0.10, 0.13, 0.16),
-    "error": Slope(0.034, 0.1, 0.17),
+    "rounding_error": Slope(0.16, 0.2, 0.28),
+    "error": Slope(0.034, 0.12, 0.3),
 }
 
 
