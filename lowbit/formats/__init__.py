@@ -4,16 +4,20 @@
 tensors of that format, one for one, are what the layers of lowbit load.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import Any, Protocol, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lowbit.errors import InputError, UsageError
 from lowbit.guards.records import shown
-from lowbit.numerics.qweight import QuantWeight
-from lowbit.numerics.scheme import Scheme
+
+if TYPE_CHECKING:  # commands check the names in the table before they import torch
+    import torch
+
+    from lowbit.numerics.qweight import QuantWeight
+    from lowbit.numerics.scheme import Scheme
 
 FORMATS = {
     "compressed-tensors": "lowbit.formats.compressed_tensors",

@@ -3,16 +3,20 @@
 `Quantizer` is what a module in the table has.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, cast
-
-import torch
+from typing import TYPE_CHECKING, Protocol, cast
 
 from lowbit.errors import UsageError
-from lowbit.numerics.qweight import QuantWeight
-from lowbit.numerics.scheme import Scheme
+
+if TYPE_CHECKING:  # commands check the names in the table before they import torch
+    import torch
+
+    from lowbit.numerics.qweight import QuantWeight
+    from lowbit.numerics.scheme import Scheme
 
 QUANTIZERS = {
     "rtn": "lowbit.quantizers.rtn",
