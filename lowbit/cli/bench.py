@@ -14,16 +14,14 @@ from lowbit.cli.common import (
     BackendOption,
     DeviceMapOption,
     DtypeOption,
+    HeadOptions,
     JsonOption,
-    LmHeadOption,
-    LmHeadSchemeOption,
     ModelOption,
     RevisionOption,
     TrustOption,
     check_known,
     checked_dtype,
     default_device_map,
-    head_scheme,
     quiet_transformers,
     size,
 )
@@ -70,8 +68,8 @@ def bench(
     dtype: DtypeOption = "auto",
     device_map: DeviceMapOption = None,
     backend: BackendOption = None,
-    lm_head: LmHeadOption = False,
-    lm_head_scheme: LmHeadSchemeOption = None,
+    *,
+    head: HeadOptions,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here too.", show_default=False)] = None,
@@ -82,7 +80,7 @@ def bench(
     Decoding, prefill, time to the first token, memory, and how much of the memory bandwidth of this machine a step
     uses. The sides take turns; each runs in lowbit's loop and in `model.generate`.
     """
-    batches, head = _batches(batch), head_scheme(lm_head, lm_head_scheme)
+    batches, head_scheme = _batches(batch), head.scheme()
     parsed, dtype = Scheme.parse(scheme), checked_dtype(dtype)
     _check_what(model, model_option, shapes, layers, source, revision, trust_remote_code)
     check_known(method=method)
@@ -98,7 +96,9 @@ def bench(
     wanted, device = parse_against(against), _device(default_device_map(device_map))
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
-        setting = Setting(Path(work), device, dtype, backend, head and Scheme.parse(head), revision, trust_remote_code)
+        setting = Setting(
+            Path(work), device, dtype, backend, head_scheme and Scheme.parse(head_scheme), revision, trust_remote_code
+        )
         if shapes is None:
             measured = Checkpoint(model if model is not None else model_option, source, parsed, method, setting)
         else:

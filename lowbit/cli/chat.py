@@ -1,47 +1,22 @@
 """lowbit chat"""
 
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import (
-    BackendOption,
-    DeviceMapOption,
-    DtypeOption,
-    KvCacheOption,
-    LmHeadOption,
-    LmHeadSchemeOption,
-    ModelArgument,
-    ModelOption,
-    RevisionOption,
-    TrustOption,
-    checked_dtype,
-    checked_kv_cache,
-    default_device_map,
-    head_scheme,
-    one_model,
-    quiet_transformers,
-)
+from lowbit.cli.common import HeadOptions, ModelArgument, ModelOption, one_model
 from lowbit.cli.generate import (
     PREFILL_CHUNK,
-    AssistantOption,
-    CompileOption,
-    MinPOption,
     NewTokensOption,
-    PrefillChunkOption,
-    PromptLookupOption,
-    RepetitionPenaltyOption,
-    SeedOption,
+    SamplingOptions,
+    SessionOptions,
     StatsOption,
-    StopOption,
     TemperatureOption,
-    TopKOption,
     TopPOption,
-    checked_drafts,
-    checked_stop,
     show_stats,
 )
 from lowbit.cli.terminal import console, notes
@@ -65,61 +40,35 @@ class Context(StrEnum):
     slide = "slide"
 
 
+@dataclass(frozen=True)
+class ChatSamplingOptions(SamplingOptions):
+    """The same, with what conversations usually want."""
+
+    max_new_tokens: NewTokensOption = 512
+    temperature: TemperatureOption = 0.7
+    top_p: TopPOption = 0.95
+
+
 def chat(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
-    max_new_tokens: NewTokensOption = 512,
     context: Annotated[
         Context, typer.Option(help="When it is full: stop, or slide and drop the oldest turns.")
     ] = Context.stop,
-    temperature: TemperatureOption = 0.7,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 0.95,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    stop: StopOption = None,
-    seed: SeedOption = None,
-    prefill_chunk: PrefillChunkOption = None,
-    compile: CompileOption = None,
-    assistant: AssistantOption = None,
-    prompt_lookup: PromptLookupOption = None,
+    *,
+    sampling: ChatSamplingOptions,
+    running: SessionOptions,
+    head: HeadOptions,
     stats: StatsOption = False,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceMapOption = None,
-    backend: BackendOption = None,
-    lm_head: LmHeadOption = False,
-    lm_head_scheme: LmHeadSchemeOption = None,
-    kv_cache: KvCacheOption = "full",
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
-    name, dtype, stop = one_model(model, model_option), checked_dtype(dtype), checked_stop(stop)
-    drafts = checked_drafts(assistant, prompt_lookup, checked_kv_cache(kv_cache), compile, prefill_chunk)
+    name, options, head_scheme = one_model(model, model_option), sampling.keywords(), head.scheme()
+    running.check()
     read_ahead(Path(name))  # while all else is imported
-
-    from lowbit.generation import open_session
-
-    quiet_transformers()
-    session = open_session(
-        name,
-        dtype=dtype,
-        device_map=default_device_map(device_map),
-        backend=backend,
-        compile=compile,
-        lm_head=head_scheme(lm_head, lm_head_scheme),
-        kv_cache=kv_cache,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        **drafts,
-    )
+    session = running.start(name, head_scheme)
     notes.print(f"{name}: !help for commands, !exit or Ctrl-D to leave")
-    options = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed,
-        "prefill_chunk": prefill_chunk or PREFILL_CHUNK,
-    }  # fmt: skip
+    options["prefill_chunk"] = running.prefill_chunk or PREFILL_CHUNK
     conversation = Conversation(session, system, options, context is Context.slide, stats)
     conversation.run()
     if conversation.asked and not conversation.answered:

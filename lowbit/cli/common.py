@@ -1,6 +1,7 @@
 """What the commands share: options, and the checks of them that need nothing else."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,23 @@ LmHeadSchemeOption = Annotated[str | None, typer.Option(help="Of --lm-head (defa
 KvCacheOption = Annotated[
     str, typer.Option(help="Keys and values in the dtype of the model (full), or in 8 bits (int8): half of the memory.")
 ]
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The scheme of the output embedding."""
+
+    lm_head: LmHeadOption = False
+    lm_head_scheme: LmHeadSchemeOption = None
+
+    def scheme(self) -> str | None:
+        """What both stand for; None: leave it alone. Raises UsageError."""
+        if self.lm_head_scheme is not None and not self.lm_head:
+            raise UsageError("--lm-head-scheme says how --lm-head quantizes: pass both")
+        from lowbit.numerics.scheme import HEAD_SCHEME
+
+        return (self.lm_head_scheme or HEAD_SCHEME.name) if self.lm_head else None
+
 
 _KV_CACHES = ("full", "int8")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -84,15 +102,6 @@ def checked_kv_cache(name: str) -> str:
     if name not in _KV_CACHES:
         raise UsageError(f"kv-cache is {name!r}; allowed: {', '.join(_KV_CACHES)}")
     return name
-
-
-def head_scheme(asked: bool, scheme: str | None) -> str | None:
-    """The scheme that --lm-head and --lm-head-scheme stand for."""
-    if scheme is not None and not asked:
-        raise UsageError("--lm-head-scheme says how --lm-head quantizes: pass both")
-    from lowbit.numerics.scheme import HEAD_SCHEME
-
-    return (scheme or HEAD_SCHEME.name) if asked else None
 
 
 def default_device_map(device_map: str | None) -> str | None:

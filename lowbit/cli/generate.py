@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,9 @@ from lowbit.cli.common import (
     BackendOption,
     DeviceMapOption,
     DtypeOption,
+    HeadOptions,
     JsonOption,
     KvCacheOption,
-    LmHeadOption,
-    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
     RevisionOption,
@@ -22,7 +22,6 @@ from lowbit.cli.common import (
     checked_dtype,
     checked_kv_cache,
     default_device_map,
-    head_scheme,
     one_model,
     quiet_transformers,
 )
@@ -67,25 +66,78 @@ PromptLookupOption = Annotated[
 ]
 
 
-def checked_stop(stop: list[str] | None) -> list[str]:
-    if stop and "" in stop:
-        raise UsageError("--stop is empty: expected some text")
-    return stop or []
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen, and until when."""
+
+    max_new_tokens: NewTokensOption = 128
+    temperature: TemperatureOption = 0.0
+    top_k: TopKOption = 0
+    top_p: TopPOption = 1.0
+    min_p: MinPOption = 0.0
+    repetition_penalty: RepetitionPenaltyOption = 1.0
+    stop: StopOption = None
+    seed: SeedOption = None
+
+    def keywords(self) -> dict:
+        """Those of `Session.generate`. Raises UsageError."""
+        if self.stop and "" in self.stop:
+            raise UsageError("--stop is empty: expected some text")
+        return {**asdict(self), "stop": self.stop or []}
 
 
-def checked_drafts(
-    assistant: str | None, prompt_lookup: int | None, kv_cache: str, compile: bool | None, prefill_chunk: int | None
-) -> dict:
-    """The keywords of `open_session` about drafts. They are checked in `model.generate`, which has none of the rest."""
-    drafts = {"--assistant": assistant, "--prompt-lookup": prompt_lookup}
-    wanted = [option for option, value in drafts.items() if value is not None]
-    if len(wanted) > 1:
-        raise UsageError("--assistant and --prompt-lookup: pass one of them")
-    others = {"--kv-cache int8": kv_cache == "int8", "--compile": compile, "--prefill-chunk": prefill_chunk}
-    for option, given in others.items():
-        if wanted and given:
-            raise UsageError(f"{option} does not go with {wanted[0]}, which runs in transformers' assisted generation")
-    return {"assistant": assistant, "prompt_lookup": prompt_lookup}
+@dataclass(frozen=True)
+class SessionOptions:
+    """What runs a model, and how."""
+
+    prefill_chunk: PrefillChunkOption = None
+    compile: CompileOption = None
+    assistant: AssistantOption = None
+    prompt_lookup: PromptLookupOption = None
+    dtype: DtypeOption = "auto"
+    device_map: DeviceMapOption = None
+    backend: BackendOption = None
+    kv_cache: KvCacheOption = "full"
+    revision: RevisionOption = None
+    trust_remote_code: TrustOption = False
+
+    def check(self) -> None:
+        """Raise UsageError for what cannot be; drafts are checked in `model.generate`, which has none of the rest."""
+        checked_dtype(self.dtype)
+        checked_kv_cache(self.kv_cache)
+        drafts = {"--assistant": self.assistant, "--prompt-lookup": self.prompt_lookup}
+        wanted = [option for option, value in drafts.items() if value is not None]
+        if len(wanted) > 1:
+            raise UsageError("--assistant and --prompt-lookup: pass one of them")
+        others = {
+            "--kv-cache int8": self.kv_cache == "int8",
+            "--compile": self.compile,
+            "--prefill-chunk": self.prefill_chunk,
+        }
+        for option, given in others.items():
+            if wanted and given:
+                raise UsageError(
+                    f"{option} does not go with {wanted[0]}, which runs in transformers' assisted generation"
+                )
+
+    def start(self, model: str, head: str | None):
+        """The session of a model, whose output embedding is quantized by the scheme `head` if that is given."""
+        from lowbit.generation import open_session
+
+        quiet_transformers()
+        return open_session(
+            model,
+            dtype=self.dtype,
+            device_map=default_device_map(self.device_map),
+            backend=self.backend,
+            compile=self.compile,
+            lm_head=head,
+            kv_cache=self.kv_cache,
+            assistant=self.assistant,
+            prompt_lookup=self.prompt_lookup,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 def _text_of(prompt: str) -> str:
@@ -124,67 +176,23 @@ def generate(
         str,
         typer.Option("--prompt", "-p", help="Text to continue; - reads it from standard input.", show_default=False),
     ] = ...,
-    max_new_tokens: NewTokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    min_p: MinPOption = 0.0,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    stop: StopOption = None,
-    seed: SeedOption = None,
-    prefill_chunk: PrefillChunkOption = None,
-    compile: CompileOption = None,
-    assistant: AssistantOption = None,
-    prompt_lookup: PromptLookupOption = None,
+    *,
+    sampling: SamplingOptions,
+    running: SessionOptions,
+    head: HeadOptions,
     stats: StatsOption = False,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceMapOption = None,
-    backend: BackendOption = None,
-    lm_head: LmHeadOption = False,
-    lm_head_scheme: LmHeadSchemeOption = None,
-    kv_cache: KvCacheOption = "full",
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
-    name, dtype, stop = one_model(model, model_option), checked_dtype(dtype), checked_stop(stop)
-    drafts = checked_drafts(assistant, prompt_lookup, checked_kv_cache(kv_cache), compile, prefill_chunk)
+    name, how, head_scheme = one_model(model, model_option), sampling.keywords(), head.scheme()
+    running.check()
     read_ahead(Path(name))  # while all else is imported
-
-    from lowbit.generation import open_session
-
     prompt = _text_of(prompt)
-    quiet_transformers()
-    session = open_session(
-        name,
-        dtype=dtype,
-        device_map=default_device_map(device_map),
-        backend=backend,
-        compile=compile,
-        lm_head=head_scheme(lm_head, lm_head_scheme),
-        kv_cache=kv_cache,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        **drafts,
-    )
-
+    session = running.start(name, head_scheme)
     ids = session.encode(prompt)
     with nullcontext(lambda text: None) if json else console.prose() as show:
         show(prompt)
-        result = session.generate(
-            ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=stop,
-            seed=seed,
-            prefill_chunk=prefill_chunk or PREFILL_CHUNK,
-            on_text=show,
-        )
+        result = session.generate(ids, **how, prefill_chunk=running.prefill_chunk or PREFILL_CHUNK, on_text=show)
     if json:
         print_json(
             {"model": name, "prompt": prompt, "text": result.text, "tokens": result.tokens,

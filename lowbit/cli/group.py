@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from lowbit import __version__
 from lowbit.cli.main import COMMANDS
+from lowbit.cli.options import grouped
 from lowbit.cli.terminal import console, notes
 
 _SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -26,7 +27,7 @@ def load_command(name: str):
     function = getattr(import_module(module), attribute)
     made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     settings = {**_SETTINGS, "token_normalize_func": _spelling}
-    made.command(name, help=function.__doc__, context_settings=settings)(function)
+    made.command(name, help=function.__doc__, context_settings=settings)(grouped(function))
     command = typer.main.get_command(made)
     version = copy.copy(next(option for option in typer.main.get_command(app).params if option.name == "version"))
     version.expose_value, version.hidden = False, True

@@ -1,15 +1,13 @@
 """lowbit plan"""
 
 from collections import Counter
+from dataclasses import asdict
 
 from lowbit.cli.common import (
+    HeadOptions,
     JsonOption,
-    LmHeadOption,
-    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
-    RevisionOption,
-    ShardSizeOption,
     TrustOption,
     check_known,
     one_model,
@@ -17,49 +15,18 @@ from lowbit.cli.common import (
     size,
 )
 from lowbit.cli.dtype import only_converts, preview_dtype
-from lowbit.cli.recipe import (
-    ActivationRangeOption,
-    BitsOption,
-    FormatOption,
-    GroupSizeOption,
-    IgnoreOption,
-    IncludeVisionOption,
-    MethodOption,
-    MethodOptionsOption,
-    NumSamplesOption,
-    OverrideOption,
-    ScaleSearchOption,
-    SchemeOption,
-    SeqlenOption,
-    SmoothOption,
-    SymOption,
-    recipe_arguments,
-)
+from lowbit.cli.recipe import FileOptions, RecipeOptions, SampleOptions
 from lowbit.cli.terminal import console, print_json, show_names, table
 
 
 def plan(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    scheme: SchemeOption = None,
-    bits: BitsOption = None,
-    group_size: GroupSizeOption = None,
-    sym: SymOption = None,
-    method: MethodOption = "rtn",
-    scale_search: ScaleSearchOption = None,
-    option: MethodOptionsOption = None,
-    num_samples: NumSamplesOption = 128,
-    seqlen: SeqlenOption = 2048,
-    lm_head: LmHeadOption = False,
-    lm_head_scheme: LmHeadSchemeOption = None,
-    include_vision: IncludeVisionOption = False,
-    smooth: SmoothOption = None,
-    activation_range: ActivationRangeOption = None,
-    override: OverrideOption = None,
-    ignore: IgnoreOption = None,
-    format: FormatOption = "compressed-tensors",
-    max_shard_size: ShardSizeOption = "5GB",
-    revision: RevisionOption = None,
+    *,
+    recipe: RecipeOptions,
+    head: HeadOptions,
+    samples: SampleOptions,
+    files: FileOptions,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
@@ -68,17 +35,19 @@ def plan(
     Sizes are exact. Takes the flags of `quantize` that matter to the result. With --json, output_bytes are those of all
     tensors, file_bytes those of the weight files, headers and all: what they take up on a disk.
     """
-    check_known(format=format, method=method)
-    recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-        include_vision, smooth, activation_range,
-    )  # fmt: skip
-    name, files = one_model(model, model_option), {"max_shard_size": max_shard_size, "revision": revision}
-    options = {"num_samples": num_samples, "seqlen": seqlen, "format": format}
-    if only_converts(**recipe, **options):
-        preview_dtype(name, scheme, json, **files)
+    check_known(format=files.format, method=recipe.method)
+    name, how = one_model(model, model_option), recipe.keywords(head)
+    preview_any(name, how, samples, files, json, trust_remote_code)
+
+
+def preview_any(
+    name: str, recipe: dict, samples: SampleOptions, files: FileOptions, json: bool, trust_remote_code: bool
+) -> None:
+    """Print what `lowbit.plan` or `lowbit.plan_dtype` finds, whichever the scheme is of."""
+    if only_converts(**recipe, **asdict(samples), format=files.format):
+        preview_dtype(name, recipe["scheme"], json, max_shard_size=files.max_shard_size, revision=files.revision)
     else:
-        preview(name, {**recipe, **options, **files, "trust_remote_code": trust_remote_code}, json)
+        preview(name, {**recipe, **asdict(samples), **asdict(files), "trust_remote_code": trust_remote_code}, json)
 
 
 def preview(model: str, arguments: dict, json: bool) -> None:

@@ -4,21 +4,19 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lowbit.cli.common import (
+    HeadOptions,
     JsonOption,
-    LmHeadOption,
-    LmHeadSchemeOption,
     ModelArgument,
     ModelOption,
     OutputOption,
     OverwriteOption,
-    RevisionOption,
-    ShardSizeOption,
     TrustOption,
     check_known,
     one_model,
@@ -26,41 +24,17 @@ from lowbit.cli.common import (
     quiet_transformers,
     size,
 )
-from lowbit.cli.dtype import convert_to_dtype, only_converts, preview_dtype
+from lowbit.cli.dtype import convert_to_dtype, only_converts
 from lowbit.cli.ending import ignore_signals, interrupted_once
-from lowbit.cli.plan import preview
-from lowbit.cli.recipe import (
-    ActivationRangeOption,
-    BitsOption,
-    FormatOption,
-    GroupSizeOption,
-    IgnoreOption,
-    IncludeVisionOption,
-    MethodOption,
-    MethodOptionsOption,
-    NumSamplesOption,
-    OverrideOption,
-    ScaleSearchOption,
-    SchemeOption,
-    SeqlenOption,
-    SmoothOption,
-    SymOption,
-    recipe_arguments,
-)
+from lowbit.cli.plan import preview_any
+from lowbit.cli.recipe import FileOptions, RecipeOptions, SampleOptions
 from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
 
 
-def quantize(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    output_dir: OutputOption = None,
-    scheme: SchemeOption = None,
-    bits: BitsOption = None,
-    group_size: GroupSizeOption = None,
-    sym: SymOption = None,
-    method: MethodOption = "rtn",
-    scale_search: ScaleSearchOption = None,
-    option: MethodOptionsOption = None,
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a run is calibrated with, and how it goes on."""
+
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -69,38 +43,38 @@ def quantize(
             "Default: a public data set, or self where it cannot be reached.",
             show_default=False,
         ),
-    ] = None,
-    num_samples: NumSamplesOption = 128,
-    seqlen: SeqlenOption = 2048,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0
     redo: Annotated[
         str | None,
         typer.Option(
             help="Regex of modules of an unfinished run: do their layers and all later ones again.", show_default=False
         ),
-    ] = None,
-    lm_head: LmHeadOption = False,
-    lm_head_scheme: LmHeadSchemeOption = None,
-    include_vision: IncludeVisionOption = False,
-    smooth: SmoothOption = None,
-    activation_range: ActivationRangeOption = None,
+    ] = None
     max_memory: Annotated[
         str | None,
         typer.Option(
             help="e.g. 8GB: walk layers again rather than hold more (default: half of what is free).",
             show_default=False,
         ),
-    ] = None,
-    override: OverrideOption = None,
-    ignore: IgnoreOption = None,
-    format: FormatOption = "compressed-tensors",
-    max_shard_size: ShardSizeOption = "5GB",
+    ] = None
+
+
+def quantize(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    output_dir: OutputOption = None,
+    *,
+    recipe: RecipeOptions,
+    head: HeadOptions,
+    samples: SampleOptions,
+    calibration: CalibrationOptions,
+    files: FileOptions,
     clamp: Annotated[
         bool, typer.Option("--clamp", help="Of FP16 and BF16: values that are too large become the largest.")
     ] = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what `plan` shows; write nothing.")] = False,
-    revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
@@ -110,21 +84,12 @@ def quantize(
     whole or not at all; a gptq run that was stopped goes on where it was when the same command is given again.
     """
     model = one_model(model, model_option)
-    check_known(format=format, method=method)
-    recipe = recipe_arguments(
-        scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-        include_vision, smooth, activation_range,
-    )  # fmt: skip
-    files = {"max_shard_size": max_shard_size, "revision": revision}
-    how = {"dataset": dataset, "num_samples": num_samples, "seqlen": seqlen, "seed": seed, "redo": redo}
+    check_known(format=files.format, method=recipe.method)
+    how, data = recipe.keywords(head), {**asdict(samples), **asdict(calibration)}
     target = None if dry_run else one_output(output_dir, overwrite)
-    half = only_converts(**recipe, **how, max_memory=max_memory, format=format, clamp=clamp)
+    half = only_converts(**how, **data, format=files.format, clamp=clamp)
     if dry_run:
-        if half:
-            preview_dtype(model, scheme, json, **files)
-        else:
-            options = {"num_samples": num_samples, "seqlen": seqlen, "format": format, **files}
-            preview(model, {**recipe, **options, "trust_remote_code": trust_remote_code}, json)
+        preview_any(model, how, samples, files, json, trust_remote_code)
         if not json:
             console.print("dry run: nothing was written")
         return
@@ -132,12 +97,13 @@ def quantize(
     if half:
         with interrupted_once():
             convert_to_dtype(
-                model, target, scheme, json, clamp=clamp, overwrite=overwrite, command=typed_command(), **files
-            )
+                model, target, how["scheme"], json, clamp=clamp, overwrite=overwrite, command=typed_command(),
+                max_shard_size=files.max_shard_size, revision=files.revision,
+            )  # fmt: skip
         return
     report = _run(
-        model, target, json, **recipe, **how, **files, max_memory=max_memory, format=format, overwrite=overwrite,
-        trust_remote_code=trust_remote_code, command=typed_command(),
+        model, target, json, **how, **data, **asdict(files), overwrite=overwrite, trust_remote_code=trust_remote_code,
+        command=typed_command(),
     )  # fmt: skip
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first one speaks

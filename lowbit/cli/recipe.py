@@ -1,10 +1,11 @@
 """The options that say how a model is quantized: of `quantize`, and of `plan`."""
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import head_scheme
+from lowbit.cli.common import HeadOptions, RevisionOption, ShardSizeOption
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import Scheme
 
@@ -76,31 +77,62 @@ IgnoreOption = Annotated[
 FormatOption = Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")]
 
 
-def recipe_arguments(
-    scheme, bits, group_size, sym, method, scale_search, option, override, ignore, lm_head, lm_head_scheme,
-    include_vision, smooth, activation_range,
-) -> dict:  # fmt: skip
-    """The keywords of `lowbit.quantize` and `lowbit.plan` that these options stand for."""
-    if scheme is not None and bits is not None:
-        raise UsageError("--scheme and --bits say the same thing: pass one of them")
-    scheme = scheme or (f"W{bits}A16" if bits is not None else "W4A16")
-    overrides = [_override(text) for text in override or ()]
-    for name in (scheme, *(other for _, other in overrides)):
-        if name.strip().upper().startswith("W"):  # others may be dtypes, which are known to what is slow to import
-            Scheme.parse(name)
-    return {
-        "scheme": scheme,
-        "group_size": group_size,
-        "sym": sym,
-        "method": method,
-        "options": _options(option, scale_search),
-        "overrides": overrides,
-        "ignore": ignore or (),
-        "lm_head": head_scheme(lm_head, lm_head_scheme),
-        "include_vision": include_vision,
-        "smooth": smooth,
-        "activation_range": activation_range,
-    }
+@dataclass(frozen=True)
+class RecipeOptions:
+    """How a model is quantized."""
+
+    scheme: SchemeOption = None
+    bits: BitsOption = None
+    group_size: GroupSizeOption = None
+    sym: SymOption = None
+    method: MethodOption = "rtn"
+    scale_search: ScaleSearchOption = None
+    option: MethodOptionsOption = None
+    include_vision: IncludeVisionOption = False
+    smooth: SmoothOption = None
+    activation_range: ActivationRangeOption = None
+    override: OverrideOption = None
+    ignore: IgnoreOption = None
+
+    def keywords(self, head: HeadOptions) -> dict:
+        """Those of `lowbit.quantize` and `lowbit.plan`. Raises UsageError."""
+        if self.scheme is not None and self.bits is not None:
+            raise UsageError("--scheme and --bits say the same thing: pass one of them")
+        scheme = self.scheme or (f"W{self.bits}A16" if self.bits is not None else "W4A16")
+        overrides = [_override(text) for text in self.override or ()]
+        for name in (scheme, *(other for _, other in overrides)):
+            if name.strip().upper().startswith("W"):  # others may be dtypes, which are known to what is slow to import
+                Scheme.parse(name)
+        return {
+            "scheme": scheme,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "method": self.method,
+            "options": _options(self.option, self.scale_search),
+            "overrides": overrides,
+            "ignore": self.ignore or (),
+            "lm_head": head.scheme(),
+            "include_vision": self.include_vision,
+            "smooth": self.smooth,
+            "activation_range": self.activation_range,
+        }
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How much data a run is calibrated with."""
+
+    num_samples: NumSamplesOption = 128
+    seqlen: SeqlenOption = 2048
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What is read and written."""
+
+    format: FormatOption = "compressed-tensors"
+    max_shard_size: ShardSizeOption = "5GB"
+    revision: RevisionOption = None
 
 
 def _options(texts: list[str] | None, scale_search: str | None) -> dict[str, str]:

@@ -30,3 +30,20 @@ def test_a_command_that_opens_a_model_can_trust_it_and_choose_its_revision(name)
 def test_every_command_opens_a_model():
     """Or the test above would pass over one whose argument has another name."""
     assert [name for name in COMMANDS if not opens_a_model(name)] == []
+
+
+# Options that mean something else in each command
+OF_THEIR_OWN = {
+    "model", "folder", "scheme", "method", "format", "dataset", "seqlen", "seed", "dtype", "reference", "layers",
+    "overwrite", "dry_run",
+}  # fmt: skip
+
+
+def test_options_of_one_name_are_one():
+    """Stated once, with one help text: whoever knows one command knows the others."""
+    helps = {}
+    for command in COMMANDS:
+        for parameter in load_command(command).params:
+            helps.setdefault(parameter.name, {}).setdefault(getattr(parameter, "help", None), []).append(command)
+    several = {name: texts for name, texts in helps.items() if len(texts) > 1 and name not in OF_THEIR_OWN}
+    assert several == {}
