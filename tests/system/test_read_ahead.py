@@ -68,12 +68,12 @@ def test_what_cannot_be_read_is_left_to_others(tmp_path, no_threads):
     no_threads("lowbit-read-ahead")
 
 
-@pytest.mark.parametrize("command", ["chat", "generate"])
-def test_commands_read_ahead_before_they_import_torch(command):
+@pytest.mark.parametrize(("command", "options"), [("chat", []), ("generate", ["--prompt", "x"])])
+def test_commands_read_ahead_before_they_import_torch(command, options):
     code = (
-        f"import sys; from lowbit.cli import {command} as module\n"
+        f"import sys; from lowbit.cli import {command} as module; from lowbit.cli.group import load_command\n"
         "module.read_ahead = lambda folder: sys.exit(f'{folder}, torch: {\"torch\" in sys.modules}')\n"
-        f"module.{command}(model='some/folder')"
+        f"load_command({command!r}).main(['some/folder', *{options!r}])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert run.stderr.strip() == f"{Path('some/folder')}, torch: False"
