@@ -5,6 +5,8 @@ from itertools import islice
 import pytest
 from fuzz import cases, failure, make_folders, quiet
 
+pytestmark = pytest.mark.slow
+
 CASES, SEED = 250, 20251
 
 

@@ -14,6 +14,8 @@ import lowbit
 from lowbit.errors import InputError, UsageError
 from lowbit.generation import Decoder, Draft, open_session
 
+pytestmark = pytest.mark.slow
+
 NEW = 24
 SCHEMES = ("W8A16-G16", "W4A16-G16", "W2A16_ASYM-G16")
 WINDOW = {"llama": {}, "gemma3": {"sliding_window": 16}}

@@ -9,6 +9,8 @@ from packed import DTYPES, EXACT, ROUNDING, Case, codes_and_grid, error, inputs,
 from lowbit_kernels import gemm
 from lowbit_kernels import layout as layouts
 
+pytestmark = pytest.mark.slow
+
 INPUTS = {32: 96, 64: 320, 128: 384, 256: 512, 512: 512, 1024: 1024, -1: 171}
 ROWS, OUTPUTS, JOINED = cycle((33, 65, 17, 2, 1, 16)), cycle((64, 70, 1)), cycle((1, 2, 4))
 CASES = [

@@ -19,6 +19,8 @@ from lowbit.quantization.run import quantize
 from lowbit.quantizers import QUANTIZERS
 from lowbit.text.samples import Samples
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def unfinished(source, out, monkeypatch):

@@ -398,6 +398,7 @@ print(before, peak())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_is_that_of_a_few_tensors(tmp_path):
     """Not ru_maxrss: a child inherits that of its parent."""

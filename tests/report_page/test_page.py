@@ -269,6 +269,7 @@ def test_bands():
     assert 0 < good < fair < 1 and [band(x, good, fair) for x in (0, good, fair, 1)] == ["good", "good", "fair", "bad"]
 
 
+@pytest.mark.slow
 def test_advice_lowers_the_divergence(tmp_path):
     """Real KL divergence, of the embedded model on text that it was not calibrated with: following what is to be tried
     first makes up for half of it and more, for as many bytes as is said."""
