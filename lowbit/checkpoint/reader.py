@@ -19,8 +19,13 @@ from lowbit.guards.records import record, shown
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Where AutoGPTQ and AutoAWQ of 2023 say how a checkpoint is quantized -> the method that the file does not name
-_OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Files of other writers that say how a checkpoint is quantized, where config.json does not -> the method, which they do
+# not name, and how the name of a tensor of theirs ends: AutoGPTQ and AutoAWQ of 2023, ModelOpt
+_OTHER_CONFIGS = {
+    "quantize_config.json": ("gptq", ".qweight"),
+    "quant_config.json": ("awq", ".qweight"),
+    "hf_quant_config.json": ("modelopt", ".weight_scale"),
+}
 # With PEFT installed, transformers would put the adapter on top of the model, and without it would not
 _ADAPTER_NAME = "adapter_config.json"
 # The key of config.json by which transformers lets a folder name its weight file
@@ -101,20 +106,18 @@ class CheckpointReader:
 
     @property
     def quantization_config(self) -> dict | None:
-        """How the folder says that it is quantized; None where it does not. AutoGPTQ and AutoAWQ of 2023 said it in a
-        file of its own, which counts where there are tensors of theirs."""
+        """How the folder says that it is quantized; None where it does not. Some writers say it in a file of its own,
+        which counts where there are tensors of theirs."""
         said = quantization_in(self.config)
-        if said is None and any(name.endswith(".qweight") for name in self.tensors):
-            for name, method in _OLD_CONFIGS.items():
-                if (self.folder / name).is_file():
-                    said = record(dict, read_json(self.folder / name), str(self.folder / name))
-                    return {"quant_method": method, **said}
+        for name, (method, suffix) in _OTHER_CONFIGS.items() if said is None else ():
+            if (self.folder / name).is_file() and any(tensor.endswith(suffix) for tensor in self.tensors):
+                return {"quant_method": method, **record(dict, read_json(self.folder / name), str(self.folder / name))}
         return said
 
     @property
     def plain_config(self) -> dict:
         """config.json without what it says of quantization and of the names of weight files."""
-        return _plain({name: value for name, value in self.config.items() if name != _WEIGHTS_KEY})
+        return without_quantization({name: value for name, value in self.config.items() if name != _WEIGHTS_KEY})
 
     def _weight_files(self) -> list[str]:
         if (self.folder / _ADAPTER_NAME).is_file():
@@ -201,9 +204,10 @@ def quantization_in(config: dict):
     return next((said for part in (config, *parts) if (said := part.get("quantization_config")) is not None), None)
 
 
-def _plain(config: dict) -> dict:
+def without_quantization(config: dict) -> dict:
+    """A config.json, and the configs of models in it, without `quantization_config`."""
     return {
-        name: _plain(value) if name.endswith("_config") and isinstance(value, dict) else value
+        name: without_quantization(value) if name.endswith("_config") and isinstance(value, dict) else value
         for name, value in config.items()
         if name != "quantization_config"
     }
