@@ -102,7 +102,7 @@ def compressed(weight: torch.Tensor, kind: str) -> tuple[dict, torch.Tensor, dic
     """(tensors that compressed-tensors writes, what it reads from them, its config)."""
     name, args = COMPRESSED[kind]
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args), format=name)
-    rows, columns = weight.shape
+    rows = len(weight)
     largest = weight.float().abs()
     if kind == "tensor":
         scales = largest.max().view(1) / 448

@@ -91,6 +91,7 @@ def block_scaled(
     blocks: Iterable[tuple[int, int]] = (),
     global_scale: TensorInfo | None = None,
     is_divisor: bool = False,
+    transposed: bool = False,
     unused: Iterable[str] = (),
 ) -> EncodedWeight:
     """A weight of codes with a scale for each block.
@@ -101,6 +102,7 @@ def block_scaled(
         scales: See `block_of`; where they have other numbers of dimensions, one a row.
         blocks: See `block_of`.
         global_scale: One number that multiplies all scales; with `is_divisor`, that divides them.
+        transposed: The parameter of each expert is [columns, rows].
         unused: See `EncodedWeight`; those that the checkpoint does not have do no harm.
 
     Raises:
@@ -121,9 +123,16 @@ def block_scaled(
         if global_scale is not None:
             factor = scale_values(read["global"], global_scale.name).reshape(())
             values = values / factor if is_divisor else values * factor
-        return scaled(read["codes"], values, block, packed, dtype)
+        stored = read["codes"].view(codes.shape)
+        if not transposed:
+            return scaled(stored, values, block, packed, dtype)
+        made = torch.empty(parameter, dtype=dtype)
+        for expert in range(len(made)):  # a second copy of all of them would double the memory
+            made[expert] = scaled(stored[expert], values[expert], block, packed, dtype).T
+        return made
 
-    return EncodedWeight(name, shape, parts, decode, tuple(unused))
+    parameter = (shape[0], shape[2], shape[1]) if transposed else shape
+    return EncodedWeight(name, parameter, parts, decode, tuple(unused))
 
 
 def _per_row(shape: tuple[int, ...], scales: TensorInfo) -> tuple[int, ...]:

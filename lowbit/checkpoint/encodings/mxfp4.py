@@ -29,22 +29,9 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping) -> Iterator[Enco
                     f"{name} has shape {list(blocks.shape)} and {scales.name} {list(scales.shape)}, expected "
                     f"[experts, rows, blocks, {_BLOCK_BYTES}] and [experts, rows, blocks]: the checkpoint is damaged"
                 )
-            yield _transposed(block_scaled(base, _as_rows(blocks), scales))
+            yield block_scaled(base, _as_rows(blocks), scales, transposed=True)
 
 
 def _as_rows(blocks: TensorInfo) -> TensorInfo:
     experts, rows, count, size = blocks.shape
     return replace(blocks, shape=(experts, rows, count * size))
-
-
-def _transposed(weight: EncodedWeight) -> EncodedWeight:
-    experts, rows, columns = weight.shape
-
-    def decode(read: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        made = torch.empty(experts, columns, rows, dtype=dtype)
-        for expert in range(experts):  # one at a time: a second copy of all would double the memory
-            part = {name: tensor[expert : expert + 1] for name, tensor in read.items()}
-            made[expert] = weight.decode(part, dtype)[0].T
-        return made
-
-    return replace(weight, shape=(experts, columns, rows), decode=decode)
