@@ -98,7 +98,7 @@ class StepRunner:
         return logits
 
     def capture(self) -> Callable[[], None]:
-        """Compile the step, where that is wanted, and capture it. Steps that this makes are undone. Returns `replay`."""
+        """Compile the step, where that is wanted, and capture it; steps made for it are undone. Returns `replay`."""
         step, restore = self.step, self.step.restoring()
         self.path, self.why = self.graphs.path, None
         if self.compile:
