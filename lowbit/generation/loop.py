@@ -174,7 +174,10 @@ class Decoder:
         return eligibility.refusal
 
     def _prefill(self, request: Request, answer: Answer, at_once: bool, logits: torch.Tensor | None) -> None:
-        """at_once: the prompt is run anew, as one chunk. logits: those after its first chunk, if that was just run."""
+        """Run what is not in the cache of the prompt, and pick the first token.
+
+        at_once: the prompt is run anew, as one chunk. logits: those after its first chunk, if that was just run.
+        """
         cache, length = self.runner.cache, request.prompt_length
         chunk = length if at_once else request.chunk
         start = request.chunk  # of what is still to run
