@@ -240,8 +240,8 @@ def test_models_without_a_static_cache_run_in_model_generate(name, caplog):
     assert torch.equal(result.tokens, expected(model, ids, mask, 6, eos_token_id=None))
     assert seen[6:] == result.tokens.T.tolist()
     assert result.stats.path == "model.generate" and result.stats.why
-    said = [record.message for record in caplog.records if "model.generate" in record.message]
-    assert len(said) == 1 and result.stats.why in said[0]
+    said = [record for record in caplog.records if "model.generate" in record.message]
+    assert len(said) == 1 and result.stats.why in said[0].message and said[0].levelno == logging.INFO
     stopped = generate(model, ids, mask, max_new_tokens=6, eos_token_id=(), on_token=lambda tokens: True)
     assert torch.equal(stopped.tokens, result.tokens[:, :1])
 
