@@ -328,7 +328,8 @@ def test_processors_of_a_generation_config_are_kept():
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch):
+def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch, caplog):
+    """And said, and forgotten once another step can be."""
     real = model.forward
 
     def forward(*args, **kwargs):
@@ -338,10 +339,17 @@ def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch):
     forward.__signature__ = inspect.signature(real)
     monkeypatch.setattr(model, "forward", forward)
     ids, mask = batch(2, 9)
-    for graphs in (Tapes(), None):
-        result = generate(model, ids, mask, max_new_tokens=NEW, graphs=graphs)
+    for graphs, path in ((Tapes(), "tape"), (None, "recorded loop")):
+        say_once.cache_clear()
+        decoder = Decoder(model, graphs=graphs)
+        result = decoder.generate(ids, mask, max_new_tokens=NEW)
         assert torch.equal(result.tokens, expected(model, ids, mask))
         assert result.stats.path == "static loop" and "cannot be captured" in result.stats.why
+        assert caplog.records[-1].levelno == logging.WARNING and result.stats.why in caplog.records[-1].message
+        with monkeypatch.context() as whole:
+            whole.setattr(model, "forward", real)
+            stats = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=5).stats
+        assert (stats.path, stats.why) == (path, None)
 
 
 def test_a_compiled_step_gives_the_same_tokens(monkeypatch):
@@ -353,6 +361,19 @@ def test_a_compiled_step_gives_the_same_tokens(monkeypatch):
     result = generate(model, ids, mask, max_new_tokens=NEW, compile=True)
     assert torch.equal(result.tokens, expected(model, ids, mask))
     assert result.stats.path == "compiled static loop" and result.stats.setup_seconds > 0
+
+
+def test_a_step_that_cannot_be_compiled_is_not(model, monkeypatch, caplog):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: failing)
+    say_once.cache_clear()
+    ids, mask = batch(2, 9)
+    result = generate(model, ids, mask, max_new_tokens=NEW, compile=True)
+    assert torch.equal(result.tokens, expected(model, ids, mask))
+    assert (result.stats.path, result.stats.why) == ("static loop", "torch.compile fails: no compiler")
+    assert caplog.records[-1].levelno == logging.WARNING and result.stats.why in caplog.records[-1].message
 
 
 def test_wrong_prompts(model):
