@@ -14,6 +14,7 @@ from lowbit.errors import InputError, UsageError
 from lowbit.generation import Decoder, Session, generate
 from lowbit.generation.notices import say_once
 from lowbit.generation.steps.graph import Eager
+from lowbit.transformers_api import cache_argument
 
 # architecture -> what its config needs: prompts are longer than the windows
 ARCHITECTURES = {
@@ -316,6 +317,23 @@ def test_a_model_that_has_run_is_not_ruled_out(model, monkeypatch):
     assert decoder.stats.path == "static loop"
     result = generate(model, ids, mask, max_new_tokens=NEW, prefill_chunk=8)
     assert torch.equal(result.tokens, expected(model, ids, mask)) and "broken down" in result.stats.why
+
+
+def test_a_model_that_leaves_the_cache_empty_is_not_run_in_the_loop(model, monkeypatch):
+    """Its next step would see nothing of the prompt."""
+    ids, mask = batch(2, 9)
+    wanted, real, name = expected(model, ids, mask), model.forward, cache_argument(model)
+
+    def forward(*args, **kwargs):
+        if isinstance(kwargs.get(name), StaticCache):
+            kwargs[name] = None
+        return real(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(real)
+    monkeypatch.setattr(model, "forward", forward)
+    result = generate(model, ids, mask, max_new_tokens=NEW)
+    assert torch.equal(result.tokens, wanted)
+    assert result.stats.path == "model.generate" and "does not fill the cache" in result.stats.why
 
 
 def test_processors_of_a_generation_config_are_kept():

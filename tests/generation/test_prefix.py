@@ -4,6 +4,8 @@ import pytest
 import torch
 from models import tiny_model
 
+from lowbit.generation import Decoder, Sampling
+from lowbit.generation.request import Request, TokenSettings
 from lowbit.generation.steps.cache import filled_cache
 from lowbit.generation.steps.prefix import PrefixCache
 
@@ -40,6 +42,18 @@ def test_nothing_is_shared_with_what_was_forgotten_until_the_cache_is_cropped(ca
     cache.crop(prompt[..., :0])
     cache.append(prompt)
     assert cache.filled() == 0 and cache.shared(prompt) == 2
+
+
+def test_a_cache_that_proves_too_short_grows_ahead():
+    """A conversation that grows by a turn needs no new cache, and no new capture, each time."""
+    decoder = Decoder(tiny_model())
+    lengths = []
+    for rows, new in ((1, 1000), (1, 1024), (2, 1024)):
+        prompt = tokens(*[[1]] * rows)
+        request = Request(prompt, TokenSettings(Sampling(), (), 0), new, prefill_chunk=None, seed=None)
+        assert decoder.runner.prepare(request) is None
+        lengths.append(decoder.runner.cache.length)
+    assert lengths == [1024, 1536, 1280]
 
 
 def test_requests_that_fit(cache):
