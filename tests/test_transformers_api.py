@@ -19,8 +19,8 @@ import lowbit
 from lowbit import transformers_api
 from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.generation import Decoder, Draft
-from lowbit.generation.cache import static_cache
-from lowbit.generation.fallback import say_once
+from lowbit.generation.notices import say_once
+from lowbit.generation.steps.cache import static_cache
 from lowbit.transformers_api import ATTRIBUTES, IMPORTED
 from lowbit.upstream import MissingNameError, UpstreamName
 

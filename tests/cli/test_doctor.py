@@ -9,7 +9,7 @@ from models import save_tiny
 import lowbit
 from lowbit.backends import BACKENDS, native, triton
 from lowbit.cli.doctor import kernels_of
-from lowbit.generation import loop
+from lowbit.generation import eligibility, loop
 
 
 def test_json(json_of):
@@ -23,7 +23,7 @@ def test_json(json_of):
 def test_the_embedded_model_generates(json_of, monkeypatch):
     found = json_of("doctor")["generation"]
     assert found == {"path": "recorded loop", "why": None} or native.available() in found["why"]
-    monkeypatch.setattr(loop, "refuse", lambda model: loop.Refusal("it is left alone"))
+    monkeypatch.setattr(loop, "refuse", lambda model: eligibility.Refusal("it is left alone"))
     assert json_of("doctor")["generation"] == {"path": "model.generate", "why": "it is left alone"}
 
 

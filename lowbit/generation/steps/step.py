@@ -4,9 +4,11 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from transformers import Cache, PreTrainedModel
 
-from lowbit.generation.cache import commit, crop, grows, set_visible
-from lowbit.generation.sampling import Sampling, pick
+from lowbit.generation.request import TokenSettings
+from lowbit.generation.sampling import pick
+from lowbit.generation.steps.cache import commit, crop, grows, set_visible
 from lowbit.transformers_api import cache_argument
 
 
@@ -18,12 +20,11 @@ class Step:
     and `seen` [B, V] where repetition is penalised.
     """
 
-    def __init__(self, model, cache, batch: int, length: int, sampling: Sampling, eos: tuple[int, ...], pad: int):
+    def __init__(self, model: PreTrainedModel, cache: Cache, batch: int, length: int, settings: TokenSettings):
         device = model.device
-        self.model, self.cache, self.length, self.sampling, self.pad = model, cache, length, sampling, pad
-        self.settings = (sampling, eos, pad)
+        self.model, self.cache, self.length, self.settings = model, cache, length, settings
         self.arguments = ForwardArguments(model)
-        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
+        self.eos = torch.tensor(settings.eos, dtype=torch.long, device=device)
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
         self.inputs = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -36,7 +37,7 @@ class Step:
         self.forward: Callable = model  # the compiled one, where that was asked for
 
     def begin(self, ids: torch.Tensor, mask: torch.Tensor, seed: int | None) -> None:
-        """Start over with prompts [B, T] and their mask [B, T]; what the cache holds is left to `crop`."""
+        """Start over with prompts [B, T] and their mask [B, T]; the caller crops the cache."""
         self.prompt, self.prompt_positions = ids, (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         self.mask.fill_(1)
         self.mask[:, : mask.shape[1]] = mask
@@ -60,7 +61,7 @@ class Step:
 
     def first(self, logits: torch.Tensor) -> None:
         """The first token, from the logits of the prefill."""
-        if self.sampling.repetition_penalty != 1:
+        if self.settings.sampling.repetition_penalty != 1:
             self._see_prompt(logits.shape[-1])
         self._take(logits)
 
@@ -91,14 +92,14 @@ class Step:
         kept = [self.tokens, self.inputs, self.positions, self.finished]
         kept += [self.seen] if self.seen is not None else []
         values, state = [tensor.clone() for tensor in kept], self.generator.get_state()
-        held = self.prompt.shape[1]
+        prompt_length = self.prompt.shape[1]
 
-        def restore():
+        def restore() -> None:
             for tensor, value in zip(kept, values, strict=True):
                 tensor.copy_(value)
             self.generator.set_state(state)
-            self.filled, self.visible = held, None
-            crop(self.cache, held)
+            self.filled, self.visible = prompt_length, None
+            crop(self.cache, prompt_length)
 
         return restore
 
@@ -115,8 +116,8 @@ class Step:
             self.seen[row, known] = True
 
     def _take(self, logits: torch.Tensor) -> None:
-        tokens = pick(logits, self.sampling, self.seen, self.generator)
-        tokens = tokens.masked_fill(self.finished, self.pad)
+        tokens = pick(logits, self.settings.sampling, self.seen, self.generator)
+        tokens = tokens.masked_fill(self.finished, self.settings.pad)
         self.finished |= (tokens[:, None] == self.eos).any(-1)
         self.tokens.copy_(tokens)
         self.feed(tokens[:, None].clamp_min(0))

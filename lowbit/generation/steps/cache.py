@@ -2,7 +2,13 @@
 reads the whole cache; an eager step reads the filled positions, a recorded step those of a fixed window."""
 
 import torch
-from transformers import Cache, CacheLayerMixin, StaticCache, StaticLayer, StaticSlidingWindowLayer
+from transformers import (  # type: ignore[attr-defined]
+    Cache,
+    CacheLayerMixin,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from lowbit.transformers_api import counts_in_python, length_tensor
 
@@ -26,8 +32,11 @@ class FilledLayer(StaticLayer):
 
     A step that is recorded cannot count so: while it is, `visible` says how many positions it is given, filled or not,
     the mask tells which are, and `count`, one tensor for all layers of a cache, where its keys and values
-    go (see `hold` and `advance`).
+    go (see `set_visible` and `commit`).
     """
+
+    keys: torch.Tensor  # type: ignore[assignment]
+    values: torch.Tensor  # type: ignore[assignment]
 
     def __init__(self, max_cache_len: int, count: torch.Tensor, window: int | None = None):
         super().__init__(max_cache_len)
@@ -36,7 +45,7 @@ class FilledLayer(StaticLayer):
         self.visible: int | None = None
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # type: ignore[override]
         """transformers always makes a mask where this is true."""
         return self.visible is not None
 
@@ -55,7 +64,7 @@ class FilledLayer(StaticLayer):
         self.count.fill_(end)
         return self.keys[:, :, first:end], self.values[:, :, first:end]
 
-    def get_seq_length(self) -> int | torch.Tensor:
+    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
         return self.length if self.visible is None else self.count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -114,14 +123,18 @@ def unusable(cache: Cache) -> str | None:
     return None
 
 
+def has_sliding_window(cache: Cache) -> bool:
+    return any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+
+
 def crop(cache: Cache, length: int) -> None:
     """Forget all positions from `length` on. What they hold stays until it is overwritten, and is not seen."""
     for layer in cache.layers:
         if isinstance(layer, FilledLayer):
             layer.length, layer.visible = length, None
             layer.count.fill_(length)
-        elif isinstance(layer, CacheLayerMixin):
-            length_tensor(layer).fill_(length)
+        elif (count := length_tensor(layer)) is not None:
+            count.fill_(length)
 
 
 def set_visible(cache: Cache, visible: int) -> None:

@@ -8,10 +8,12 @@ nor count in Python.
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import chain, groupby
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from lowbit.generation.steps.graph import RepeatableStep
 from lowbit.native import attention, elementwise, matmul
 from lowbit.native.linear import replay
 from lowbit.torch_api import (
@@ -29,7 +31,7 @@ _MULTIPLE = 256  # positions that a recorded step sees are rounded up to it
 _READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 _LISTS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 # What is computed by one call of a kernel: operator -> (its result, its arguments) -> that call
-_CALLS = {
+_CALLS: dict[object, Callable[..., Callable[[], object] | None]] = {
     torch.ops.lowbit.linear_native.default: replay,
     torch.ops.aten.mm.default: matmul.replay,
     torch.ops.aten.scaled_dot_product_attention.default: attention.replay,
@@ -42,7 +44,7 @@ class Recordings:
     path = "recorded loop"
     lag = 0
 
-    def capture(self, step, generator: torch.Generator) -> Callable[[], None]:
+    def capture(self, step: RepeatableStep, generator: torch.Generator) -> Callable[[], None]:
         """See `CudaGraphs`. The step has been made once when this returns. It is recorded anew when it has used up the
         positions that it sees."""
         recorded = _Recorded(step)
@@ -54,8 +56,9 @@ class Recordings:
 
 
 class _Recorded:
-    def __init__(self, step):
-        self.step, self.calls, self.sees = step, [], 0
+    def __init__(self, step: RepeatableStep):
+        self.step, self.sees = step, 0
+        self.calls: list[Callable[[], object]] = []
 
     def record(self) -> None:
         self.calls, self.sees = [], 0  # the old tensors are gone before there are new ones
@@ -77,7 +80,7 @@ class _Recorded:
 class _Recording(TorchDispatchMode):
     """Takes down the operations that are made under this mode."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.made: list[Callable[[], object] | _Constant | list] = []  # lists: instructions for `elementwise`
         self.changed: set[int] = set()  # memory that is written to in place
@@ -85,9 +88,9 @@ class _Recording(TorchDispatchMode):
     def calls(self) -> list[Callable[[], object]]:
         """What has to be called to repeat them."""
         needed = (one for one in self.made if not isinstance(one, _Constant) or _memory(one.tensor) in self.changed)
-        calls = []
+        calls: list[Callable[[], object]] = []
         for small, run in groupby(needed, key=lambda made: isinstance(made, list)):
-            made = [*run]
+            made: list[Any] = [*run]
             calls += [elementwise.program([*chain.from_iterable(made)])] if small else made
         return calls
 
