@@ -12,7 +12,7 @@ _DAMPING_STEPS = 6
 _DAMPING_FACTOR = 10.0
 _LEAST_DAMPING = 1e-6
 # Elements of the work arrays of a slice of rows: what stays in a CPU's caches
-_SLICE_ELEMENTS = 2**21
+SLICE_ELEMENTS = 2**21
 
 
 @dataclass
@@ -81,5 +81,5 @@ def _reversed(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def slices(count: int, width: int) -> Iterator[slice]:
     """Cut `count` rows of `width` elements each into slices that fit into the caches of a CPU."""
-    length = max(_SLICE_ELEMENTS // width, 1)
+    length = max(SLICE_ELEMENTS // width, 1)
     return (slice(start, min(start + length, count)) for start in range(0, count, length))

@@ -1,5 +1,6 @@
 """The two loops of GPTQ over the columns of a group, in plain torch: what the GPU kernels are held to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,26 +43,32 @@ def round_columns(target: torch.Tensor, factor: Factor, grids: Grid, levels: int
     flat, steps = columns.view(length, -1), torch.empty_like(columns)
     rounding, cost = torch.empty_like(grids.scales), torch.zeros_like(grids.scales)
     costs, feedback = factor.costs.tolist(), factor.feedback.T.contiguous()
-
-    def run(start: int, stop: int) -> None:
-        if stop - start > 1:
-            middle = start + (stop - start + 1) // 2
-            run(start, middle)  # then its errors reach the second half, in one product
+    for start, middle, stop in _turns(0, length):
+        if middle < stop:
             flat[middle:stop].addmm_(feedback[middle:stop, start:middle], flat[start:middle])
-            run(middle, stop)
-            return
+            continue
         column, step = columns[start], steps[start]
         torch.div(column, grids.scales, out=step).round_()
         torch.clamp(step, lowest, highest, out=step)
         torch.addcmul(column, step, grids.scales, value=-1, out=rounding)
         cost.addcmul_(rounding, rounding, value=costs[start])
         torch.addcmul(target[start], step, grids.scales, value=-1, out=column)
-
-    run(0, length)
     best = cost.argmin(0, keepdim=True)
     scales, zeros, least = (candidates.gather(0, best)[0] for candidates in (grids.scales, grids.zeros, cost))
     codes = steps.gather(1, best.expand(length, 1, rows))[:, 0].add_(zeros)
     return Rounded(codes, Grid(scales, zeros), least)
+
+
+def _turns(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Halve the columns again and again: (k, k + 1, k + 1) is the turn of column k, any other (start, middle, stop) that
+    of the product which carries the errors of the first half into the second."""
+    middle = start + (stop - start + 1) // 2
+    if middle == stop:
+        yield start, middle, stop
+        return
+    yield from _turns(start, middle)
+    yield start, middle, stop
+    yield from _turns(middle, stop)
 
 
 def descend(codes: torch.Tensor, grid: Grid, descent: torch.Tensor, hessian: torch.Tensor, levels: int) -> Descended:

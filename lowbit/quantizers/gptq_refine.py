@@ -42,11 +42,11 @@ def sweep(solution: Solution, hessian: torch.Tensor, scheme: Scheme, dtype: torc
         for rows in slices(solution.codes.shape[1], solution.group):
             errors = solution.error[:, rows]
             group = _Group(
-                solution.codes[block, rows],
-                solution.grid(number).rows(rows),
-                errors[block],
-                rows_of_hessian @ errors,
-                rows_of_hessian[:, block],
+                codes=solution.codes[block, rows],
+                grid=solution.grid(number).rows(rows),
+                error=errors[block],
+                descent=rows_of_hessian @ errors,
+                hessian=rows_of_hessian[:, block],
             )
             gain = _fit_scales(group, dtype)
             if solution.group <= LONGEST_SEARCHED:
@@ -89,13 +89,10 @@ def _try_grids(group: _Group, scheme: Scheme, dtype: torch.dtype) -> torch.Tenso
         tried = round_columns(before[:, part] + newton[:, part], factor, grids.rows(part), scheme.levels)
         better = tried.cost < present[part]
         gain[part] = torch.where(better, present[part] - tried.cost, 0.0)
-        kept = group.grid.rows(part)
-        for old, new in (
-            (group.codes[:, part], tried.codes),
-            (kept.scales, tried.grid.scales),
-            (kept.zeros, tried.grid.zeros),
-        ):
-            old.copy_(torch.where(better, new, old))
+        codes, grid = group.codes[:, part], group.grid.rows(part)
+        codes.copy_(torch.where(better, tried.codes, codes))
+        grid.scales.copy_(torch.where(better, tried.grid.scales, grid.scales))
+        grid.zeros.copy_(torch.where(better, tried.grid.zeros, grid.zeros))
     change = group.grid.values(group.codes) - before
     group.error -= change
     group.descent -= group.hessian @ change
