@@ -60,8 +60,8 @@ def round_columns(target: torch.Tensor, factor: Factor, grids: Grid, levels: int
 
 
 def _turns(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Halve the columns again and again: (k, k + 1, k + 1) is the turn of column k, any other (start, middle, stop) that
-    of the product which carries the errors of the first half into the second."""
+    """Halve the columns again and again: (k, k + 1, k + 1) is the turn of column k, any other (start, middle, stop)
+    that of the product which carries the errors of the first half into the second."""
     middle = start + (stop - start + 1) // 2
     if middle == stop:
         yield start, middle, stop
