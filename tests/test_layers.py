@@ -25,7 +25,7 @@ def layer_table() -> list[list[str]]:
 LINES = layer_table()
 LINE_OF = {unit: number for number, rooms in enumerate(LINES) for unit in rooms}
 TOP = {"lowbit/__init__.py", "lowbit/__main__.py"}  # above every line: they only name what others made
-KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/backends/triton_int8.py", "lowbit/quantizers/gptq.py"}
+KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/backends/triton_int8.py", "lowbit/quantizers/gptq_kernels.py"}
 KERNEL_IMPORTS = {"lowbit_kernels", "torch", "triton", *sys.stdlib_module_names}
 MAX_LINES = 450
 MOST_FILES, MOST_LINES = 16, 2500  # of a room

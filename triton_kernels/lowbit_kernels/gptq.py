@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ inside of a group: its columns run in registers, one launch instead of several per column.
 
-Two loops of `lowbit.quantizers.gptq` go from column to column, each column correcting those after it:
+Two loops of `lowbit.quantizers.gptq_loops` go from column to column, each column correcting those after it:
 
     columns   error feedback: quantize the columns of a group on each of some grids, keep the cheapest grid of each row
     descend   coordinate descent: move each code to its best value while all others stay
