@@ -9,6 +9,8 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError, UsageError
 from lowbit.hf.config import LowbitConfig
+from lowbit.hf.dense import DenseModel
+from lowbit.hf.packed import PackedNames
 from lowbit.hf.quantizer import LowbitQuantizer
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
@@ -33,8 +35,8 @@ def quantize_head(model: nn.Module, scheme: Scheme, folder: Path, backend: str |
     scheme = scheme.fitted(head.in_features)
     qweight, _ = get_quantizer("rtn").quantize(weight, {}, scheme, {"scale_search": "minmax"})
     model.set_submodule(name, LowbitLinear.from_quantized(qweight, head.bias, backend))
-    quantizer.chosen[f"{name}.weight"] = quantizer.sites[f"{name}.weight"], scheme
-    quantizer.quantization_config.source = quantizer.saved_config(model)
+    quantizer.packed.schemes[f"{name}.weight"] = scheme
+    quantizer.quantization_config.source = quantizer.packed.config(model)
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
 
 
@@ -43,17 +45,17 @@ def _quantizer_of(model: nn.Module, folder: Path, backend: str | None) -> Lowbit
     writes it quantized."""
     found = getattr(model, "hf_quantizer", None)
     if found is None:
-        found = LowbitQuantizer(LowbitConfig(backend=backend), pre_quantized=False)
-        found.dtype, found.chosen = model.dtype, {}
-        found.names, found.sites = CheckpointNames(model), find_sites(model)
-        found.tensors = found.stored_tensors(CheckpointReader(folder).files)
+        config, names = LowbitConfig(backend=backend), CheckpointNames(model)
+        source = DenseModel(names, CheckpointReader(folder).files, {}, config.recipe)
+        found = LowbitQuantizer(config, pre_quantized=False)
+        found.dtype, found.packed = model.dtype, PackedNames(names, find_sites(model), source.tensors, {})
     return found
 
 
 def _dense_head(model: nn.Module, quantizer: LowbitQuantizer) -> tuple[str, nn.Module]:
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
-    if head is None or f"{name}.weight" not in quantizer.sites:
+    if head is None or f"{name}.weight" not in quantizer.packed.sites:
         raise UsageError(f"{type(model).__name__} has no output embedding that can be quantized")
     if isinstance(head, LowbitLinear):
         raise UsageError(f"the checkpoint holds its output embedding quantized, as {head.scheme.name}: pass no scheme")
