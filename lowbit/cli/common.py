@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from lowbit.cli.options import flag
 from lowbit.errors import OutputError, UsageError
 from lowbit.guards.safe_files import refuse_where_we_are
+from lowbit.options import LoadOptions, OutputOptions, SourceOptions
 
 ModelArgument = Annotated[
     str | None,
@@ -18,18 +20,14 @@ ModelArgument = Annotated[
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="MODEL as an option.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DtypeOption = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")]
-DeviceMapOption = Annotated[
-    str | None, typer.Option(help="As in transformers: auto, cpu, cuda, ... (default: cuda if there is one, else cpu).")
-]
-BackendOption = Annotated[
-    str | None, typer.Option(help="Run on this backend or fail (default: the first that can).", show_default=False)
-]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")]
+DtypeOption = flag(LoadOptions, "dtype")
+DeviceMapOption = flag(LoadOptions, "device_map")
+BackendOption = flag(LoadOptions, "backend")
+TrustOption = flag(SourceOptions, "trust_remote_code")
+RevisionOption = flag(SourceOptions, "revision")
+OverwriteOption = flag(OutputOptions, "overwrite")
+ShardSizeOption = flag(OutputOptions, "max_shard_size")
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output-dir", help="Folder to write.", show_default=False)]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
-ShardSizeOption = Annotated[str, typer.Option(help="Largest weight file.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
 
 LmHeadOption = Annotated[
     bool,
