@@ -11,17 +11,15 @@ import typer
 from lowbit.cli.common import HeadOptions, ModelArgument, ModelOption, one_model
 from lowbit.cli.generate import (
     PREFILL_CHUNK,
-    NewTokensOption,
     SamplingOptions,
     SessionOptions,
     StatsOption,
-    TemperatureOption,
-    TopPOption,
     show_stats,
 )
 from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
 from lowbit.guards.safe_files import write_whole
+from lowbit.options import like
 from lowbit.system.read_ahead import read_ahead
 
 HELP = (
@@ -44,9 +42,9 @@ class Context(StrEnum):
 class ChatSamplingOptions(SamplingOptions):
     """The same, with what conversations usually want."""
 
-    max_new_tokens: NewTokensOption = 512
-    temperature: TemperatureOption = 0.7
-    top_p: TopPOption = 0.95
+    max_new_tokens: int = like(SamplingOptions, "max_new_tokens", 512)
+    temperature: float = like(SamplingOptions, "temperature", 0.7)
+    top_p: float = like(SamplingOptions, "top_p", 0.95)
 
 
 def chat(

@@ -10,7 +10,7 @@ import typer
 from lowbit.cli.options import flag
 from lowbit.errors import OutputError, UsageError
 from lowbit.guards.safe_files import refuse_where_we_are
-from lowbit.options import LoadOptions, OutputOptions, SourceOptions
+from lowbit.options import LoadOptions, SourceOptions, option
 
 ModelArgument = Annotated[
     str | None,
@@ -25,26 +25,15 @@ DeviceMapOption = flag(LoadOptions, "device_map")
 BackendOption = flag(LoadOptions, "backend")
 TrustOption = flag(SourceOptions, "trust_remote_code")
 RevisionOption = flag(SourceOptions, "revision")
-OverwriteOption = flag(OutputOptions, "overwrite")
-ShardSizeOption = flag(OutputOptions, "max_shard_size")
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output-dir", help="Folder to write.", show_default=False)]
-
-LmHeadOption = Annotated[
-    bool,
-    typer.Option("--lm-head", help="Quantize the output embedding too, to 8 bits unless --lm-head-scheme says else."),
-]
-LmHeadSchemeOption = Annotated[str | None, typer.Option(help="Of --lm-head (default W8A16-G128).", show_default=False)]
-KvCacheOption = Annotated[
-    str, typer.Option(help="Keys and values in the dtype of the model (full), or in 8 bits (int8): half of the memory.")
-]
 
 
 @dataclass(frozen=True)
 class HeadOptions:
     """The scheme of the output embedding."""
 
-    lm_head: LmHeadOption = False
-    lm_head_scheme: LmHeadSchemeOption = None
+    lm_head: bool = option(False, "Quantize the output embedding too, to 8 bits unless --lm-head-scheme says else.")
+    lm_head_scheme: str | None = option(None, "Of --lm-head (default W8A16-G128).")
 
     def scheme(self) -> str | None:
         """What both stand for; None: leave it alone. Raises UsageError."""

@@ -9,16 +9,10 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.common import (
-    BackendOption,
-    DeviceMapOption,
-    DtypeOption,
     HeadOptions,
     JsonOption,
-    KvCacheOption,
     ModelArgument,
     ModelOption,
-    RevisionOption,
-    TrustOption,
     checked_dtype,
     checked_kv_cache,
     default_device_map,
@@ -27,57 +21,27 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError, UsageError
+from lowbit.options import LoadOptions, SourceOptions, like, option
 from lowbit.system.read_ahead import read_ahead
 
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")]
-TopPOption = Annotated[
-    float, typer.Option(min=0.01, max=1.0, help="Sample from the most likely tokens that make up this probability.")
-]
-TopKOption = Annotated[int, typer.Option(min=0, help="Sample from so many most likely tokens; 0 for all.")]
-MinPOption = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Leave out tokens less likely than this share of the likeliest.")
-]
-RepetitionPenaltyOption = Annotated[
-    float, typer.Option(min=0.01, help="Above 1: tokens that were there already become less likely.")
-]
-StopOption = Annotated[
-    list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.", show_default=False)
-]
 PREFILL_CHUNK = 1024
-PrefillChunkOption = Annotated[
-    int | None, typer.Option(min=1, help=f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", show_default=False)
-]
-CompileOption = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoding step.", show_default=False)
-]
 StatsOption = Annotated[bool, typer.Option("--stats", help="Show times, rates, and what made the tokens.")]
-SeedOption = Annotated[
-    int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.", show_default=False)
-]
-AssistantOption = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="Drafts tokens that MODEL then checks: a cheaper one with the same tokens.",
-                 show_default=False),
-]  # fmt: skip
-PromptLookupOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Draft so many tokens from what followed the last ones before.", show_default=False),
-]
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How tokens are chosen, and until when."""
 
-    max_new_tokens: NewTokensOption = 128
-    temperature: TemperatureOption = 0.0
-    top_k: TopKOption = 0
-    top_p: TopPOption = 1.0
-    min_p: MinPOption = 0.0
-    repetition_penalty: RepetitionPenaltyOption = 1.0
-    stop: StopOption = None
-    seed: SeedOption = None
+    max_new_tokens: int = option(128, "Tokens to generate at most.", least=1)
+    temperature: float = option(0.0, "0 is greedy; higher is more random.", least=0.0)
+    top_k: int = option(0, "Sample from so many most likely tokens; 0 for all.", least=0)
+    top_p: float = option(
+        1.0, "Sample from the most likely tokens that make up this probability.", least=0.01, most=1.0
+    )
+    min_p: float = option(0.0, "Leave out tokens less likely than this share of the likeliest.", least=0.0, most=1.0)
+    repetition_penalty: float = option(1.0, "Above 1: tokens that were there already become less likely.", least=0.01)
+    stop: list[str] | None = option(None, "End before this text; may be repeated.", flags=("--stop",))
+    seed: int | None = option(None, "Makes sampling repeatable.", least=0, most=2**63 - 1)
 
     def keywords(self) -> dict:
         """Those of `Session.generate`. Raises UsageError."""
@@ -90,23 +54,27 @@ class SamplingOptions:
 class SessionOptions:
     """What runs a model, and how."""
 
-    prefill_chunk: PrefillChunkOption = None
-    compile: CompileOption = None
-    assistant: AssistantOption = None
-    prompt_lookup: PromptLookupOption = None
-    dtype: DtypeOption = "auto"
-    device_map: DeviceMapOption = None
-    backend: BackendOption = None
-    kv_cache: KvCacheOption = "full"
-    revision: RevisionOption = None
-    trust_remote_code: TrustOption = False
+    prefill_chunk: int | None = option(None, f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", least=1)
+    compile: bool | None = option(None, "torch.compile the decoding step.", flags=("--compile/--no-compile",))
+    assistant: str | None = option(
+        None, "Drafts tokens that MODEL then checks: a cheaper one with the same tokens.", metavar="MODEL"
+    )
+    prompt_lookup: int | None = option(None, "Draft so many tokens from what followed the last ones before.", least=1)
+    dtype: str = like(LoadOptions, "dtype")
+    device_map: str | None = like(LoadOptions, "device_map")
+    backend: str | None = like(LoadOptions, "backend")
+    kv_cache: str = option(
+        "full", "Keys and values in the dtype of the model (full), or in 8 bits (int8): half of the memory."
+    )
+    revision: str | None = like(SourceOptions, "revision")
+    trust_remote_code: bool = like(SourceOptions, "trust_remote_code")
 
     def check(self) -> None:
         """Raise UsageError for what cannot be; drafts are checked in `model.generate`, which has none of the rest."""
         checked_dtype(self.dtype)
         checked_kv_cache(self.kv_cache)
         drafts = {"--assistant": self.assistant, "--prompt-lookup": self.prompt_lookup}
-        wanted = [option for option, value in drafts.items() if value is not None]
+        wanted = [flag for flag, value in drafts.items() if value is not None]
         if len(wanted) > 1:
             raise UsageError("--assistant and --prompt-lookup: pass one of them")
         others = {
@@ -114,10 +82,10 @@ class SessionOptions:
             "--compile": self.compile,
             "--prefill-chunk": self.prefill_chunk,
         }
-        for option, given in others.items():
+        for flag, given in others.items():
             if wanted and given:
                 raise UsageError(
-                    f"{option} does not go with {wanted[0]}, which runs in transformers' assisted generation"
+                    f"{flag} does not go with {wanted[0]}, which runs in transformers' assisted generation"
                 )
 
     def start(self, model: str, head: str | None):

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from typing import Annotated, Any
 
 import typer
@@ -36,48 +36,49 @@ def flag(kind: type, name: str) -> Any:
 
 def spelled(each: Field) -> str:
     """The flag of a field."""
-    shown = each.metadata.get("shown")
-    return shown.flags[0].partition("/")[0] if shown and shown.flags else f"--{each.name.replace('_', '-')}"
+    flags = each.metadata["shown"].flags
+    return flags[0].partition("/")[0] if flags else f"--{each.name.replace('_', '-')}"
 
 
 def _in_commands(kind: type) -> list[Field]:
-    return [each for each in fields(kind) if "shown" not in each.metadata or each.metadata["shown"].command]
+    return [each for each in fields(kind) if each.metadata["shown"].command]
 
 
 def _read(kind: type, given: dict[str, Any]) -> Any:
     """One of the dataclass, of what typer gives for its flags, which is taken out."""
     values = {}
     for each in _in_commands(kind):
-        value, shown = given.pop(each.name), each.metadata.get("shown")
-        if shown is None or shown.read is None:
+        value, read = given.pop(each.name), each.metadata["shown"].read
+        if read is None:
             values[each.name] = value
         elif value:
-            values[each.name] = shown.read(value)
+            values[each.name] = read(value)
     return kind(**values)
 
 
 def _parameters(kind: type) -> list[inspect.Parameter]:
+    only = inspect.Parameter.KEYWORD_ONLY
     return [
-        inspect.Parameter(
-            each.name, inspect.Parameter.KEYWORD_ONLY, default=_default(each),
-            annotation=_annotation(each),
-        )
+        inspect.Parameter(each.name, only, default=_default(each), annotation=_annotation(each))
         for each in _in_commands(kind)
-    ]  # fmt: skip
+    ]
 
 
 def _default(each: Field) -> Any:
     """typer has None for what may be repeated and was not given."""
-    return inspect.Parameter.empty if each.default is MISSING else None if each.default == () else each.default
+    return None if each.default == () else each.default
 
 
 def _annotation(each: Field) -> Any:
-    shown = each.metadata.get("shown")
-    if shown is None:  # it is typer's own
-        return each.type
+    shown = each.metadata["shown"]
     kind = shown.typed or each.type
     flags = shown.flags or ((spelled(each),) if kind is bool else ())
-    text = f"{shown.help} {shown.spelled}".rstrip()
-    return Annotated[
-        kind, typer.Option(*flags, help=text, min=shown.least, show_default=each.default not in (None, ()))
-    ]
+    option = typer.Option(
+        *flags,
+        help=f"{shown.help} {shown.spelled}".rstrip(),
+        min=shown.least,
+        max=shown.most,
+        metavar=shown.metavar,
+        show_default=each.default not in (None, ()),
+    )
+    return Annotated[kind, option]

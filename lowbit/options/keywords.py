@@ -19,8 +19,8 @@ class Shown:
 
     help: a line or two, for Python and the command line. spelled: what else the command line says of its values.
     flags: its flags there, where they are not --its-name. typed: its type there, where that is another; read: what
-    turns a value of that type into one of the field, which may raise UsageError. least: the smallest number. command:
-    whether commands have it.
+    turns a value of that type into one of the field, which may raise UsageError. least, most: the bounds of numbers.
+    metavar: what stands for the value. command: whether commands have it.
     """
 
     help: str
@@ -28,7 +28,9 @@ class Shown:
     flags: tuple[str, ...] = ()
     typed: Any = None
     read: Callable[[Any], Any] | None = None
-    least: int | None = None
+    least: float | None = None
+    most: float | None = None
+    metavar: str | None = None
     command: bool = True
 
 

@@ -116,8 +116,8 @@ class CalibrationOptions(SampleOptions):
     dataset: Any = option(
         None,
         "What gptq calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl or parquet "
-        "file, token ids (.safetensors, .npy; in Python a tensor [samples, seqlen] too), or self: text that the model "
-        "itself writes. Default: a public data set, or self where it cannot be reached.",
+        "file, token ids (.safetensors, .npy), or self: text that the model itself writes. Default: a public data set, "
+        "or self where it cannot be reached.",
         typed=str | None,
     )
     seed: int = option(0, "Seed of the choice of samples.")

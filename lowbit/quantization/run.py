@@ -58,9 +58,9 @@ def quantize(
     embedding unless lm_head, and what a model sees, hears or projects with unless include_vision.
 
     Methods and schemes that need data ("gptq", "W8A8-STATIC"), and all of them with smooth, go through the model layer
-    by layer with the calibration samples. What they have finished is kept beside the output until it is whole: the
-    same call again after a kill goes on from there. Under `torchrun` all processes call this, share the work, and get
-    the report; the first one writes.
+    by layer with the calibration samples; dataset may be token ids too, a tensor [samples, seqlen]. What they have
+    finished is kept beside the output until it is whole: the same call again after a kill goes on from there. Under
+    `torchrun` all processes call this, share the work, and get the report; the first one writes.
 
     Args:
         model: A folder, a Hub id, or "reference" (the embedded model).
