@@ -4,12 +4,12 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit.numerics.scheme import Recipe, Scheme
-from lowbit.options import OnLoadOptions, takes_options
+from lowbit.options import OnLoadOptions, shows_options, takes_options
 from lowbit.quantizers import checked_options
 
 
 @register_quantization_config("lowbit")
-@takes_options
+@shows_options
 class LowbitConfig(QuantizationConfigMixin):
     """Quantize while loading:
 
@@ -20,14 +20,15 @@ class LowbitConfig(QuantizationConfigMixin):
     Args:
     """
 
+    @takes_options
     def __init__(self, options: OnLoadOptions):
-        self.quant_method = "lowbit"
+        self.quant_method = "lowbit"  # type: ignore[assignment]  # one that is registered is none of theirs
         self.recipe = Recipe(
             Scheme(options.bits, options.group_size, options.sym),
             "rtn",
             checked_options("rtn", {"scale_search": options.scale_search}),
-            options.overrides,
-            ignore=(options.ignore,) if isinstance(options.ignore, str) else tuple(options.ignore),
+            options.overrides,  # type: ignore[arg-type]  # which makes tuples of both
+            options.ignore,  # type: ignore[arg-type]
             include_vision=options.include_vision,
         )
         self.backend, self.fuse, self.source = options.backend, options.fuse, options.source

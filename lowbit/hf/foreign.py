@@ -103,9 +103,9 @@ class StoredModel:
         merges, plain = [], []
         dense_merges = [c for c in of_model if merges_matrices(c) and not is_of_packed(c)]
         for suffix, packed in self._converted.items():
-            before = [ToPacked(self, suffix)]
+            before: list[ConversionOps] = [ToPacked(self, suffix)]
             # only compressed-tensors stores shapes
-            after = [AddShape(self)] if suffix == "qweight" else []
+            after: list[ConversionOps] = [AddShape(self)] if suffix == "qweight" else []
             plain.append(WeightConverter(rf"\.{suffix}$", f".{packed}", before + after))
             for conversion in dense_merges:
                 sources = [source.removesuffix("weight") + suffix for source in conversion.source_patterns]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from accelerate.utils import has_offloaded_params
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowbit.discovery import CheckpointNames
 from lowbit.errors import InputError
@@ -34,7 +35,7 @@ _UNPACKED_BETWEEN_RETURNS = 2**26
 
 
 def replace_modules(
-    model: nn.Module,
+    model: PreTrainedModel,
     sites: Mapping[str, QuantizedSite],
     names: CheckpointNames,
     dtype: torch.dtype,
@@ -47,7 +48,7 @@ def replace_modules(
         owner, _, leaf = found.site.parameter.rpartition(".")
         module = model.get_submodule(owner)
         if found.site.kind == "experts":
-            module.is_transposed = found.site.transposed  # not all experts are marked
+            module.is_transposed = found.site.transposed  # type: ignore[assignment]  # not all experts are marked
             quantize_experts(module, leaf, found.scheme, dtype, names.merged(found.site.parameter))
             if not placeholders:
                 finish_experts(module, leaf)
@@ -68,7 +69,7 @@ def _empty_linear(
         )
         layer.transposed = site.transposed
         if placeholder:
-            layer.add_placeholder(torch.empty_like(dense.weight))
+            layer.add_placeholder(torch.empty_like(dense.get_parameter("weight")))
     return layer
 
 
@@ -155,6 +156,7 @@ def dense_layer(layer: LowbitLinear, dtype: torch.dtype) -> nn.Module:
     from transformers import Conv1D
 
     weight = layer.dequantize(dtype)
+    dense: Conv1D | nn.Linear
     with torch.device("meta"):
         if layer.transposed:
             dense = Conv1D(layer.out_features, layer.in_features)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from lowbit.errors import UsageError
 
-Target = TypeVar("Target", bound=Callable)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -66,26 +66,18 @@ def _is(value: Any, default: Any) -> bool:
 def option_groups(function: Callable) -> dict[str, type]:
     """The parameters of a function that are dataclasses of options."""
     parameters = inspect.signature(function).parameters
-    return {name: each.annotation for name, each in parameters.items() if is_dataclass(each.annotation)}
+    annotations = {name: each.annotation for name, each in parameters.items()}
+    return {name: kind for name, kind in annotations.items() if isinstance(kind, type) and is_dataclass(kind)}
 
 
-def takes_options(target: Target) -> Target:
-    """Let a function, or the `__init__` of a class, take the fields of its parameters that are dataclasses of options
-    as keywords of its own. Its signature and the `Args:` of its docstring show them.
+def takes_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Let a function take the fields of its parameters that are dataclasses of options as keywords of its own. Its
+    signature and the `Args:` of its docstring show them.
 
     A keyword that it does not have raises UsageError, unless it takes any.
     """
-    made: Any = _taking(target.__init__ if isinstance(target, type) else target, target.__name__)
-    doc = documented(inspect.getdoc(target) or "", option_groups(made.__wrapped__).values())
-    if isinstance(target, type):
-        target.__init__ = made  # type: ignore[misc]
-        made = target
-    made.__doc__ = doc
-    return made
-
-
-def _taking(function: Callable, name: str) -> Callable:
     groups, signature = option_groups(function), _spread(function)
+    name = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
     known = [keyword for keyword in signature.parameters if keyword != "self"]
     takes_any = any(each.kind is each.VAR_KEYWORD for each in signature.parameters.values())
 
@@ -106,13 +98,22 @@ def _taking(function: Callable, name: str) -> Callable:
 
     taking.__signature__ = signature  # type: ignore[attr-defined]
     taking.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
+    if function.__doc__:
+        taking.__doc__ = documented(inspect.getdoc(function) or "", groups.values())
     return taking
+
+
+def shows_options(kind: type[Result]) -> type[Result]:
+    """Let the docstring of a class show the options that its `__init__` takes."""
+    groups = option_groups(inspect.unwrap(kind.__init__))
+    kind.__doc__ = documented(inspect.getdoc(kind) or "", groups.values())
+    return kind
 
 
 def _called(function: Callable, values: dict[str, Any]) -> Any:
     """Call a function with its parameters by name, and what its **keywords are among them."""
     parameters = inspect.signature(function).parameters.values()
-    others = next((values.pop(each.name) for each in parameters if each.kind is each.VAR_KEYWORD), {})
+    others: dict[str, Any] = next((values.pop(each.name) for each in parameters if each.kind is each.VAR_KEYWORD), {})
     return function(**values, **others)
 
 
