@@ -8,18 +8,18 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import HeadOptions, ModelArgument, ModelOption, one_model
+from lowbit.cli.common import HeadFlags, ModelArgument, ModelOption, one_model
 from lowbit.cli.generate import (
     PREFILL_CHUNK,
-    SamplingOptions,
-    SessionOptions,
+    RunningOptions,
     StatsOption,
+    sampling_keywords,
     show_stats,
 )
 from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
 from lowbit.guards.safe_files import write_whole
-from lowbit.options import like
+from lowbit.options import SamplingOptions, like
 from lowbit.system.read_ahead import read_ahead
 
 HELP = (
@@ -56,12 +56,12 @@ def chat(
     ] = Context.stop,
     *,
     sampling: ChatSamplingOptions,
-    running: SessionOptions,
-    head: HeadOptions,
+    running: RunningOptions,
+    head: HeadFlags,
     stats: StatsOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
-    name, options, head_scheme = one_model(model, model_option), sampling.keywords(), head.scheme()
+    name, options, head_scheme = one_model(model, model_option), sampling_keywords(sampling), head.scheme()
     running.check()
     read_ahead(Path(name))  # while all else is imported
     session = running.start(name, head_scheme)

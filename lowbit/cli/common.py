@@ -29,8 +29,8 @@ OutputOption = Annotated[Path | None, typer.Option("-o", "--output-dir", help="F
 
 
 @dataclass(frozen=True)
-class HeadOptions:
-    """The scheme of the output embedding."""
+class HeadFlags:
+    """The scheme of the output embedding, by two flags."""
 
     lm_head: bool = option(False, "Quantize the output embedding too, to 8 bits unless --lm-head-scheme says else.")
     lm_head_scheme: str | None = option(None, "Of --lm-head (default W8A16-G128).")

@@ -2,14 +2,14 @@
 
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lowbit.cli.common import (
-    HeadOptions,
+    HeadFlags,
     JsonOption,
     ModelArgument,
     ModelOption,
@@ -21,51 +21,28 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError, UsageError
-from lowbit.options import LoadOptions, SourceOptions, like, option
+from lowbit.options import LoadOptions, SamplingOptions, SessionOptions, SourceOptions, keywords, like, option
 from lowbit.system.read_ahead import read_ahead
 
 PREFILL_CHUNK = 1024
 StatsOption = Annotated[bool, typer.Option("--stats", help="Show times, rates, and what made the tokens.")]
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen, and until when."""
-
-    max_new_tokens: int = option(128, "Tokens to generate at most.", least=1)
-    temperature: float = option(0.0, "0 is greedy; higher is more random.", least=0.0)
-    top_k: int = option(0, "Sample from so many most likely tokens; 0 for all.", least=0)
-    top_p: float = option(
-        1.0, "Sample from the most likely tokens that make up this probability.", least=0.01, most=1.0
-    )
-    min_p: float = option(0.0, "Leave out tokens less likely than this share of the likeliest.", least=0.0, most=1.0)
-    repetition_penalty: float = option(1.0, "Above 1: tokens that were there already become less likely.", least=0.01)
-    stop: list[str] | None = option(None, "End before this text; may be repeated.", flags=("--stop",))
-    seed: int | None = option(None, "Makes sampling repeatable.", least=0, most=2**63 - 1)
-
-    def keywords(self) -> dict:
-        """Those of `Session.generate`. Raises UsageError."""
-        if self.stop and "" in self.stop:
-            raise UsageError("--stop is empty: expected some text")
-        return {**asdict(self), "stop": self.stop or []}
+def sampling_keywords(sampling: SamplingOptions) -> dict:
+    """Those of `Session.generate`. Raises UsageError."""
+    if sampling.stop and "" in sampling.stop:
+        raise UsageError("--stop is empty: expected some text")
+    return {**keywords(sampling), "stop": sampling.stop or []}
 
 
 @dataclass(frozen=True)
-class SessionOptions:
+class RunningOptions(SessionOptions):
     """What runs a model, and how."""
 
     prefill_chunk: int | None = option(None, f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", least=1)
-    compile: bool | None = option(None, "torch.compile the decoding step.", flags=("--compile/--no-compile",))
-    assistant: str | None = option(
-        None, "Drafts tokens that MODEL then checks: a cheaper one with the same tokens.", metavar="MODEL"
-    )
-    prompt_lookup: int | None = option(None, "Draft so many tokens from what followed the last ones before.", least=1)
     dtype: str = like(LoadOptions, "dtype")
     device_map: str | None = like(LoadOptions, "device_map")
     backend: str | None = like(LoadOptions, "backend")
-    kv_cache: str = option(
-        "full", "Keys and values in the dtype of the model (full), or in 8 bits (int8): half of the memory."
-    )
     revision: str | None = like(SourceOptions, "revision")
     trust_remote_code: bool = like(SourceOptions, "trust_remote_code")
 
@@ -93,19 +70,8 @@ class SessionOptions:
         from lowbit.generation import open_session
 
         quiet_transformers()
-        return open_session(
-            model,
-            dtype=self.dtype,
-            device_map=default_device_map(self.device_map),
-            backend=self.backend,
-            compile=self.compile,
-            lm_head=head,
-            kv_cache=self.kv_cache,
-            assistant=self.assistant,
-            prompt_lookup=self.prompt_lookup,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        how = {name: value for name, value in keywords(self).items() if name != "prefill_chunk"}
+        return open_session(model, **{**how, "device_map": default_device_map(self.device_map)}, lm_head=head)
 
 
 def _text_of(prompt: str) -> str:
@@ -146,13 +112,13 @@ def generate(
     ] = ...,
     *,
     sampling: SamplingOptions,
-    running: SessionOptions,
-    head: HeadOptions,
+    running: RunningOptions,
+    head: HeadFlags,
     stats: StatsOption = False,
     json: JsonOption = False,
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
-    name, how, head_scheme = one_model(model, model_option), sampling.keywords(), head.scheme()
+    name, how, head_scheme = one_model(model, model_option), sampling_keywords(sampling), head.scheme()
     running.check()
     read_ahead(Path(name))  # while all else is imported
     prompt = _text_of(prompt)

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from lowbit.cli.common import (
-    HeadOptions,
+    HeadFlags,
     JsonOption,
     ModelArgument,
     ModelOption,
@@ -22,7 +22,7 @@ def plan(
     model_option: ModelOption = None,
     *,
     recipe: RecipeOptions,
-    head: HeadOptions,
+    head: HeadFlags,
     samples: SampleOptions,
     files: FileOptions,
     source: SourceOptions,
@@ -38,7 +38,7 @@ def plan(
 
 
 def preview_any(
-    name: str, recipe: RecipeOptions, head: HeadOptions, samples: SampleOptions, files: FileOptions,
+    name: str, recipe: RecipeOptions, head: HeadFlags, samples: SampleOptions, files: FileOptions,
     source: SourceOptions, json: bool,
 ) -> None:  # fmt: skip
     """Print what `lowbit.plan` or `lowbit.plan_dtype` finds, whichever the scheme is of."""

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lowbit.cli.common import (
-    HeadOptions,
+    HeadFlags,
     JsonOption,
     ModelArgument,
     ModelOption,
@@ -43,7 +43,7 @@ def quantize(
     output_dir: OutputOption = None,
     *,
     recipe: RecipeOptions,
-    head: HeadOptions,
+    head: HeadFlags,
     calibration: CalibrationOptions,
     files: FileOptions,
     clamp: ClampOption = False,

@@ -11,11 +11,17 @@ import lowbit
 from lowbit.cli.main import load_command
 from lowbit.cli.options import grouped, spelled
 from lowbit.errors import UsageError
+from lowbit.generation import open_session
 from lowbit.options import RecipeOptions, SampleOptions, changed, keywords, like, option, takes_options
 from lowbit.options.keywords import option_groups
 
-# Functions of Python, and the commands that run them
-COMMANDS = {"quantize": "quantize", "plan": "plan", "convert": "convert", "dequantize": "dequantize"}
+# Commands, and the functions of Python that they run
+COMMANDS = {
+    "quantize": lowbit.quantize, "plan": lowbit.plan, "convert": lowbit.convert, "dequantize": lowbit.dequantize,
+    "generate": open_session, "chat": open_session,
+}  # fmt: skip
+# More functions that take options
+OTHERS = [lowbit.load, lowbit.convert_dtype, lowbit.LowbitConfig]
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,8 @@ def test_a_field_like_another():
     assert field.metadata["shown"].least == 2
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "load", "convert_dtype", "LowbitConfig"])
-def test_python_says_what_the_fields_say(name):
-    public = getattr(lowbit, name)
+@pytest.mark.parametrize("public", [*dict.fromkeys(COMMANDS.values()), *OTHERS], ids=lambda public: public.__name__)
+def test_python_says_what_the_fields_say(public):
     made = public.__init__ if isinstance(public, type) else public
     told = re.sub(r"\s+", " ", inspect.getdoc(public))
     shown = inspect.signature(made).parameters
@@ -143,11 +148,11 @@ def test_python_says_what_the_fields_say(name):
         assert shown[each.name].default is each.default and f"{each.name}: {each.metadata['shown'].help}" in told
 
 
-@pytest.mark.parametrize(("function", "name"), COMMANDS.items())
-def test_commands_say_what_python_says(function, name):
+@pytest.mark.parametrize(("name", "function"), COMMANDS.items(), ids=COMMANDS)
+def test_commands_say_what_python_says(name, function):
     """Each option of a function has a flag with its default and help; only the head has two of its own."""
     flags = {parameter.name: parameter for parameter in load_command(name).params}
-    for kind in option_groups(getattr(lowbit, function).__wrapped__).values():
+    for kind in option_groups(function.__wrapped__).values():
         for each in fields(kind):
             shown = each.metadata["shown"]
             if not shown.command:
