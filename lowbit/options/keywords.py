@@ -105,8 +105,9 @@ def takes_options(function: Callable[..., Result]) -> Callable[..., Result]:
 
 def shows_options(kind: type[Result]) -> type[Result]:
     """Let the docstring of a class show the options that its `__init__` takes."""
-    groups = option_groups(inspect.unwrap(kind.__init__))
-    kind.__doc__ = documented(inspect.getdoc(kind) or "", groups.values())
+    if kind.__doc__:  # python -OO takes it away
+        groups = option_groups(inspect.unwrap(kind.__init__))
+        kind.__doc__ = documented(inspect.getdoc(kind) or "", groups.values())
     return kind
 
 
