@@ -10,7 +10,7 @@ import typer
 from lowbit.cli.options import flag
 from lowbit.errors import OutputError, UsageError
 from lowbit.guards.safe_files import refuse_where_we_are
-from lowbit.options import LoadOptions, SourceOptions, option
+from lowbit.options import SourceOptions, option
 
 ModelArgument = Annotated[
     str | None,
@@ -20,9 +20,6 @@ ModelArgument = Annotated[
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="MODEL as an option.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DtypeOption = flag(LoadOptions, "dtype")
-DeviceMapOption = flag(LoadOptions, "device_map")
-BackendOption = flag(LoadOptions, "backend")
 TrustOption = flag(SourceOptions, "trust_remote_code")
 RevisionOption = flag(SourceOptions, "revision")
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output-dir", help="Folder to write.", show_default=False)]

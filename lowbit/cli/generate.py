@@ -21,7 +21,7 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError, UsageError
-from lowbit.options import LoadOptions, SamplingOptions, SessionOptions, SourceOptions, keywords, like, option
+from lowbit.options import DeviceOptions, SamplingOptions, SessionOptions, SourceOptions, keywords, option
 from lowbit.system.read_ahead import read_ahead
 
 PREFILL_CHUNK = 1024
@@ -36,15 +36,10 @@ def sampling_keywords(sampling: SamplingOptions) -> dict:
 
 
 @dataclass(frozen=True)
-class RunningOptions(SessionOptions):
+class RunningOptions(SourceOptions, DeviceOptions, SessionOptions):
     """What runs a model, and how."""
 
     prefill_chunk: int | None = option(None, f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", least=1)
-    dtype: str = like(LoadOptions, "dtype")
-    device_map: str | None = like(LoadOptions, "device_map")
-    backend: str | None = like(LoadOptions, "backend")
-    revision: str | None = like(SourceOptions, "revision")
-    trust_remote_code: bool = like(SourceOptions, "trust_remote_code")
 
     def check(self) -> None:
         """Raise UsageError for what cannot be; drafts are checked in `model.generate`, which has none of the rest."""

@@ -2,7 +2,7 @@
 
 from lowbit.options.generation import SamplingOptions, SessionOptions
 from lowbit.options.keywords import changed, keywords, like, option, shows_options, takes_options
-from lowbit.options.model import LoadOptions, OutputOptions, RevisionOptions, ShardOptions, SourceOptions
+from lowbit.options.model import DeviceOptions, LoadOptions, OutputOptions, RevisionOptions, ShardOptions, SourceOptions
 from lowbit.options.recipe import (
     CalibrationOptions,
     FileOptions,
@@ -12,9 +12,11 @@ from lowbit.options.recipe import (
     RunOptions,
     SampleOptions,
 )
+from lowbit.options.verification import VerifyOptions
 
 __all__ = [
-    "CalibrationOptions", "FileOptions", "HeadOption", "LoadOptions", "OnLoadOptions", "OutputOptions", "RecipeOptions",
-    "RevisionOptions", "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions",
-    "SourceOptions", "changed", "keywords", "like", "option", "shows_options", "takes_options",
+    "CalibrationOptions", "DeviceOptions", "FileOptions", "HeadOption", "LoadOptions", "OnLoadOptions", "OutputOptions",
+    "RecipeOptions", "RevisionOptions", "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions",
+    "ShardOptions", "SourceOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options",
+    "takes_options",
 ]  # fmt: skip

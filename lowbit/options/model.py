@@ -39,7 +39,7 @@ class OutputOptions(ShardOptions):
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class DeviceOptions:
     """What a model runs on."""
 
     device_map: Any = option(
@@ -49,6 +49,12 @@ class LoadOptions:
     )  # fmt: skip
     dtype: "torch.dtype | str | None" = option("auto", "Compute dtype: auto, bfloat16, float16, float32.", typed=str)
     backend: str | None = option(None, "Run on this backend or fail (default: the first that can).")
+
+
+@dataclass(frozen=True)
+class LoadOptions(DeviceOptions):
+    """What a model runs on, and what is done to it for that."""
+
     fuse: bool = option(True, "Linears that share an input share one product: fewer launches, the same result.")
     lm_head: str | Scheme | None = option(
         None, 'A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.'
