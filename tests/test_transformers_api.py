@@ -108,6 +108,15 @@ def test_the_cache_goes_by_the_name_of_the_release():
     assert transformers_api.cache_argument(torch.nn.Linear(2, 2)) is None
 
 
+def test_a_merge_that_keeps_dimensions_is_still_a_merge():
+    """Saving asks after loading has replaced its operation."""
+    merge = transformers.WeightConverter("a.*.weight", "b", [transformers_api.MergeModulelist(0)])
+    assert transformers_api.merges_matrices(merge)
+    transformers_api.keep_dimensions([merge])
+    assert type(merge.operations[0]) is not transformers_api.MergeModulelist
+    assert transformers_api.merges_matrices(merge)
+
+
 def test_every_way_to_load_a_model_goes_through(quantized, tmp_path):
     """Renamings, merged experts and saving, in the installed release."""
     model = lowbit.load(quantized)

@@ -3,6 +3,7 @@
 import json as json_module
 import platform
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,14 +12,9 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.common import (
-    BackendOption,
-    DeviceMapOption,
-    DtypeOption,
-    HeadOptions,
+    HeadFlags,
     JsonOption,
     ModelOption,
-    RevisionOption,
-    TrustOption,
     check_known,
     checked_dtype,
     default_device_map,
@@ -29,12 +25,38 @@ from lowbit.cli.ending import interrupted_once
 from lowbit.cli.terminal import console, print_json, status, table
 from lowbit.errors import LowbitError, OutputError, UsageError
 from lowbit.numerics.scheme import Scheme
+from lowbit.options import DeviceOptions, SourceOptions, changed, option
 
 _PACKAGES = ("lowbit", "torch", "transformers", "triton", "bitsandbytes", "torchao", "gptqmodel")
 
 
 class _Interrupted(LowbitError):
     exit_code = 130
+
+
+@dataclass(frozen=True)
+class SubjectOptions:
+    """What is measured."""
+
+    shapes: str | None = option(None, "Random weights in the shapes of a known model: llama-3.1-8b, ...")
+    layers: int | None = option(None, "Of --shapes: so many layers, no more; nothing is scaled up.")
+    scheme: str = option("W4A16-G128", "Of --shapes, or of a MODEL that is not quantized yet.")
+    method: str = option("rtn", "How a MODEL that is not quantized yet is quantized.")
+    source: str | None = option(None, "What a quantized MODEL was made from (default: dequantize it).")
+
+
+@dataclass(frozen=True)
+class RunsOptions:
+    """What it is measured with, and against what."""
+
+    batch: str = option("1,4,16,64", "Sequences at a time.")
+    prompt_tokens: int = option(512, "Tokens of each prompt.", least=1)
+    new_tokens: int = option(64, "Tokens that are generated for each.", least=2)
+    rounds: int = option(3, "How often each side is measured.", least=1)
+    against: str = option(
+        "unquantized,bitsandbytes,torchao,gptqmodel",
+        "What else is measured: unquantized, bitsandbytes, torchao, gptqmodel, or none.",
+    )
 
 
 def bench(
@@ -45,33 +67,12 @@ def bench(
         ),
     ] = None,
     model_option: ModelOption = None,
-    shapes: Annotated[
-        str | None,
-        typer.Option(help="Random weights in the shapes of a known model: llama-3.1-8b, ...", show_default=False),
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="Of --shapes: so many layers, no more; nothing is scaled up.", show_default=False)
-    ] = None,
-    scheme: Annotated[str, typer.Option(help="Of --shapes, or of a MODEL that is not quantized yet.")] = "W4A16-G128",
-    method: Annotated[str, typer.Option(help="How a MODEL that is not quantized yet is quantized.")] = "rtn",
-    source: Annotated[
-        str | None,
-        typer.Option(help="What a quantized MODEL was made from (default: dequantize it).", show_default=False),
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Sequences at a time.")] = "1,4,16,64",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are generated for each.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each side is measured.")] = 3,
-    against: Annotated[
-        str, typer.Option(help="What else is measured: unquantized, bitsandbytes, torchao, gptqmodel, or none.")
-    ] = "unquantized,bitsandbytes,torchao,gptqmodel",
-    dtype: DtypeOption = "auto",
-    device_map: DeviceMapOption = None,
-    backend: BackendOption = None,
     *,
-    head: HeadOptions,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    subject: SubjectOptions,
+    runs: RunsOptions,
+    device: DeviceOptions,
+    head: HeadFlags,
+    origin: SourceOptions,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here too.", show_default=False)] = None,
     json: JsonOption = False,
 ):
@@ -80,10 +81,11 @@ def bench(
     Decoding, prefill, time to the first token, memory, and how much of the memory bandwidth of this machine a step
     uses. The sides take turns; each runs in lowbit's loop and in `model.generate`.
     """
-    batches, head_scheme = _batches(batch), head.scheme()
-    parsed, dtype = Scheme.parse(scheme), checked_dtype(dtype)
-    _check_what(model, model_option, shapes, layers, source, revision, trust_remote_code)
-    check_known(method=method)
+    batches, head_scheme = _batches(runs.batch), head.scheme()
+    scheme = Scheme.parse(subject.scheme)
+    checked_dtype(device.dtype)
+    _check_what(model, model_option, subject, origin)
+    check_known(method=subject.method)
     if out is not None and not out.absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
     import torch
@@ -93,25 +95,27 @@ def bench(
     from lowbit.bench.repeats import Bench
     from lowbit.guards.safe_files import write_whole
 
-    wanted, device = parse_against(against), _device(default_device_map(device_map))
+    wanted, place = parse_against(runs.against), _device(default_device_map(device.device_map))
     quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
         setting = Setting(
-            Path(work), device, dtype, backend, head_scheme and Scheme.parse(head_scheme), revision, trust_remote_code
-        )
-        if shapes is None:
-            measured = Checkpoint(model if model is not None else model_option, source, parsed, method, setting)
+            Path(work), place, device.dtype, device.backend, head_scheme and Scheme.parse(head_scheme),
+            origin.revision, origin.trust_remote_code,
+        )  # fmt: skip
+        if subject.shapes is None:
+            name = model if model is not None else model_option
+            measured = Checkpoint(name, subject.source, scheme, subject.method, setting)
         else:
-            measured = Shapes(shapes, layers, parsed, setting)
-        subject, others = measured.subject(), measured.others(*wanted)
+            measured = Shapes(subject.shapes, subject.layers, scheme, setting)
+        first, others = measured.subject(), measured.others(*wanted)
         with status(quiet=json) as say:
-            running = Bench(torch.device(device), batches, prompt_tokens, new_tokens, rounds, on_run=say)
+            running = Bench(torch.device(place), batches, runs.prompt_tokens, runs.new_tokens, runs.rounds, on_run=say)
             try:
-                running.compare(subject, others)
+                running.compare(first, others)
                 interrupted = False
             except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or `kill`
                 interrupted = True
-    result = {"facts": _facts(device), "model": measured.describes, **running.result()}
+    result = {"facts": _facts(place), "model": measured.describes, **running.result()}
     if out is not None:
         write_whole(out, json_module.dumps(result, indent=2) + "\n")
     print_json(result) if json else _show(result)
@@ -138,14 +142,14 @@ def _device(device_map: str | None) -> str:
         raise UsageError(f"device_map is {device_map!r}: expected one device, such as cpu, cuda or cuda:1") from None
 
 
-def _check_what(model, model_option, shapes, layers, source, revision, trust_remote_code) -> None:
-    if sum(given is not None for given in (model, model_option, shapes)) != 1:
+def _check_what(model: str | None, model_option: str | None, subject: SubjectOptions, origin: SourceOptions) -> None:
+    if sum(given is not None for given in (model, model_option, subject.shapes)) != 1:
         raise UsageError("expected one MODEL (a folder, a Hub id, or 'reference'), or --shapes NAME")
-    if shapes is None and layers is not None:
+    if subject.shapes is None and subject.layers is not None:
         raise UsageError("--layers is for --shapes: a MODEL has those it has")
-    if shapes is not None and source is not None:
+    if subject.shapes is not None and subject.source is not None:
         raise UsageError("--source is for a quantized MODEL, not for --shapes")
-    if shapes is not None and (revision is not None or trust_remote_code):
+    if subject.shapes is not None and changed(origin):
         raise UsageError("--revision and --trust-remote-code are for a MODEL, not for --shapes")
 
 

@@ -8,20 +8,18 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import HeadOptions, ModelArgument, ModelOption, one_model
+from lowbit.cli.common import HeadFlags, ModelArgument, ModelOption, one_model
 from lowbit.cli.generate import (
     PREFILL_CHUNK,
-    NewTokensOption,
-    SamplingOptions,
-    SessionOptions,
+    RunningOptions,
     StatsOption,
-    TemperatureOption,
-    TopPOption,
+    sampling_keywords,
     show_stats,
 )
 from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
 from lowbit.guards.safe_files import write_whole
+from lowbit.options import SamplingOptions, like
 from lowbit.system.read_ahead import read_ahead
 
 HELP = (
@@ -44,9 +42,9 @@ class Context(StrEnum):
 class ChatSamplingOptions(SamplingOptions):
     """The same, with what conversations usually want."""
 
-    max_new_tokens: NewTokensOption = 512
-    temperature: TemperatureOption = 0.7
-    top_p: TopPOption = 0.95
+    max_new_tokens: int = like(SamplingOptions, "max_new_tokens", 512)
+    temperature: float = like(SamplingOptions, "temperature", 0.7)
+    top_p: float = like(SamplingOptions, "top_p", 0.95)
 
 
 def chat(
@@ -58,12 +56,12 @@ def chat(
     ] = Context.stop,
     *,
     sampling: ChatSamplingOptions,
-    running: SessionOptions,
-    head: HeadOptions,
+    running: RunningOptions,
+    head: HeadFlags,
     stats: StatsOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
-    name, options, head_scheme = one_model(model, model_option), sampling.keywords(), head.scheme()
+    name, options, head_scheme = one_model(model, model_option), sampling_keywords(sampling), head.scheme()
     running.check()
     read_ahead(Path(name))  # while all else is imported
     session = running.start(name, head_scheme)

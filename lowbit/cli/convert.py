@@ -9,10 +9,6 @@ from lowbit.cli.common import (
     ModelArgument,
     ModelOption,
     OutputOption,
-    OverwriteOption,
-    RevisionOption,
-    ShardSizeOption,
-    TrustOption,
     one_model,
     one_output,
     quiet_transformers,
@@ -20,8 +16,10 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.ending import interrupted_once
 from lowbit.cli.terminal import console, counted_progress, print_json
+from lowbit.conversion.options import ExportOptions
 from lowbit.errors import UsageError
 from lowbit.formats import FORMATS as READ_AND_WRITTEN
+from lowbit.options import OutputOptions, SourceOptions, keywords
 
 # Those of lowbit.formats, and of lowbit.conversion.export, which takes a second to import
 FORMATS = (*READ_AND_WRITTEN, "mlx", "gguf")
@@ -32,41 +30,24 @@ def convert(
     model_option: ModelOption = None,
     output_dir: OutputOption = None,
     format: Annotated[str, typer.Option(help="compressed-tensors, gptq, awq, mlx, gguf.")] = "compressed-tensors",
-    max_shard_size: ShardSizeOption = "5GB",
-    overwrite: OverwriteOption = False,
-    pre: Annotated[
-        str | None,
-        typer.Option(
-            help="Of gguf: llama.cpp's name of the tokenizer's splitting rules, where they are not found.",
-            show_default=False,
-        ),
-    ] = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    *,
+    output: OutputOptions,
+    export: ExportOptions,
+    source: SourceOptions,
     json: JsonOption = False,
 ):
     """Write a quantized model in another format: the same numbers bit for bit, or a refusal that says why.
 
     Codes, scales and zeros are read back from what was written and compared before the folder appears.
     """
-    name, target = one_model(model, model_option), one_output(output_dir, overwrite)
+    name, target = one_model(model, model_option), one_output(output_dir, output.overwrite)
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is not known; allowed: {', '.join(FORMATS)}")
     from lowbit.conversion.formats import convert as run
 
     quiet_transformers()
     with interrupted_once(), counted_progress("converting", json) as on_start:
-        done = run(
-            name,
-            target,
-            format=format,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            pre=pre,
-            on_start=on_start,
-        )
+        done = run(name, target, format=format, **keywords(output, export, source), on_start=on_start)
     if json:
         print_json(done.to_dict())
         return

@@ -4,18 +4,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lowbit.cli.common import quiet_transformers, size
+from lowbit.cli.options import spelled
 from lowbit.cli.terminal import console, print_json, progress, show_names, table
 from lowbit.errors import UsageError
+from lowbit.options import changed
 
-# What options that say how to quantize are when they are not given; others are None
-_NOT_GIVEN = {
-    "method": "rtn", "options": {}, "overrides": [], "ignore": (), "include_vision": False,
-    "num_samples": 128, "seqlen": 2048, "seed": 0, "format": "compressed-tensors",
-}  # fmt: skip
+# Options that go with dtypes too
+_OF_EITHER = ("scheme", "max_shard_size")
 
 
-def only_converts(scheme: str, clamp: bool = False, **options) -> bool:
-    """Whether `scheme` is FP16 or BF16. options: all that say how to quantize, as functions are given them.
+def only_converts(scheme: object, *groups: object, clamp: bool = False) -> bool:
+    """Whether `scheme` is FP16 or BF16. groups: all options that say how to quantize.
 
     Raises UsageError for an option that goes with the other kind of scheme only.
     """
@@ -25,11 +24,9 @@ def only_converts(scheme: str, clamp: bool = False, **options) -> bool:
         if clamp:
             raise UsageError(f"--clamp goes with --scheme {' or '.join(DTYPES)} only: other schemes clamp nothing")
         return False
-    for name, value in options.items():
-        if value != _NOT_GIVEN.get(name):
-            raise UsageError(
-                f"--{name.replace('_', '-')} says how to quantize, --scheme {scheme} does not: leave it out"
-            )
+    for each in changed(*groups):
+        if each.name not in _OF_EITHER:
+            raise UsageError(f"{spelled(each)} says how to quantize, --scheme {scheme} does not: leave it out")
     return True
 
 

@@ -1,19 +1,15 @@
 """lowbit eval"""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lowbit.cli.common import (
-    BackendOption,
-    DeviceMapOption,
-    DtypeOption,
     JsonOption,
     ModelArgument,
     ModelOption,
-    RevisionOption,
-    TrustOption,
     checked_dtype,
     default_device_map,
     one_model,
@@ -21,6 +17,19 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.terminal import console, print_json, progress, table
 from lowbit.errors import UsageError
+from lowbit.options import DeviceOptions, SourceOptions, keywords, option
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The tokens that models are measured on."""
+
+    dataset: str = option(
+        "stdlib",
+        "A text file, 'stdlib' (held-out Python modules), 'wikitext2', or org/name[:config[:split[:column]]].",
+    )
+    seqlen: int = option(2048, "Tokens in a window, at most the model's context.", least=2)
+    num_tokens: int | None = option(None, "Use the first tokens only.", least=2)
 
 
 def evaluate(
@@ -29,21 +38,10 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="Model to compare with: KL divergence and top-1 agreement.", show_default=False)
     ] = None,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="A text file, 'stdlib' (held-out Python modules), 'wikitext2', or org/name[:config[:split[:column]]]."
-        ),
-    ] = "stdlib",
-    seqlen: Annotated[int, typer.Option(min=2, help="Tokens in a window, at most the model's context.")] = 2048,
-    num_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Use the first tokens only.", show_default=False)
-    ] = None,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceMapOption = None,
-    backend: BackendOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    *,
+    text: TextOptions,
+    device: DeviceOptions,
+    source: SourceOptions,
     save: Annotated[
         bool, typer.Option("--save", help="Record the result in the report of the quantized folder MODEL.")
     ] = False,
@@ -53,44 +51,57 @@ def evaluate(
 
     With --save the result goes into MODEL/lowbit_report.json, where `lowbit report` and the model card find it.
     """
-    name, dtype = one_model(model, model_option), checked_dtype(dtype)
+    name = one_model(model, model_option)
+    checked_dtype(device.dtype)
     from lowbit.checkpoint.report_file import load_report, save_report
-    from lowbit.discovery import require_language_head
     from lowbit.eval import evaluate as measure
     from lowbit.eval.compare import starts_with_bos
-    from lowbit.folders.locate import load_config, resolve
+    from lowbit.folders.locate import resolve
     from lowbit.generation.stream import load_tokenizer
-    from lowbit.hf import load
     from lowbit.system.machine import now
     from lowbit.text.datasets import token_stream
 
     quiet_transformers()
     if save:
         load_report(_own_folder(name))  # what cannot be recorded is said before it is measured
-    folder = resolve(name, revision)
-    require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    stream = token_stream(tokenizer, dataset, num_tokens)
-    options = {"device_map": default_device_map(device_map), "dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded = load(folder, backend=backend, **options)
+    folder, trust = resolve(name, source.revision), source.trust_remote_code
+    _require_text(folder, trust)
+    tokenizer = load_tokenizer(folder, trust)
+    stream = token_stream(tokenizer, text.dataset, text.num_tokens)
+    loaded = _load(folder, device, trust)
     other = None
     if reference is not None:
-        source = resolve(reference)
-        require_language_head(load_config(source, trust_remote_code), source, trust_remote_code)
-        other = load(source, **options)
+        original = resolve(reference)
+        _require_text(original, trust)
+        other = _load(original, replace(device, backend=None), trust)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     with progress("evaluating", 1, quiet=json) as advance:
         done = measure(
-            loaded, stream, reference=other, seqlen=seqlen, bos=bos, on_window=lambda _, total: advance(1 / total)
+            loaded, stream, reference=other, seqlen=text.seqlen, bos=bos, on_window=lambda _, total: advance(1 / total)
         )
-    result = {"reference": reference, "dataset": dataset, **done.to_dict()}
+    result = {"reference": reference, "dataset": text.dataset, **done.to_dict()}
     if json:
         print_json({"model": name, **result})
     else:
-        _show(name, reference, dataset, done)
+        _show(name, reference, text.dataset, done)
     if save:
         folder = _own_folder(name)
         save_report(folder, {**load_report(folder), "quality": {**result, "date": now()}})
+
+
+def _require_text(folder: Path, trust_remote_code: bool) -> None:
+    """Raise InputError for a model that does not write text."""
+    from lowbit.discovery import require_language_head
+    from lowbit.folders.locate import load_config
+
+    require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
+
+
+def _load(folder: Path, device: DeviceOptions, trust_remote_code: bool):
+    from lowbit.hf import load
+
+    placed = {**keywords(device), "device_map": default_device_map(device.device_map)}
+    return load(folder, **placed, trust_remote_code=trust_remote_code)
 
 
 def _own_folder(name: str) -> Path:

@@ -2,23 +2,17 @@
 
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lowbit.cli.common import (
-    BackendOption,
-    DeviceMapOption,
-    DtypeOption,
-    HeadOptions,
+    HeadFlags,
     JsonOption,
-    KvCacheOption,
     ModelArgument,
     ModelOption,
-    RevisionOption,
-    TrustOption,
     checked_dtype,
     checked_kv_cache,
     default_device_map,
@@ -27,86 +21,32 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError, UsageError
+from lowbit.options import DeviceOptions, SamplingOptions, SessionOptions, SourceOptions, keywords, option
 from lowbit.system.read_ahead import read_ahead
 
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 is greedy; higher is more random.")]
-TopPOption = Annotated[
-    float, typer.Option(min=0.01, max=1.0, help="Sample from the most likely tokens that make up this probability.")
-]
-TopKOption = Annotated[int, typer.Option(min=0, help="Sample from so many most likely tokens; 0 for all.")]
-MinPOption = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Leave out tokens less likely than this share of the likeliest.")
-]
-RepetitionPenaltyOption = Annotated[
-    float, typer.Option(min=0.01, help="Above 1: tokens that were there already become less likely.")
-]
-StopOption = Annotated[
-    list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.", show_default=False)
-]
 PREFILL_CHUNK = 1024
-PrefillChunkOption = Annotated[
-    int | None, typer.Option(min=1, help=f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", show_default=False)
-]
-CompileOption = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="torch.compile the decoding step.", show_default=False)
-]
 StatsOption = Annotated[bool, typer.Option("--stats", help="Show times, rates, and what made the tokens.")]
-SeedOption = Annotated[
-    int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.", show_default=False)
-]
-AssistantOption = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="Drafts tokens that MODEL then checks: a cheaper one with the same tokens.",
-                 show_default=False),
-]  # fmt: skip
-PromptLookupOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Draft so many tokens from what followed the last ones before.", show_default=False),
-]
+
+
+def sampling_keywords(sampling: SamplingOptions) -> dict:
+    """Those of `Session.generate`. Raises UsageError."""
+    if sampling.stop and "" in sampling.stop:
+        raise UsageError("--stop is empty: expected some text")
+    return {**keywords(sampling), "stop": sampling.stop or []}
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen, and until when."""
-
-    max_new_tokens: NewTokensOption = 128
-    temperature: TemperatureOption = 0.0
-    top_k: TopKOption = 0
-    top_p: TopPOption = 1.0
-    min_p: MinPOption = 0.0
-    repetition_penalty: RepetitionPenaltyOption = 1.0
-    stop: StopOption = None
-    seed: SeedOption = None
-
-    def keywords(self) -> dict:
-        """Those of `Session.generate`. Raises UsageError."""
-        if self.stop and "" in self.stop:
-            raise UsageError("--stop is empty: expected some text")
-        return {**asdict(self), "stop": self.stop or []}
-
-
-@dataclass(frozen=True)
-class SessionOptions:
+class RunningOptions(SourceOptions, DeviceOptions, SessionOptions):
     """What runs a model, and how."""
 
-    prefill_chunk: PrefillChunkOption = None
-    compile: CompileOption = None
-    assistant: AssistantOption = None
-    prompt_lookup: PromptLookupOption = None
-    dtype: DtypeOption = "auto"
-    device_map: DeviceMapOption = None
-    backend: BackendOption = None
-    kv_cache: KvCacheOption = "full"
-    revision: RevisionOption = None
-    trust_remote_code: TrustOption = False
+    prefill_chunk: int | None = option(None, f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", least=1)
 
     def check(self) -> None:
         """Raise UsageError for what cannot be; drafts are checked in `model.generate`, which has none of the rest."""
         checked_dtype(self.dtype)
         checked_kv_cache(self.kv_cache)
         drafts = {"--assistant": self.assistant, "--prompt-lookup": self.prompt_lookup}
-        wanted = [option for option, value in drafts.items() if value is not None]
+        wanted = [flag for flag, value in drafts.items() if value is not None]
         if len(wanted) > 1:
             raise UsageError("--assistant and --prompt-lookup: pass one of them")
         others = {
@@ -114,10 +54,10 @@ class SessionOptions:
             "--compile": self.compile,
             "--prefill-chunk": self.prefill_chunk,
         }
-        for option, given in others.items():
+        for flag, given in others.items():
             if wanted and given:
                 raise UsageError(
-                    f"{option} does not go with {wanted[0]}, which runs in transformers' assisted generation"
+                    f"{flag} does not go with {wanted[0]}, which runs in transformers' assisted generation"
                 )
 
     def start(self, model: str, head: str | None):
@@ -125,19 +65,8 @@ class SessionOptions:
         from lowbit.generation import open_session
 
         quiet_transformers()
-        return open_session(
-            model,
-            dtype=self.dtype,
-            device_map=default_device_map(self.device_map),
-            backend=self.backend,
-            compile=self.compile,
-            lm_head=head,
-            kv_cache=self.kv_cache,
-            assistant=self.assistant,
-            prompt_lookup=self.prompt_lookup,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )
+        how = {name: value for name, value in keywords(self).items() if name != "prefill_chunk"}
+        return open_session(model, **{**how, "device_map": default_device_map(self.device_map)}, lm_head=head)
 
 
 def _text_of(prompt: str) -> str:
@@ -178,13 +107,13 @@ def generate(
     ] = ...,
     *,
     sampling: SamplingOptions,
-    running: SessionOptions,
-    head: HeadOptions,
+    running: RunningOptions,
+    head: HeadFlags,
     stats: StatsOption = False,
     json: JsonOption = False,
 ):
     """Complete a prompt. The text streams to standard output, the statistics to standard error."""
-    name, how, head_scheme = one_model(model, model_option), sampling.keywords(), head.scheme()
+    name, how, head_scheme = one_model(model, model_option), sampling_keywords(sampling), head.scheme()
     running.check()
     read_ahead(Path(name))  # while all else is imported
     prompt = _text_of(prompt)

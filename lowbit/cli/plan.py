@@ -1,22 +1,20 @@
 """lowbit plan"""
 
 from collections import Counter
-from dataclasses import asdict
 
 from lowbit.cli.common import (
-    HeadOptions,
+    HeadFlags,
     JsonOption,
     ModelArgument,
     ModelOption,
-    TrustOption,
     check_known,
     one_model,
     quiet_transformers,
     size,
 )
 from lowbit.cli.dtype import only_converts, preview_dtype
-from lowbit.cli.recipe import FileOptions, RecipeOptions, SampleOptions
 from lowbit.cli.terminal import console, print_json, show_names, table
+from lowbit.options import FileOptions, RecipeOptions, SampleOptions, SourceOptions, keywords
 
 
 def plan(
@@ -24,10 +22,10 @@ def plan(
     model_option: ModelOption = None,
     *,
     recipe: RecipeOptions,
-    head: HeadOptions,
+    head: HeadFlags,
     samples: SampleOptions,
     files: FileOptions,
-    trust_remote_code: TrustOption = False,
+    source: SourceOptions,
     json: JsonOption = False,
 ):
     """Show what quantizing a model would give and take, from its headers: nothing is downloaded or written.
@@ -36,18 +34,19 @@ def plan(
     tensors, file_bytes those of the weight files, headers and all: what they take up on a disk.
     """
     check_known(format=files.format, method=recipe.method)
-    name, how = one_model(model, model_option), recipe.keywords(head)
-    preview_any(name, how, samples, files, json, trust_remote_code)
+    preview_any(one_model(model, model_option), recipe, head, samples, files, source, json)
 
 
 def preview_any(
-    name: str, recipe: dict, samples: SampleOptions, files: FileOptions, json: bool, trust_remote_code: bool
-) -> None:
+    name: str, recipe: RecipeOptions, head: HeadFlags, samples: SampleOptions, files: FileOptions,
+    source: SourceOptions, json: bool,
+) -> None:  # fmt: skip
     """Print what `lowbit.plan` or `lowbit.plan_dtype` finds, whichever the scheme is of."""
-    if only_converts(**recipe, **asdict(samples), format=files.format):
-        preview_dtype(name, recipe["scheme"], json, max_shard_size=files.max_shard_size, revision=files.revision)
+    lm_head = head.scheme()
+    if only_converts(recipe.base, recipe, head, samples, files):
+        preview_dtype(name, recipe.base, json, max_shard_size=files.max_shard_size, revision=source.revision)
     else:
-        preview(name, {**recipe, **asdict(samples), **asdict(files), "trust_remote_code": trust_remote_code}, json)
+        preview(name, {**keywords(recipe, samples, files, source), "lm_head": lm_head}, json)
 
 
 def preview(model: str, arguments: dict, json: bool) -> None:

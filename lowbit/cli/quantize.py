@@ -4,20 +4,14 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from lowbit.cli.common import (
-    HeadOptions,
+    HeadFlags,
     JsonOption,
     ModelArgument,
     ModelOption,
     OutputOption,
-    OverwriteOption,
-    TrustOption,
     check_known,
     one_model,
     one_output,
@@ -26,38 +20,21 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.dtype import convert_to_dtype, only_converts
 from lowbit.cli.ending import ignore_signals, interrupted_once
+from lowbit.cli.options import flag
 from lowbit.cli.plan import preview_any
-from lowbit.cli.recipe import FileOptions, RecipeOptions, SampleOptions
 from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
+from lowbit.conversion.options import DtypeOptions
+from lowbit.options import (
+    CalibrationOptions,
+    FileOptions,
+    RecipeOptions,
+    RunOptions,
+    SampleOptions,
+    SourceOptions,
+    keywords,
+)
 
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What a run is calibrated with, and how it goes on."""
-
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="What gptq calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl "
-            "or parquet file, token ids (.safetensors, .npy), or self: text that the model itself writes. "
-            "Default: a public data set, or self where it cannot be reached.",
-            show_default=False,
-        ),
-    ] = None
-    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0
-    redo: Annotated[
-        str | None,
-        typer.Option(
-            help="Regex of modules of an unfinished run: do their layers and all later ones again.", show_default=False
-        ),
-    ] = None
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="e.g. 8GB: walk layers again rather than hold more (default: half of what is free).",
-            show_default=False,
-        ),
-    ] = None
+ClampOption = flag(DtypeOptions, "clamp")
 
 
 def quantize(
@@ -66,16 +43,12 @@ def quantize(
     output_dir: OutputOption = None,
     *,
     recipe: RecipeOptions,
-    head: HeadOptions,
-    samples: SampleOptions,
+    head: HeadFlags,
     calibration: CalibrationOptions,
     files: FileOptions,
-    clamp: Annotated[
-        bool, typer.Option("--clamp", help="Of FP16 and BF16: values that are too large become the largest.")
-    ] = False,
-    overwrite: OverwriteOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what `plan` shows; write nothing.")] = False,
-    trust_remote_code: TrustOption = False,
+    clamp: ClampOption = False,
+    source: SourceOptions,
+    run: RunOptions,
     json: JsonOption = False,
 ):
     """Quantize a model into a folder that transformers and vLLM load.
@@ -85,11 +58,12 @@ def quantize(
     """
     model = one_model(model, model_option)
     check_known(format=files.format, method=recipe.method)
-    how, data = recipe.keywords(head), {**asdict(samples), **asdict(calibration)}
-    target = None if dry_run else one_output(output_dir, overwrite)
-    half = only_converts(**how, **data, format=files.format, clamp=clamp)
-    if dry_run:
-        preview_any(model, how, samples, files, json, trust_remote_code)
+    lm_head = head.scheme()
+    target = None if run.dry_run else one_output(output_dir, run.overwrite)
+    half = only_converts(recipe.base, recipe, head, calibration, files, clamp=clamp)
+    if run.dry_run:
+        samples = SampleOptions(calibration.num_samples, calibration.seqlen)
+        preview_any(model, recipe, head, samples, files, source, json)
         if not json:
             console.print("dry run: nothing was written")
         return
@@ -97,14 +71,12 @@ def quantize(
     if half:
         with interrupted_once():
             convert_to_dtype(
-                model, target, how["scheme"], json, clamp=clamp, overwrite=overwrite, command=typed_command(),
-                max_shard_size=files.max_shard_size, revision=files.revision,
+                model, target, recipe.base, json, clamp=clamp, overwrite=run.overwrite, command=typed_command(),
+                max_shard_size=files.max_shard_size, revision=source.revision,
             )  # fmt: skip
         return
-    report = _run(
-        model, target, json, **how, **data, **asdict(files), overwrite=overwrite, trust_remote_code=trust_remote_code,
-        command=typed_command(),
-    )  # fmt: skip
+    options = {**keywords(recipe, calibration, files, source), "lm_head": lm_head, "overwrite": run.overwrite}
+    report = _run(model, target, json, options)
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first one speaks
     if json:
@@ -113,7 +85,7 @@ def quantize(
         _show(report, output_dir)
 
 
-def _run(model: str, target: Path, json: bool, **options):
+def _run(model: str, target: Path, json: bool, options: dict):
     """The report of `lowbit.quantize`. A signal that comes when the output is in place already is too late."""
     from lowbit.quantization.run import quantize as run
 
@@ -126,7 +98,7 @@ def _run(model: str, target: Path, json: bool, **options):
                 advance = stack.enter_context(progress("quantizing", total, quiet=json))
                 return lambda step, note: advance(step.source.nbytes, note or step.source.name)
 
-            report = run(model, target, **options, on_plan=on_plan, announce=notes.print)
+            report = run(model, target, **options, command=typed_command(), on_plan=on_plan, announce=notes.print)
             ignore_signals()
             return report
     except (KeyboardInterrupt, SystemExit):

@@ -5,12 +5,9 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.common import (
-    DeviceMapOption,
     JsonOption,
     ModelArgument,
     ModelOption,
-    RevisionOption,
-    TrustOption,
     default_device_map,
     one_model,
     quiet_transformers,
@@ -18,6 +15,7 @@ from lowbit.cli.common import (
 from lowbit.cli.ending import interrupted_once
 from lowbit.cli.terminal import console, print_json, progress, table
 from lowbit.errors import UsageError
+from lowbit.options import SourceOptions, VerifyOptions, keywords
 
 _WORDS = {True: "ok", False: "FAILED", None: "-"}
 
@@ -28,13 +26,9 @@ def verify(
     reference: Annotated[
         str | None, typer.Option(help="The model it was made from: every tensor is compared.", show_default=False)
     ] = None,
-    run: Annotated[bool, typer.Option("--run/--no-run", help="Load the model and let it generate, too.")] = True,
-    max_unquantized: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of what could be quantized that may be left as it was.")
-    ] = 0.05,
-    device_map: DeviceMapOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
+    *,
+    checks: VerifyOptions,
+    source: SourceOptions,
     json: JsonOption = False,
 ):
     """Check a quantized folder before it is published: files, tensors, codes, tokenizer, a few generated tokens.
@@ -42,22 +36,14 @@ def verify(
     Exit code 1 if a check fails.
     """
     name = one_model(model, model_option)
-    if device_map is not None and not run:
+    if checks.device_map is not None and not checks.run:
         raise UsageError("--device-map says where the model runs, and --no-run that it does not: pass one of them")
     from lowbit.eval import verify as run_checks
 
     quiet_transformers()
+    options = {**keywords(checks, source), "device_map": default_device_map(checks.device_map)}
     with interrupted_once(), progress("verifying", 1, quiet=json) as advance:
-        done = run_checks(
-            name,
-            reference,
-            run=run,
-            max_unquantized=max_unquantized,
-            device_map=default_device_map(device_map),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            on_tensor=lambda _, total: advance(1 / total),
-        )
+        done = run_checks(name, reference, **options, on_tensor=lambda _, total: advance(1 / total))
     if json:
         print_json(done.to_dict())
     else:

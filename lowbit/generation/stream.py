@@ -15,6 +15,7 @@ from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary, load
+from lowbit.options import SessionOptions, SourceOptions, takes_options
 from lowbit.text.chat_template import chat_ids
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -129,30 +130,29 @@ def _useful(error: Exception, folder: Path) -> str:
     return words if 0 < len(words) <= 400 else first_line(error)
 
 
-def open_session(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    kv_cache: str = "full",
-    compile: bool | None = None,
-    assistant: str | Path | None = None,
-    prompt_lookup: int | None = None,
-    **kwargs,
-) -> Session:
-    """Load a model (keywords as in `lowbit.load`) and its tokenizer. kv_cache: "full" or "int8".
+@takes_options
+def open_session(model: str | Path, *, session: SessionOptions, source: SourceOptions, **kwargs) -> Session:
+    """Load a model and its tokenizer.
 
-    Drafts come from another model, `assistant`, which is loaded the same way, or from the text so far, `prompt_lookup`
-    tokens at a time (see `Draft`).
+    Drafts come from another model, which is loaded the same way, or from the text so far (see `Draft`).
+
+    Args:
+        model: A folder, a Hub id, or "reference".
+        **kwargs: Those of `lowbit.load`.
+
+    Raises:
+        InputError: The model has no language head, its tokenizer does not load, or the assistant has another.
     """
-    folder, kwargs = resolve(model, revision), {**kwargs, "trust_remote_code": trust_remote_code}
-    require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    draft = None if prompt_lookup is None else Draft(lookup=prompt_lookup)
-    if assistant is not None:
-        _check_tokenizers(folder, tokenizer, resolve(assistant), trust_remote_code)
-        draft = Draft(assistant=load(assistant, **kwargs), lookup=prompt_lookup)
-    return Session(load(folder, **kwargs), tokenizer, int8_cache=kv_cache == "int8", compile=compile, draft=draft)
+    folder, trust = resolve(model, source.revision), source.trust_remote_code
+    require_language_head(load_config(folder, trust), folder, trust)
+    tokenizer = load_tokenizer(folder, trust)
+    draft = None if session.prompt_lookup is None else Draft(lookup=session.prompt_lookup)
+    if session.assistant is not None:
+        _check_tokenizers(folder, tokenizer, resolve(session.assistant), trust)
+        assistant = load(session.assistant, trust_remote_code=trust, **kwargs)
+        draft = Draft(assistant=assistant, lookup=session.prompt_lookup)
+    loaded = load(folder, trust_remote_code=trust, **kwargs)
+    return Session(loaded, tokenizer, int8_cache=session.kv_cache == "int8", compile=session.compile, draft=draft)
 
 
 def _check_tokenizers(folder: Path, tokenizer, assistant: Path, trust_remote_code: bool) -> None:
