@@ -23,7 +23,7 @@ def expected_peak(steps: list[list[Step]], streams: int, itemsize: int, hessians
 
 
 def held_between_stages(steps: list[list[Step]], tokens: int, streams: int, itemsize: int, hidden_size: int) -> int:
-    """Bytes that the open walks of all streams hold at the widest point of a layer: its input, the residual, and what
-    the widest linear is called with."""
+    """Bytes that the open forward passes of all streams hold at the widest point of a layer: its input, the
+    residual, and what the widest linear is called with."""
     widest = max((step.site.in_features for group in steps for step in group), default=0)
     return streams * tokens * (widest + 2 * hidden_size) * itemsize

@@ -314,7 +314,7 @@ def test_inputs_that_are_always_zero(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
-def test_walking_again_gives_the_same_as_holding(architecture, tmp_path, monkeypatch, no_threads):
+def test_passes_started_again_give_the_same_as_passes_held(architecture, tmp_path, monkeypatch, no_threads):
     kept, init = [], calibrated.LayerRun.__init__
     monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 64)
     monkeypatch.setattr(
@@ -324,7 +324,7 @@ def test_walking_again_gives_the_same_as_holding(architecture, tmp_path, monkeyp
     held = gptq(source, tmp_path / "held", max_memory="100GB")
     again = gptq(source, tmp_path / "again", max_memory="1MB")
     assert kept == [True, True, False, False]
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
     assert contents(tmp_path / "held") == contents(tmp_path / "again")
     errors = [[layer["output_error"] for layer in report.layers] for report in (held, again)]
     assert errors[0] == errors[1]

@@ -1,9 +1,9 @@
 """Quantizing one decoder layer from what its linears receive.
 
 Two streams of hidden states run through the model: that of the quantized one and, for quantizers that compare with it,
-that of the original one. In a layer both walk from stage to stage; at each, the moments of the inputs are summed over
-all batches (and ranks), the weights of the stage are quantized and replaced in place, and the walks go on with the
-quantized weights.
+that of the original one. In a layer, the forward passes of both go from stage to stage; at each, the moments of the
+inputs are summed over all batches (and ranks), the weights of the stage are quantized and replaced in place, and the
+passes go on with the quantized weights.
 """
 
 import time
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.calibration.moments import Moments
-from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
+from lowbit.calibration.staged_pass import Stage, StagedPass, expert_input, find_stages
 from lowbit.errors import InputError
 from lowbit.numerics.activations import RangeObserver
 from lowbit.numerics.grid import dequantize
@@ -39,8 +39,8 @@ Done = Callable[[Target, QuantWeight, dict], None]
 class LayerRun:
     """Layer `number` of the loaded `models` (quantized, original) or (quantized,), over the samples of this rank.
 
-    batches: int64 [B, T] token ids each. keep: leave every walk open between stages; otherwise each stage walks anew
-    from the start of the layer, in less memory and about twice the time.
+    batches: int64 [B, T] token ids each. keep: leave every forward pass open between stages; otherwise each stage
+    begins anew at the start of the layer, in less memory and about twice the time.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LayerRun:
     ):
         self.models, self.quantized, self.number = models, models[0], number
         self.batches, self.streams, self.keep = batches, streams, keep
-        self._walks: dict[int, list[Walk]] = {}
+        self._passes: dict[int, list[StagedPass]] = {}
         self._stages: list[Stage] = []
         self._parameters: list[str] = []
         self._hooks = []
@@ -67,14 +67,14 @@ class LayerRun:
             for stage in self._stages:
                 if stage.experts is not None:
                     experts = model.model.get_submodule(stage.experts)
-                    hook = experts.register_forward_pre_hook(Walk.at_experts(stage.experts), with_kwargs=True)
+                    hook = experts.register_forward_pre_hook(StagedPass.at_experts(stage.experts), with_kwargs=True)
                     self._hooks.append(hook)
         return self._stages
 
-    def _walks_of(self, index: int) -> list[Walk]:
-        if index in self._walks:
-            return self._walks[index]
-        walks = []
+    def _passes_of(self, index: int) -> list[StagedPass]:
+        if index in self._passes:
+            return self._passes[index]
+        passes = []
         for model, hidden in zip(self.models, self.streams.read(index), strict=False):
             parameters = {name: model.model.get_parameter(name) for name in self._parameters}
             hidden = self._hidden(model, hidden)
@@ -82,14 +82,14 @@ class LayerRun:
             def run(model=model, hidden=hidden):
                 return model.run(self.number, self.batches[index], hidden)
 
-            walks.append(Walk(run, self._stages, parameters, hidden))
+            passes.append(StagedPass(run, self._stages, parameters, hidden))
         if self.keep:
-            self._walks[index] = walks
-        return walks
+            self._passes[index] = passes
+        return passes
 
     @staticmethod
     def _hidden(model: LayeredModel, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        # moved here: a walk knows the residual stream by where it lies
+        # moved here: a pass knows the residual stream by where it lies
         return None if hidden is None else hidden.to(model.device)
 
     def arrivals(self, stage: int) -> Iterator[tuple]:
@@ -97,32 +97,32 @@ class LayerRun:
         stream of the quantized one lacks, None if the stage does not join it. Without an original stream, the quantized
         one stands for both."""
         for index in range(len(self.batches)):
-            walks = self._walks_of(index)
-            arrived = [walk.to(stage) for walk in walks]
+            passes = self._passes_of(index)
+            arrived = [staged.to(stage) for staged in passes]
             if all(arrival is not None for arrival in arrived):
-                streams = [walk.stream for walk in walks]
+                streams = [staged.stream for staged in passes]
                 joins = self._stages[stage].joins and all(stream is not None for stream in streams)
                 yield arrived[0], arrived[-1], streams[-1] - streams[0] if joins else None
             if not self.keep:
-                for walk in walks:
-                    walk.abandon()
+                for staged in passes:
+                    staged.abandon()
 
     def finish(self, streams: StreamsWriter) -> tuple[float, float]:
-        """Walk to the end; the outputs are written to `streams`. Squared distance of the quantized outputs from the
+        """Go on to the end; the outputs are written to `streams`. Squared distance of the quantized outputs from the
         original ones, and the squared norm of those."""
         distance = norm = 0.0
         for index in range(len(self.batches)):
-            outputs = [walk.to_end() for walk in self._walks_of(index)]
-            self._walks.pop(index, None)
+            outputs = [staged.to_end() for staged in self._passes_of(index)]
+            self._passes.pop(index, None)
             distance += float((outputs[0] - outputs[-1]).float().square().sum())
             norm += float(outputs[-1].float().square().sum())
             streams.write(index, outputs)
         return distance, norm
 
     def close(self) -> None:
-        for walks in self._walks.values():
-            for walk in walks:
-                walk.abandon()
+        for passes in self._passes.values():
+            for staged in passes:
+                staged.abandon()
         for hook in self._hooks:
             hook.remove()
 
