@@ -17,8 +17,10 @@ from lowbit.folders.locate import check_apart, load_config, recorded_name, resol
 from lowbit.numerics.dtypes import is_dtype
 from lowbit.numerics.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
 from lowbit.quantization.calibrated.job import clear_finished
+from lowbit.quantization.calibrated.options import Calibration, needs_data, require_data_method
 from lowbit.quantization.calibrated.ranks import Ranks
-from lowbit.quantization.calibrated.run import Calibration, calibrate, needs_data
+from lowbit.quantization.calibrated.reporting import Reporting, silent
+from lowbit.quantization.calibrated.run import calibrate
 from lowbit.quantization.plan import Plan, make_plan
 from lowbit.quantization.report import Report
 from lowbit.quantization.write import Progress, write_checkpoint
@@ -118,7 +120,8 @@ def quantize(
         with StagedFolder(target, overwrite) if ranks.first else nullcontext() as staged:
             progress = on_plan(plan) if on_plan and ranks.first else None
             if needs_data(plan.recipe):
-                job = calibrate(reader, config, plan, target, overwrite, calibration, ranks, report, progress, announce)
+                reporting = Reporting(report, progress or silent, announce if ranks.first else silent)
+                job = calibrate(reader, config, plan, target, overwrite, calibration, ranks, reporting)
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)
             report.seconds += time.perf_counter() - started
@@ -142,22 +145,6 @@ def quantize(
 
 def _nothing(step) -> None:
     return None
-
-
-# What options of calibrated methods are where nobody gave them
-_NO_DATA = {"dataset": None, "num_samples": 128, "seqlen": 2048, "seed": 0, "redo": None, "max_memory": None}
-
-
-def require_data_method(recipe: Recipe, **options) -> None:
-    """Raise UsageError for an option that says how to calibrate, where nothing is calibrated."""
-    if needs_data(recipe):
-        return
-    for name, value in options.items():
-        if value is not _NO_DATA[name] and not (type(value) is int and value == _NO_DATA[name]):
-            raise UsageError(
-                f"{name} is of runs with calibration data, and {recipe.method} of {recipe.scheme.name} takes none: "
-                "leave it out, or pass a method that does (gptq)"
-            )
 
 
 def make_recipe(
