@@ -118,13 +118,17 @@ class StagedPass:
     _current = threading.local()
 
     def __init__(
-        self, run: Callable[[], torch.Tensor], stages: list[Stage], parameters: dict[str, nn.Parameter],
+        self,
+        run: Callable[[], torch.Tensor],
+        stages: list[Stage],
+        parameters: dict[str, nn.Parameter],
         hidden: torch.Tensor | None = None,
-    ):  # fmt: skip
-        self._run, self._output = run, None
+    ):
+        self._run: Callable[[], torch.Tensor] | None = run
+        self._output: torch.Tensor | None = None
         self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage.parameters}
         self._stage_of_experts = {stage.experts: number for number, stage in enumerate(stages)}
-        self._mode = ResidualStream(parameters, self._at_product, hidden)
+        self._mode: ResidualStream | None = ResidualStream(parameters, self._at_product, hidden)
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._reached = self._wanted = -1  # stage numbers
         self._arrival = None

@@ -8,7 +8,7 @@ passes go on with the quantized weights.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -179,7 +179,7 @@ def _quantize_together(
     notes = [notes for _, notes in parts]
     seconds = (time.perf_counter() - started) * len(alike[0].weight) / len(weight)
     for target, rows in zip(alike, _consecutive(alike), strict=True):
-        qweight = _rows(whole, rows).with_inputs(scheme, **grid)
+        qweight = whole.rows(rows.start, rows.stop).with_inputs(scheme, **grid)
         entry = {
             **layer_entry(target.step, target.expert),
             "error": weight_error(target.weight, qweight),
@@ -214,16 +214,13 @@ def _consecutive(alike: list[Target]) -> Iterator[slice]:
 
 
 def _joined(parts: list[QuantWeight]) -> QuantWeight:
-    if len(parts) == 1:
-        return parts[0]
-    zeros = None if parts[0].zeros is None else torch.cat([part.zeros.cpu() for part in parts])
-    codes, scales = (torch.cat([getattr(part, field).cpu() for part in parts]) for field in ("codes", "scales"))
-    return QuantWeight(codes, scales, parts[0].scheme, zeros)
+    """The rows of all ranks, on the CPU."""
 
+    def on_cpu(part: QuantWeight) -> QuantWeight:
+        zeros = None if part.zeros is None else part.zeros.cpu()
+        return replace(part, codes=part.codes.cpu(), scales=part.scales.cpu(), zeros=zeros)
 
-def _rows(whole: QuantWeight, rows: slice) -> QuantWeight:
-    zeros = None if whole.zeros is None else whole.zeros[rows].cpu().contiguous()
-    return QuantWeight(whole.codes[rows].cpu().contiguous(), whole.scales[rows].cpu().contiguous(), whole.scheme, zeros)
+    return QuantWeight.concatenated([on_cpu(part) for part in parts])
 
 
 def _objective(notes: list[dict], rows: slice) -> dict[str, float]:

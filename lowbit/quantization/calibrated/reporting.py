@@ -1,6 +1,5 @@
 """What a calibrated run says while it works, and what it writes into its report."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,8 +12,9 @@ from lowbit.text.samples import Samples
 
 # Called with a line that a user should read
 Announce = Callable[[str], None]
-# Called with a Step that is quantized, and its relative output error where that is known
-StepDone = Callable[[Step, float | None], None]
+# Called with a Step that is quantized, its relative output error where that is known, and the seconds since the first
+# forward pass of its layer began
+StepDone = Callable[[Step, float | None, float], None]
 
 
 def silent(*_: object) -> None:
@@ -50,16 +50,14 @@ class Reporting:
         self.report.seconds += entry["seconds"]
 
     def within_layer(self, label: str, tokens: int) -> StepDone:
-        """Progress inside of a layer, from now on. tokens: how many each of its weights is calibrated with."""
-        started = time.perf_counter()
+        """What to call with the steps of a layer. tokens: how many its weights are calibrated with."""
 
-        def done(step: Step, error: float | None) -> None:
-            rate = tokens / (time.perf_counter() - started)
+        def done(step: Step, error: float | None, seconds: float) -> None:
             self.progress(
                 step,
                 f"{label} {step.site.module.rpartition('.')[2]}"
                 + (f" error {error:.4f}" if error is not None else "")
-                + f", {rate:,.0f} tokens/s, {peak_memory() / 1e9:.1f} GB",
+                + f", {tokens / seconds:,.0f} tokens/s, {peak_memory() / 1e9:.1f} GB",
             )
 
         return done

@@ -155,6 +155,7 @@ class _Packer:
         self._format, self._done = get_format(format_name), done
         self._parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {step.source.name: {} for step in steps}
         self._steps = {step.source.name: step for step in steps}
+        self._started = time.perf_counter()
         self.entries: list[dict] = []
 
     def add(self, target: Target, qweight: QuantWeight, entry: dict) -> None:
@@ -163,7 +164,7 @@ class _Packer:
         parts[target.expert or 0] = self._format.pack(qweight)
         self.entries.append(entry)
         if len(parts) == (shape[0] if len(shape) == 3 else 1):
-            self._done(target.step, entry["output_error"])
+            self._done(target.step, entry["output_error"], time.perf_counter() - self._started)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The output tensors by name; experts that are one tensor in the source are one again."""
