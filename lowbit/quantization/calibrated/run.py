@@ -61,7 +61,7 @@ def calibrate(
         if ranks.first:
             ranks.wait()
         _quantize_layers(reader, config, plan, job, calibration, ranks, reporting)
-    except OSError as error:  # of writing: what reads says itself what it could not read
+    except OSError as error:  # readers raise InputError: this is a write that failed
         job.close()
         raise OutputError(f"cannot write to {job.folder}: {error.strerror or error}") from None
     except BaseException as error:
