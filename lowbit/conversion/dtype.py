@@ -4,12 +4,11 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from lowbit import __version__
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.checked import read_checked
 from lowbit.checkpoint.manifest import write_manifest
@@ -18,11 +17,11 @@ from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, file_bytes, parse_size
 from lowbit.conversion.options import DtypeOptions
 from lowbit.errors import InputError, OutputError, UsageError
-from lowbit.folders.locate import check_apart, open_headers, resolve
+from lowbit.folders.locate import check_apart, open_headers, resolve, revision_of
 from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.dtypes import DTYPES, cast, is_dtype
 from lowbit.options import OutputOptions, RevisionOptions, ShardOptions, takes_options
-from lowbit.system.machine import machine, now, versions
+from lowbit.system.machine import RunFacts
 from lowbit.system.memory import peak_memory
 
 # Tensors that an error names
@@ -30,8 +29,8 @@ _NAMED = 5
 
 
 @dataclass
-class DtypeReport:
-    """The keys of lowbit_report.json of a folder that was converted, sizes and memory in bytes.
+class _Conversion:
+    """What was converted, sizes in bytes.
 
     dtype: "FP16" or "BF16". converted_tensors: those that had another dtype. clamped, underflowed: tensor -> how many
     of its values were too large and became the largest of the dtype, or were not zero and now are. file_bytes: of
@@ -49,15 +48,11 @@ class DtypeReport:
     command: str | None = None
     clamped: dict[str, int] = field(default_factory=dict)
     underflowed: dict[str, int] = field(default_factory=dict)
-    lowbit: str = __version__
-    date: str = field(default_factory=now)
-    versions: dict[str, str] = field(default_factory=versions)
-    machine: str = field(default_factory=machine)
-    seconds: float = 0.0
-    peak_memory: int = 0
 
-    def to_dict(self) -> dict:
-        return asdict(self)
+
+@dataclass
+class DtypeReport(RunFacts, _Conversion):
+    """The keys of lowbit_report.json of a folder that was converted."""
 
 
 @takes_options
@@ -110,7 +105,7 @@ def convert_dtype(
     check_apart(folder, target)
     reader, shard_bytes = CheckpointReader(folder), parse_size(output.max_shard_size)
     report = replace(_planned(str(model), reader, name, shard_bytes), command=run.command)
-    report.source_revision = folder.name if folder.parent.name == "snapshots" else None  # of the Hub's cache
+    report.source_revision = revision_of(folder)
     with StagedFolder(target, output.overwrite) as staged:
         done = on_plan(report) if on_plan else _silent
         try:

@@ -9,9 +9,10 @@ from lowbit.checkpoint.writer import file_bytes, parse_size
 from lowbit.discovery import find_sites, skeleton
 from lowbit.folders.locate import open_headers
 from lowbit.options import FileOptions, HeadOption, RecipeOptions, SampleOptions, SourceOptions, takes_options
+from lowbit.quantization.calibrated.options import require_data_method
 from lowbit.quantization.forecast import forecast
 from lowbit.quantization.plan import Plan, make_plan
-from lowbit.quantization.run import make_recipe, require_data_method
+from lowbit.quantization.run import make_recipe
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 
 

@@ -21,15 +21,15 @@ from lowbit.options import (
     HeadOption,
     RecipeOptions,
     RunOptions,
-    SampleOptions,
     SourceOptions,
-    changed,
     keywords,
     takes_options,
 )
 from lowbit.quantization.calibrated.job import clear_finished
+from lowbit.quantization.calibrated.options import Calibration, needs_data, require_data_method
 from lowbit.quantization.calibrated.ranks import Ranks
-from lowbit.quantization.calibrated.run import Calibration, calibrate, needs_data
+from lowbit.quantization.calibrated.reporting import Reporting, silent
+from lowbit.quantization.calibrated.run import calibrate
 from lowbit.quantization.plan import Plan, make_plan
 from lowbit.quantization.report import Report
 from lowbit.quantization.write import write_checkpoint
@@ -111,9 +111,9 @@ def _write(
         with StagedFolder(target, run.overwrite) if ranks.first else nullcontext() as staged:
             progress = run.on_plan(plan) if run.on_plan and ranks.first else None
             if needs_data(plan.recipe):
-                job = calibrate(
-                    reader, config, plan, target, run.overwrite, data, ranks, report, progress, run.announce or _nothing
-                )
+                tell = run.announce if run.announce and ranks.first else silent
+                reporting = Reporting(report, progress or silent, tell)
+                job = calibrate(reader, config, plan, target, run.overwrite, data, ranks, reporting)
             if ranks.first:
                 write_checkpoint(reader, plan, staged, shard_bytes, report, progress, job.made if job else _nothing)
             report.seconds += time.perf_counter() - started
@@ -136,16 +136,6 @@ def _write(
 
 def _nothing(_: object) -> None:
     return None
-
-
-def require_data_method(recipe: Recipe, calibration: SampleOptions) -> None:
-    """Raise UsageError for an option that says how to calibrate, where nothing is calibrated."""
-    given = changed(calibration)
-    if given and not needs_data(recipe):
-        raise UsageError(
-            f"{given[0].name} is of runs with calibration data, and {recipe.method} of {recipe.scheme.name} takes "
-            "none: leave it out, or pass a method that does (gptq)"
-        )
 
 
 def make_recipe(asked: RecipeOptions, head: HeadOption) -> Recipe:

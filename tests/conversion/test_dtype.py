@@ -109,6 +109,17 @@ def test_the_plan_is_exact(dense, tmp_path):
     assert planned.file_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
 
 
+def test_keys_of_the_report(dense, tmp_path):
+    report = lowbit.convert_dtype(dense, tmp_path / "out", "FP16", command="what was typed")
+    stored = read_json(tmp_path / "out" / "lowbit_report.json")
+    assert stored == report.to_dict() and list(stored) == [
+        "source", "source_revision", "dtype", "source_bytes", "output_bytes", "file_bytes", "parameters",
+        "converted_tensors", "command", "clamped", "underflowed", "lowbit", "date", "versions", "machine", "seconds",
+        "peak_memory",
+    ]  # fmt: skip
+    assert stored["lowbit"] == lowbit.__version__ and stored["seconds"] > 0 and stored["peak_memory"] > 10**8
+
+
 def test_wrong_input(dense, tmp_path):
     with pytest.raises(UsageError, match="allowed: FP16, BF16"):
         lowbit.convert_dtype(dense, tmp_path / "out", "FP8")

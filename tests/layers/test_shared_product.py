@@ -290,6 +290,15 @@ def test_a_model_that_changes_its_input_between_the_calls_shares_nothing():
     assert shares(model) == [["q_proj", "k_proj", "v_proj"]]
 
 
+def test_a_linear_that_takes_a_view_multiplies_on_its_own():
+    """Its input is the same numbers, but another object: the product that was kept would not be found for it."""
+    model = quantized_in_place(tiny_model("llama"))
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0].view_as(args[0]),))
+    share_products(model)
+    assert shares(model) == [["q_proj", "k_proj", "v_proj"]]
+
+
 def test_nothing_is_looked_for_in_dense_models():
     dense = tiny_model("llama")
     dense.register_forward_pre_hook(lambda *_: pytest.fail("there is nothing to look for"))

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 
 import lowbit
 from lowbit.errors import UsageError
-from lowbit.quantization.calibrated import layer as calibrated
 from lowbit.quantization.calibrated import run as calibrate
+from lowbit.quantization.calibrated.layer_run import LayerRun
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantizers import QUANTIZERS
 
@@ -314,17 +314,15 @@ def test_inputs_that_are_always_zero(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
-def test_walking_again_gives_the_same_as_holding(architecture, tmp_path, monkeypatch, no_threads):
-    kept, init = [], calibrated.LayerRun.__init__
+def test_passes_started_again_give_the_same_as_passes_held(architecture, tmp_path, monkeypatch, no_threads):
+    kept, init = [], LayerRun.__init__
     monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 64)
-    monkeypatch.setattr(
-        calibrated.LayerRun, "__init__", lambda self, *args: (kept.append(args[-1]), init(self, *args))[1]
-    )
+    monkeypatch.setattr(LayerRun, "__init__", lambda self, *args: (kept.append(args[-1]), init(self, *args))[1])
     source = save_tiny(tmp_path / "source", architecture)
     held = gptq(source, tmp_path / "held", max_memory="100GB")
     again = gptq(source, tmp_path / "again", max_memory="1MB")
     assert kept == [True, True, False, False]
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
     assert contents(tmp_path / "held") == contents(tmp_path / "again")
     errors = [[layer["output_error"] for layer in report.layers] for report in (held, again)]
     assert errors[0] == errors[1]

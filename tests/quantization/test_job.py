@@ -384,17 +384,17 @@ def test_wrong_input_leaves_nothing(source, out, no_threads):
         with pytest.raises(LowbitError):
             gptq(source, out, **options)
         assert names(out.parent) == []
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
 
 
 def test_nan_in_the_middle(tmp_path, out, no_threads):
-    """Found when its layer comes; what was done until then stays, and the walks of the layer do not."""
+    """Found when its layer comes; what was done until then stays, and the forward passes of the layer do not."""
     source = save_tiny(tmp_path / "model")
     edit_tensors(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan))
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors holds 64 NaN"):
         gptq(source, out)
     assert not out.exists() and len(layer_files(out)) == 1
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
 
 
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -418,12 +418,12 @@ def test_missing_tensor(tmp_path, out, name):
     assert not out.exists()
 
 
-def test_failure_in_a_layer_ends_its_walks(source, out, no_threads, monkeypatch):
+def test_failure_in_a_layer_ends_its_passes(source, out, no_threads, monkeypatch):
     monkeypatch.setitem(QUANTIZERS, "spy", None)
     monkeypatch.setattr(spy_quantizer, "quantize", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize(source, out, dataset=IDS, **spy_quantizer.install())
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
 
 
 def test_output_that_is_the_folder_we_are_in(source, tmp_path, monkeypatch):

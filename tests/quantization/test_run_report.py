@@ -13,12 +13,12 @@ import lowbit
 from lowbit.checkpoint.report_file import load_report, save_report
 from lowbit.errors import InputError, OutputError
 
-KEYS = {
-    "lowbit", "date", "source", "source_revision", "recipe", "format", "command", "versions", "machine", "seconds",
-    "peak_memory", "expected_peak", "source_bytes", "output_bytes", "parameters", "quantized_tensors",
-    "bits_per_weight", "quantized_share", "left_alone", "fallbacks", "calibration", "parts", "layers",
-    "decoder_layers", "quality",
-}  # fmt: skip
+KEYS = [
+    "source", "source_revision", "recipe", "format", "command", "source_bytes", "output_bytes", "parameters",
+    "quantized_tensors", "quantized_share", "bits_per_weight", "fallbacks", "left_alone", "parts", "lowbit", "date",
+    "versions", "machine", "seconds", "peak_memory", "expected_peak", "calibration", "quality", "decoder_layers",
+    "layers",
+]  # fmt: skip
 LAYER_KEYS = {"name", "module", "kind", "scheme", "shape", "source_bytes", "bytes", "error"}
 MEASURED_KEYS = {
     "tokens", "damping", "objective", "moved", "seconds", "note", "output_error", "output_error_to_original",
@@ -37,7 +37,7 @@ def test_every_run_leaves_one(architecture, calibrated, tmp_path):
     quantize = quick_gptq if calibrated else lowbit.quantize
     report = quantize(source, tmp_path / "out", scheme="W4A16_ASYM", group_size=16, command="what was typed")
     stored = read_json(tmp_path / "out" / "lowbit_report.json")
-    assert stored == load_report(tmp_path / "out") == report.to_dict() and stored.keys() == KEYS
+    assert stored == load_report(tmp_path / "out") == report.to_dict() and list(stored) == KEYS
     assert stored["lowbit"] == stored["versions"]["lowbit"] == lowbit.__version__
     assert stored["versions"]["torch"] == version("torch") and stored["command"] == "what was typed"
     assert stored["seconds"] > 0 and stored["peak_memory"] > 10**8 and stored["machine"]

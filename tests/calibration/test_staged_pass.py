@@ -1,4 +1,4 @@
-"""Walks through small layers: stages in their true order, pauses in which weights are replaced, threads that end."""
+"""Staged passes: stages in their true order, pauses in which weights are replaced, threads that end."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
+from lowbit.calibration.staged_pass import Stage, StagedPass, expert_input, find_stages
 
 WIDTH = 6
 
@@ -129,9 +129,9 @@ def true_inputs(module, x):
 
 
 @pytest.fixture(autouse=True)
-def every_walk_ends(no_threads):
+def every_pass_ends(no_threads):
     yield
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
 
 
 def test_stages_are_in_the_order_of_use_and_share_what_is_one_input():
@@ -205,26 +205,26 @@ def test_every_way_to_multiply_is_seen(product):
 
     stages = find_stages(run, weights)
     assert names(stages) == [("one",), ("two",)]
-    walk = Walk(run, stages, weights)
-    assert torch.equal(walk.to(0), x)
-    torch.testing.assert_close(walk.to(1), torch.tanh(product(x, weights["one"].detach())))
-    torch.testing.assert_close(walk.to_end(), run().detach())
+    staged = StagedPass(run, stages, weights)
+    assert torch.equal(staged.to(0), x)
+    torch.testing.assert_close(staged.to(1), torch.tanh(product(x, weights["one"].detach())))
+    torch.testing.assert_close(staged.to_end(), run().detach())
 
 
-def walk_through(module, x, stages=None):
-    return Walk(lambda: module(x), stages or stages_of(module, x), parameters_of(module))
+def staged_through(module, x, stages=None):
+    return StagedPass(lambda: module(x), stages or stages_of(module, x), parameters_of(module))
 
 
-def test_a_walk_arrives_with_the_true_inputs():
+def test_a_pass_arrives_with_the_true_inputs():
     block, x = Block(), batch()
     wanted = true_inputs(block, x)
     for visited in ([0, 1, 2, 3], [2], [1, 3], []):
-        walk = walk_through(block, x)
+        staged = staged_through(block, x)
         for stage in visited:
-            arrived = walk.to(stage)
+            arrived = staged.to(stage)
             assert torch.equal(arrived, wanted[BLOCK_STAGES[stage][0]][0]) and not arrived.requires_grad
-            assert walk.to(stage) is arrived
-        output = walk.to_end()
+            assert staged.to(stage) is arrived
+        output = staged.to_end()
         assert torch.equal(output, block(x)) and not output.requires_grad
 
 
@@ -250,14 +250,14 @@ def test_what_joins_the_residual_stream():
     assert not any(stage.joins for stage in find_stages(run, parameters, x))
 
 
-def test_a_walk_knows_the_residual_stream():
+def test_a_pass_knows_the_residual_stream():
     block, x = Block(), batch()
     after = x + block.b(true_inputs(block, x)["b"][0])
-    walk = Walk(lambda: block(x), stages_of(block, x), parameters_of(block), x)
-    seen = [walk.to(stage) is not None and walk.stream for stage in range(4)]
+    staged = StagedPass(lambda: block(x), stages_of(block, x), parameters_of(block), x)
+    seen = [staged.to(stage) is not None and staged.stream for stage in range(4)]
     assert all(stream is x for stream in seen[:2]) and all(torch.equal(stream, after) for stream in seen[2:])
-    walk.to_end()
-    assert walk.stream is None  # nothing is held
+    staged.to_end()
+    assert staged.stream is None  # nothing is held
 
 
 def test_the_residual_stream_of_the_first_layer():
@@ -272,11 +272,11 @@ def test_the_residual_stream_of_the_first_layer():
 
     stages = find_stages(run, parameters)
     assert [stage.joins for stage in stages] == [False, True]
-    walk = Walk(run, stages, parameters)
-    assert walk.to(0) is not None and walk.stream is None
+    staged = StagedPass(run, stages, parameters)
+    assert staged.to(0) is not None and staged.stream is None
     embedded = batch().sin()
-    assert walk.to(1) is not None and torch.equal(walk.stream, embedded + one(embedded))
-    walk.to_end()
+    assert staged.to(1) is not None and torch.equal(staged.stream, embedded + one(embedded))
+    staged.to_end()
 
 
 def replace(module, names):
@@ -310,11 +310,11 @@ def test_weights_replaced_in_a_pause_are_used():
     block, x = Block(), batch()
     stages, before = stages_of(block, x), block(x)
     state = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    walk, arrivals = walk_through(block, x), []
+    staged, arrivals = staged_through(block, x), []
     for number, stage in enumerate(stages):
-        arrivals.append(walk.to(number))
+        arrivals.append(staged.to(number))
         replace(block, stage.parameters)
-    output = walk.to_end()
+    output = staged.to_end()
     block.load_state_dict(state)
     wanted, wanted_output = naive(block, x, stages)
     assert_arrivals(arrivals, wanted, stages)
@@ -322,20 +322,20 @@ def test_weights_replaced_in_a_pause_are_used():
 
 
 @pytest.mark.parametrize("by_keyword", [False, True], ids=["positional", "keyword"])
-def test_many_walks_at_once(by_keyword):
+def test_many_passes_at_once(by_keyword):
     """Through experts too; every third batch does not use them, and gives None there."""
     torch.manual_seed(1)
     module = Mixture(by_keyword)
     batches = [batch(seed, tokens=2 + seed % 5, sign=-1 if seed % 3 == 0 else 1) for seed in range(40)]
-    module.experts.register_forward_pre_hook(Walk.at_experts("experts"), with_kwargs=True)
+    module.experts.register_forward_pre_hook(StagedPass.at_experts("experts"), with_kwargs=True)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    walks = [walk_through(module, x, MIXTURE_STAGES) for x in batches]
+    passes = [staged_through(module, x, MIXTURE_STAGES) for x in batches]
     arrivals = [[] for _ in batches]
     for number, stage in enumerate(MIXTURE_STAGES):
-        for walk, arrived in zip(walks, arrivals, strict=True):
-            arrived.append(walk.to(number))
+        for staged, arrived in zip(passes, arrivals, strict=True):
+            arrived.append(staged.to(number))
         replace(module, stage.parameters)
-    outputs = [walk.to_end() for walk in walks]
+    outputs = [staged.to_end() for staged in passes]
     module.by_keyword = False  # for hooks that see positional arguments
     for x, arrived, output in zip(batches, arrivals, outputs, strict=True):
         module.load_state_dict(state)
@@ -345,15 +345,15 @@ def test_many_walks_at_once(by_keyword):
         assert torch.equal(output, wanted_output)
 
 
-def test_only_walks_of_these_experts_pause_at_the_hook():
+def test_only_passes_of_these_experts_pause_at_the_hook():
     module, x = Mixture(), batch()
     expected = module(x)
-    handle = module.experts.register_forward_pre_hook(Walk.at_experts("experts"), with_kwargs=True)
-    assert torch.equal(module(x), expected)  # no walk
+    handle = module.experts.register_forward_pre_hook(StagedPass.at_experts("experts"), with_kwargs=True)
+    assert torch.equal(module(x), expected)  # no staged pass
     linears = [stage for stage in MIXTURE_STAGES if stage.experts is None]
     parameters = {name: p for name, p in parameters_of(module).items() if p.ndim == 2}
-    walk = Walk(lambda: module(x), linears, parameters)
-    assert walk.to(0) is not None and walk.to(2) is not None and torch.equal(walk.to_end(), expected)
+    staged = StagedPass(lambda: module(x), linears, parameters)
+    assert staged.to(0) is not None and staged.to(2) is not None and torch.equal(staged.to_end(), expected)
     handle.remove()
 
 
@@ -376,28 +376,28 @@ def test_abandoning_ends_the_pass_at_once_and_frees_what_it_holds(moves):
         finally:
             cleaned.append(local is not closed_over)
 
-    walk = Walk(run, stages_of(block, x), parameters_of(block))
+    staged = StagedPass(run, stages_of(block, x), parameters_of(block))
     del run, closed_over
     done.clear()
-    watched += [weakref.ref(walk.to(stage)) for stage in moves]
+    watched += [weakref.ref(staged.to(stage)) for stage in moves]
     before = len(done)
-    walk.abandon()
+    staged.abandon()
     gc.collect()
     assert len(done) == before and len(cleaned) == bool(moves)  # what has not begun does not begin
     assert all(reference() is None for reference in watched)
-    walk.abandon()  # again: nothing to do
+    staged.abandon()  # again: nothing to do
 
 
-def test_a_finished_walk_holds_nothing():
+def test_a_finished_pass_holds_nothing():
     block, x, closed_over = Block(), batch(), Watched()
-    walk = Walk(lambda _=closed_over: block(x), stages_of(block, x), parameters_of(block))
-    output = walk.to_end()
+    staged = StagedPass(lambda _=closed_over: block(x), stages_of(block, x), parameters_of(block))
+    output = staged.to_end()
     assert torch.equal(output, block(x))
     watched = [weakref.ref(closed_over), weakref.ref(output)]
     del closed_over, output
     assert all(reference() is None for reference in watched)
-    walk.abandon()  # nothing to do
-    assert walk.to(1) is None
+    staged.abandon()  # nothing to do
+    assert staged.to(1) is None
 
 
 @pytest.mark.parametrize("where", ["before", "between", "after"])
@@ -415,19 +415,19 @@ def test_an_error_in_the_pass_is_raised_to_the_caller(where, kind):
         raise error
 
     stages = [Stage(("z.weight",)), Stage(("b.weight",))]
-    walk = Walk(run, stages, {"z.weight": block.z.weight, "b.weight": block.b.weight})
+    staged = StagedPass(run, stages, {"z.weight": block.z.weight, "b.weight": block.b.weight})
     stops = {"before": 0, "between": 1, "after": 2}[where]
     for stage in range(stops):
-        assert walk.to(stage) is not None
+        assert staged.to(stage) is not None
     with pytest.raises(kind) as caught:
-        walk.to_end() if stops == 2 else walk.to(stops)
+        staged.to_end() if stops == 2 else staged.to(stops)
     assert caught.value is error
-    walk.abandon()
+    staged.abandon()
 
 
-def test_the_error_of_one_walk_leaves_the_others_alone():
+def test_the_error_of_one_pass_leaves_the_others_alone():
     block = Block()
-    good, bad = walk_through(block, batch()), Walk(lambda: block(torch.ones(2, 99)), [], {})
+    good, bad = staged_through(block, batch()), StagedPass(lambda: block(torch.ones(2, 99)), [], {})
     assert good.to(0) is not None
     with pytest.raises(RuntimeError):
         bad.to_end()

@@ -2,31 +2,26 @@
 
 Quantizing a layer in its true order means: measure the inputs of its first linears, quantize them, measure the inputs
 of the next ones as the quantized layer now computes them, and so on. Run naively, that is the layer once per step. A
-`Walk` is a forward pass in a thread of its own that pauses at the first use of the weights of each `Stage` and goes on
-when those weights have been replaced in place: every batch runs through the layer once. Only one walk moves at a time.
+`StagedPass` is a forward pass in a thread of its own that pauses at the first use of the weights of each `Stage` and
+goes on when those weights have been replaced in place: every batch runs through the layer once. Only one pass moves at
+a time.
 
-Nothing here knows an architecture: products are seen where torch executes them, and weights are known by their address.
+Nothing here knows an architecture: products are seen where torch executes them, and which of them read the same input
+is for `discovery.shared_inputs` to say. What is followed here besides is the residual stream: not who reads a tensor,
+but which sums it enters.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from lowbit.torch_api import version_of
+from lowbit.discovery.shared_inputs import Products, SharedInputs, with_versions
+from lowbit.torch_api import place_of
 
-# function -> positions of the input and of the weight among its arguments
-_PRODUCTS = {
-    torch.nn.functional.linear: (0, 1),
-    torch.Tensor.matmul: (0, 1),
-    torch.Tensor.__matmul__: (0, 1),
-    torch.matmul: (0, 1),
-    torch.mm: (0, 1),
-    torch.addmm: (1, 2),
-}
 _SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 
 
@@ -44,72 +39,64 @@ class Stage:
     joins: bool = False
 
 
-class Products(TorchFunctionMode):
-    """Calls `seen(parameter, input)` before each product of an input with one of the weights at `addresses`, and
-    follows the residual stream: first what the layer was given, then each sum that it enters. Where that is not known,
-    the stream begins with the first sum that such a product enters.
+class ResidualStream(Products):
+    """Products of the `weights`, and the residual stream around them: first `stream`, what the layer was given, then
+    each sum that it enters. Where that is not known, the stream begins with the first sum that such a product enters.
 
     joining: the weights whose products were added to the stream while it was known.
     """
 
     def __init__(
-        self, addresses: dict[int, str], seen: Callable[[str, torch.Tensor], None], stream: torch.Tensor | None = None
+        self,
+        weights: Mapping[str, torch.Tensor],
+        seen: Callable[[str, torch.Tensor], None],
+        stream: torch.Tensor | None = None,
     ):
-        self._addresses, self._seen, self.stream = addresses, seen, stream
-        self._latest: tuple[str, torch.Tensor] | None = None
+        super().__init__(weights, seen)
+        self.stream = stream
         self.joining: set[str] = set()
+        self._latest: tuple[str, torch.Tensor] | None = None
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        parameter = None
-        if function in _PRODUCTS:
-            first, second = _PRODUCTS[function]
-            if len(args) > second and (parameter := self._addresses.get(args[second].data_ptr())) is not None:
-                self._seen(parameter, args[first])
-        result = function(*args, **(kwargs or {}))
-        if parameter is not None:
-            self._latest = parameter, result
+    def called(self, function: Callable, args: tuple, result: Any, name: str | None) -> None:
+        if name is not None:
+            self._latest = name, result
         elif function in _SUMS and all(isinstance(a, torch.Tensor) and a.shape == result.shape for a in args[:2]):
-            self._follow([a.data_ptr() for a in args[:2]], result)
-        return result
+            self._follow([place_of(a) for a in args[:2]], result)
 
-    def _follow(self, operands: list[int], total: torch.Tensor) -> None:
-        """A sum of tensors at the addresses `operands` was made."""
-        parameter, product = self._latest or ("", None)
-        joins = product is not None and product.data_ptr() in operands
+    def _follow(self, operands: list[tuple[int, int]], total: torch.Tensor) -> None:
+        """Follow the stream into the sum `total` of tensors at the places `operands`."""
+        name, product = self._latest or ("", None)
+        joins = product is not None and place_of(product) in operands
         if self.stream is None:
             self.stream = total if joins else None
-        elif self.stream.data_ptr() in operands:
+        elif place_of(self.stream) in operands:
             self.stream = total
             if joins:
-                self.joining.add(parameter)
-
-
-def addresses(parameters: dict[str, nn.Parameter]) -> dict[int, str]:
-    """Where the matrices of the parameters start: one for each expert of a 3-D parameter."""
-    return {
-        matrix.data_ptr(): name
-        for name, parameter in parameters.items()
-        for matrix in (parameter if parameter.ndim == 3 else (parameter,))
-    }
+                self.joining.add(name)
 
 
 def find_stages(
     run: Callable[[], object], parameters: dict[str, nn.Parameter], hidden: torch.Tensor | None = None
 ) -> list[Stage]:
-    """The stages of a layer in the order in which `run`, one forward pass through it, uses `parameters`.
+    """Find the stages of a layer.
 
-    hidden: the hidden states that the layer is given, the residual stream at its beginning.
+    Args:
+        run: One forward pass through it.
+        parameters: Name -> weight, in any order.
+        hidden: The hidden states that the layer is given, the residual stream at its beginning.
+
+    Returns:
+        The stages in the order in which the pass uses the parameters.
     """
     order: dict[object, list[str]] = {}
-    kept = []  # inputs stay alive, or a later one could come to lie at the address of an earlier one
+    inputs = SharedInputs()
 
-    def seen(parameter: str, x: torch.Tensor) -> None:
-        kept.append(x)
-        key = _experts_module(parameters, parameter) or (x.data_ptr(), version_of(x), x.shape[-1], x.numel())
-        if not any(parameter in names for names in order.values()):
-            order.setdefault(key, []).append(parameter)
+    def seen(name: str, x: torch.Tensor) -> None:
+        key = _experts_module(parameters, name) or inputs.number_of(x)
+        if not any(name in names for names in order.values()):
+            order.setdefault(key, []).append(name)
 
-    with torch.no_grad(), Products(addresses(parameters), seen, hidden) as mode:
+    with with_versions(), ResidualStream(parameters, seen, hidden) as mode:
         run()
     return [
         Stage(tuple(names), _experts_module(parameters, names[0]), len(names) == 1 and names[0] in mode.joining)
@@ -125,26 +112,30 @@ class _Abandoned(BaseException):
     """Unwinds a paused forward pass that nobody waits for any more."""
 
 
-class Walk:
+class StagedPass:
     """One forward pass `run() -> output` of a layer, paused before each stage."""
 
     _current = threading.local()
 
     def __init__(
-        self, run: Callable[[], torch.Tensor], stages: list[Stage], parameters: dict[str, nn.Parameter],
+        self,
+        run: Callable[[], torch.Tensor],
+        stages: list[Stage],
+        parameters: dict[str, nn.Parameter],
         hidden: torch.Tensor | None = None,
-    ):  # fmt: skip
-        self._run, self._output = run, None
+    ):
+        self._run: Callable[[], torch.Tensor] | None = run
+        self._output: torch.Tensor | None = None
         self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage.parameters}
         self._stage_of_experts = {stage.experts: number for number, stage in enumerate(stages)}
-        self._mode = Products(addresses(parameters), self._at_product, hidden)
+        self._mode: ResidualStream | None = ResidualStream(parameters, self._at_product, hidden)
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._reached = self._wanted = -1  # stage numbers
         self._arrival = None
         self._failure: BaseException | None = None
         self._abandoned = self._finished = False
-        # a daemon: a walk that is never resumed must not keep the process from ending
-        threading.Thread(target=self._main, name="lowbit-walk", daemon=True).start()
+        # a daemon: a pass that is never resumed must not keep the process from ending
+        threading.Thread(target=self._main, name="lowbit-staged-pass", daemon=True).start()
 
     def to(self, stage: int):
         """Go on to `stage`: its input [..., K], or the arguments (hidden states, expert indices, ...) that its experts
@@ -181,16 +172,16 @@ class Walk:
 
     def _main(self) -> None:
         self._go.acquire()
-        Walk._current.walk = self
+        StagedPass._current.staged = self
         try:
             with torch.no_grad(), self._mode:
                 if not self._abandoned:
                     self._output = self._run()
         except _Abandoned:
             pass
-        except BaseException as error:  # raised again where the walk is waited for
+        except BaseException as error:  # raised again where the pass is waited for
             self._failure = error
-        # nothing is held once it is through: not even by the cycle of a walk and its mode
+        # nothing is held once it is through: not even by the cycle of a pass and its mode
         self._finished, self._arrival, self._run, self._mode, self._reached = True, None, None, None, -1
         self._paused.release()
 
@@ -213,12 +204,12 @@ class Walk:
 
     @classmethod
     def at_experts(cls, name: str) -> Callable:
-        """A forward pre-hook (with keywords) for the experts module `name`: walks that enter it pause there."""
+        """A forward pre-hook (with keywords) for the experts module `name`: passes that enter it pause there."""
 
         def hook(module, args, kwargs):
-            walk = getattr(cls._current, "walk", None)
-            if walk is not None and (stage := walk._stage_of_experts.get(name, -1)) > walk._reached:
-                walk._arrive(stage, (*args, *kwargs.values()))
+            staged = getattr(cls._current, "staged", None)
+            if staged is not None and (stage := staged._stage_of_experts.get(name, -1)) > staged._reached:
+                staged._arrive(stage, (*args, *kwargs.values()))
 
         return hook
 
@@ -239,7 +230,7 @@ def expert_input(module, parameter: nn.Parameter, expert: int, hidden: torch.Ten
     index = torch.full((len(hidden), 1), expert, dtype=routing.dtype, device=routing.device)
     weights = torch.ones(len(hidden), 1, dtype=hidden.dtype, device=hidden.device)
     try:
-        with torch.no_grad(), Products({parameter[expert].data_ptr(): ""}, seen):
+        with torch.no_grad(), Products({"": parameter[expert]}, seen):
             module.forward(hidden, index, weights)
     except _Enough:
         pass
