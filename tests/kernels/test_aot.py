@@ -97,11 +97,11 @@ def test_kernels_compile_for_amd(tmp_path):
 
 @needs_triton
 def test_defaults_on_amd_are_what_is_compiled_for_it(monkeypatch):
-    from lowbit_kernels import gemm, skinny
+    from lowbit_kernels import gemm, launching, skinny
     from lowbit_kernels.layout import Layout
 
     monkeypatch.setattr(gemm, "AMD", True)
-    monkeypatch.setattr(skinny, "FEWEST_ROWS", 16)
+    monkeypatch.setattr(launching, "FEWEST_ROWS", 16)
     compiled = [one for one in shipped.SHIPPED if one.kernel in ("skinny", "gemm") and one.also == shipped.AMD]
     assert {(one.kernel, one.bits) for one in compiled} >= {(k, bits) for k in ("skinny", "gemm") for bits in (2, 3, 8)}
     for one in compiled:

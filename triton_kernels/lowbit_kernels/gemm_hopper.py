@@ -1,10 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""33 rows of x and more on Hopper, in Gluon: out^T = W x^T with the packed weight as the tensor core's left operand,
+"""33 rows of x and more on Hopper, in Gluon: y^T = W x^T with the packed weight as the tensor core's left operand,
 straight from global memory into registers.
+
+    y[m, n] = sum over k of w[n, k] * x[m, k] + bias[n],   w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g] in 16 bits
 
     producer, 1 warp         copies tiles of x [BM, 128] into a ring in shared memory (TMA)
     consumers, 2 x 4 warps   own 64 rows of W each: while the tensor core works on one tile of 128 inputs, they decode
                              the next from registers and load the one after it
+
+                 ring in shared memory, STAGES x [BM, 128]
+    producer --> | x turn t | x turn t+1 | x turn t+2 | ...      ready[stage]: TMA has written; free: both have read
+                      |           |
+    consumer 0   W[64, 128] @ x^T  -> y^T [ 0 .. 63, BM]         program (block, part): block % ceil(M / BM) is the tile
+    consumer 1   W[64, 128] @ x^T  -> y^T [64 .. 127, BM]        of rows of x, the quotient that of 128 rows of W; it
+                                                                 walks `part_turns` turns of 128 inputs
+
+    time, of a consumer:   wgmma a(t)          wgmma b(t+1)        wgmma a(t+2)
+                           decode b(t+1)       decode a(t+2)       ...
+                           load t+2            load t+3
+
+    SPLIT > 1: each consumer stores its sums [64, BM] to `partials`; the last to arrive adds them (epilogue.py)
 
 A weight never touches shared memory: frag32 hands every lane the codes of its own operand registers, and the change
 of layout to the operand is asserted to be a renaming of registers (`assert_trivial`), so that compiling proves it. The
@@ -16,6 +31,8 @@ so that one keeps the tensor core busy while the other waits or decodes.
 Proven ahead of time only, by scripts/kernel_report.py: it compiles unchanged with Triton 3.6 and 3.9, spills nothing
 and touches no register of a wgmma that may still run. It has never been executed: until a GPU run says otherwise, do
 not select it without comparing its results.
+
+Cf. Machete (vLLM), whose packed weight is the left operand from registers too; CUTLASS's warp-specialised kernels.
 """
 
 from dataclasses import dataclass
@@ -33,9 +50,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lowbit_kernels import launching
 from lowbit_kernels.decode import fragment, half_of, scaled
+from lowbit_kernels.epilogue import store_part
 from lowbit_kernels.layout import PER_CHANNEL, Layout
-from lowbit_kernels.skinny import Workspace, check_config, check_launch, workspace_of
 
 STEP = gl.constexpr(128)  # inputs of a turn: one K tile of four bits, two of eight
 ROWS = gl.constexpr(64)  # of W, what the four warps of a wgmma hold
@@ -47,20 +65,19 @@ SHARED_MEMORY = 226 * 1024  # of a program, less some for barriers
 
 # Renamed between Triton 3.6 and 3.9
 tma_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(launching.Config):
     """block_m: rows of a program, stages: tiles of x in shared memory, split: programs that share the inputs of an
     output tile."""
 
-    block_m: int = 128
-    stages: int = 4
-    split: int = 1
+    block_m: int = launching.one_of(128, choices=(64, 128, 256))
+    stages: int = launching.at_least(2, default=4)
+    split: int = launching.at_least(1, default=1)
 
-    def __post_init__(self):
-        check_config(self, block_m=(64, 128, 256), stages=2, split=1)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.stages * self.block_m * STEP.value * 2 > SHARED_MEMORY:
             raise ValueError(f"stages is {self.stages}, too many for block_m {self.block_m} in shared memory")
         if self.block_m == 256 and self.split > 1:
@@ -93,18 +110,33 @@ def launch(
     *,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    workspace: Workspace | None = None,
+    workspace: launching.Workspace | None = None,
 ) -> torch.Tensor:
-    """y [M, N] = x @ W^T + bias, like `skinny.launch`: weights rounded once more when they are scaled, sums
-    in float32, one rounding at the end.
+    """y = x @ W^T + bias: weights rounded once more when they are scaled, sums in float32, one rounding at the end.
 
-    x layout.dtype [M, K], rows a multiple of 16 bytes apart; weight, meta as `layout` says; bias [N]; out [M, N]
-    contiguous; all of layout.dtype and on one Hopper GPU. The result depends on config, not on which program finishes
-    first.
+    The result depends on config, not on which program finishes first. Everything on one Hopper GPU.
+
+    Args:
+        x: layout.dtype [M, K], rows a multiple of 16 bytes apart, the first aligned to 16 bytes.
+        weight: int16, layout.weight_shape, of 4 or 8 bits.
+        meta: int32, layout.meta_shape.
+        layout: of the packed weight W [N, K].
+        config: see `refusal`.
+        bias: layout.dtype [N].
+        out: y itself, layout.dtype, contiguous.
+        workspace: of partial sums, where the inputs are split; that of the current stream if None.
+
+    Returns:
+        y [M, N], layout.dtype.
+
+    Raises:
+        ValueError: an argument does not fit `layout`, or `refusal` has a reason.
     """
     layout.check(weight, meta)
     rows = len(x)
-    out = check_launch(x, weight, layout, ROWS.value, bias, None, False, out, rows)
+    launching.check_input(x, weight, layout)
+    launching.check_blocks(layout, ROWS.value)
+    out = launching.Ending(bias=bias, out=out).output(rows, layout, x.device)
     if out.dtype != x.dtype:
         raise ValueError(f"out is {out.dtype}, expected {x.dtype}")
     if why := refusal(layout, config, x):
@@ -117,11 +149,9 @@ def launch(
     part = triton.cdiv(turns, 2 * config.split) * 2
     split = triton.cdiv(turns, part)  # a program without inputs would be waste
     blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(layout.padded_out, ROWS.value * CONSUMERS.value)
-    partials = counters = None
-    if split > 1:
-        consumers = blocks * CONSUMERS.value
-        workspace = workspace or workspace_of(x.device)
-        partials, counters = workspace.get(consumers * split * ROWS.value * config.block_m, consumers)
+    partials, counters = launching.split_buffers(
+        workspace, x.device, split, blocks * CONSUMERS.value, ROWS.value * config.block_m
+    )
     tiles = TensorDescriptor.from_tensor(x, [config.block_m, STEP.value], x_layout())
     with torch.cuda.device_of(x):
         hopper_kernel[blocks, split](
@@ -298,10 +328,7 @@ def _consume(
         n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
         m = gl.arange(0, BM, layout=gl.SliceLayout(0, SUMS))
         at = partials + consumer.to(gl.int64) * (SPLIT * ROWS * BM) + (n[:, None] * BM + m[None, :])
-        gl.store(at + gl.program_id(1) * (ROWS * BM), acc)
-        barrier()
-        arrived = gl.atomic_add(counters + consumer, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
+        if store_part(at, acc, counters, consumer, gl.program_id(1), SPLIT, ROWS * BM):
             total = gl.load(at, cache_modifier=".cg")
             for i in range(1, SPLIT):
                 total += gl.load(at + i * (ROWS * BM), cache_modifier=".cg")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, int8, int8_layout, ops, reference, select, skinny
+from lowbit_kernels import gemm, gemm_hopper, int8, int8_layout, launching, ops, reference, select, skinny
 from lowbit_kernels.int8_layout import Int8Layout
 from lowbit_kernels.layout import SLICES, Layout, pack
 from lowbit_kernels.timing import copies_for, microseconds
@@ -37,9 +37,8 @@ def candidates(layout: Layout | Int8Layout, rows: int, gpu: select.Gpu) -> Itera
 
 
 def _skinny(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
-    block_m = max(skinny.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64)
-    most = {8: 4, 4: 2}.get(layout.bits, 1)
-    tiles = next(t for t in (4, 2, 1) if t <= most and layout.tiles % t == 0)
+    block_m = max(launching.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64)
+    tiles = skinny.default_tiles(layout)
     for block_n, warps in ((32, 1), (64, 2), (64, 4), (128, 4)):
         if layout.padded_out % block_n:
             continue
@@ -67,7 +66,7 @@ def _gemm(layout: Layout, rows: int) -> Iterator[tuple[str, object]]:
 
 def _int8(layout: Int8Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
     most = max(16, 2 * rows)
-    for block_m in (size for size in (8, 16, 32, 64, 128, 256) if skinny.FEWEST_ROWS <= size <= most):
+    for block_m in (size for size in (8, 16, 32, 64, 128, 256) if launching.FEWEST_ROWS <= size <= most):
         for block_n, warps in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
             if layout.padded_out % block_n or block_m * block_n > 4096 * warps:
                 continue
