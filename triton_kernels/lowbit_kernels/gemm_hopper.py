@@ -199,37 +199,38 @@ def _load_words(at, turn, last, stride, GROUP: gl.constexpr, SYM: gl.constexpr):
 
 
 @gluon.jit
+def _spread(v, SHAPE: gl.constexpr):
+    """[row tile, g, rh] -> SHAPE, that of the codes: a row's number for each of them."""
+    return v[None, None, :, :, None, None, :, None].broadcast_to(SHAPE)
+
+
+@gluon.jit
 def _slice(
     codes, words, P: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr
 ):
     """Slice `P` of a K tile, decoded and scaled."""
     NUMBER: gl.constexpr = P * 32 // GROUP
     if SYM:
-        scale = half_of(words[NUMBER // 2], NUMBER % 2, DTYPE)
+        scale = _spread(half_of(words[NUMBER // 2], NUMBER % 2, DTYPE), codes.shape)
         summand = scale
     else:
-        scale = half_of(words[NUMBER], 0, DTYPE)
-        summand = half_of(words[NUMBER], 1, DTYPE)
+        scale = _spread(half_of(words[NUMBER], 0, DTYPE), codes.shape)
+        summand = _spread(half_of(words[NUMBER], 1, DTYPE), codes.shape)
     return scaled(fragment(codes, codes, codes, summand, P, BITS, SYM, DTYPE, True), scale, DTYPE, True)
 
 
 @gluon.jit
 def _operand(
-    codes, words, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr
-):
+    codes, words, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr,
+    CODES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     """The left operand [ROWS, STEP] of a turn. codes: [K tile, half slice kb, row tile nt 4] x [g, c, kh, rh, e]."""
-    SHAPE: gl.constexpr = (BITS // 4, 2, 4, 8, 4, 2, 2, 2)
-    codes = gl.reshape(codes, SHAPE)
-    spread = (gl.reshape(words[0], SHAPE),)
-    for i in gl.static_range(1, len(words)):
-        spread = spread + (gl.reshape(words[i], SHAPE),)  # noqa: RUF005
-    value = gl.join(
-        _slice(codes, spread, 0, BITS, GROUP, SYM, DTYPE), _slice(codes, spread, 1, BITS, GROUP, SYM, DTYPE)
-    )
+    codes = gl.convert_layout(gl.reshape(codes, (BITS // 4, 2, 4, 8, 4, 2, 2, 2)), CODES, assert_trivial=True)
+    value = gl.join(_slice(codes, words, 0, BITS, GROUP, SYM, DTYPE), _slice(codes, words, 1, BITS, GROUP, SYM, DTYPE))
     # rows nt, rh, g; inputs K tile, slice, kb, kh, c, e
     if BITS == 4:
         more = gl.join(
-            _slice(codes, spread, 2, BITS, GROUP, SYM, DTYPE), _slice(codes, spread, 3, BITS, GROUP, SYM, DTYPE)
+            _slice(codes, words, 2, BITS, GROUP, SYM, DTYPE), _slice(codes, words, 3, BITS, GROUP, SYM, DTYPE)
         )
         value = gl.permute(gl.join(value, more), (2, 6, 3, 0, 9, 8, 1, 5, 4, 7))
     else:
@@ -291,26 +292,36 @@ def _consume(
     # an odd number of 64 rows: the last consumer reads rows that exist, and stores nothing
     tile = gl.minimum(column // 16 + piece % 4, padded_out // 16 - 1)
     codes_at = (weight + tile.to(gl.int64) * (all_turns * SIZE) + piece // 4 * 256)[:, None] + halfword[None, :]
-    # the row of a halfword: lane 4g + c, halfword 4kh + 2rh + e
-    words_at = meta + ((tile * 16)[:, None] + (halfword // 32 + 8 * (halfword // 2 % 2))[None, :])
+    # the same in dimensions (K tile, kb, row tile, g, c, kh, rh, e): lane 4g + c, halfword 4kh + 2rh + e. So a lane
+    # loads one word for each of its rows, not one for each of its codes
+    CODES: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 8, 4, 1, 1, 1], [1, 1, 4, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2, 1, 0]
+    )
+    HALVES: gl.constexpr = gl.SliceLayout(4, gl.SliceLayout(5, gl.SliceLayout(7, CODES)))  # K tile, kb, nt, g, rh
+    GRID: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, HALVES))  # nt, g, rh
+    nt = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, GRID)))
+    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, GRID)))
+    rh = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, GRID)))
+    first_of_tile = gl.minimum(column // 16 + nt, padded_out // 16 - 1) * 16
+    words_at = meta + (first_of_tile[:, None, None] + g[None, :, None] + 8 * rh[None, None, :])
 
     last = all_turns - 1
     acc = gl.zeros((ROWS, BM), gl.float32, SUMS)
     codes = _load(codes_at, first, last, SIZE)
     words = _load_words(words_at, first, last, padded_out, GROUP, SYM)
-    a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+    a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, CODES, LEFT)
     codes = _load(codes_at, first + 1, last, SIZE)
     words = _load_words(words_at, first + 1, last, padded_out, GROUP, SYM)
     for turn in range(0, turns, 2):
         running = _start(a, acc, ring, ready, turn, STAGES)
-        b = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+        b = _operand(codes, words, BITS, GROUP, SYM, DTYPE, CODES, LEFT)
         codes = _load(codes_at, first + turn + 2, last, SIZE)
         words = _load_words(words_at, first + turn + 2, last, padded_out, GROUP, SYM)
         acc = warpgroup_mma_wait(0, deps=[running])
         mbarrier.arrive(free.index(turn % STAGES))
 
         running = _start(b, acc, ring, ready, turn + 1, STAGES)
-        a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+        a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, CODES, LEFT)
         codes = _load(codes_at, first + turn + 3, last, SIZE)
         words = _load_words(words_at, first + turn + 3, last, padded_out, GROUP, SYM)
         acc = warpgroup_mma_wait(0, deps=[running])
