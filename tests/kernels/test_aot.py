@@ -112,6 +112,37 @@ def test_defaults_on_amd_are_what_is_compiled_for_it(monkeypatch):
         assert given == (one.block_n, one.block_m, one.warps, one.stages)
 
 
+TWO_WARPS = """
+from dataclasses import replace
+
+import torch
+from aot import measure, shipped
+from lowbit_kernels import gemm, int8
+from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels.layout import Layout
+
+for one in shipped.find(["gemm-w4-g128-sym-bf16-m64", "int8-w8-g128-sym-bf16-m128"]):
+    if one.kernel == "gemm":
+        layout, default = Layout(one.bits, one.group, True, torch.bfloat16, 4096, 4096), gemm.default_config
+    else:
+        layout, default = Int8Layout(one.bits, one.group, torch.bfloat16, 4096, 4096), int8.default_config
+    config = default(layout, 512, most_warps=2)
+    one = replace(one, block_n=config.block_n, block_m=config.block_m, warps=config.warps, stages=config.stages)
+    for target in ("sm_90", "sm_100"):
+        text = measure.compiled(shipped.call(one), target).asm["ptx"]
+        print("mma.sync" in text, "wgmma" in text or "tcgen05" in text)
+    print(measure.measure(shipped.call(one), "sm_90", one.bits, one.block_m)["spills"])
+"""
+
+
+@needs_triton
+def test_two_warps_multiply_from_registers(tmp_path):
+    """What Hopper and Blackwell get from a triton that forgets the fence between cp.async and wgmma or tcgen05."""
+    done = run("-c", TWO_WARPS, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True False", "True False", "0"] * 2
+
+
 def test_report_is_of_what_is_shipped():
     report = json.loads((ROOT / "tests" / "kernels" / "aot_report.json").read_text())
     for version, records in report.items():

@@ -57,16 +57,12 @@ from lowbit_kernels.decode import (
 from lowbit_kernels.epilogue import finish
 from lowbit_kernels.layout import ROWS, SLICES, Layout
 
-# Triton 3.6 overwrites operand registers of wgmmas that are still running where one dot takes several slices (triton
-# issue 9433); the machine code that 3.9 makes was checked and is right.
-JOINABLE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-
 
 @dataclass(frozen=True)
 class Config(launching.Config):
     """block_n: out_features of a program, block_m: rows; warps, stages: of triton. group_m: row tiles that programs
     launched together share, so that weights are found in the L2 cache. joined: slices of one dot, at most those of a
-    K tile; joining lets wgmmas overlap with decoding, see JOINABLE.
+    K tile; joining lets wgmmas overlap with decoding, see launching.JOINABLE.
     """
 
     block_n: int = launching.one_of(128, choices=(16, 32, 64, 128, 256))
@@ -77,14 +73,14 @@ class Config(launching.Config):
     stages: int = launching.at_least(1, default=3)
 
 
-def default_config(layout: Layout, rows: int) -> Config:
+def default_config(layout: Layout, rows: int, most_warps: int = 8) -> Config:
     """A start: square blocks, smaller ones where they would stand mostly empty or, of the long K tiles of two and three
-    bits, not fit into shared memory, which is smallest on AMD."""
-    block_n = 128 if layout.padded_out % 128 == 0 else 64
-    block_m = 64 if rows <= 64 or layout.bits == 3 else 128
+    bits, not fit into shared memory, which is smallest on AMD. Few warps have registers for small ones only."""
+    block_n = 128 if layout.padded_out % 128 == 0 and most_warps >= 4 else 64
+    block_m = 64 if rows <= 64 or layout.bits == 3 or most_warps < 4 else 128
     if AMD:
         block_m = min(block_m, 128 * 128 // layout.tile)
-    warps = 8 if block_n * block_m > 64 * 128 else 4
+    warps = min(8 if block_n * block_m > 64 * 128 else 4, most_warps)
     return Config(block_n=block_n, block_m=block_m, warps=warps, stages=2 if AMD or layout.tile > 128 else 3)
 
 
@@ -223,7 +219,7 @@ def launch(
         weight: int16, layout.weight_shape.
         meta: int32, layout.meta_shape.
         layout: of the packed weight W [N, K].
-        config: block_n divides layout.padded_out; joined is 1 unless JOINABLE.
+        config: block_n divides layout.padded_out; joined is 1 unless launching.JOINABLE.
         bias: layout.dtype [N], with gate_up interleaved like the weight.
         residual: like y.
         gate_up: rows of W are those of `layout.interleave_gate_up`; N is a multiple of 16.
@@ -238,12 +234,13 @@ def launch(
     layout.check(weight, meta)
     if config.joined > SLICES[layout.bits]:
         raise ValueError(f"joined is {config.joined}, expected at most {SLICES[layout.bits]} for {layout.bits} bits")
-    if config.joined > 1 and not (JOINABLE or INTERPRETED):
+    if config.joined > 1 and not (launching.JOINABLE or INTERPRETED):
         raise ValueError(
             f"joined is {config.joined}, expected 1: triton {triton.__version__} miscompiles joined slices"
         )
     launching.check_input(x, weight, layout)
     launching.check_blocks(layout, config.block_n)
+    launching.check_warps(config.warps, x.device)
     rows = len(x)
     out = launching.Ending(bias, residual, gate_up, out).output(rows, layout, x.device)
     if rows == 0:

@@ -60,14 +60,17 @@ class Config(launching.Config):
     stages: int = launching.at_least(1, default=3)
 
 
-def default_config(layout: Int8Layout, rows: int, programs: int = 528) -> Config:
-    """A guess, not measured: few rows in narrow blocks, about `programs` of them by splitting; many in square ones."""
+def default_config(layout: Int8Layout, rows: int, programs: int = 528, most_warps: int = 8) -> Config:
+    """A guess, not measured: few rows in narrow blocks, about `programs` of them by splitting; many in square ones,
+    smaller ones for few warps, which have fewer registers."""
     stages = 2 if AMD else 3
     if rows <= FEW_ROWS:
         block_m = max(launching.FEWEST_ROWS, next(size for size in (8, 16, 32, 64) if rows <= size))
         tiles = launching.tiles_per_iteration(layout.tiles, most=2)
         split = launching.split_of_inputs(layout.tiles // tiles, layout.padded_out // 64, programs)
-        return Config(64, block_m, split, tiles, warps=2 if block_m < 32 else 4, stages=stages)
+        return Config(64, block_m, split, tiles, warps=min(2 if block_m < 32 else 4, most_warps), stages=stages)
+    if most_warps < 4:
+        return Config(64, 64, warps=most_warps, stages=stages)
     block_n = 128 if layout.padded_out % 128 == 0 else 64
     return Config(block_n, 128, warps=8 if block_n == 128 else 4, stages=stages)
 
@@ -224,6 +227,7 @@ def launch(
         launching.check_tensor("sums", sums, torch.float32, (layout.padded_out,), device)
     out = launching.Ending(bias=bias, out=out).output(rows, layout, device)
     launching.check_blocks(layout, config.block_n, config.tiles)
+    launching.check_warps(config.warps, device)
     if rows == 0:
         return out
     split = min(config.split, layout.tiles // config.tiles)  # a program without inputs would be waste

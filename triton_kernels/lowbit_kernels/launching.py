@@ -5,14 +5,27 @@ A program owns block_n out_features and block_m rows of x. Where that makes too 
 inputs of such a tile; their partial sums meet in a `Workspace` (`epilogue.store_part`).
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+import triton
 
 from lowbit_kernels.decode import AMD
 from lowbit_kernels.int8_layout import Int8Layout
 from lowbit_kernels.layout import Layout
+
+# The compiler: what it gets wrong decides on configurations, here and nowhere else
+TRITON = tuple(map(int, re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", triton.__version__).groups(default="0")))
+# Where one dot takes several slices, Triton 3.6 overwrites operand registers of wgmmas that are still running (triton
+# issue 9433); the machine code that 3.9 makes was checked and is right
+JOINABLE = TRITON >= (3, 9)
+# Before 3.7.1 no fence.proxy.async comes between the cp.async that brings x to shared memory and the wgmma (Hopper) or
+# tcgen05.mma (Blackwell) that reads it there: it may read what was there before (triton pull request 10537)
+FENCED = TRITON >= (3, 7, 1)
+# Four warps and more make triton pick those instructions; two use mma.sync, which reads registers
+_MOST_WARPS, _MOST_WARPS_UNFENCED = 8, 2
 
 # Rows of x that a matrix instruction takes at least: fewer would be multiplied without one, far slower
 FEWEST_ROWS = 16 if AMD else 8
@@ -52,6 +65,32 @@ def split_of_inputs(iterations: int, tiles: int, programs: int) -> int:
     """Programs that share the inputs of each of `tiles` output tiles, for about `programs` in all: each is to have two
     iterations at least."""
     return max(1, min(iterations // 2, programs // tiles, _LARGEST_SPLIT))
+
+
+def most_warps(capability: tuple[int, int]) -> int:
+    """Warps that a program may have on a GPU of this compute capability, for the compiler not to break its product."""
+    unfenced = not FENCED and not AMD and capability[0] in (9, 10)
+    return _MOST_WARPS_UNFENCED if unfenced else _MOST_WARPS
+
+
+def compiler_limit(capability: tuple[int, int]) -> str | None:
+    """What the compiler forbids there, in a line for users, or None."""
+    limit = most_warps(capability)
+    if limit == _MOST_WARPS:
+        return None
+    return (
+        f"triton {triton.__version__} lets tensor cores read x before it is there (fixed in 3.7.1): "
+        f"kernels take at most {limit} warps, which is slower"
+    )
+
+
+def check_warps(warps: int, device: torch.device) -> None:
+    """Raise ValueError where the compiler would break a product of so many warps."""
+    if FENCED or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if warps > most_warps(capability):
+        raise ValueError(f"warps is {warps}: {compiler_limit(capability)}")
 
 
 def check_tensor(

@@ -327,6 +327,7 @@ def _launch(
     """sorting: row_tiles and gather of `launch_experts`."""
     launching.check_input(x, weight, layout)
     launching.check_blocks(layout, config.block_n, config.tiles)
+    launching.check_warps(config.warps, x.device)
     row_tiles, gather = sorting or (None, None)
     rows = len(x) if gather is None else len(gather)
     experts = () if row_tiles is None else weight.shape[:1]
