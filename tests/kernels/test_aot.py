@@ -143,6 +143,27 @@ def test_two_warps_multiply_from_registers(tmp_path):
     assert done.stdout.splitlines() == ["True False", "True False", "0"] * 2
 
 
+META_LOADS = """
+from dataclasses import replace
+
+from aot import measure, shipped
+
+for one in shipped.find(["hopper-w4-g128-sym-bf16-m128", "hopper-w4-g32-asym", "hopper-w8-g128-asym"]):
+    call = shipped.call(one)
+    types = {name: kind for name, kind in call.types.items() if name != "bias"}
+    call = replace(call, types=types, constants=call.constants | {"bias": None})
+    print(measure.compiled(call, "sm_90").asm["ptx"].count("ld.global.b32"))
+"""
+
+
+@needs_triton
+def test_the_hopper_kernel_loads_a_meta_word_once(tmp_path):
+    """Two consumers load at four places; a lane has two rows, each with a word, or one for each group of a turn."""
+    done = run("-c", META_LOADS, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.split()] == [2 * 4 * 2 * words for words in (1, 4, 1)]
+
+
 def test_report_is_of_what_is_shipped():
     report = json.loads((ROOT / "tests" / "kernels" / "aot_report.json").read_text())
     for version, records in report.items():
