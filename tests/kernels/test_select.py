@@ -139,6 +139,17 @@ def test_a_launch_that_the_compiler_would_break_is_refused(monkeypatch):
         launching.check_warps(4, torch.device("cuda"))
 
 
+@pytest.mark.parametrize("kernel", ["skinny", "gemm", "int8"])
+def test_every_launcher_asks_the_compiler(kernel, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launching, "check_warps", lambda warps, device: asked.append((warps, device)))
+    layout = Int8Layout(4, 128, torch.bfloat16, 64, 256) if kernel == "int8" else LAYOUT
+    config = select.CONFIGS[kernel](block_n=64, block_m=16, warps=2)
+    weight = tune.packed(tune.random_weight(layout, CPU), layout)
+    tune.ops.run(torch.ones(3, 256, dtype=torch.bfloat16), *weight, layout, None, select.Choice(kernel, config, ""))
+    assert asked == [(2, CPU)]
+
+
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.slug)
 def test_candidates(gpu):
     for rows in (1, 16, 40, 512):
