@@ -273,6 +273,37 @@ def _store(acc, tile, y, bias, row, column, rows, out_features, BM: gl.constexpr
 
 
 @gluon.jit
+def _store_of_last(
+    acc, partials, counters, consumer, tile, y, bias, row, column, rows, out_features,
+    BM: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """acc to the partial sums; the last program to arrive stores all parts, added in the order of the inputs."""
+    SUMS: gl.constexpr = acc.type.layout
+    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
+    m = gl.arange(0, BM, layout=gl.SliceLayout(0, SUMS))
+    at = partials + consumer.to(gl.int64) * (SPLIT * ROWS * BM) + (n[:, None] * BM + m[None, :])
+    if store_part(at, acc, counters, consumer, gl.program_id(1), SPLIT, ROWS * BM):
+        total = gl.load(at, cache_modifier=".cg")
+        for i in range(1, SPLIT):
+            total += gl.load(at + i * (ROWS * BM), cache_modifier=".cg")
+        _store(total, tile, y, bias, row, column, rows, out_features, BM)
+        gl.store(counters + consumer, 0)
+
+
+@gluon.jit
+def _words_at(meta, column, padded_out, CODES: gl.constexpr):
+    """Where a consumer's meta words lie, [row tile, g, rh]: a lane loads one for each row of its codes, which are laid
+    out as CODES, not one for each code."""
+    HALVES: gl.constexpr = gl.SliceLayout(4, gl.SliceLayout(5, gl.SliceLayout(7, CODES)))  # K tile, kb, nt, g, rh
+    GRID: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, HALVES))  # nt, g, rh
+    nt = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, GRID)))
+    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, GRID)))
+    rh = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, GRID)))
+    first_of_tile = gl.minimum(column // 16 + nt, padded_out // 16 - 1) * 16
+    return meta + (first_of_tile[:, None, None] + g[None, :, None] + 8 * rh[None, None, :])
+
+
+@gluon.jit
 def _consume(
     weight, meta, y, bias, partials, counters, ring, ready, free, done, row, column, rows, out_features, padded_out,
     all_turns, first, turns, PART: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
@@ -292,18 +323,11 @@ def _consume(
     # an odd number of 64 rows: the last consumer reads rows that exist, and stores nothing
     tile = gl.minimum(column // 16 + piece % 4, padded_out // 16 - 1)
     codes_at = (weight + tile.to(gl.int64) * (all_turns * SIZE) + piece // 4 * 256)[:, None] + halfword[None, :]
-    # the same in dimensions (K tile, kb, row tile, g, c, kh, rh, e): lane 4g + c, halfword 4kh + 2rh + e. So a lane
-    # loads one word for each of its rows, not one for each of its codes
+    # the same in dimensions (K tile, kb, row tile, g, c, kh, rh, e): lane 4g + c, halfword 4kh + 2rh + e
     CODES: gl.constexpr = gl.BlockedLayout(
         [1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 8, 4, 1, 1, 1], [1, 1, 4, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2, 1, 0]
     )
-    HALVES: gl.constexpr = gl.SliceLayout(4, gl.SliceLayout(5, gl.SliceLayout(7, CODES)))  # K tile, kb, nt, g, rh
-    GRID: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, HALVES))  # nt, g, rh
-    nt = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, GRID)))
-    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, GRID)))
-    rh = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, GRID)))
-    first_of_tile = gl.minimum(column // 16 + nt, padded_out // 16 - 1) * 16
-    words_at = meta + (first_of_tile[:, None, None] + g[None, :, None] + 8 * rh[None, None, :])
+    words_at = _words_at(meta, column, padded_out, CODES)
 
     last = all_turns - 1
     acc = gl.zeros((ROWS, BM), gl.float32, SUMS)
@@ -334,17 +358,8 @@ def _consume(
     if SPLIT == 1:
         _store(acc, space, y, bias, row, column, rows, out_features, BM)
     else:
-        # the last program to arrive adds all parts, in the order of the inputs
         consumer = gl.program_id(0) * CONSUMERS + PART
-        n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
-        m = gl.arange(0, BM, layout=gl.SliceLayout(0, SUMS))
-        at = partials + consumer.to(gl.int64) * (SPLIT * ROWS * BM) + (n[:, None] * BM + m[None, :])
-        if store_part(at, acc, counters, consumer, gl.program_id(1), SPLIT, ROWS * BM):
-            total = gl.load(at, cache_modifier=".cg")
-            for i in range(1, SPLIT):
-                total += gl.load(at + i * (ROWS * BM), cache_modifier=".cg")
-            _store(total, space, y, bias, row, column, rows, out_features, BM)
-            gl.store(counters + consumer, 0)
+        _store_of_last(acc, partials, counters, consumer, space, y, bias, row, column, rows, out_features, BM, SPLIT)
 
 
 @gluon.jit
