@@ -88,16 +88,10 @@ def default_config(layout: Layout, rows: int, programs: int = 528) -> Config:
 
 
 @triton.jit
-def _of_expert(row_tiles, tile, weight, meta, bias, weight_size, meta_size, out_features):
-    """(first row, last row + 1) of a row tile, and the tensors of its expert, `weight_size` and `meta_size` apart."""
+def _expert_tile(row_tiles, tile):
+    """(expert, first row, last row + 1) of a row tile."""
     expert = tl.load(row_tiles + tile * 3).to(tl.int64)
-    first_row = tl.load(row_tiles + tile * 3 + 1)
-    last_row = tl.load(row_tiles + tile * 3 + 2)
-    weight += expert * weight_size
-    meta += expert * meta_size
-    if bias is not None:
-        bias += expert * out_features
-    return first_row, last_row, weight, meta, bias
+    return expert, tl.load(row_tiles + tile * 3 + 1), tl.load(row_tiles + tile * 3 + 2)
 
 
 @triton.jit
@@ -137,6 +131,31 @@ def _add_group(
         return tl.fma(tl.broadcast_to(scale[:, None], acc.shape), part, acc)
 
 
+@triton.jit
+def _add_iteration(
+    acc, wp, xp, word, row_ok, k, in_features, it, group,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, EVEN_K: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """acc + the products of a loop iteration, whose weights and inputs start at wp and xp."""
+    DTYPE: tl.constexpr = xp.dtype.element_ty
+    PER_TILE: tl.constexpr = slices_of(BITS)
+    SLICES: tl.constexpr = TILES * PER_TILE
+    PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
+    # a fresh accumulator per group: products of integers and x, scaled in float32 once (and it is what keeps triton 3.6
+    # from overwriting the operand registers of a wgmma in flight, triton issue 9433)
+    part = tl.zeros((BN, BM), dtype=tl.float32)
+    for s in tl.static_range(SLICES):
+        if s % PER_TILE == 0:
+            planes = load_planes(wp + s // PER_TILE * (planes_of(BITS) * 512), BN // 16, BITS)
+        xs = _load_x(xp, row_ok, k, in_features - (it * SLICES + s) * 32, s, EVEN_K)
+        part = dot(_integers(planes, word, s, PER_GROUP, BITS, SYM, BN // 16, DTYPE, PTX), xs, part)
+        if (s + 1) % PER_GROUP == 0:
+            acc = _add_group(acc, part, word, group, s, SLICES, GROUP_SIZE, SYM, DTYPE)
+            part = tl.zeros((BN, BM), dtype=tl.float32)
+    return acc
+
+
 @triton.jit(do_not_specialize=["rows"])  # one compilation for any number of them
 def skinny_kernel(
     x, weight, meta, y, bias, residual, partials, counters, row_tiles, gather,
@@ -148,17 +167,17 @@ def skinny_kernel(
     DTYPE: tl.constexpr = x.dtype.element_ty
     NB: tl.constexpr = BN // 16
     TILE: tl.constexpr = planes_of(BITS) * 512  # halfwords of a K tile and a row tile
-    PER_TILE: tl.constexpr = slices_of(BITS)
-    SLICES: tl.constexpr = TILES * PER_TILE  # of an iteration
-    PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
+    SLICES: tl.constexpr = TILES * slices_of(BITS)  # of an iteration
     WORDS: tl.constexpr = words_per_iteration(SLICES, GROUP_SIZE, SYM)
     PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
     pn, pk, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_row, last_row = pm * BM, rows
     if row_tiles is not None:
-        first_row, last_row, weight, meta, bias = _of_expert(
-            row_tiles, pm, weight, meta, bias, padded_out * k_tiles * (TILE // 16), words * padded_out, out_features
-        )
+        expert, first_row, last_row = _expert_tile(row_tiles, pm)
+        weight += expert * (padded_out * k_tiles * (TILE // 16))
+        meta += expert * (words * padded_out)
+        if bias is not None:
+            bias += expert * out_features
         if first_row >= last_row:  # the table is as long as it could ever have to be
             return
     rm = first_row + tl.arange(0, BM)
@@ -182,18 +201,9 @@ def skinny_kernel(
             # loaded an iteration ahead, into registers: too narrow for asynchronous copies, they would stall the loop
             ahead = first_group(tl.minimum(it + 1, stop - 1), SLICES, GROUP_SIZE) // PER_WORD
             next_word = load_words(mp + ahead * padded_out, padded_out, WORDS)
-        # a fresh accumulator per group: products of integers and x, scaled in float32 once (and it is what keeps
-        # triton 3.6 from overwriting the operand registers of a wgmma in flight, triton issue 9433)
-        part = tl.zeros((BN, BM), dtype=tl.float32)
-        for s in tl.static_range(SLICES):
-            if s % PER_TILE == 0:
-                planes = load_planes(wp + s // PER_TILE * TILE, NB, BITS)
-            xs = _load_x(xp, row_ok, k, in_features - (it * SLICES + s) * 32, s, EVEN_K)
-            a = _integers(planes, word, s, PER_GROUP, BITS, SYM, NB, DTYPE, PTX)
-            part = dot(a, xs, part)
-            if (s + 1) % PER_GROUP == 0:
-                acc = _add_group(acc, part, word, group, s, SLICES, GROUP_SIZE, SYM, DTYPE)
-                part = tl.zeros((BN, BM), dtype=tl.float32)
+        acc = _add_iteration(
+            acc, wp, xp, word, row_ok, k, in_features, it, group, BITS, GROUP_SIZE, SYM, EVEN_K, BN, BM, TILES, PTX
+        )
         if GROUP_SIZE > 0:
             word = next_word
         wp += TILES * TILE
