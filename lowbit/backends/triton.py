@@ -124,6 +124,13 @@ def tables(device) -> dict[str, dict]:
     return {origin: {"path": str(path), "entries": len(select.read_table(path))} for origin, path in files.items()}
 
 
+def compiler_limit(device) -> str | None:
+    """What kernels on a GPU go without because this triton would compile it wrong, or None."""
+    from lowbit_kernels import launching, select
+
+    return launching.compiler_limit(select.gpu_of(torch.device(device)).capability)
+
+
 def _layout(scheme, shape, dtype):
     from lowbit_kernels.layout import Layout
 

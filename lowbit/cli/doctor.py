@@ -54,6 +54,7 @@ def doctor(
     console.print(f"the embedded model generates in: {path}" + (f" ({why})" if why else ""))
     if findings["tables"]:
         _show_tables(findings["tables"])
+        _show_compiler(findings["compiler"])
     else:
         console.print("no kernels are chosen here: " + (findings["backends"]["triton"] or "there is no GPU"))
     if findings.get("kernels"):
@@ -70,6 +71,12 @@ def _show_tables(tables: dict[str, dict]) -> None:
         console.print("no entries: a rule chooses; `lowbit tune MODEL` measures")
 
 
+def _show_compiler(limits: dict[str, str | None]) -> None:
+    for gpu, limit in limits.items():
+        if limit is not None:
+            console.print(f"{gpu}: {limit}")
+
+
 def _show_kernels(kernels: list[dict]) -> None:
     shown = table("layer", "device", "rows", "kernel", "why", "configuration")
     for found in kernels:
@@ -83,7 +90,8 @@ def _show_kernels(kernels: list[dict]) -> None:
 
 def examine(model: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> dict:
     """packages: name -> version or None. devices: name -> description. backends: name -> reason why not, or None.
-    generation: see `generation_of_the_embedded_model`. tables: GPU -> origin -> {"path", "entries"}. kernels: see
+    generation: see `generation_of_the_embedded_model`. tables: GPU -> origin -> {"path", "entries"}.
+    compiler: GPU -> what kernels go without because this triton would compile it wrong, or None. kernels: see
     `kernels_of`, only with a model."""
     import torch
 
@@ -102,6 +110,7 @@ def examine(model: str | None = None, revision: str | None = None, trust_remote_
         "backends": backends,
         "generation": generation_of_the_embedded_model(),
         "tables": {gpu: get_backend("triton").tables(gpu) for gpu in gpus},
+        "compiler": {gpu: get_backend("triton").compiler_limit(gpu) for gpu in gpus},
     }
     return findings if model is None else findings | {"kernels": kernels_of(model, gpus, revision, trust_remote_code)}
 

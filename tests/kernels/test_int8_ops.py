@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from packed import rms_norm
 from weights import assert_same, random_quantized
 
 from lowbit.backends import choose, kernels_for, triton, triton_int8
@@ -70,7 +71,7 @@ def test_a_quantized_x_serves_several_weights():
     quantized = int8_ops.quantize_rows(x, False, None, None, norm, 1e-6)
     assert [tuple(part.shape) for part in quantized] == [(2, 3, 256), (2, 3), (2, 3)]
     y = int8_ops.int8_matmul(*quantized, *form[:3], None, 4, 64, torch.float16, 70, 192)
-    normed = reference.rms_norm(x, norm, 1e-6).reshape(-1, 192)
+    normed = rms_norm(x, norm, 1e-6).reshape(-1, 192)
     wanted = reference.int8_linear(*reference.quantize_rows(normed, False), codes, scales, 4)
     assert y.dtype == torch.float16 and relative(y.reshape(-1, 70), wanted) < 3e-3
 

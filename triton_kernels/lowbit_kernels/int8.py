@@ -1,9 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight-bit rows: y = x @ W^T on the integer tensor cores, for any number of rows. W8A8 and W4A8.
 
+    y[m, n] = x_scale[m] * (sum over groups g of scale[n, g] * (sum over k in g of code[n, k] * x_code[m, k])
+                            - x_zero[m] * row_sum[n]) + bias[n],          row_sum[n] = sum over g, k of scale * code
+
+            x_codes^T [K, M]   BM rows of x
+                               +------+                  grid (padded_out / BN * rows / BM, SPLIT)
+                             K |      |                  axis 0: a tile of y^T, in the order of gemm.py: GROUP_M row
+                               +------+                          tiles pass over all columns before the next GROUP_M do
+          +------+------+------+                         axis 1: the part of K that a program walks, TILES K tiles of
+    BN of | pk 0 | pk 1 | pk 2 | y^T [BN, BM]                    128 inputs a turn; a dot takes 64 inputs of four bits,
+     W    +------+------+------+                                 and of eight all of a turn or of a group
+                   K
+    SPLIT > 1: float32 sums [BN, BM] of each part go to `partials`, the last program to arrive adds them (epilogue.py)
+
 Weights are the left operand, as in the other kernels. Per channel, sums are int32 over all inputs: exact. A group has
 an int32 sum of its own, which its scale adds to a float32. The scale of a row of x, its zero point, which takes off the
 sum of the weight's rows, and a bias come last.
+
+Cf. QServe (Lin et al. 2024, arXiv:2405.04532) for four-bit weights times eight-bit rows.
 """
 
 from dataclasses import dataclass
@@ -12,41 +27,50 @@ import torch
 import triton
 import triton.language as tl
 
-from lowbit_kernels.decode import AMD, PTX, first_group, load_words, slices_per_group, words_per_iteration
+from lowbit_kernels import launching
+from lowbit_kernels.decode import (
+    AMD,
+    PTX,
+    first_group,
+    load_words,
+    part_of_inputs,
+    slices_per_group,
+    tile_in_order,
+    words_per_iteration,
+)
+from lowbit_kernels.epilogue import finish, store_part, tile_of_parts, total_of_parts
 from lowbit_kernels.int8_layout import Int8Layout
-from lowbit_kernels.skinny import FEWEST_ROWS, Workspace, check_config, check_tensor, finish, workspace_of
 
 # Up to so many rows reading the weight takes longer than multiplying: W is split over more programs
 FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(launching.Config):
     """block_n: out_features of a program, block_m: rows, split: programs that share the inputs of an output tile,
     tiles: K tiles of a loop iteration, group_m: row tiles that programs launched together share, so that weights are
     found in the L2 cache; warps, stages: of triton."""
 
-    block_n: int = 128
-    block_m: int = 128
-    split: int = 1
-    tiles: int = 1
-    group_m: int = 8
-    warps: int = 8
-    stages: int = 3
-
-    def __post_init__(self):
-        check_config(self, block_n=(32, 64, 128, 256), block_m=(8, 16, 32, 64, 128, 256), split=1, group_m=1, stages=1)
-        check_config(self, tiles=(1, 2, 4), warps=(1, 2, 4, 8))
+    block_n: int = launching.one_of(128, choices=(32, 64, 128, 256))
+    block_m: int = launching.one_of(128, choices=(8, 16, 32, 64, 128, 256))
+    split: int = launching.at_least(1, default=1)
+    tiles: int = launching.one_of(1, choices=(1, 2, 4))
+    group_m: int = launching.at_least(1, default=8)
+    warps: int = launching.one_of(8, choices=(1, 2, 4, 8))
+    stages: int = launching.at_least(1, default=3)
 
 
-def default_config(layout: Int8Layout, rows: int, programs: int = 528) -> Config:
-    """A guess, not measured: few rows in narrow blocks, about `programs` of them by splitting; many in square ones."""
+def default_config(layout: Int8Layout, rows: int, programs: int = 528, most_warps: int = 8) -> Config:
+    """A guess, not measured: few rows in narrow blocks, about `programs` of them by splitting; many in square ones,
+    smaller ones for few warps, which have fewer registers."""
     stages = 2 if AMD else 3
     if rows <= FEW_ROWS:
-        block_m = max(FEWEST_ROWS, next(size for size in (8, 16, 32, 64) if rows <= size))
-        tiles = 2 if layout.tiles % 2 == 0 else 1
-        split = max(1, min(layout.tiles // tiles // 2, programs // (layout.padded_out // 64), 16))
-        return Config(64, block_m, split, tiles, warps=2 if block_m < 32 else 4, stages=stages)
+        block_m = max(launching.FEWEST_ROWS, next(size for size in (8, 16, 32, 64) if rows <= size))
+        tiles = launching.tiles_per_iteration(layout.tiles, most=2)
+        split = launching.split_of_inputs(layout.tiles // tiles, layout.padded_out // 64, programs)
+        return Config(64, block_m, split, tiles, warps=min(2 if block_m < 32 else 4, most_warps), stages=stages)
+    if most_warps < 4:
+        return Config(64, 64, warps=most_warps, stages=stages)
     block_n = 128 if layout.padded_out % 128 == 0 else 64
     return Config(block_n, 128, warps=8 if block_n == 128 else 4, stages=stages)
 
@@ -89,17 +113,9 @@ def int8_kernel(
     PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
     WORDS: tl.constexpr = words_per_iteration(SLICES, GROUP_SIZE, False)
     STEP: tl.constexpr = PER_GROUP if BITS == 8 else 2  # slices of a dot
-    pid = tl.program_id(0)
-    pk = tl.program_id(1)
-    in_group = GROUP_M * (padded_out // BN)
-    first_m = pid // in_group * GROUP_M
-    size = tl.minimum(tl.cdiv(rows, BM) - first_m, GROUP_M)
-    pm = first_m + pid % in_group % size
-    pn = pid % in_group // size
-
-    iterations = k_tiles // TILES
-    start = iterations * pk // SPLIT
-    stop = iterations * (pk + 1) // SPLIT
+    pid, pk = tl.program_id(0), tl.program_id(1)
+    pm, pn = tile_in_order(pid, rows, padded_out, BN, BM, GROUP_M)
+    start, stop = part_of_inputs(pk, k_tiles, TILES, SPLIT)
     rn = pn * BN + tl.arange(0, BN)
     rm = pm * BM + tl.arange(0, BM)
     rx = tl.minimum(rm, rows - 1)  # rows beyond the last are that one again: their products are not stored
@@ -143,15 +159,9 @@ def int8_kernel(
         finish_rows(total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM)
     else:
         tile = pm * (padded_out // BN) + pn
-        pp = partials + tile.to(tl.int64) * (SPLIT * BN * BM) + tl.arange(0, BN)[:, None] * BM
-        pp += tl.arange(0, BM)[None, :]
-        tl.store(pp + pk * (BN * BM), total)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:  # the last program adds all partial sums, always in the same order
-            total = tl.load(pp, cache_modifier=".cg")
-            for i in tl.static_range(1, SPLIT):
-                total += tl.load(pp + i * (BN * BM), cache_modifier=".cg")
+        parts = tile_of_parts(partials, tile, SPLIT, BN, BM)
+        if store_part(parts, total, counters, tile, pk, SPLIT, BN * BM):
+            total = total_of_parts(parts, SPLIT, BN * BM)
             finish_rows(total, x_scales, x_zeros, sums, y, bias, pn, rm, rows, out_features, BITS, BN, BM)
             tl.store(counters + tile, 0)  # ready for the next launch
 
@@ -183,39 +193,46 @@ def launch(
     sums: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    workspace: Workspace | None = None,
+    workspace: launching.Workspace | None = None,
 ) -> torch.Tensor:
-    """y [M, N] = ((codes - x_zeros) * x_scales) @ W^T + bias.
+    """y = ((codes - x_zeros) * x_scales) @ W^T + bias. Everything on one device.
 
-    codes int8 [M, padded_in]; x_scales float32 [M]; x_zeros int8 [M] or None (0), and then sums float32 [padded_out] of
-    `int8_layout.row_sums`. weight, scales as `layout` says. bias [N] and y are layout.dtype, or y the
-    dtype of `out` (float32 too). Everything on one device.
+    Args:
+        codes: int8 [M, layout.padded_in], 0 in the padding.
+        x_scales: float32 [M].
+        weight: layout.weight_dtype, layout.weight_shape.
+        scales: float32, layout.scales_shape.
+        layout: of the packed weight W [N, K].
+        config: block_n divides layout.padded_out, tiles divides layout.tiles.
+        x_zeros: int8 [M]; None for 0.
+        sums: float32 [layout.padded_out] of `int8_layout.row_sums`, given together with x_zeros.
+        bias: layout.dtype [N].
+        out: y itself, layout.dtype or float32, contiguous.
+        workspace: of partial sums, where the inputs are split; that of the current stream if None.
+
+    Returns:
+        y [M, N], layout.dtype unless `out` is float32.
+
+    Raises:
+        ValueError: an argument does not fit `layout`.
     """
     layout.check(weight, scales)
     rows, device = len(codes), codes.device
-    check_tensor("codes", codes, torch.int8, (rows, layout.padded_in), weight.device)
-    check_tensor("x_scales", x_scales, torch.float32, (rows,), device)
+    launching.check_tensor("codes", codes, torch.int8, (rows, layout.padded_in), weight.device)
+    launching.check_tensor("x_scales", x_scales, torch.float32, (rows,), device)
     if (x_zeros is None) != (sums is None):
         raise ValueError("x_zeros and sums are given together or not at all")
     if x_zeros is not None:
-        check_tensor("x_zeros", x_zeros, torch.int8, (rows,), device)
-        check_tensor("sums", sums, torch.float32, (layout.padded_out,), device)
-    if bias is not None:
-        check_tensor("bias", bias, layout.dtype, (layout.out_features,), device)
-    if out is None:
-        out = torch.empty(rows, layout.out_features, dtype=layout.dtype, device=device)
-    check_tensor("out", out, (layout.dtype, torch.float32), (rows, layout.out_features), device)
-    for name, size, of in (("block_n", config.block_n, layout.padded_out), ("tiles", config.tiles, layout.tiles)):
-        if of % size:
-            raise ValueError(f"{name} is {size}, expected a divisor of {of} for {layout}")
+        launching.check_tensor("x_zeros", x_zeros, torch.int8, (rows,), device)
+        launching.check_tensor("sums", sums, torch.float32, (layout.padded_out,), device)
+    out = launching.Ending(bias=bias, out=out).output(rows, layout, device)
+    launching.check_blocks(layout, config.block_n, config.tiles)
+    launching.check_warps(config.warps, device)
     if rows == 0:
         return out
     split = min(config.split, layout.tiles // config.tiles)  # a program without inputs would be waste
     tiles = layout.padded_out // config.block_n * triton.cdiv(rows, config.block_m)
-    partials = counters = None
-    if split > 1:
-        workspace = workspace or workspace_of(device)
-        partials, counters = workspace.get(tiles * split * config.block_n * config.block_m, tiles)
+    partials, counters = launching.split_buffers(workspace, device, split, tiles, config.block_n * config.block_m)
     with torch.cuda.device_of(codes):
         int8_kernel[(tiles, split)](
             codes, x_scales, x_zeros, weight, scales, sums, out, bias, partials, counters,

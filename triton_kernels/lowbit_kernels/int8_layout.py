@@ -22,7 +22,7 @@ from functools import cached_property
 
 import torch
 
-from lowbit_kernels.layout import PER_CHANNEL, ROWS
+from lowbit_kernels.layout import PER_CHANNEL, ROWS, check_stored
 
 TILE = 128  # inputs that rows of x and of W are padded to
 BITS = (4, 8)
@@ -101,16 +101,8 @@ class Int8Layout:
 
     def check(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
         """Raise ValueError unless `weight` and `scales` are contiguous tensors of this layout on one device."""
-        for name, tensor, dtype, shape in (
-            ("weight", weight, self.weight_dtype, self.weight_shape),
-            ("scales", scales, torch.float32, self.scales_shape),
-        ):
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)} for {self}"
-                )
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+        check_stored(self, "weight", weight, self.weight_dtype, self.weight_shape)
+        check_stored(self, "scales", scales, torch.float32, self.scales_shape)
         if weight.device != scales.device:
             raise ValueError(f"weight is on {weight.device} and scales on {scales.device}, expected one device")
 

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of x to eight bits: one program per row, which is read once and held in registers. x ~ (code - zero) * scale.
 
+    code[m, k] = round(x[m, k] / scale[m]) + zero[m], limited to [-128, 127]
+
     symmetric     scale = largest |x| of the row / 127.5
     asymmetric    scale = (largest x or 0 - smallest x or 0) / 255, and a zero point
     static        scale and zero point given
     normed        any of these, of RMSNorm(x) * weight, which is never written to memory
 
+         x [M, K]          program m              codes [M, K padded to 128]        scales, zeros [M]
+    row m  ----------->    registers, BLOCK   --> ---------------- 0 0 0 0     -->  one of each
+                           >= K, masked
+
 Codes are int8 [M, K padded to 128] in [-128, 127], 0 in the padding (products need no mask then); scales float32 [M]
 and zeros int8 [M]. Rounding is to nearest even of the correctly rounded quotient, as torch has it: equal to the bit to
 `reference`. A row with NaN has that for a scale, dynamic ones with an infinity too: it does not pass for numbers.
+
+Cf. ZeroQuant (Yao et al. 2022, arXiv:2206.01861), which quantizes per token and fuses that with the norm before.
 """
 
 import torch
@@ -16,7 +24,7 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels.int8_layout import MOST_INPUTS, TILE
-from lowbit_kernels.skinny import check_tensor
+from lowbit_kernels.launching import check_tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # 1.5 * 2^23: the sum with a number below 2^22 has no bits after the point, and the low ones of its pattern are the
@@ -80,11 +88,21 @@ def rows(
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """x bf16, fp16 or fp32 [M, K], each row in one piece -> codes int8 [M, K padded to 128], scales float32 [M],
-    zeros int8 [M] or, if sym, None.
+    """Quantize the rows of x, or of RMSNorm(x, eps) * norm_weight. Everything on one device.
 
-    static_scale float32 [1] and, unless sym, static_zero int8 [1]: of all rows. norm_weight [K] in the dtype of x:
-    RMSNorm(x, eps) * norm_weight is quantized.
+    Args:
+        x: bf16, fp16 or fp32 [M, K], rows of any stride, each in one piece, K at most MOST_INPUTS.
+        sym: no zero points.
+        static_scale: float32 [1], of all rows; None: each has its own.
+        static_zero: int8 [1], of all rows, given with static_scale unless sym.
+        norm_weight: [K] in the dtype of x.
+        eps: of the norm.
+
+    Returns:
+        codes int8 [M, K padded to 128], scales float32 [M], zeros int8 [M] or, if sym, None.
+
+    Raises:
+        ValueError: a tensor does not fit x, or static_zero is missing or too much.
     """
     if x.dtype not in _DTYPES or x.ndim != 2 or x.stride(1) != 1 or not 1 <= x.shape[1] <= MOST_INPUTS:
         kinds = ", ".join(map(str, _DTYPES))

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
-from lowbit_kernels import gemm, gemm_hopper, int8, skinny
+from lowbit_kernels import gemm, gemm_hopper, int8, launching, skinny
 from lowbit_kernels.int8_layout import Int8Layout
 from lowbit_kernels.layout import Layout
 
@@ -127,19 +127,23 @@ def _log(layout: Layout, rows: int, gpu: Gpu, choice: Choice) -> None:
 def rule(layout: Layout | Int8Layout, rows: int, gpu: Gpu) -> tuple[str, object]:
     """(kernel, config) where no table says anything. A start that nobody has measured yet; the Hopper kernel, which no
     GPU has run yet, is for tables: `tune.py` compares results before it compares times."""
+    most_warps = launching.most_warps(gpu.capability)
     if isinstance(layout, Int8Layout):
-        return "int8", int8.default_config(layout, rows, programs=4 * gpu.processors)
+        return "int8", int8.default_config(layout, rows, programs=4 * gpu.processors, most_warps=most_warps)
     if rows <= SKINNY_ROWS:
         return "skinny", skinny.default_config(layout, rows, programs=4 * gpu.processors)
     if rows >= DENSE_ROWS:
         return "dense", Dense()
-    return "gemm", gemm.default_config(layout, rows)
+    return "gemm", gemm.default_config(layout, rows, most_warps)
 
 
-def refuse(kernel: str, config) -> str | None:
+def refuse(config: object, gpu: Gpu) -> str | None:
     """Why a table's entry is not to be used, or None: it may have been made with another triton."""
-    if kernel == "gemm" and config.joined > 1 and not gemm.JOINABLE:
+    if isinstance(config, gemm.Config) and config.joined > 1 and not launching.JOINABLE:
         return f"triton {triton.__version__} miscompiles joined slices (triton issue 9433)"
+    # the Hopper kernel has none: its x comes by TMA, which needs no fence
+    if getattr(config, "warps", 1) > launching.most_warps(gpu.capability):
+        return launching.compiler_limit(gpu.capability)
     return None
 
 
@@ -149,7 +153,7 @@ def _from_tables(layout: Layout, rows: int, gpu: Gpu) -> Choice | None:
         return None
     try:
         config = CONFIGS[entry["kernel"]](**entry["config"])
-        reason = refuse(entry["kernel"], config)
+        reason = refuse(config, gpu)
     except (KeyError, TypeError, ValueError) as error:  # of another version of this package
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, int8, int8_layout, ops, reference, select, skinny
+from lowbit_kernels import gemm, gemm_hopper, int8, int8_layout, launching, ops, reference, select, skinny
 from lowbit_kernels.int8_layout import Int8Layout
 from lowbit_kernels.layout import SLICES, Layout, pack
 from lowbit_kernels.timing import copies_for, microseconds
@@ -20,14 +20,18 @@ _REPEATS, _REPEATS_INTERPRETED = 5, 2
 
 
 def candidates(layout: Layout | Int8Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
-    """(kernel, config) that may be the fastest for [rows, in_features]."""
+    """(kernel, config) that may be the fastest for [rows, in_features], and that this triton compiles right."""
+    return ((kernel, config) for kernel, config in _all(layout, rows, gpu) if select.refuse(config, gpu) is None)
+
+
+def _all(layout: Layout | Int8Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
     if isinstance(layout, Int8Layout):
         yield from _int8(layout, rows, gpu)
         return
     if rows <= 2 * select.SKINNY_ROWS:
         yield from _skinny(layout, rows, gpu)
     if rows > 8:
-        yield from _gemm(layout, rows)
+        yield from _gemm(layout, rows, gpu)
     if rows > select.SKINNY_ROWS and gpu.capability == (9, 0):
         for block_m in (size for size in (64, 128, 256) if size <= 2 * rows):
             for split in (1, 2, 4) if block_m < 256 else (1,):
@@ -37,9 +41,8 @@ def candidates(layout: Layout | Int8Layout, rows: int, gpu: select.Gpu) -> Itera
 
 
 def _skinny(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
-    block_m = max(skinny.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64)
-    most = {8: 4, 4: 2}.get(layout.bits, 1)
-    tiles = next(t for t in (4, 2, 1) if t <= most and layout.tiles % t == 0)
+    block_m = max(launching.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64)
+    tiles = skinny.default_tiles(layout)
     for block_n, warps in ((32, 1), (64, 2), (64, 4), (128, 4)):
         if layout.padded_out % block_n:
             continue
@@ -53,21 +56,19 @@ def _skinny(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, o
             )
 
 
-def _gemm(layout: Layout, rows: int) -> Iterator[tuple[str, object]]:
+def _gemm(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
+    blocks = ((64, 4), (128, 4), (128, 8)) if launching.most_warps(gpu.capability) >= 4 else ((32, 2), (64, 2))
     joined = [n for n in (1, 4) if n <= SLICES[layout.bits]]
     for block_m in (size for size in (16, 32, 64, 128, 256) if size <= max(16, 2 * rows)):
-        for block_n, warps in ((64, 4), (128, 4), (128, 8)):
-            if layout.padded_out % block_n or block_m * block_n > 128 * 256:
+        for block_n, warps in blocks:
+            if layout.padded_out % block_n or block_m * block_n > min(128 * 256, 4096 * warps):
                 continue
-            for join in joined:
-                config = gemm.Config(block_n, block_m, join, 8, warps, 3)
-                if select.refuse("gemm", config) is None:
-                    yield "gemm", config
+            yield from (("gemm", gemm.Config(block_n, block_m, join, 8, warps, 3)) for join in joined)
 
 
 def _int8(layout: Int8Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
     most = max(16, 2 * rows)
-    for block_m in (size for size in (8, 16, 32, 64, 128, 256) if skinny.FEWEST_ROWS <= size <= most):
+    for block_m in (size for size in (8, 16, 32, 64, 128, 256) if launching.FEWEST_ROWS <= size <= most):
         for block_n, warps in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8)):
             if layout.padded_out % block_n or block_m * block_n > 4096 * warps:
                 continue
