@@ -100,14 +100,14 @@ def reference_columns(target, feedback, costs, scales, zeros, top):
     return (codes, scale, zero, cost[best, row]), firm
 
 
-def reference_descend(codes, scale, zero, pull, inner, top):
-    """What `descend` returns, in the dtype of `pull`, and bool [N]: rows in which nothing is close to a tie."""
+def reference_descend(codes, scale, zero, descent, inner, top):
+    """What `descend` returns, in the dtype of `descent`, and bool [N]: rows in which nothing is close to a tie."""
     found, moves, gain, margin = [], [], torch.zeros_like(scale), torch.full_like(scale, 0.5)
     for k in range(len(codes)):
         taken = torch.zeros_like(scale)
         for j in range(k):
             taken = taken + inner[j, k] * moves[j]
-        force, now = pull[k] - taken, (codes[k] - zero) * scale
+        force, now = descent[k] - taken, (codes[k] - zero) * scale
         aim = (now + force / inner[k, k]) / scale
         step = aim.round().clamp(-zero, top - zero)
         margin = torch.minimum(margin, (aim - aim.floor() - 0.5).abs())
@@ -197,10 +197,10 @@ def test_parts_of_larger_matrices_over_several_programs(group, rows, device, mon
     identical(chosen, whole)
 
     codes, scale, zero, _ = chosen
-    pull = inner @ (target - (codes - zero) * scale)
-    whole = kernels.descend(codes, scale, zero, pull, inner, 16)
+    descent = inner @ (target - (codes - zero) * scale)
+    whole = kernels.descend(codes, scale, zero, descent, inner, 16)
     upper = torch.where(torch.ones_like(inner).triu() > 0, inner, float("nan"))
-    parts = [within_nan(matrix) for matrix in (codes, pull, upper)]
+    parts = [within_nan(matrix) for matrix in (codes, descent, upper)]
     identical(kernels.descend(parts[0], scale, zero, *parts[1:], 16), [tensor.cpu() for tensor in whole])
 
 
@@ -258,7 +258,7 @@ def test_wrong_arguments(name, wrong, message):
 
 def test_wrong_arguments_of_descend():
     matrix, row, square = torch.zeros(16, 7), torch.ones(7), torch.eye(16)
-    with pytest.raises(ValueError, match=r"pull: got \(16, 8\), expected \(16, 7\)"):
+    with pytest.raises(ValueError, match=r"descent: got \(16, 8\), expected \(16, 7\)"):
         kernels.descend(matrix, row, row, torch.zeros(16, 8), square, 16)
     with pytest.raises(ValueError, match=r"inner: got \(8, 8\), expected \(16, 16\)"):
         kernels.descend(matrix, row, row, matrix, torch.eye(8), 16)

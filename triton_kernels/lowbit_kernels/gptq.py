@@ -101,7 +101,7 @@ def descend(
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
-    pull: torch.Tensor,
+    descent: torch.Tensor,
     inner: torch.Tensor,
     levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,7 +116,7 @@ def descend(
         codes: [g, N], whole numbers in [0, levels - 1], g <= LONGEST.
         scales: [N], never zero.
         zeros: [N], whole numbers in [0, levels - 1].
-        pull: [g, N], half the negative gradient.
+        descent: [g, N], half the negative gradient.
         inner: [g, g], of which what is on and above the diagonal is read; positive on it.
         levels: 2 to 256.
 
@@ -127,7 +127,7 @@ def descend(
         ValueError: a tensor has another shape, dtype or device.
     """
     length, rows = _sizes("codes", codes)
-    _check("pull", pull, (length, rows), codes)
+    _check("descent", descent, (length, rows), codes)
     for name, grid in (("scales", scales), ("zeros", zeros)):
         _check(name, grid, (rows,), codes)
     _check("inner", inner, (length, length), codes)
@@ -137,8 +137,8 @@ def descend(
     if rows:
         with torch.cuda.device_of(codes):
             _descend_kernel[_grid](
-                codes, scales, zeros, pull, inner, found, moves, gain, rows,
-                codes.stride(0), pull.stride(0), inner.stride(0),
+                codes, scales, zeros, descent, inner, found, moves, gain, rows,
+                codes.stride(0), descent.stride(0), inner.stride(0),
                 TOP=levels - 1, **_shape(length),
             )  # fmt: skip
     return found, moves, gain
@@ -230,8 +230,8 @@ def _columns_kernel(
 
 @triton.jit
 def _descend_kernel(
-    codes, scales, zeros, pull, inner, found, moves, gain, n,
-    codes_stride, pull_stride, inner_stride,
+    codes, scales, zeros, descent, inner, found, moves, gain, n,
+    codes_stride, descent_stride, inner_stride,
     TOP: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -251,7 +251,7 @@ def _descend_kernel(
         for k in range(first, tl.minimum(first + BLOCK, LENGTH)):
             onto = inner + k * inner_stride
             curvature = tl.load(onto + k)
-            force = tl.load(pull + k * pull_stride + rows, mask=present, other=0.0)
+            force = tl.load(descent + k * descent_stride + rows, mask=present, other=0.0)
             force -= tl.sum(tl.where(turn == k, near, 0.0), axis=0)
             now = (tl.load(codes + k * codes_stride + rows, mask=present, other=0.0) - zero) * scale
             aim = now + tl.div_rn(force, curvature)
