@@ -9,6 +9,7 @@ import typer
 from lowbit.cli.common import JsonOption, TrustOption, size
 from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError
+from lowbit.options import PushOptions, keywords
 
 
 def push(
@@ -19,17 +20,6 @@ def push(
             metavar="REPO", help="org/name, or org/ for a name after the base model and the scheme.", show_default=False
         ),
     ],
-    private: Annotated[
-        bool, typer.Option("--private/--public", help="Who can see it; --public publishes what was pushed privately.")
-    ] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the model card and the files; upload nothing.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other weights in the repository.")] = False,
-    base_model: Annotated[
-        str | None,
-        typer.Option(help="Hub id of the model that was quantized, where the folder does not say.", show_default=False),
-    ] = None,
     quality: Annotated[
         Path | None, typer.Option("--eval", help="Output of `lowbit eval --json`, for the card.", show_default=False)
     ] = None,
@@ -39,6 +29,8 @@ def push(
             help="A model card of your own, for instance what --dry-run showed and you have edited.", show_default=False
         ),
     ] = None,
+    *,
+    options: PushOptions,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ):
@@ -57,10 +49,7 @@ def push(
     done = publish(
         folder,
         repo,
-        private=private,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        base_model=base_model,
+        **keywords(options),
         quality=read_object(quality) if quality is not None else None,
         card=_read_text(card) if card is not None else None,
         trust_remote_code=trust_remote_code,
@@ -71,7 +60,7 @@ def push(
              "files": done.sizes(), "card": done.card}
         )  # fmt: skip
     else:
-        _show(done, dry_run)
+        _show(done, options.dry_run)
 
 
 def _read_text(path: Path) -> str:

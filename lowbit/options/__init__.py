@@ -3,8 +3,10 @@
 from lowbit.options.generation import SamplingOptions, SessionOptions
 from lowbit.options.keywords import changed, keywords, like, option, shows_options, takes_options
 from lowbit.options.model import DeviceOptions, LoadOptions, OutputOptions, RevisionOptions, ShardOptions, SourceOptions
+from lowbit.options.publishing import PushOptions
 from lowbit.options.recipe import (
     CalibrationOptions,
+    DrawnSampleOptions,
     FileOptions,
     HeadOption,
     OnLoadOptions,
@@ -15,8 +17,8 @@ from lowbit.options.recipe import (
 from lowbit.options.verification import VerifyOptions
 
 __all__ = [
-    "CalibrationOptions", "DeviceOptions", "FileOptions", "HeadOption", "LoadOptions", "OnLoadOptions", "OutputOptions",
-    "RecipeOptions", "RevisionOptions", "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions",
-    "ShardOptions", "SourceOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options",
-    "takes_options",
+    "CalibrationOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption", "LoadOptions",
+    "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions", "RunOptions",
+    "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "VerifyOptions",
+    "changed", "keywords", "like", "option", "shows_options", "takes_options",
 ]  # fmt: skip

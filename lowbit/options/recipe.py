@@ -110,7 +110,14 @@ class SampleOptions:
 
 
 @dataclass(frozen=True)
-class CalibrationOptions(SampleOptions):
+class DrawnSampleOptions(SampleOptions):
+    """How much data a run is calibrated with, and which of all there is."""
+
+    seed: int = option(0, "Seed of the choice of samples.")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(DrawnSampleOptions):
     """What a run is calibrated with, and how it goes on."""
 
     dataset: Any = option(
@@ -120,7 +127,6 @@ class CalibrationOptions(SampleOptions):
         "or self where it cannot be reached.",
         typed=str | None,
     )
-    seed: int = option(0, "Seed of the choice of samples.")
     redo: str | None = option(None, "Regex of modules of an unfinished run: do their layers and all later ones again.")
     max_memory: str | int | None = option(
         None,

@@ -1,5 +1,6 @@
 """The calibration samples of a run, kept beside its finished layers: a run that goes on uses the same ones."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -7,6 +8,7 @@ from safetensors.torch import save
 
 from lowbit.errors import InputError, UsageError
 from lowbit.guards.safe_files import remove, write_whole
+from lowbit.options import DrawnSampleOptions
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.options import Calibration
 from lowbit.quantization.calibrated.ranks import Ranks
@@ -28,9 +30,7 @@ def samples_of_run(
         return stored or calibration_samples(
             calibration.dataset,
             model,
-            num_samples=calibration.num_samples,
-            seqlen=calibration.seqlen,
-            seed=calibration.seed,
+            **{each.name: getattr(calibration, each.name) for each in fields(DrawnSampleOptions)},
             vocabulary=language_model.vocab_size,
             context=getattr(language_model, "max_position_embeddings", None),
             trust_remote_code=calibration.trust_remote_code,
