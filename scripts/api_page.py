@@ -64,7 +64,7 @@ def page() -> str:
         node, module = definition(name)
         parts += [
             f"## lowbit.{name}",
-            f"```python\n{signature(node)}\n```",
+            f"<!-- norun: a signature -->\n```python\n{signature(node)}\n```",
             f"```text\n{ast.get_docstring(node)}\n```",
             f"Defined in `{module}`.",
         ]
