@@ -82,7 +82,7 @@ def test_which_backends_run_on_a_cpu():
     assert [name for name in ("native", "torch_cpu", "reference") if get_backend(name).available() is None] == HERE
 
 
-def test_torch_cpu_runs_what_it_is_for():
+def test_torch_cpu_refuses_no_scheme_that_it_is_for():
     """A backend that refuses everything would pass the test above."""
     refused = {}
     for scheme in SCHEMES:

@@ -153,5 +153,5 @@ def test_a_layer_runs_and_gives_its_tensors_back(backend, request):
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W8A16-CHANNEL"])
-def test_it_leaves_floating_point_inputs_to_others(name):
+def test_floating_point_inputs_are_refused(name):
     assert int8_cpu.refuse(Scheme.parse(name), CPU, torch.float32, (16, 128)) == "multiplies integer inputs only"

@@ -228,7 +228,7 @@ def test_a_walk_arrives_with_the_true_inputs():
         assert torch.equal(output, block(x)) and not output.requires_grad
 
 
-def test_what_joins_the_residual_stream():
+def test_linears_that_write_to_the_residual_stream_are_found():
     block, x = Block(), batch()
 
     def joining(hidden):

@@ -21,7 +21,7 @@ def test_folder_appears_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_nothing_appears_when_something_goes_wrong(tmp_path, error):
+def test_errors_leave_no_output_folder(tmp_path, error):
     with pytest.raises(error), StagedFolder(tmp_path / "out") as staged:
         (staged.path / "config.json").write_text("new")
         raise error
@@ -63,7 +63,7 @@ def test_overwrite_keeps_the_old_folder_until_the_new_one_is_whole(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder of photos", "file", "link", "link to nothing"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_no_model_folder_is_never_replaced(tmp_path, kind, overwrite):
+def test_folders_of_other_things_files_and_links_are_never_replaced(tmp_path, kind, overwrite):
     target = tmp_path / "out"
     if kind == "folder of photos":
         target.mkdir()

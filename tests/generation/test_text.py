@@ -66,7 +66,7 @@ def test_the_first_of_several_stop_strings_counts(tokenizer):
     assert streamed(tokenizer, ids, ["fox", "brown", "quick b"])[2].text == "the "
 
 
-def test_what_only_begins_like_a_stop_string_is_handed_out(tokenizer):
+def test_false_starts_of_stop_strings_are_shown(tokenizer):
     ids = tokenizer("the quick brown fox")["input_ids"]
     _, taken, stream = streamed(tokenizer, ids, ["quiet", "fox!"])
     assert stream.text == "the quick brown fox" and not stream.stopped and taken == len(ids)

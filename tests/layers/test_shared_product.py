@@ -136,7 +136,7 @@ def test_an_input_that_is_changed_in_place_is_multiplied_anew():
         assert_equal(together(x.clone()), alone(x.clone()))
 
 
-def test_nothing_is_kept_after_an_error_or_for_another_mode():
+def test_shared_product_is_dropped_after_an_error_or_a_change_of_mode():
     alone, together, x = pair()
 
     def fail(x):
@@ -290,7 +290,7 @@ def test_a_model_that_changes_its_input_between_the_calls_shares_nothing():
     assert shares(model) == [["q_proj", "k_proj", "v_proj"]]
 
 
-def test_nothing_is_looked_for_in_dense_models():
+def test_dense_models_are_not_searched_for_shared_inputs():
     dense = tiny_model("llama")
     dense.register_forward_pre_hook(lambda *_: pytest.fail("there is nothing to look for"))
     assert share_products(dense) == []

@@ -154,7 +154,7 @@ def test_errors_of_the_report_are_those_of_the_loaded_model(tmp_path, monkeypatc
         assert reported == pytest.approx(errors[name], rel=1e-3 if all_tokens else 0.15), name
 
 
-def test_what_rounding_costs_is_told_from_what_moving_makes_up_for(tmp_path, monkeypatch):
+def test_report_tells_rounding_error_from_drift_correction(tmp_path, monkeypatch):
     """Without drift and damping nothing is moved, and both errors are the same; with drift, what joins the residual
     stream is moved for what the stream has lost, which is no error of rounding."""
     monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 8)  # all tokens are looked at

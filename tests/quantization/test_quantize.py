@@ -158,7 +158,7 @@ def test_ties_stay_tied(tmp_path):
     assert torch.equal(model.lm_head.weight, stored_tensors(source)["model.embed_tokens.weight"])
 
 
-def test_everything_else_of_the_config_and_the_folder_stays(tmp_path):
+def test_config_and_side_files_are_carried_over(tmp_path):
     source = save_tiny(tmp_path / "source")
     save_tokenizer(source)
     (source / "LICENSE").write_text("terms")
@@ -324,7 +324,7 @@ def test_overwrite(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_nothing_is_left_when_a_tensor_is_bad(tmp_path):
+def test_nan_in_a_tensor_leaves_no_output(tmp_path):
     source = save_tiny(tmp_path / "source")
     edit_tensors(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][3, :7].fill_(torch.nan))
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors holds 7 "):

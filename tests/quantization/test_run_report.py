@@ -94,7 +94,7 @@ def test_a_report_belongs_to_its_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
-def test_reports_that_are_none(content, tmp_path):
+def test_unreadable_reports_are_errors(content, tmp_path):
     (tmp_path / "lowbit_report.json").write_bytes(content)
     with pytest.raises(InputError, match=r"lowbit_report\.json") as caught:
         load_report(tmp_path)

@@ -113,7 +113,7 @@ def test_weights_that_are_on_their_grid():
     assert difference(quantize_nearest(torch.zeros(64, 1024), Scheme(4, 128)), torch.zeros(64, 1024)) is None
 
 
-def test_what_was_moved_is_allowed_for_and_damage_beside_it_is_not():
+def test_drift_correction_is_allowed_for_and_damage_beside_it_is_not():
     """8 bits that make up for what others lost: a zero point off by one shows none the less."""
     scheme, source = Scheme(8, 32, sym=False), gaussian()
     move = 0.02 * source.norm() * torch.nn.functional.normalize(gaussian(seed=3).flatten(), dim=0).view_as(source)
@@ -123,7 +123,7 @@ def test_what_was_moved_is_allowed_for_and_damage_beside_it_is_not():
     assert "and 0.020 for what" in difference(shifted_zeros(qweight), source, moved=0.02)
 
 
-def test_where_nobody_knows_what_was_moved_coarser_weights_say_how_much_it_may_be():
+def test_unknown_drift_correction_is_bounded_by_coarser_weights():
     scheme, source = Scheme(8, 32), gaussian()
     qweight = quantize_nearest(source * 1.05, scheme)
     assert difference(qweight, source, None, [Scheme(4, 32)]) is None
