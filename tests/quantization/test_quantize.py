@@ -25,8 +25,7 @@ from transformers import LlamaForCausalLM
 import lowbit
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.formats.compressed_tensors import pack, unpack_weight
-from lowbit.numerics.grid import dequantize
-from lowbit.quantizers import rtn
+from lowbit.numerics.grid import dequantize, quantize_nearest
 
 INDEX = "model.safetensors.index.json"
 SCHEMES = {
@@ -51,7 +50,7 @@ def test_every_tensor_is_quantized_as_it_would_be_alone(name, tmp_path):
     expected = {}
     for key, tensor in stored_tensors(source).items():
         if is_projection(key):
-            packed = pack(rtn.quantize(tensor, {}, scheme, {"scale_search": search})[0])
+            packed = pack(quantize_nearest(tensor, scheme, search))
             expected |= {f"{key.removesuffix('.weight')}.{suffix}": part for suffix, part in packed.items()}
         else:
             expected[key] = tensor
@@ -70,7 +69,7 @@ def test_fused_experts_are_quantized_one_by_one(tmp_path):
     for name in fused:
         for expert, matrix in enumerate(dense[name]):
             # gpt_oss keeps [in, out]; a reader expects [out, in]
-            packed = pack(rtn.quantize(matrix.T.contiguous(), {}, scheme, {"scale_search": "minmax"})[0])
+            packed = pack(quantize_nearest(matrix.T.contiguous(), scheme))
             for suffix, part in packed.items():
                 assert same_bits(stored[name + suffix.removeprefix("weight")][expert], part)
     assert {layer["name"] for layer in report.layers} >= set(fused)
