@@ -1,6 +1,6 @@
 """Fewer cases than a full product, with every combination of a few of its values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from itertools import combinations, product
 
 import pytest
@@ -36,6 +36,11 @@ def covering(strength: int = 2, **factors) -> pytest.MarkDecorator:
     cases = cover(*named, strength=strength)
     values = [tuple(of[name] for of, name in zip(named, case, strict=True)) for case in cases]
     return pytest.mark.parametrize(tuple(factors), values, ids=["-".join(case) for case in cases])
+
+
+def slow_but(quick: Container, values: Iterable) -> list:
+    """`values` for `parametrize`: those in `quick` stand for the others where the slow ones are left out."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def _name(value) -> str:

@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from covering import cover, covering
+from covering import cover, covering, slow_but
 
 FACTORS = (range(4), range(7), "ab", (1.5, None, "x"))
 
@@ -34,3 +34,8 @@ def test_cases_are_called_by_their_values():
     mark = covering(dtype=(torch.float16, torch.float32), shape=((1, 2), (3, 4)), kind={"one": 1, "two": 2}).mark
     assert mark.args[0] == ("dtype", "shape", "kind") and len(mark.args[1]) == 4
     assert mark.args[1][0] == (torch.float16, (1, 2), 1) and mark.kwargs["ids"][0] == "float16-1x2-one"
+
+
+def test_values_that_are_not_quick_are_marked_slow():
+    first, second = slow_but(("a",), "ab")
+    assert first == "a" and second.values == ("b",) and [mark.name for mark in second.marks] == ["slow"]

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import spy_quantizer
 import torch
+from covering import slow_but
 from folders import contents, edit_tensors, same_bits, stored_tensors
 from models import ARCHITECTURES, relative_error, save_tiny, tiny_model, token_ids
 from runs import IDS, dense_model, dense_tensors, gptq, logits, names
@@ -52,7 +53,7 @@ def computed(monkeypatch):
     return kept
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", slow_but(("llama", "mixtral"), ARCHITECTURES))
 def test_every_architecture(architecture, tmp_path, computed):
     source = save_tiny(tmp_path / "source", architecture)
     report = gptq(source, tmp_path / "out", dataset=MANY)
@@ -259,7 +260,7 @@ def weight_of(model, layer: int, part: str) -> torch.Tensor:
     return found.data.T if "c_" in part else found.data
 
 
-@pytest.mark.parametrize("architecture", ORDER)
+@pytest.mark.parametrize("architecture", slow_but(("mixtral",), ORDER))
 def test_moments_are_measured_behind_the_quantized_weights(architecture, tmp_path, spy):
     """Against hooks on whole models in which the weights that come earlier are replaced by the written ones."""
     ids = token_ids(32 * 64).view(32, 64)  # every expert has tokens enough of its own
@@ -313,7 +314,7 @@ def test_inputs_that_are_always_zero(tmp_path):
 # How it is computed does not matter
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("architecture", slow_but(("llama",), ["llama", "mixtral", "gpt2"]))
 def test_walking_again_gives_the_same_as_holding(architecture, tmp_path, monkeypatch, no_threads):
     kept, init = [], calibrated.LayerRun.__init__
     monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 64)
@@ -330,7 +331,7 @@ def test_walking_again_gives_the_same_as_holding(architecture, tmp_path, monkeyp
     assert errors[0] == errors[1]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", slow_but(("llama",), ["llama", "mixtral"]))
 def test_batches_do_not_matter(architecture, tmp_path, monkeypatch, spy):
     source = save_tiny(tmp_path / "source", architecture)
     ids = token_ids(24 * 64).view(24, 64)
