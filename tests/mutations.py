@@ -54,14 +54,15 @@ def copied(target: Path) -> Path:
     return target
 
 
-def first_failure(copy: Path, tests: list[str]) -> str | None:
-    """The first test that fails in the copy, None if all pass. Raises RuntimeError where none could be run."""
+def first_failure(copy: Path, tests: list[str], seconds: float | None = None) -> str | None:
+    """The first test that fails in the copy, None if all pass; seconds: the longest that they may take. Raises
+    RuntimeError where none could be run."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), str(copy / "triton_kernels")])}
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *tests]
     try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"none came to an end in {_SECONDS} s"
+        return f"a test that was not done after {seconds} s"
     if done.returncode == 0:
         return None
     failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, flags=re.MULTILINE)
@@ -76,6 +77,6 @@ def tried(damage: Damage, copy: Path) -> dict:
     whole = file.read_text(encoding="utf-8")
     file.write_text(whole.replace(damage.old, damage.new), encoding="utf-8")
     try:
-        return {**asdict(damage), "noticed_by": first_failure(copy, damage.tests)}
+        return {**asdict(damage), "noticed_by": first_failure(copy, damage.tests, _SECONDS)}
     finally:
         file.write_text(whole, encoding="utf-8")
