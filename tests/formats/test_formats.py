@@ -115,13 +115,14 @@ def test_gptq_version_1_zeros_are_read_field_by_field(bits):
     """All values: a true zero of 0 is stored as all ones, and must not carry into the field beside it."""
     scheme, shape = Scheme(bits, 32, False), (32, 32)
     qweight = random_quantized(scheme, *shape)
-    zeros = (torch.arange(32) % 2**bits)[:, None].byte()
-    tensors = gptq.pack(QuantWeight(qweight.codes, qweight.scales, scheme, zeros))
-    older = gptq.pack(QuantWeight(qweight.codes, qweight.scales, scheme, (zeros - 1) & (2**bits - 1)))
-    config = gptq.config(scheme, {}, [])
-    tensors["qzeros"] = older["qzeros"]
-    _, read = read_back("gptq", tensors, {**config, "checkpoint_format": "gptq"}, scheme, shape)
-    assert torch.equal(read.zeros, zeros)
+    config = {**gptq.config(scheme, {}, []), "checkpoint_format": "gptq"}
+    for values in (torch.arange(32), torch.arange(32) // 2):  # beside a 0 is a 1, which hides a carry, or another 0
+        zeros = (values % 2**bits)[:, None].byte()
+        tensors = gptq.pack(QuantWeight(qweight.codes, qweight.scales, scheme, zeros))
+        older = gptq.pack(QuantWeight(qweight.codes, qweight.scales, scheme, (zeros - 1) & (2**bits - 1)))
+        tensors["qzeros"] = older["qzeros"]
+        _, read = read_back("gptq", tensors, config, scheme, shape)
+        assert torch.equal(read.zeros, zeros)
 
 
 @pytest.mark.parametrize("sym", (True, False))

@@ -56,9 +56,10 @@ def test_stop_strings_wherever_they_are(tokenizer, text):
     for start in range(len(text)):
         for length in (1, 2, 5):
             words = text[start : start + length]
-            _, taken, stream = streamed(tokenizer, ids, [words, "never there"])
-            assert stream.text == text[: text.find(words)] and stream.stopped
-            assert words in whole(tokenizer, ids[:taken]) and words not in whole(tokenizer, ids[: taken - 1])
+            for stop in ([words], [words, "never there"]):  # the longest one, and a shorter one
+                _, taken, stream = streamed(tokenizer, ids, stop)
+                assert stream.text == text[: text.find(words)] and stream.stopped
+                assert words in whole(tokenizer, ids[:taken]) and words not in whole(tokenizer, ids[: taken - 1])
 
 
 def test_the_first_of_several_stop_strings_counts(tokenizer):
