@@ -76,6 +76,7 @@ def test_split_matrices_are_quantized(sym, model, dense, tmp_path):
     assert relative_error(logits(lowbit.load(ours), model[1]), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_plain_transformers_agrees(model, dense, tmp_path):
     pytest.importorskip("compressed_tensors")
     lowbit.quantize(dense, tmp_path / "packed", group_size=32, ignore="experts")  # it has no packed experts

@@ -306,6 +306,7 @@ def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch):
         assert result.stats.path == "static loop" and "cannot be captured" in result.stats.why
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_tokens(monkeypatch):
     """`aot_eager` traces as inductor does and needs no C++ compiler."""
     model = AutoModelForCausalLM.from_config(tiny_model().config).eval()

@@ -200,6 +200,7 @@ def test_moves_copies_and_loading_join_again():
     assert calls == [48, 32]
 
 
+@pytest.mark.slow
 def test_compiled_graphs_multiply_once():
     alone, together, x = pair()
     products = []

@@ -170,6 +170,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", str(compiler))
 
 
+@pytest.mark.slow
 def test_built_once_into_the_cache_folder(tmp_path, quick):
     assert python(SHOW, LOWBIT_CACHE=str(tmp_path)) == "None\n"
     (built,) = (tmp_path / "native").iterdir()
@@ -178,6 +179,7 @@ def test_built_once_into_the_cache_folder(tmp_path, quick):
     assert [(file, file.stat().st_mtime_ns) for file in (tmp_path / "native").iterdir()] == [(built, before)]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     reason = python(SHOW, LOWBIT_CACHE=str(tmp_path), CC=str(tmp_path / "no-such-cc"))
     assert "cannot compile the kernels" in reason and "no-such-cc" in reason and reason.count("\n") == 1

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from covering import slow_but
 from folders import (
     ROOT,
     contents,
@@ -75,7 +76,7 @@ def test_fused_experts_are_quantized_one_by_one(tmp_path):
     assert {layer["name"] for layer in report.layers} >= set(fused)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("architecture", slow_but(("llama",), ["llama", "mixtral"]))
 def test_sharded_in_sharded_out(architecture, tmp_path):
     whole = save_tiny(tmp_path / "whole", architecture)
     sharded = save_tiny(tmp_path / "sharded", architecture, max_shard_size="60KB")

@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from covering import slow_but
 from folders import data_bytes, read_json
 from models import save_tiny, token_ids
 from runs import quick_gptq, stop_after_layers
@@ -26,7 +27,7 @@ MEASURED_KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.fixture(scope="module", params=slow_but(("llama", "mixtral"), ["llama", "gpt2", "mixtral", "gpt_oss"]))
 def architecture(request):
     return request.param
 

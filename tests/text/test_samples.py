@@ -236,6 +236,7 @@ def test_more_samples_begin_with_the_fewer(samples_of, tmp_path):
     assert torch.equal(few, many[:4])
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_hashes(samples_of, model_folder, tmp_path):
     path = write_texts(tmp_path / "rows.jsonl", make_texts(100))
     code = (
