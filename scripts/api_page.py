@@ -86,7 +86,7 @@ def page() -> str:
         public = getattr(lowbit, name)
         parts += [
             f"## lowbit.{name}",
-            f"```python\n{signature(node, public)}\n```",
+            f"<!-- norun: a signature -->\n```python\n{signature(node, public)}\n```",
             f"```text\n{inspect.getdoc(public)}\n```",
             f"Defined in `{module}`.",
         ]

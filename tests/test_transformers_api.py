@@ -233,7 +233,7 @@ def export_gguf(quantized):
         ("_apply_gate", run_experts),
     ],
 )
-def test_what_needs_a_name_says_so_in_one_line(name, act, gone, quantized):
+def test_missing_names_of_transformers_are_one_line(name, act, gone, quantized):
     gone(name)
     with pytest.raises(
         MissingNameError, match=rf"^transformers \S+ has no transformers\.\S*gone_{name}, which"

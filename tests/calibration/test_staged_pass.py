@@ -1,4 +1,4 @@
-"""Staged passes: stages in their true order, pauses in which weights are replaced, threads that end."""
+"""Staged passes through small layers: true inputs, pauses in which weights are replaced, threads that end."""
 
 import gc
 import weakref
@@ -6,209 +6,27 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
+from toy_layers import (
+    BLOCK_STAGES,
+    MIXTURE_STAGES,
+    WIDTH,
+    Block,
+    Experts,
+    Mixture,
+    batch,
+    parameters_of,
+    replace,
+    stages_of,
+    true_inputs,
+)  # fmt: skip
 
 from lowbit.calibration.staged_pass import Stage, StagedPass, expert_input, find_stages
-
-WIDTH = 6
-
-
-class Conv1D(nn.Module):
-    """As in gpt2: weight [in, out], one addmm."""
-
-    def __init__(self, features_in, features_out):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(features_in, features_out))
-        self.bias = nn.Parameter(torch.randn(features_out))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
-
-
-class Block(nn.Module):
-    """Names in no useful order: `z`, `a` and `m` share an input; then `b`; then `up` and `gate`; then `c`."""
-
-    def __init__(self):
-        super().__init__()
-        for name in "abmz":
-            setattr(self, name, nn.Linear(WIDTH, WIDTH, bias=name == "a"))
-        self.up, self.gate, self.c = Conv1D(WIDTH, 10), Conv1D(WIDTH, 10), Conv1D(10, WIDTH)
-
-    def forward(self, x):
-        inner = torch.tanh(x)
-        inner = self.z(inner) * torch.sigmoid(self.a(inner)) + self.m(inner)
-        x = x + self.b(inner)
-        normed = x / x.norm(dim=-1, keepdim=True)
-        return x + self.c(self.up(normed) * torch.sigmoid(self.gate(normed)))
-
-
-BLOCK_STAGES = [("z", "a", "m"), ("b",), ("up", "gate"), ("c",)]
-
-
-class Experts(nn.Module):
-    """As transformers has them: 3-D parameters, a loop over the experts that were hit. transposed: as in gpt_oss."""
-
-    def __init__(self, transposed=False, experts=4, middle=5):
-        super().__init__()
-        self.num_experts, self.transposed = experts, transposed
-        shapes = (WIDTH, 2 * middle), (middle, WIDTH)
-        up, down = (torch.randn(experts, *(shape if transposed else shape[::-1])) for shape in shapes)
-        self.gate_up_proj, self.down_proj = nn.Parameter(up), nn.Parameter(down)
-
-    def multiply(self, x, weight):
-        return x @ weight if self.transposed else functional.linear(x, weight)
-
-    def middle(self, expert, x):
-        gate, up = self.multiply(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return functional.silu(gate) * up
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        output = torch.zeros_like(hidden_states)
-        mask = functional.one_hot(top_k_index, self.num_experts).permute(2, 1, 0)
-        for expert in (mask.sum((1, 2)) > 0).nonzero()[:, 0]:
-            position, token = torch.where(mask[expert])
-            found = self.multiply(self.middle(expert, hidden_states[token]), self.down_proj[expert])
-            output.index_add_(0, token, found * top_k_weights[token, position, None])
-        return output
-
-
-class Mixture(nn.Module):
-    """A linear, then a router and experts, then a linear; a batch whose first number is negative skips the experts."""
-
-    def __init__(self, by_keyword=False):
-        super().__init__()
-        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.router, self.experts, self.by_keyword = nn.Linear(WIDTH, 4), Experts(), by_keyword
-
-    def forward(self, x):
-        skipped, x = bool(x[0, 0] < 0), self.first(x)
-        if not skipped:
-            weights, index = self.router(x).softmax(-1).topk(2)
-            routed = {"top_k_index": index, "top_k_weights": weights}
-            x = x + (self.experts(x, **routed) if self.by_keyword else self.experts(x, index, weights))
-        return self.last(x)
-
-
-MIXTURE_STAGES = [
-    Stage(("first.weight",)),
-    Stage(("router.weight",)),
-    Stage(("experts.gate_up_proj", "experts.down_proj"), "experts"),
-    Stage(("last.weight",)),
-]
-
-
-def parameters_of(module):
-    """The matrices of a module, not in the order of their use."""
-    return dict(sorted(((n, p) for n, p in module.named_parameters() if p.ndim > 1), reverse=True))
-
-
-def stages_of(module, *inputs):
-    return find_stages(lambda: module(*inputs), parameters_of(module))
-
-
-def names(stages):
-    return [tuple(name.removesuffix(".weight") for name in stage.parameters) for stage in stages]
-
-
-def batch(seed=0, tokens=3, sign=1):
-    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
-    x[0, 0] = sign * x[0, 0].abs()
-    return x
-
-
-def true_inputs(module, x):
-    """Name of a module -> what it is called with."""
-    found, hooks = {}, []
-    for name, part in module.named_modules():
-        hooks.append(part.register_forward_pre_hook(lambda _, args, name=name: found.__setitem__(name, args)))
-    with torch.no_grad():
-        module(x)
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 @pytest.fixture(autouse=True)
 def every_pass_ends(no_threads):
     yield
     no_threads("lowbit-staged-pass")
-
-
-def test_stages_are_in_the_order_of_use_and_share_what_is_one_input():
-    block = Block()
-    stages = stages_of(block, batch())
-    assert names(stages) == BLOCK_STAGES and all(stage.experts is None for stage in stages)
-    assert stages_of(Mixture(), batch()) == MIXTURE_STAGES
-    assert stages_of(Mixture(), batch(sign=-1)) == [MIXTURE_STAGES[0], MIXTURE_STAGES[3]]
-
-
-def test_an_input_is_known_by_identity():
-    first, second, third = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
-    parameters = {"first": first.weight, "second": second.weight, "third": third.weight}
-
-    def views(x):
-        first(x), second(x.view(1, -1, WIDTH)), third(x.detach())
-
-    def equal_copies(x):
-        first(x), second(x.clone()), third(x + 0)
-
-    def changed_in_place(x):
-        first(x)
-        x = x.mul_(2)
-        second(x), third(x)
-
-    def freed_at_once(x):
-        alive = []
-        for linear in (first, second, third):
-            alive.append(weakref.ref(copy := x.clone()))
-            linear(copy)
-            del copy
-        assert all(reference() is not None for reference in alive)  # or the next could take the address of the last
-
-    def other_tokens(x):
-        first(x), second(x[:1]), third(x)  # all three start at the same address
-
-    def used_twice(x):
-        second(first(x)), first(x), third(second(x))
-
-    expected = {
-        views: [("first", "second", "third")],
-        equal_copies: [("first",), ("second",), ("third",)],
-        changed_in_place: [("first",), ("second", "third")],
-        freed_at_once: [("first",), ("second",), ("third",)],
-        other_tokens: [("first", "third"), ("second",)],
-        used_twice: [("first",), ("second",), ("third",)],
-    }
-    for run, stages in expected.items():
-        found = find_stages(lambda run=run: run(batch(tokens=4)), parameters)
-        assert names(found) == stages, run.__name__
-
-
-@pytest.mark.parametrize(
-    "product",
-    [
-        functional.linear,
-        lambda x, w: functional.linear(x, w, torch.ones(len(w))),
-        lambda x, w: x @ w.T,
-        lambda x, w: x.matmul(w.t()),
-        lambda x, w: torch.matmul(x, w.T),
-        lambda x, w: torch.mm(x, w.T),
-        lambda x, w: torch.addmm(torch.zeros(len(w)), x, w.T),
-    ],
-)
-def test_every_way_to_multiply_is_seen(product):
-    weights = {"one": nn.Parameter(torch.randn(4, WIDTH)), "two": nn.Parameter(torch.randn(3, 4))}
-    x = batch()
-
-    def run():
-        return product(torch.tanh(product(x, weights["one"])), weights["two"])
-
-    stages = find_stages(run, weights)
-    assert names(stages) == [("one",), ("two",)]
-    staged = StagedPass(run, stages, weights)
-    assert torch.equal(staged.to(0), x)
-    torch.testing.assert_close(staged.to(1), torch.tanh(product(x, weights["one"].detach())))
-    torch.testing.assert_close(staged.to_end(), run().detach())
 
 
 def staged_through(module, x, stages=None):
@@ -226,28 +44,6 @@ def test_a_pass_arrives_with_the_true_inputs():
             assert staged.to(stage) is arrived
         output = staged.to_end()
         assert torch.equal(output, block(x)) and not output.requires_grad
-
-
-def test_what_joins_the_residual_stream():
-    block, x = Block(), batch()
-
-    def joining(hidden):
-        return [
-            names([stage])[0] for stage in find_stages(lambda: block(x), parameters_of(block), hidden) if stage.joins
-        ]
-
-    assert joining(x) == [("b",), ("c",)]
-    assert joining(x.clone()) == []  # not what the layer was given
-    assert joining(None) == []  # it is taken to begin with z * a + m, which nothing is added to
-    # neither sums that the stream does not enter, nor products that something is done to before
-    gelu, last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def run():
-        y = gelu(x)
-        return x + torch.relu(last(y + 0.1 * y**3))
-
-    parameters = {"gelu": gelu.weight, "last": last.weight}
-    assert not any(stage.joins for stage in find_stages(run, parameters, x))
 
 
 def test_a_pass_knows_the_residual_stream():
@@ -277,14 +73,6 @@ def test_the_residual_stream_of_the_first_layer():
     embedded = batch().sin()
     assert staged.to(1) is not None and torch.equal(staged.stream, embedded + one(embedded))
     staged.to_end()
-
-
-def replace(module, names):
-    """Other weights in place, as quantization does."""
-    with torch.no_grad():
-        for name in names:
-            parameter = module.get_parameter(name)
-            parameter.copy_((parameter * 1.5).round() / 1.5)
 
 
 def naive(module, x, stages):

@@ -41,7 +41,7 @@ def test_rows_are_off_by_half_a_step(dtype):
     assert torch.equal(encode(back)[..., :-2].abs().amax(-1), encoded[..., :-2].abs().amax(-1))
 
 
-def test_what_is_no_number_stays_none():
+def test_nan_stays_nan_in_its_row():
     x = rows(3, 4)
     x[1, 2] = torch.nan
     assert decode(encode(x), x.dtype).isnan().any(-1).tolist() == [False, True, False]

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from covering import slow_but
 from models import tiny_model
 from tape import Tapes
 from tiny import tiny_model_that_runs
@@ -51,7 +52,7 @@ def model(quantized_model):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(("llama", "gemma3", "mixtral"), ARCHITECTURES))
 def test_greedy_tokens_are_those_of_model_generate(name, rows, quantized_model):
     model = quantized_model(name, max_position_embeddings=512, **ARCHITECTURES[name])
     decoder, captured = Decoder(model), Decoder(model, graphs=Tapes())
@@ -370,6 +371,7 @@ def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch, caplog):
         assert (stats.path, stats.why) == (path, None)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_tokens(monkeypatch):
     """`aot_eager` traces as inductor does and needs no C++ compiler."""
     model = AutoModelForCausalLM.from_config(tiny_model().config).eval()

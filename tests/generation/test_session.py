@@ -104,7 +104,7 @@ def test_seeds_and_samplers(session):
     assert session.generate(ids, max_new_tokens=16, repetition_penalty=5.0).text != greedy_text
 
 
-def test_what_cannot_be_run(session):
+def test_prompts_and_settings_beyond_the_model_are_refused(session):
     with pytest.raises(InputError, match="context of 256"):
         session.generate(session.encode("the fox"), max_new_tokens=256)
     with pytest.raises(InputError, match="vocabulary"):

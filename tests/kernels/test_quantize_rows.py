@@ -59,7 +59,7 @@ def test_halves_go_to_even(device):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_no_number_does_not_become_one(value, device):
+def test_nan_and_infinity_make_the_scale_nan(value, device):
     x = torch.ones(3, 200, device=device)
     x[1, 77] = value
     scale = torch.tensor([0.5], device=device)

@@ -87,7 +87,7 @@ def test_entries_of_another_version_are_passed_over(entry, caplog):
 
 
 @pytest.mark.parametrize("joinable", [True, False])
-def test_what_triton_miscompiles_is_not_used(joinable, monkeypatch):
+def test_configs_that_triton_miscompiles_are_not_used(joinable, monkeypatch):
     """Neither from a table that was made with another triton, nor as a candidate."""
     monkeypatch.setattr(launching, "JOINABLE", joinable)
     gpu, joined = select.gpu_of(CPU), gemm.Config(block_n=64, block_m=64, joined=4)

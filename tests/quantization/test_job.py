@@ -58,7 +58,7 @@ def assert_goes_on(source, out, expected, layer: int, **options) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_goes_on(source, out, expected, unfinished, loaded, layers):
+def test_run_resumes_at_the_next_layer(source, out, expected, unfinished, loaded, layers):
     """Finished layers are not loaded again, where the hidden states behind them are there."""
     unfinished(layers)
     loaded.clear()
@@ -359,7 +359,7 @@ def test_redo_then_killed_then_gone_on(source, out, unfinished, monkeypatch):
 
 
 @pytest.mark.parametrize(("pattern", "says"), [("nothing", "matches no"), ("(", "regular expression")])
-def test_redo_of_nothing(source, out, expected, unfinished, pattern, says):
+def test_redo_that_names_no_finished_layer_is_refused(source, out, expected, unfinished, pattern, says):
     unfinished(2)
     with pytest.raises(UsageError, match=says):
         gptq(source, out, redo=pattern)

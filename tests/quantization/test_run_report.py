@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from covering import slow_but
 from folders import data_bytes, read_json
 from models import save_tiny, token_ids
 from runs import quick_gptq, stop_after_layers
@@ -26,7 +27,7 @@ MEASURED_KEYS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.fixture(scope="module", params=slow_but(("llama", "mixtral"), ["llama", "gpt2", "mixtral", "gpt_oss"]))
 def architecture(request):
     return request.param
 
@@ -94,7 +95,7 @@ def test_a_report_belongs_to_its_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
-def test_reports_that_are_none(content, tmp_path):
+def test_unreadable_reports_are_errors(content, tmp_path):
     (tmp_path / "lowbit_report.json").write_bytes(content)
     with pytest.raises(InputError, match=r"lowbit_report\.json") as caught:
         load_report(tmp_path)
