@@ -22,12 +22,14 @@ import torch
 import triton
 from gpu_peers import PEERS
 
-from lowbit_kernels import gemm, gemm_hopper, int8, launching, ops, reference, select, skinny
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import gemm, gemm_hopper, launching, ops, reference, skinny
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import Layout
-from lowbit_kernels.timing import copies_for, microseconds
-from lowbit_kernels.tune import packed as packed_as
-from lowbit_kernels.tune import random_weight, seen
+from lowbit_kernels.tuning import select
+from lowbit_kernels.tuning.timing import copies_for, microseconds
+from lowbit_kernels.tuning.tune import packed as packed_as
+from lowbit_kernels.tuning.tune import random_weight, seen
 
 # Largest relative error: products are exact in float32, y is rounded once; beyond decoding, the scaled weight too
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -4,7 +4,7 @@ Models that have no static cache run in `model.generate`, with the same paramete
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from lowbit.generation.sampling import Sampling
 from lowbit.generation.stats import Stats
 from lowbit.generation.steps.graph import Graphs, Pipeline
 from lowbit.generation.steps.runner import MakeCache, StepRunner
+from lowbit.options import TokenOptions, takes_options
 
 
 @dataclass(frozen=True)
@@ -93,20 +94,15 @@ class Decoder:
         )
         self.stats = Stats(0, 0)
 
+    @takes_options
     @torch.inference_mode()
     def generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        tokens: TokenOptions,
         eos_token_id: int | Sequence[int] | None = None,
-        seed: int | None = None,
         prefill_chunk: int | None = 1024,
         on_token: Callable[[list[int]], bool | None] | None = None,
     ) -> Result:
@@ -116,10 +112,7 @@ class Decoder:
         Args:
             input_ids: Integers [B, T].
             attention_mask: [B, T], 0 where a prompt is padded, on the left; by default nowhere.
-            max_new_tokens: Tokens for each row at most.
-            temperature, top_k, top_p, min_p, repetition_penalty: See `Sampling`.
             eos_token_id: What ends a row; by default as the model's generation_config says, () for nothing.
-            seed: Of what is sampled; None for another one each time.
             prefill_chunk: Prompt positions that are run at once; None for all, as where `model.generate` runs.
             on_token: Called with the B tokens of each step; True ends the generation.
 
@@ -127,12 +120,12 @@ class Decoder:
             UsageError: For options and prompts that cannot be.
             InputError: If the logits are no numbers, or nothing runs the model as the decoder was asked to.
         """
-        if max_new_tokens < 1 or (prefill_chunk is not None and prefill_chunk < 1):
+        if tokens.max_new_tokens < 1 or (prefill_chunk is not None and prefill_chunk < 1):
             raise UsageError("max_new_tokens and prefill_chunk are 1 or more")
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampling = Sampling(**{each.name: getattr(tokens, each.name) for each in fields(Sampling)})
         prompt = checked_prompt(self.model, input_ids, attention_mask)
         settings = token_settings(self.model, sampling, eos_token_id)
-        request = Request(prompt, settings, max_new_tokens, prefill_chunk, seed)
+        request = Request(prompt, settings, tokens.max_new_tokens, prefill_chunk, tokens.seed)
         if self.draft is not None and request.rows > 1:
             raise UsageError(f"drafts are checked for one prompt at a time: got {request.rows}")
         return self._answer(request, Answer(request.rows, settings.eos, on_token))

@@ -1,7 +1,7 @@
 """A model with its tokenizer, and generation that hands out text as it comes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary, load
-from lowbit.options import SessionOptions, SourceOptions, takes_options
+from lowbit.options import SamplingOptions, SessionOptions, SourceOptions, TokenOptions, takes_options
 from lowbit.text.chat_template import chat_ids
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -78,27 +78,29 @@ class Session:
             raise InputError("the chat template of the tokenizer makes nothing of this conversation: expected text")
         return torch.tensor([ids])
 
+    @takes_options
     def generate(
         self,
         ids: torch.Tensor,
         *,
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        sampling: SamplingOptions,
         on_text: Callable[[str], None] = lambda text: None,
         **options,
     ) -> Generation:
-        """Continue ids [1, T] up to the first of the strings `stop`, which is left out, or an end token.
+        """Continue a prompt up to the first of the strings `stop`, which is left out, or an end token. Ctrl-C ends the
+        answer, which is returned as far as it came.
 
-        on_text: called with each piece of text. options: those of `Decoder.generate` that sample, and prefill_chunk.
-        Ctrl-C ends the answer, which is returned as far as it came.
+        Args:
+            ids: Integers [1, T].
+            on_text: Called with each piece of text.
+            **options: Others of `Decoder.generate`, such as prefill_chunk.
         """
-        self._check_length(ids.shape[1], max_new_tokens)
+        self._check_length(ids.shape[1], sampling.max_new_tokens)
         check_vocabulary(self.model, ids)
-        stream, interrupted = TextStream(self.tokenizer, stop, on_text), False
+        stream, interrupted = TextStream(self.tokenizer, sampling.stop or (), on_text), False
+        tokens = {each.name: getattr(sampling, each.name) for each in fields(TokenOptions)}
         try:
-            self.decoder.generate(
-                ids, max_new_tokens=max_new_tokens, on_token=lambda tokens: stream.put(tokens[0]), **options
-            )
+            self.decoder.generate(ids, **tokens, on_token=lambda made: stream.put(made[0]), **options)
         except KeyboardInterrupt:
             interrupted = True
         stream.finish()

@@ -7,8 +7,8 @@ from lowbit.options.keywords import option
 
 
 @dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen, and until when."""
+class TokenOptions:
+    """How tokens are chosen, and how many."""
 
     max_new_tokens: int = option(128, "Tokens to generate at most.", least=1)
     temperature: float = option(0.0, "0 is greedy; higher is more random.", least=0.0)
@@ -18,8 +18,14 @@ class SamplingOptions:
     )
     min_p: float = option(0.0, "Leave out tokens less likely than this share of the likeliest.", least=0.0, most=1.0)
     repetition_penalty: float = option(1.0, "Above 1: tokens that were there already become less likely.", least=0.01)
-    stop: list[str] | None = option(None, "End before this text; may be repeated.", flags=("--stop",))
     seed: int | None = option(None, "Makes sampling repeatable.", least=0, most=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class SamplingOptions(TokenOptions):
+    """How tokens are chosen, and until when."""
+
+    stop: list[str] | None = option(None, "End before this text; may be repeated.", flags=("--stop",))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from models import save_tiny
 
 import lowbit
 from lowbit.backends import BACKENDS, native, triton
-from lowbit.cli.doctor import _show_compiler, kernels_of
+from lowbit.cli.commands.doctor import _show_compiler, kernels_of
 from lowbit.generation import eligibility, loop
 
 
@@ -47,7 +47,7 @@ def test_a_model_that_is_not_quantized(refused, tmp_path):
 
 @pytest.fixture
 def interpreted(monkeypatch, tmp_path):
-    select = pytest.importorskip("lowbit_kernels.select")
+    select = pytest.importorskip("lowbit_kernels.tuning.select")
     monkeypatch.setattr(triton, "INTERPRETED", True)
     monkeypatch.setenv(select.TABLES_VARIABLE, str(tmp_path / "tables"))
     select.forget()

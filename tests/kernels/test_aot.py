@@ -117,8 +117,9 @@ from dataclasses import replace
 
 import torch
 from aot import measure, shipped
-from lowbit_kernels import gemm, int8
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import gemm
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import Layout
 
 for one in shipped.find(["gemm-w4-g128-sym-bf16-m64", "int8-w8-g128-sym-bf16-m128"]):

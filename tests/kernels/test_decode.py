@@ -15,7 +15,7 @@ import triton.language as tl
 from packed import DTYPES
 
 from lowbit_kernels.decode import fragment, fragment_ptx, scale_ptx, scaled, slices_of
-from lowbit_kernels.int8 import nibbles_ptx
+from lowbit_kernels.int8.kernel import nibbles_ptx
 from lowbit_kernels.layout import SLICES, fields, zero_offset
 
 HALFWORDS = np.arange(65536, dtype=np.uint32)

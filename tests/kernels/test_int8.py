@@ -6,8 +6,10 @@ import pytest
 import torch
 from packed import DTYPES, EXACT, ROUNDING, error, poisoned
 
-from lowbit_kernels import int8, int8_layout, launching, reference
-from lowbit_kernels.int8_layout import GROUP_SIZES, Int8Layout
+from lowbit_kernels import launching, reference
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8 import layout as int8_layout
+from lowbit_kernels.int8.layout import GROUP_SIZES, Int8Layout
 
 KINDS = DTYPES | {"fp32": torch.float32}
 INPUTS = {64: 192, 128: 384, 256: 512, 512: 512, 1024: 1024, -1: 171}

@@ -14,8 +14,11 @@ from lowbit.backends import choose, kernels_for, triton, triton_int8
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics import reference as definition
 from lowbit.numerics.scheme import Scheme
-from lowbit_kernels import int8_layout, int8_ops, reference, select, tune
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import reference
+from lowbit_kernels.int8 import layout as int8_layout
+from lowbit_kernels.int8 import ops as int8_ops
+from lowbit_kernels.int8.layout import Int8Layout
+from lowbit_kernels.tuning import select, tune
 
 CPU = torch.device("cpu")
 LAYOUT = Int8Layout(4, 64, torch.bfloat16, 70, 192)

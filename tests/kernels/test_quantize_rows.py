@@ -6,7 +6,8 @@ import pytest
 import torch
 from packed import DTYPES, rms_norm
 
-from lowbit_kernels import quantize, reference
+from lowbit_kernels import reference
+from lowbit_kernels.int8 import quantize
 
 KINDS = DTYPES | {"fp32": torch.float32}
 WIDTHS = (1, 100, 128, 129, 700)

@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit_kernels import gemm, gemm_hopper, launching, select, skinny, tune
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import gemm, gemm_hopper, launching, skinny
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import Layout
+from lowbit_kernels.tuning import select, tune
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(4, 128, True, torch.bfloat16, 128, 256)

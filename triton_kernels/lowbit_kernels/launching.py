@@ -13,7 +13,7 @@ import torch
 import triton
 
 from lowbit_kernels.decode import AMD
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import Layout
 
 # The compiler: what it gets wrong decides on configurations, here and nowhere else

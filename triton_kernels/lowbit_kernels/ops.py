@@ -15,8 +15,10 @@ from itertools import pairwise
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, int8_ops, launching, select, skinny
+from lowbit_kernels import gemm, gemm_hopper, launching, skinny
+from lowbit_kernels.int8 import ops as int8_ops
 from lowbit_kernels.layout import Layout
+from lowbit_kernels.tuning import select
 
 _FORM = "int bits, int group_size, bool sym, ScalarType dtype, int out_features"
 _library = torch.library.Library("lowbit_kernels", "DEF")

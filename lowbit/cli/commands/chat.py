@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import HeadFlags, ModelArgument, ModelOption, one_model
-from lowbit.cli.generate import (
+from lowbit.cli.commands.generate import (
     PREFILL_CHUNK,
     RunningOptions,
     StatsOption,
     sampling_keywords,
     show_stats,
 )
+from lowbit.cli.common import HeadFlags, ModelArgument, ModelOption, one_model
 from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
 from lowbit.guards.safe_files import write_whole

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lowbit_kernels.int8_layout import MOST_INPUTS, TILE
+from lowbit_kernels.int8.layout import MOST_INPUTS, TILE
 from lowbit_kernels.launching import check_tensor
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

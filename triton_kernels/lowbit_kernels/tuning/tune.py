@@ -9,10 +9,13 @@ from collections.abc import Iterator
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, int8, int8_layout, launching, ops, reference, select, skinny
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import gemm, gemm_hopper, launching, ops, reference, skinny
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8 import layout as int8_layout
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import SLICES, Layout, pack
-from lowbit_kernels.timing import copies_for, microseconds
+from lowbit_kernels.tuning import select
+from lowbit_kernels.tuning.timing import copies_for, microseconds
 
 # Largest relative error against float32 of the dequantized weight: two roundings to 16 bits (the scaled weight, y)
 _TOLERANCE = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}

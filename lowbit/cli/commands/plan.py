@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from lowbit.cli.commands.dtype import only_converts, preview_dtype
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -12,7 +13,6 @@ from lowbit.cli.common import (
     quiet_transformers,
     size,
 )
-from lowbit.cli.dtype import only_converts, preview_dtype
 from lowbit.cli.terminal import console, print_json, show_names, table
 from lowbit.options import FileOptions, RecipeOptions, SampleOptions, SourceOptions, keywords
 

@@ -39,7 +39,7 @@ from lowbit_kernels.decode import (
     words_per_iteration,
 )
 from lowbit_kernels.epilogue import finish, store_part, tile_of_parts, total_of_parts
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels.int8.layout import Int8Layout
 
 # Up to so many rows reading the weight takes longer than multiplying: W is split over more programs
 FEW_ROWS = 64

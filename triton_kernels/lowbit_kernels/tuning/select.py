@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import triton
 
-from lowbit_kernels import gemm, gemm_hopper, int8, launching, skinny
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import gemm, gemm_hopper, launching, skinny
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import Layout
 
 logger = logging.getLogger("lowbit_kernels")
@@ -177,7 +178,7 @@ def tables(gpu: Gpu) -> dict[str, Path]:
 
 
 def shipped_table(gpu: Gpu) -> Path:
-    return Path(__file__).parent / "tuned" / f"{gpu.slug}.json"
+    return Path(__file__).parents[1] / "tuned" / f"{gpu.slug}.json"
 
 
 def user_table(gpu: Gpu) -> Path:

@@ -10,8 +10,11 @@
 
 import torch
 
-from lowbit_kernels import int8, int8_layout, quantize, select
-from lowbit_kernels.int8_layout import TILE, Int8Layout
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8 import layout as int8_layout
+from lowbit_kernels.int8 import quantize
+from lowbit_kernels.int8.layout import TILE, Int8Layout
+from lowbit_kernels.tuning import select
 
 _library = torch.library.Library("lowbit_kernels", "FRAGMENT")
 _library.define(

@@ -6,6 +6,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from lowbit.cli.commands.dtype import convert_to_dtype, only_converts
+from lowbit.cli.commands.plan import preview_any
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -18,10 +20,8 @@ from lowbit.cli.common import (
     quiet_transformers,
     size,
 )
-from lowbit.cli.dtype import convert_to_dtype, only_converts
 from lowbit.cli.ending import ignore_signals, interrupted_once
 from lowbit.cli.options import flag
-from lowbit.cli.plan import preview_any
 from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
 from lowbit.conversion.options import DtypeOptions
 from lowbit.options import (
