@@ -31,6 +31,12 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def place_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """(its storage, the element of it that the tensor begins at): where a tensor lies, for as long as it lives, on the
+    meta device too, which has no addresses."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+
+
 def operator_name(operator: torch._ops.OpOverload) -> str:
     """ "aten::add" for torch.ops.aten.add.Tensor."""
     return operator._schema.name

@@ -265,12 +265,12 @@ def _merge_class() -> type:
                 parts.update(zip(names, tensor.unbind(self.dim), strict=True))
             return parts
 
-    class Merge(use("MergeModulelist")):
+    class MergeModulelist(use("MergeModulelist")):  # of the same name, by which `_operations` knows it
         @property
         def reverse_op(self):
             return Split(self.dim)
 
-    return Merge
+    return MergeModulelist
 
 
 def keep_dimensions(conversions: Iterable) -> None:

@@ -6,6 +6,8 @@
 """
 
 import ast
+import inspect
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +17,10 @@ PAGE = ROOT / "docs" / "api.md"
 sys.path[:0] = [str(ROOT)]
 
 import lowbit  # noqa: E402
+
+# What is not shown of the type of a parameter: that it is text, and which modules define it
+_FORWARD = re.compile(r"(?<=: )'(torch\.[^']+)'")
+_BEFORE_CLASS = re.compile(r"\b(\w+\.)+(?=[A-Z])")
 
 
 def definition(name: str) -> tuple[ast.FunctionDef | ast.ClassDef, str]:
@@ -26,8 +32,11 @@ def definition(name: str) -> tuple[ast.FunctionDef | ast.ClassDef, str]:
     return next(found), module
 
 
-def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
+def signature(node: ast.FunctionDef | ast.ClassDef, public) -> str:
     """One argument a line where there are several."""
+    subject = public.__init__ if isinstance(public, type) else public
+    if hasattr(subject, "__signature__"):
+        return _spread(node.name, inspect.signature(subject))
     made = node
     if isinstance(node, ast.ClassDef):
         made = next((each for each in node.body if getattr(each, "name", None) == "__init__"), None)
@@ -43,6 +52,18 @@ def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
     shown += [f"**{arguments.kwarg.arg}"] if arguments.kwarg else []
     result = f" -> {ast.unparse(made.returns)}" if made.returns is not None and made is node else ""
     return f"{node.name}({_lines(shown)}){result}"
+
+
+def _spread(name: str, made: inspect.Signature) -> str:
+    """The signature that `takes_options` gives a function, whose options its source does not list."""
+    shown, starred = [], False
+    for parameter in [each for each in made.parameters.values() if each.name != "self"]:
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            shown, starred = [*shown, "*"], True
+        shown.append(_BEFORE_CLASS.sub("", _FORWARD.sub(r"\1", str(parameter))))
+    returned = made.return_annotation
+    result = "" if returned is made.empty or returned is None else f" -> {inspect.formatannotation(returned)}"
+    return f"{name}({_lines(shown)}){_BEFORE_CLASS.sub('', result)}"
 
 
 def _argument(argument: ast.arg, default: ast.expr | None) -> str:
@@ -62,10 +83,11 @@ def page() -> str:
     ]
     for name in lowbit._PUBLIC:
         node, module = definition(name)
+        public = getattr(lowbit, name)
         parts += [
             f"## lowbit.{name}",
-            f"```python\n{signature(node)}\n```",
-            f"```text\n{ast.get_docstring(node)}\n```",
+            f"<!-- norun: a signature -->\n```python\n{signature(node, public)}\n```",
+            f"```text\n{inspect.getdoc(public)}\n```",
             f"Defined in `{module}`.",
         ]
     return "\n\n".join(parts) + "\n"

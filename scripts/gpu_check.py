@@ -22,12 +22,14 @@ import torch
 import triton
 from gpu_peers import PEERS
 
-from lowbit_kernels import gemm, gemm_hopper, int8, ops, reference, select, skinny
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import gemm, gemm_hopper, launching, ops, reference, skinny
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import Layout
-from lowbit_kernels.timing import copies_for, microseconds
-from lowbit_kernels.tune import packed as packed_as
-from lowbit_kernels.tune import random_weight, seen
+from lowbit_kernels.tuning import select
+from lowbit_kernels.tuning.timing import copies_for, microseconds
+from lowbit_kernels.tuning.tune import packed as packed_as
+from lowbit_kernels.tuning.tune import random_weight, seen
 
 # Largest relative error: products are exact in float32, y is rounded once; beyond decoding, the scaled weight too
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -122,7 +124,7 @@ def ceilings(device: torch.device) -> dict:
     return {"copy_bytes_per_s": 2 * source.numel() / copy_us * 1e6, "bf16_flops": 2 * size**3 / product_us * 1e6}
 
 
-def correctness_cases(tiny: bool):
+def correctness_cases(tiny: bool, most_warps: int):
     """(layout, rows, kernel, config): odd sizes, every width, group, symmetry and dtype, every kernel."""
     shape = (72, 256) if tiny else (1000, 4096)
     for bits in (4,) if tiny else (4, 2, 3, 8):
@@ -133,7 +135,7 @@ def correctness_cases(tiny: bool):
                     for rows in (1,) if tiny else (1, 7, 16, 17, 32):
                         yield layout, rows, "skinny", skinny.default_config(layout, rows, programs=512)
                     for rows in (33,) if tiny else (33, 129, 512):
-                        yield layout, rows, "gemm", gemm.default_config(layout, rows)
+                        yield layout, rows, "gemm", gemm.default_config(layout, rows, most_warps)
                         yield layout, rows, "dense", select.Dense(2**20)
                         if not tiny:
                             yield layout, rows, "hopper", gemm_hopper.Config()
@@ -142,7 +144,7 @@ def correctness_cases(tiny: bool):
             for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float16):
                 layout = Int8Layout(bits, group_size, dtype, *shape)
                 for rows in (33,) if tiny else (1, 7, 16, 33, 129, 512):
-                    yield layout, rows, "int8", int8.default_config(layout, rows)
+                    yield layout, rows, "int8", int8.default_config(layout, rows, most_warps=most_warps)
 
 
 def check_in_parts(out: Path, tiny: bool, seconds: float) -> list[dict]:
@@ -169,7 +171,8 @@ def check_in_parts(out: Path, tiny: bool, seconds: float) -> list[dict]:
 def check_all(device: torch.device, tiny: bool, part: int) -> list[dict]:
     """Every PARTS-th case."""
     results = []
-    for layout, rows, kernel, config in list(correctness_cases(tiny))[part :: 1 if tiny else PARTS]:
+    cases = list(correctness_cases(tiny, launching.most_warps(select.gpu_of(device).capability)))
+    for layout, rows, kernel, config in cases[part :: 1 if tiny else PARTS]:
         weight = random_weight(layout, device)
         packed = packed_as(weight, layout)
         x = torch.randn(rows, layout.in_features, device=device).to(layout.dtype)

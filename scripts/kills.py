@@ -185,7 +185,7 @@ def _import_everything() -> None:
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401  what the embedded model is
 
-    import lowbit.cli.quantize
+    import lowbit.cli.commands.quantize
     import lowbit.quantization.run  # noqa: F401
 
     torch.set_num_threads(1)

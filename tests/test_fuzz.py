@@ -21,7 +21,7 @@ def test_any_json_gives_one_line_or_success(folders, tmp_path):
     assert not [problem for problem in found if problem]
 
 
-def test_the_fuzz_finds_what_is_wrong(folders, tmp_path, monkeypatch):
+def test_fuzz_reports_a_traceback(folders, tmp_path, monkeypatch):
     """A reader that trips over one value is a failure with its traceback."""
     import fuzz
 

@@ -45,16 +45,19 @@ def wheel(tmp_path_factory):
         yield file
 
 
+@pytest.mark.slow
 def test_wheel_is_the_packages_and_their_data(wheel):
     names = [name for name in wheel.namelist() if not name.split("/")[0].endswith(".dist-info")]
     assert set(names) == package_files("lowbit") | package_files("lowbit_kernels")
 
 
+@pytest.mark.slow
 def test_wheel_has_the_two_import_names(wheel):
     expected = {name for name in SOURCE_ROOTS if package_files(name)}
     assert {name.split("/")[0] for name in wheel.namelist()} == expected | {f"lowbit-{lowbit.__version__}.dist-info"}
 
 
+@pytest.mark.slow
 def test_wheel_installs_the_command_and_the_license(wheel):
     info = next(name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name)
     assert "lowbit = lowbit.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()

@@ -133,7 +133,7 @@ def test_experts_have_one_scheme():
     assert "one scheme" in verdict("vLLM", CT, modules, units=[("gate_up", "down")]).reason
 
 
-def test_what_is_merged_counts_together():
+def test_merged_modules_are_judged_by_their_joint_size():
     """SGLang's Marlin wants multiples of 64: 96 + 32 are, alone they are not. Zero points are joined in whole words."""
     modules = {"q": replace(PLAIN, out_features=96), "k": replace(PLAIN, out_features=32)}
     assert "found 96" in verdict("SGLang", CT, modules).reason
@@ -167,7 +167,7 @@ def test_tensor_parallel(module, sizes, needed):
     assert needed is None or any(needed in reason for reason in found.values() if reason)
 
 
-def test_what_a_rank_holds_has_to_fit_the_kernel():
+def test_the_part_of_a_rank_has_to_fit_the_kernel():
     found = verdict("SGLang", CT, {"a": replace(PLAIN, out_features=256, split=COLUMN)}).tensor_parallel
     assert found[4] is None and "on each of 8 ranks: Marlin needs out_features a multiple of 64, found 32" in found[8]
 

@@ -19,8 +19,8 @@ import lowbit
 from lowbit import transformers_api
 from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.generation import Decoder, Draft
-from lowbit.generation.cache import static_cache
-from lowbit.generation.fallback import say_once
+from lowbit.generation.notices import say_once
+from lowbit.generation.steps.cache import static_cache
 from lowbit.transformers_api import ATTRIBUTES, IMPORTED
 from lowbit.upstream import MissingNameError, UpstreamName
 
@@ -106,6 +106,15 @@ def test_the_cache_goes_by_the_name_of_the_release():
 
     assert transformers_api.cache_argument(Older()) == "past_key_values"
     assert transformers_api.cache_argument(torch.nn.Linear(2, 2)) is None
+
+
+def test_a_merge_that_keeps_dimensions_is_still_a_merge():
+    """Saving asks after loading has replaced its operation."""
+    merge = transformers.WeightConverter("a.*.weight", "b", [transformers_api.MergeModulelist(0)])
+    assert transformers_api.merges_matrices(merge)
+    transformers_api.keep_dimensions([merge])
+    assert type(merge.operations[0]) is not transformers_api.MergeModulelist
+    assert transformers_api.merges_matrices(merge)
 
 
 def test_every_way_to_load_a_model_goes_through(quantized, tmp_path):
@@ -224,7 +233,7 @@ def export_gguf(quantized):
         ("_apply_gate", run_experts),
     ],
 )
-def test_what_needs_a_name_says_so_in_one_line(name, act, gone, quantized):
+def test_missing_names_of_transformers_are_one_line(name, act, gone, quantized):
     gone(name)
     with pytest.raises(
         MissingNameError, match=rf"^transformers \S+ has no transformers\.\S*gone_{name}, which"

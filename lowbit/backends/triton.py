@@ -34,7 +34,7 @@ def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device, exper
     """
     from lowbit_kernels import ops, reference
     from lowbit_kernels.layout import Layout, pack
-    from lowbit_kernels.tune import random_weight
+    from lowbit_kernels.tuning.tune import random_weight
 
     layout = Layout(bits, 128, sym, dtype, *_TRIAL_SHAPE)
     weight = random_weight(layout, device)
@@ -111,17 +111,25 @@ def experts(x, buffers, expert_start, scheme, shape, bias=None):
 
 def table_of(device) -> str:
     """The file that `tune` writes to."""
-    from lowbit_kernels import select
+    from lowbit_kernels.tuning import select
 
     return str(select.user_table(select.gpu_of(torch.device(device))))
 
 
 def tables(device) -> dict[str, dict]:
     """The tables of kernels for a GPU: "shipped table" and "tuned here", which wins -> {"path", "entries": count}."""
-    from lowbit_kernels import select
+    from lowbit_kernels.tuning import select
 
     files = select.tables(select.gpu_of(torch.device(device)))
     return {origin: {"path": str(path), "entries": len(select.read_table(path))} for origin, path in files.items()}
+
+
+def compiler_limit(device) -> str | None:
+    """What kernels on a GPU go without because this triton would compile it wrong, or None."""
+    from lowbit_kernels import launching
+    from lowbit_kernels.tuning import select
+
+    return launching.compiler_limit(select.gpu_of(torch.device(device)).capability)
 
 
 def _layout(scheme, shape, dtype):
@@ -133,7 +141,7 @@ def _layout(scheme, shape, dtype):
 def explain(scheme, shape: tuple[int, ...], dtype, rows: int, device) -> dict:
     """{"kernel", "config", "reason"}: what multiplies x [rows, in_features] by a weight (out_features, in_features),
     or, sorted by expert, by (experts, out_features, in_features), and why."""
-    from lowbit_kernels import select
+    from lowbit_kernels.tuning import select
 
     layout, device = _layout(scheme, shape, dtype), torch.device(device)
     if len(shape) == 3:
@@ -155,8 +163,8 @@ def tune(scheme, shape: tuple[int, int], dtype, rows: int, device) -> dict:
 
 def tuned(layout, rows: int, device) -> dict:
     """`tune` for a layout of either kind."""
-    from lowbit_kernels import select
-    from lowbit_kernels.tune import fastest
+    from lowbit_kernels.tuning import select
+    from lowbit_kernels.tuning.tune import fastest
 
     device = torch.device(device)
     kernel, config, us, dropped = fastest(layout, rows, device)

@@ -16,9 +16,11 @@ _TRIAL_ROWS, _TRIAL_SHAPE, _TRIAL_ERROR = (1, 65), (64, 512), 2e-2
 @cache
 def _trial(bits: int, group_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernels are not to be trusted on `device`, or None: small products are compared with plain torch."""
-    from lowbit_kernels import int8_ops, reference, select
-    from lowbit_kernels.int8_layout import Int8Layout
-    from lowbit_kernels.tune import packed, random_weight
+    from lowbit_kernels import reference
+    from lowbit_kernels.int8 import ops as int8_ops
+    from lowbit_kernels.int8.layout import Int8Layout
+    from lowbit_kernels.tuning import select
+    from lowbit_kernels.tuning.tune import packed, random_weight
 
     layout = Int8Layout(bits, group_size, dtype, *_TRIAL_SHAPE)
     weight = random_weight(layout, device)
@@ -57,14 +59,14 @@ def refuse(scheme, device, dtype, shape):
 
 def _layout(scheme, shape, dtype=torch.float32):
     """dtype: of x; weights are stored alike for all."""
-    from lowbit_kernels.int8_layout import Int8Layout
+    from lowbit_kernels.int8.layout import Int8Layout
 
     return Int8Layout(scheme.bits, triton.kernel_group(scheme, shape), dtype, *shape)
 
 
 def prepare(qweight: QuantWeight):
     """`sums`, of the rows of the weight, where inputs have a zero point."""
-    from lowbit_kernels import int8_layout
+    from lowbit_kernels.int8 import layout as int8_layout
 
     qweight.require_natural_order("the triton_int8 backend")
     scheme = qweight.scheme
@@ -78,7 +80,7 @@ def prepare(qweight: QuantWeight):
 
 
 def restore(buffers, scheme, shape):
-    from lowbit_kernels import int8_layout
+    from lowbit_kernels.int8 import layout as int8_layout
 
     codes, scales = int8_layout.unpack(buffers["packed"], buffers["scales"], _layout(scheme, shape))
     grid = {name: buffers[name] for name in input_grid(scheme)}
@@ -94,7 +96,7 @@ def linear(x, buffers, scheme, shape, bias=None):
 
 def explain(scheme, shape: tuple[int, int], dtype, rows: int, device) -> dict:
     """As `triton.explain`."""
-    from lowbit_kernels import select
+    from lowbit_kernels.tuning import select
 
     return triton.described(select.choose(_layout(scheme, shape, dtype), rows, torch.device(device)))
 

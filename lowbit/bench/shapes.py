@@ -2,13 +2,15 @@
 
 from lowbit.errors import UsageError
 
+# What each shape says, in this order
+_DENSE = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "tie_word_embeddings",
+)  # fmt: skip
 
-def _dense(hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, context, tied, **more) -> dict:
-    return {
-        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim, "vocab_size": vocabulary,
-        "max_position_embeddings": context, "tie_word_embeddings": tied, **more,
-    }  # fmt: skip
+
+def _dense(*numbers, **more) -> dict:
+    return dict(zip(_DENSE, numbers, strict=True)) | more
 
 
 # name -> (model type of transformers, fields of its config)

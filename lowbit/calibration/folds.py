@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lowbit.calibration.walk import Products, addresses
+from lowbit.discovery.shared_inputs import Products
 
 # A channel's number is spelled in digits of this base, one trial each: digit d multiplies it by 2^(d + 1)
 _BASE = 8
@@ -77,7 +77,7 @@ class _Layer:
     def __init__(self, module: nn.Module, run: Callable[[], torch.Tensor], in_axis: Callable[[str], int]):
         self.module, self.run, self.in_axis = module, run, in_axis
         self.parameters = dict(module.named_parameters())
-        self._addresses = addresses({name: p for name, p in self.parameters.items() if p.ndim in (2, 3)})
+        self._weights = {name: p for name, p in self.parameters.items() if p.ndim in (2, 3)}
 
     def size_of(self, producer: nn.Module) -> torch.Tensor:
         """Root mean square [width] of what a module puts out."""
@@ -93,7 +93,7 @@ class _Layer:
 
     def see(self) -> _Seen:
         products = []
-        with torch.no_grad(), Products(self._addresses, lambda name, x: products.append((name, x.clone()))):
+        with torch.no_grad(), Products(self._weights, lambda name, x: products.append((name, x.clone()))):
             output = self.run().clone()
         return _Seen(products, output)
 

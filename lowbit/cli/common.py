@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from lowbit.cli.options import flag
 from lowbit.errors import OutputError, UsageError
 from lowbit.guards.safe_files import refuse_where_we_are
+from lowbit.options import SourceOptions, option
 
 ModelArgument = Annotated[
     str | None,
@@ -18,35 +20,17 @@ ModelArgument = Annotated[
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="MODEL as an option.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DtypeOption = Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")]
-DeviceMapOption = Annotated[
-    str | None, typer.Option(help="As in transformers: auto, cpu, cuda, ... (default: cuda if there is one, else cpu).")
-]
-BackendOption = Annotated[
-    str | None, typer.Option(help="Run on this backend or fail (default: the first that can).", show_default=False)
-]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the model ships.")]
+TrustOption = flag(SourceOptions, "trust_remote_code")
+RevisionOption = flag(SourceOptions, "revision")
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output-dir", help="Folder to write.", show_default=False)]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
-ShardSizeOption = Annotated[str, typer.Option(help="Largest weight file.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.", show_default=False)]
-
-LmHeadOption = Annotated[
-    bool,
-    typer.Option("--lm-head", help="Quantize the output embedding too, to 8 bits unless --lm-head-scheme says else."),
-]
-LmHeadSchemeOption = Annotated[str | None, typer.Option(help="Of --lm-head (default W8A16-G128).", show_default=False)]
-KvCacheOption = Annotated[
-    str, typer.Option(help="Keys and values in the dtype of the model (full), or in 8 bits (int8): half of the memory.")
-]
 
 
 @dataclass(frozen=True)
-class HeadOptions:
-    """The scheme of the output embedding."""
+class HeadFlags:
+    """The scheme of the output embedding, by two flags."""
 
-    lm_head: LmHeadOption = False
-    lm_head_scheme: LmHeadSchemeOption = None
+    lm_head: bool = option(False, "Quantize the output embedding too, to 8 bits unless --lm-head-scheme says else.")
+    lm_head_scheme: str | None = option(None, "Of --lm-head (default W8A16-G128).")
 
     def scheme(self) -> str | None:
         """What both stand for; None: leave it alone. Raises UsageError."""

@@ -7,20 +7,23 @@ from lowbit.cli.streams import dependable_streams
 
 # name -> (module:function, one line of help). The help stands here so that `lowbit --help` imports nothing.
 COMMANDS = {
-    "plan": ("lowbit.cli.plan:plan", "Show what quantizing a model would give and take, from its headers."),
-    "quantize": ("lowbit.cli.quantize:quantize", "Quantize a model into a folder that transformers and vLLM load."),
-    "convert": ("lowbit.cli.convert:convert", "Write a quantized model in another format, the same numbers."),
-    "dequantize": ("lowbit.cli.dequantize:dequantize", "Write a quantized model as a plain one."),
-    "verify": ("lowbit.cli.verify:verify", "Check a quantized folder before it is published."),
-    "inspect": ("lowbit.cli.inspect:inspect", "Show what is quantized and how, from headers alone."),
-    "eval": ("lowbit.cli.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),
-    "report": ("lowbit.cli.report:report", "Show what a quantize run did as one HTML page."),
-    "generate": ("lowbit.cli.generate:generate", "Complete a prompt."),
-    "chat": ("lowbit.cli.chat:chat", "Talk to a model."),
-    "bench": ("lowbit.cli.bench:bench", "Measure how fast a model runs here, beside others."),
-    "push": ("lowbit.cli.push:push", "Write the model card and upload a quantized folder to the Hub."),
-    "tune": ("lowbit.cli.tune:tune", "Find the fastest kernels for a model on this GPU."),
-    "doctor": ("lowbit.cli.doctor:doctor", "Show versions, devices, and which backends run here."),
+    "plan": ("lowbit.cli.commands.plan:plan", "Show what quantizing a model would give and take, from its headers."),
+    "quantize": (
+        "lowbit.cli.commands.quantize:quantize",
+        "Quantize a model into a folder that transformers and vLLM load.",
+    ),
+    "convert": ("lowbit.cli.commands.convert:convert", "Write a quantized model in another format, the same numbers."),
+    "dequantize": ("lowbit.cli.commands.dequantize:dequantize", "Write a quantized model as a plain one."),
+    "verify": ("lowbit.cli.commands.verify:verify", "Check a quantized folder before it is published."),
+    "inspect": ("lowbit.cli.commands.inspect:inspect", "Show what is quantized and how, from headers alone."),
+    "eval": ("lowbit.cli.commands.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),
+    "report": ("lowbit.cli.commands.report:report", "Show what a quantize run did as one HTML page."),
+    "generate": ("lowbit.cli.commands.generate:generate", "Complete a prompt."),
+    "chat": ("lowbit.cli.commands.chat:chat", "Talk to a model."),
+    "bench": ("lowbit.cli.commands.bench:bench", "Measure how fast a model runs here, beside others."),
+    "push": ("lowbit.cli.commands.push:push", "Write the model card and upload a quantized folder to the Hub."),
+    "tune": ("lowbit.cli.commands.tune:tune", "Find the fastest kernels for a model on this GPU."),
+    "doctor": ("lowbit.cli.commands.doctor:doctor", "Show versions, devices, and which backends run here."),
 }
 
 

@@ -4,23 +4,24 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from lowbit import __version__
 from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from lowbit.checkpoint.checked import read_checked
 from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.report_file import save_report
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder, file_bytes, parse_size
+from lowbit.conversion.options import DtypeOptions
 from lowbit.errors import InputError, OutputError, UsageError
-from lowbit.folders.locate import check_apart, open_headers, resolve
+from lowbit.folders.locate import check_apart, open_headers, resolve, revision_of
 from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.dtypes import DTYPES, cast, is_dtype
-from lowbit.system.machine import machine, now, versions
+from lowbit.options import OutputOptions, RevisionOptions, ShardOptions, takes_options
+from lowbit.system.machine import RunFacts
 from lowbit.system.memory import peak_memory
 
 # Tensors that an error names
@@ -28,8 +29,8 @@ _NAMED = 5
 
 
 @dataclass
-class DtypeReport:
-    """The keys of lowbit_report.json of a folder that was converted, sizes and memory in bytes.
+class _Conversion:
+    """What was converted, sizes in bytes.
 
     dtype: "FP16" or "BF16". converted_tensors: those that had another dtype. clamped, underflowed: tensor -> how many
     of its values were too large and became the largest of the dtype, or were not zero and now are. file_bytes: of
@@ -47,64 +48,73 @@ class DtypeReport:
     command: str | None = None
     clamped: dict[str, int] = field(default_factory=dict)
     underflowed: dict[str, int] = field(default_factory=dict)
-    lowbit: str = __version__
-    date: str = field(default_factory=now)
-    versions: dict[str, str] = field(default_factory=versions)
-    machine: str = field(default_factory=machine)
-    seconds: float = 0.0
-    peak_memory: int = 0
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
+@dataclass
+class DtypeReport(RunFacts, _Conversion):
+    """The keys of lowbit_report.json of a folder that was converted."""
+
+
+@takes_options
 def plan_dtype(
     model: str | Path,
     dtype: str,
     *,
-    max_shard_size: str | int = "5GB",
-    revision: str | None = None,
+    output: ShardOptions,
+    source: RevisionOptions,
 ) -> DtypeReport:
-    """What `convert_dtype` would write, from headers alone: a model on the Hub is not downloaded."""
-    headers = open_headers(model, revision)[0]
-    return _planned(str(model), headers, _name(dtype), parse_size(max_shard_size))
+    """What `convert_dtype` would write, from headers alone.
+
+    Args:
+        model: A folder, a Hub id, or "reference". A model on the Hub is not downloaded.
+        dtype: "FP16" or "BF16".
+    """
+    headers = open_headers(model, source.revision)[0]
+    return _planned(str(model), headers, _name(dtype), parse_size(output.max_shard_size))
 
 
+@takes_options
 def convert_dtype(
     model: str | Path,
     output_dir: str | Path,
     dtype: str,
     *,
-    clamp: bool = False,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    revision: str | None = None,
-    command: str | None = None,
-    on_plan: Callable[[DtypeReport], Callable[[TensorInfo], None]] = lambda report: _silent,
+    run: DtypeOptions,
+    output: OutputOptions,
+    source: RevisionOptions,
+    on_plan: Callable[[DtypeReport], Callable[[TensorInfo], None]] | None = None,
 ) -> DtypeReport:
     """Write a model with every floating tensor in "FP16" or "BF16"; it is loaded like any model, nothing is quantized.
 
-    clamp: values that are too large become the largest; otherwise InputError names their tensors, and nothing is
-    written. What becomes zero is in the report. command: the shell command that this is. on_plan: called with
-    what is planned, returns what is called with each tensor that is done.
+    Args:
+        model: A folder, a Hub id, or "reference".
+        output_dir: The folder to write.
+        dtype: "FP16" or "BF16".
+        on_plan: Called with what is planned, returns what is called with each tensor that is done.
 
-    Raises UsageError for another dtype, OutputError where the folder cannot be written.
+    Returns:
+        What was done; it says too which values became zero.
+
+    Raises:
+        UsageError: The dtype is another.
+        InputError: Values are too large, and clamp does not say that they become the largest; nothing is written.
+        OutputError: The folder cannot be written.
     """
     name, started = _name(dtype), time.perf_counter()
-    source, target = resolve(model, revision), Path(os.path.abspath(output_dir))
-    check_apart(source, target)
-    reader, shard_bytes = CheckpointReader(source), parse_size(max_shard_size)
-    report = replace(_planned(str(model), reader, name, shard_bytes), command=command)
-    report.source_revision = source.name if source.parent.name == "snapshots" else None  # of the Hub's cache
-    with StagedFolder(target, overwrite) as staged:
-        done = on_plan(report)
+    folder, target = resolve(model, source.revision), Path(os.path.abspath(output_dir))
+    check_apart(folder, target)
+    reader, shard_bytes = CheckpointReader(folder), parse_size(output.max_shard_size)
+    report = replace(_planned(str(model), reader, name, shard_bytes), command=run.command)
+    report.source_revision = revision_of(folder)
+    with StagedFolder(target, output.overwrite) as staged:
+        done = on_plan(report) if on_plan else _silent
         try:
             with CheckpointWriter(staged.path, _outputs(reader, DTYPES[name]), shard_bytes, {}) as writer:
-                copy_side_files(source, staged.path)
+                copy_side_files(folder, staged.path)
                 for info in reader.tensors.values():
                     writer.write(info.name, _converted(reader, info, report))
                     done(info)
-                _refuse_too_large(report, clamp)
+                _refuse_too_large(report, run.clamp)
                 writer.finish(report.parameters)
             _write_config(staged.path, reader.plain_config, DTYPES[name])
             write_manifest(staged.path, writer.digests)

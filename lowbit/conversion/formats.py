@@ -23,6 +23,7 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.conversion.export import export_source
 from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
+from lowbit.conversion.options import DenseOptions, ExportOptions
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.folders.locate import check_apart
 from lowbit.folders.quantized import QuantizedFolder
@@ -32,6 +33,7 @@ from lowbit.guards.safe_files import write_whole
 from lowbit.numerics.grid import dequantize as dense_matrix
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
+from lowbit.options import OutputOptions, SourceOptions, takes_options
 
 # Formats of other tools, which lowbit writes and does not read
 EXPORTS = ("mlx", "gguf")
@@ -65,40 +67,59 @@ class _Part:
     make: Callable[[], dict[str, torch.Tensor]]
 
 
+@takes_options
 def convert(
     model: str | Path,
     output_dir: str | Path,
     *,
     format: str,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    pre: str | None = None,
+    output: OutputOptions,
+    source: SourceOptions,
+    export: ExportOptions,
     on_start: OnStart | None = None,
 ) -> Conversion:
     """Write a quantized model again in another format: the same numbers, exactly.
 
-    format: "compressed-tensors", "gptq" or "awq", which lowbit reads too; or an exit, "mlx" (a folder for mlx-lm) or
-    "gguf" (one file: `output_dir` itself if it ends in .gguf, else named after the model in it, never split).
-    pre: of gguf, llama.cpp's name of the tokenizer's splitting rules, where they are not found.
+    Args:
+        model: A folder, a Hub id, or "reference".
+        output_dir: The folder to write, or the file of gguf: itself if it ends in .gguf, else named after the model in
+            it, never split.
+        format: "compressed-tensors", "gptq" or "awq", which lowbit reads too; or an export, "mlx" (a folder for mlx-lm)
+            or "gguf".
+        on_start: Called with the number of weights, may return what is called with the name of each that is done.
 
-    Raises UsageError for a format that does not exist, InputError with the reason where it cannot hold the numbers,
-    OutputError when the folder cannot be written or reads back differently.
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: The format does not exist.
+        InputError: It cannot hold the numbers, and why.
+        OutputError: The folder cannot be written or reads back differently.
     """
     if format not in (*FORMATS, *EXPORTS):
         raise UsageError(f"format {format!r} is not known; allowed: {', '.join((*FORMATS, *EXPORTS))}")
-    if pre is not None and format != "gguf":
+    if export.pre is not None and format != "gguf":
         raise UsageError(f"pre is an option of gguf, not of {format}")
-    shard_bytes = parse_size(max_shard_size)
+    shard_bytes = parse_size(output.max_shard_size)
     if format == "gguf" and shard_bytes != parse_size("5GB"):
         raise UsageError("max_shard_size is of formats that are folders, a GGUF file is never split: leave it out")
-    source = QuantizedFolder(model, revision, trust_remote_code)
-    check_apart(source.folder, Path(os.path.abspath(output_dir)))
+    folder = QuantizedFolder(model, source.revision, source.trust_remote_code)
+    check_apart(folder.folder, Path(os.path.abspath(output_dir)))
     if format == "gguf":
-        return _to_gguf(source, Path(output_dir), pre, overwrite, on_start)
+        return _to_gguf(folder, Path(output_dir), export.pre, output.overwrite, on_start)
     if format == "mlx":
-        return _to_mlx(source, Path(output_dir), max_shard_size, overwrite, on_start)
+        return _to_mlx(folder, Path(output_dir), output.max_shard_size, output.overwrite, on_start)
+    parts, config = _packed_parts(folder, format)
+
+    def finish(written: Path) -> None:
+        write_configs(written, folder.reader.plain_config, get_format(format), config)
+        _compare(folder.stored, StoredWeights(CheckpointReader(written)))
+
+    return _rewrite(folder, parts, output_dir, format, shard_bytes, output.overwrite, on_start, finish)
+
+
+def _packed_parts(source: QuantizedFolder, format: str) -> tuple[list[_Part], dict]:
+    """The output in another format, and its config. Raises InputError for a weight that the format cannot hold."""
     fmt, weights = get_format(format), source.stored.weights
     usual, _ = Counter(weight.scheme for weight in weights.values()).most_common(1)[0]
     for weight in weights.values():
@@ -108,12 +129,7 @@ def convert(
     config = fmt.config(usual, *source.in_config(usual), **act_order)
     parts = [_packed_part(source.stored, weight, fmt) for weight in weights.values()]
     parts += [_plain_part(source.reader, info) for info in source.kept]
-
-    def finish(folder: Path) -> None:
-        write_configs(folder, source.reader.plain_config, fmt, config)
-        _compare(source.stored, StoredWeights(CheckpointReader(folder)))
-
-    return _rewrite(source, parts, output_dir, format, shard_bytes, overwrite, on_start, finish)
+    return parts, config
 
 
 def _to_mlx(source: QuantizedFolder, output: Path, max_shard_size, overwrite: bool, on_start) -> Conversion:
@@ -150,37 +166,48 @@ def _conversion(source: QuantizedFolder, format: str, output_bytes: int, output,
     return Conversion(source.stored.format, format, weights, source_bytes, output_bytes, str(output), notes)
 
 
+@takes_options
 def dequantize(
     model: str | Path,
     output_dir: str | Path,
     *,
-    dtype: torch.dtype | str | None = None,
-    max_shard_size: str | int = "5GB",
-    overwrite: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    dense: DenseOptions,
+    output: OutputOptions,
+    source: SourceOptions,
     on_start: OnStart | None = None,
 ) -> Conversion:
     """Write a quantized model as a plain one, of the weights that its codes stand for.
 
-    dtype: of all floating tensors, "bfloat16", "float16" or "float32"; by default each stays what it is, and weights
-    get the dtype of their scales. Raises as `convert` does; InputError too where a value is too large for dtype.
+    Where the dtype is as stored, weights get that of their scales.
+
+    Args:
+        model: A folder, a Hub id, or "reference".
+        output_dir: The folder to write.
+        on_start: Called with the number of weights, may return what is called with the name of each that is done.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: The dtype does not exist.
+        InputError: The model is not quantized, or a value is too large for the dtype.
+        OutputError: The folder cannot be written.
     """
-    shard_bytes = parse_size(max_shard_size)
-    wanted = _dtype(dtype)
-    source = QuantizedFolder(model, revision, trust_remote_code)
-    check_apart(source.folder, Path(os.path.abspath(output_dir)))
-    parts = [_dense_part(source, weight, wanted) for weight in source.stored.weights.values()]
-    parts += [_plain_part(source.reader, info, wanted) for info in source.kept]
-    config = source.reader.plain_config
+    shard_bytes = parse_size(output.max_shard_size)
+    wanted = _dtype(dense.dtype)
+    folder = QuantizedFolder(model, source.revision, source.trust_remote_code)
+    check_apart(folder.folder, Path(os.path.abspath(output_dir)))
+    parts = [_dense_part(folder, weight, wanted) for weight in folder.stored.weights.values()]
+    parts += [_plain_part(folder.reader, info, wanted) for info in folder.kept]
+    config = folder.reader.plain_config
     if wanted is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}
         config["dtype"] = str(wanted).removeprefix("torch.")
 
-    def finish(folder: Path) -> None:
-        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    def finish(written: Path) -> None:
+        write_whole(written / "config.json", json.dumps(config, indent=2) + "\n")
 
-    return _rewrite(source, parts, output_dir, "plain", shard_bytes, overwrite, on_start, finish)
+    return _rewrite(folder, parts, output_dir, "plain", shard_bytes, output.overwrite, on_start, finish)
 
 
 def _dtype(name) -> torch.dtype | None:

@@ -12,8 +12,9 @@ from lowbit.eval.compare import evaluate, starts_with_bos
 from lowbit.folders.locate import load_config, resolve
 from lowbit.folders.opened import stored_weights
 from lowbit.hf import load
+from lowbit.options import SourceOptions, VerifyOptions, takes_options
 from lowbit.text.datasets import token_stream
-from lowbit.verification.checks import MAX_UNQUANTIZED, static_checks
+from lowbit.verification.checks import static_checks
 from lowbit.verification.folder import Check
 
 _TOKENS, _NEW_TOKENS = 256, 16
@@ -43,37 +44,54 @@ class Verification:
         return {"folder": self.folder, "ok": self.ok, "checks": checks, "failures": self.failures}
 
 
+@takes_options
 def verify(
     folder: str | Path,
     reference: str | Path | None = None,
     *,
-    run: bool = True,
-    max_unquantized: float = MAX_UNQUANTIZED,
-    device_map=None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    on_check: Callable[[Check], None] = lambda check: None,
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    checks: VerifyOptions,
+    source: SourceOptions,
+    on_check: Callable[[Check], None] | None = None,
+    on_tensor: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Is this quantized folder fit to be published? reference: the model it was made from, which it is compared with.
-    run: load it too, and let it generate. revision: of the folder, where it is a Hub id. Raises InputError where folder
-    or reference do not exist."""
-    path = resolve(folder, revision)
-    source = None if reference is None else resolve(reference)
-    checks = []
+    """Is this quantized folder fit to be published?
+
+    Args:
+        folder: A folder, or a Hub id.
+        reference: The model it was made from: every tensor is compared.
+        on_check: Called with each check that is done.
+        on_tensor: Called with the numbers of tensors that are compared, and of all.
+
+    Returns:
+        All checks, and whether the folder passes.
+
+    Raises:
+        InputError: The folder or the reference does not exist.
+    """
+    path = resolve(folder, source.revision)
+    original = None if reference is None else resolve(reference)
+    trust = source.trust_remote_code
+    done: list[Check] = []
 
     def made() -> Iterator[Check]:
-        options = {"max_unquantized": max_unquantized, "trust_remote_code": trust_remote_code, "on_tensor": on_tensor}
-        yield from static_checks(path, source, **options)
-        if run and all(check.ok is not False for check in checks):
-            yield from _running_checks(path, source, device_map, trust_remote_code)
-        elif run:
+        yield from static_checks(
+            path, original, max_unquantized=checks.max_unquantized, trust_remote_code=trust,
+            on_tensor=on_tensor or _silent,
+        )  # fmt: skip
+        if checks.run and all(check.ok is not False for check in done):
+            yield from _running_checks(path, original, checks.device_map, trust)
+        elif checks.run:
             yield Check("generates", None, "not run: the files have to be right first")
 
     for check in made():
-        checks.append(check)
-        on_check(check)
-    return Verification(str(folder), tuple(checks))
+        done.append(check)
+        if on_check:
+            on_check(check)
+    return Verification(str(folder), tuple(done))
+
+
+def _silent(done: int, total: int) -> None:
+    pass
 
 
 def _running_checks(path: Path, source: Path | None, device_map, trust_remote_code: bool) -> Iterator[Check]:

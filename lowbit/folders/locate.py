@@ -61,6 +61,11 @@ def recorded_name(model: str | Path) -> str:
     return str(model) if str(model) == REFERENCE or _local(model) is None else os.path.abspath(Path(model).expanduser())
 
 
+def revision_of(folder: Path) -> str | None:
+    """The revision that a folder of the Hub's cache holds, None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 def _local(model: str | Path) -> Path | None:
     """The folder that MODEL is, None if it is the name of a repository."""
     if str(model) == REFERENCE:

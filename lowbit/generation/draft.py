@@ -1,8 +1,8 @@
 """Drafts: tokens that something cheap proposes and the model checks, several in one step, in transformers' assisted
 generation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation import BaseStreamer, GenerationMode
 
 from lowbit.errors import InputError, UsageError, first_line
+from lowbit.generation.answer import Answer
 from lowbit.generation.fallback import model_generate
+from lowbit.generation.request import Request
 from lowbit.transformers_api import is_stateful
 
 _ONE_AFTER_THE_OTHER = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -60,15 +62,15 @@ class Draft:
         if self.assistant is not None:
             own = getattr(self.assistant.config.get_text_config(), "max_position_embeddings", None)
             return min((each for each in (limit, own) if each is not None), default=None)
-        return None if limit is None else max(0, limit - self.lookup)
+        return None if limit is None else max(0, limit - (self.lookup or 0))
 
-    def generate(self, model: PreTrainedModel, ids, mask, *, on_token: Callable, tally: "Tally", **options) -> None:
-        """`model_generate` of ids [1, T] with these drafts. on_token: called with [token] of each; True ends it."""
-        listener = _Checks(1 if model.config.is_encoder_decoder else ids.shape[1], on_token, tally)
+    def generate(self, model: PreTrainedModel, request: Request, answer: Answer) -> None:
+        """`model_generate` of a prompt of one row with these drafts, which the metrics of the answer count."""
+        listener = _CheckedTokens(1 if model.config.is_encoder_decoder else request.prompt_length, answer)
         drafts = {"assistant_model": self.assistant, "prompt_lookup_num_tokens": self.lookup}
-        hook = model.register_forward_pre_hook(listener.feed, with_kwargs=True)
+        hook = model.register_forward_pre_hook(listener.count_drafted, with_kwargs=True)
         try:
-            model_generate(model, ids, mask, listener=listener, streamer=listener, **options, **drafts)
+            model_generate(model, request, listener, streamer=listener, **drafts)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # transformers 5.17 with a sliding window
@@ -91,31 +93,22 @@ def check_same_tokens(config, assistant) -> None:
         )
 
 
-@dataclass
-class Tally:
-    """Tokens that were drafted, how many of them were accepted, and how many of those in the first check."""
-
-    drafted: int = 0
-    accepted: int = 0
-    early: int = 0
-
-
-class _Checks(BaseStreamer, StoppingCriteria):
-    """Hands each checked token to a function, and stops if it says so. A pass of the model takes the drafted tokens,
+class _CheckedTokens(BaseStreamer, StoppingCriteria):
+    """Hands each checked token to an answer, and stops once it has ended. A pass of the model takes the drafted tokens,
     and the one before them that is not in the cache yet (the first pass: all of the prompt, `start` tokens), and gives
     those that it accepts and one more.
 
     As a streamer it sees checked tokens only; as a stopping criterion it may be asked about drafted ones too.
     """
 
-    def __init__(self, start: int, on_token: Callable[[list[int]], bool | None], tally: Tally):
-        self.on_token, self.tally, self.known = on_token, tally, start
+    def __init__(self, start: int, answer: Answer):
+        self.answer, self.counts, self.known = answer, answer.metrics.drafts, start
         self.checks = -1  # the prompt is streamed first
         self.stop = False
 
-    def feed(self, model, args, kwargs) -> None:
-        fed = kwargs.get("decoder_input_ids", kwargs.get("input_ids"))
-        self.tally.drafted += fed.shape[1] - self.known
+    def count_drafted(self, model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+        fed = kwargs["decoder_input_ids" if "decoder_input_ids" in kwargs else "input_ids"]
+        self.counts.drafted += fed.shape[1] - self.known
         self.known = 1
 
     def put(self, value: torch.Tensor) -> None:
@@ -123,13 +116,13 @@ class _Checks(BaseStreamer, StoppingCriteria):
         if not self.checks:
             return
         tokens = value.flatten().tolist()
-        self.tally.accepted += len(tokens) - 1
+        self.counts.accepted += len(tokens) - 1
         if self.checks == 1:
-            self.tally.early = len(tokens) - 1
-        self.stop = self.stop or any(self.on_token([token]) for token in tokens)
+            self.counts.early = len(tokens) - 1
+        self.stop = self.stop or any(self.answer.take([token]) for token in tokens)
 
     def end(self) -> None:
         """Nothing is kept back."""
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.full((1,), self.stop, device=input_ids.device)

@@ -19,7 +19,7 @@ _CALL_ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
 class PositionTables:
     """The modules of a model that encode positions, once a forward pass was watched."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._calls: dict[tuple[nn.Module, str], tuple[tuple, dict]] = {}
 
     @contextmanager

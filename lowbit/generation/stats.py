@@ -3,6 +3,8 @@
 import time
 from dataclasses import asdict, dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -53,12 +55,49 @@ def _rate(tokens: int, seconds: float) -> float:
     return max(tokens, 0) / seconds if seconds else 0.0
 
 
-class Stopwatch:
-    """Takes the time between one call and the next."""
+@dataclass
+class DraftCounts:
+    """Tokens that were drafted, how many of them were accepted, and how many of those in the first check."""
 
-    def __init__(self):
-        self.last = time.perf_counter()
+    drafted: int = 0
+    accepted: int = 0
+    early: int = 0
 
-    def lap(self) -> float:
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
+
+class RunMetrics:
+    """What is counted and timed while a run goes on. A phase lasts from the end of the one before it."""
+
+    def __init__(self) -> None:
+        self.reused_tokens = 0
+        self.prefill_seconds = self.setup_seconds = self.decode_seconds = 0.0
+        self.drafts = DraftCounts()
+        self._last = time.perf_counter()
+
+    def end_prefill(self) -> None:
+        self.prefill_seconds = self._lap()
+
+    def end_setup(self) -> None:
+        self.setup_seconds = self._lap()
+
+    def end_decode(self) -> None:
+        self.decode_seconds = self._lap()
+
+    def stats(self, mask: torch.Tensor, lengths: list[int], path: str, why: str | None) -> Stats:
+        """Of a prompt with this mask [B, T], and of so many new tokens in each row."""
+        return Stats(
+            prompt_tokens=int(mask.sum()),
+            new_tokens=sum(lengths),
+            reused_tokens=self.reused_tokens,
+            prefill_seconds=self.prefill_seconds,
+            setup_seconds=self.setup_seconds,
+            decode_seconds=self.decode_seconds,
+            path=path,
+            why=why,
+            first_tokens=len(lengths) + self.drafts.early,
+            drafted_tokens=self.drafts.drafted,
+            accepted_tokens=self.drafts.accepted,
+        )
+
+    def _lap(self) -> float:
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before

@@ -1,7 +1,7 @@
 """A model with its tokenizer, and generation that hands out text as it comes."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from lowbit.generation.loop import Decoder
 from lowbit.generation.stats import Stats
 from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary, load
+from lowbit.options import SamplingOptions, SessionOptions, SourceOptions, TokenOptions, takes_options
 from lowbit.text.chat_template import chat_ids
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -77,27 +78,29 @@ class Session:
             raise InputError("the chat template of the tokenizer makes nothing of this conversation: expected text")
         return torch.tensor([ids])
 
+    @takes_options
     def generate(
         self,
         ids: torch.Tensor,
         *,
-        max_new_tokens: int = 128,
-        stop: Sequence[str] = (),
+        sampling: SamplingOptions,
         on_text: Callable[[str], None] = lambda text: None,
         **options,
     ) -> Generation:
-        """Continue ids [1, T] up to the first of the strings `stop`, which is left out, or an end token.
+        """Continue a prompt up to the first of the strings `stop`, which is left out, or an end token. Ctrl-C ends the
+        answer, which is returned as far as it came.
 
-        on_text: called with each piece of text. options: those of `Decoder.generate` that sample, and prefill_chunk.
-        Ctrl-C ends the answer, which is returned as far as it came.
+        Args:
+            ids: Integers [1, T].
+            on_text: Called with each piece of text.
+            **options: Others of `Decoder.generate`, such as prefill_chunk.
         """
-        self._check_length(ids.shape[1], max_new_tokens)
+        self._check_length(ids.shape[1], sampling.max_new_tokens)
         check_vocabulary(self.model, ids)
-        stream, interrupted = TextStream(self.tokenizer, stop, on_text), False
+        stream, interrupted = TextStream(self.tokenizer, sampling.stop or (), on_text), False
+        tokens = {each.name: getattr(sampling, each.name) for each in fields(TokenOptions)}
         try:
-            self.decoder.generate(
-                ids, max_new_tokens=max_new_tokens, on_token=lambda tokens: stream.put(tokens[0]), **options
-            )
+            self.decoder.generate(ids, **tokens, on_token=lambda made: stream.put(made[0]), **options)
         except KeyboardInterrupt:
             interrupted = True
         stream.finish()
@@ -129,30 +132,29 @@ def _useful(error: Exception, folder: Path) -> str:
     return words if 0 < len(words) <= 400 else first_line(error)
 
 
-def open_session(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    kv_cache: str = "full",
-    compile: bool | None = None,
-    assistant: str | Path | None = None,
-    prompt_lookup: int | None = None,
-    **kwargs,
-) -> Session:
-    """Load a model (keywords as in `lowbit.load`) and its tokenizer. kv_cache: "full" or "int8".
+@takes_options
+def open_session(model: str | Path, *, session: SessionOptions, source: SourceOptions, **kwargs) -> Session:
+    """Load a model and its tokenizer.
 
-    Drafts come from another model, `assistant`, which is loaded the same way, or from the text so far, `prompt_lookup`
-    tokens at a time (see `Draft`).
+    Drafts come from another model, which is loaded the same way, or from the text so far (see `Draft`).
+
+    Args:
+        model: A folder, a Hub id, or "reference".
+        **kwargs: Those of `lowbit.load`.
+
+    Raises:
+        InputError: The model has no language head, its tokenizer does not load, or the assistant has another.
     """
-    folder, kwargs = resolve(model, revision), {**kwargs, "trust_remote_code": trust_remote_code}
-    require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    draft = None if prompt_lookup is None else Draft(lookup=prompt_lookup)
-    if assistant is not None:
-        _check_tokenizers(folder, tokenizer, resolve(assistant), trust_remote_code)
-        draft = Draft(assistant=load(assistant, **kwargs), lookup=prompt_lookup)
-    return Session(load(folder, **kwargs), tokenizer, int8_cache=kv_cache == "int8", compile=compile, draft=draft)
+    folder, trust = resolve(model, source.revision), source.trust_remote_code
+    require_language_head(load_config(folder, trust), folder, trust)
+    tokenizer = load_tokenizer(folder, trust)
+    draft = None if session.prompt_lookup is None else Draft(lookup=session.prompt_lookup)
+    if session.assistant is not None:
+        _check_tokenizers(folder, tokenizer, resolve(session.assistant), trust)
+        assistant = load(session.assistant, trust_remote_code=trust, **kwargs)
+        draft = Draft(assistant=assistant, lookup=session.prompt_lookup)
+    loaded = load(folder, trust_remote_code=trust, **kwargs)
+    return Session(loaded, tokenizer, int8_cache=session.kv_cache == "int8", compile=session.compile, draft=draft)
 
 
 def _check_tokenizers(folder: Path, tokenizer, assistant: Path, trust_remote_code: bool) -> None:

@@ -7,7 +7,7 @@ and where transformers merges experts, it runs in front of the merge.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,28 +20,24 @@ from lowbit.discovery import CheckpointNames, Site, also_named, find_sites
 from lowbit.errors import InputError
 from lowbit.folders.stored import StoredWeight, StoredWeights
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.hf.packed import QuantizedSite, is_of_packed
 from lowbit.layers.experts import packed_name
-from lowbit.numerics.scheme import Scheme
-from lowbit.transformers_api import MergeModulelist
+from lowbit.transformers_api import merges_matrices
 
 # How the names of tensors end that a layer has no parameter for where they carry nothing
 _IDLE = ("_zero_point", "_g_idx")
 
 
-@dataclass(frozen=True)
-class StoredSite:
-    """A weight of the model that a checkpoint holds quantized."""
-
-    site: Site
-    scheme: Scheme
-    act_order: bool = False
-
-
 class StoredModel:
-    """sites: parameter name -> StoredSite, of the checkpoint in `files`, a folder or the weight files of one.
+    """sites: parameter -> QuantizedSite of what the checkpoint in `files` holds quantized, a folder or the weight files
+    of one.
 
     Raises InputError for a checkpoint that is damaged or does not belong to `model`.
     """
+
+    # Stored weights load as they are: nothing is computed, and what is damaged is found in the packed tensors
+    damaged: Sequence[str] = ()
+    computed_from: Sequence[str] = ()
 
     def __init__(self, model: nn.Module, names: CheckpointNames, files: Path | Sequence[str | Path]):
         self.names = names
@@ -66,11 +62,11 @@ class StoredModel:
         # full names of packed parameters -> what they belong to
         self.owner = {packed: found for found in self.sites.values() for packed in _packed_names(found.site)}
 
-    def merged(self, found: StoredSite) -> int:
+    def merged(self, found: QuantizedSite) -> int:
         """How many stored weights lie side by side in one matrix: 2 for the gate and up of an expert."""
         return self.names.merged(found.site.parameter) if found.site.kind == "experts" else 1
 
-    def part(self, found: StoredSite) -> tuple[int, int]:
+    def part(self, found: QuantizedSite) -> tuple[int, int]:
         """(out_features, in_features) of one stored weight."""
         return found.site.out_features // self.merged(found), found.site.in_features
 
@@ -86,6 +82,13 @@ class StoredModel:
         return found
 
     @property
+    def tensors(self) -> list[tuple[str, int]]:
+        """(name, number of dimensions) of what is stored, a quantized weight as one matrix."""
+        stored = self.stored
+        matrices = [(base if w.experts else f"{base}.weight", 2) for base, w in stored.weights.items()]
+        return matrices + [(info.name, len(info.shape)) for info in stored.plain]
+
+    @property
     def idle(self) -> list[str]:
         """Regexes of tensors that carry nothing here: zeros of symmetric weights, g_idx in natural order."""
         return [] if self.is_native else [f"{suffix}$" for suffix in _IDLE]
@@ -98,12 +101,13 @@ class StoredModel:
     def conversions(self, of_model: list) -> list:
         """Those of the model, and before them the ones needed here: the first that fits a tensor applies."""
         merges, plain = [], []
+        dense_merges = [c for c in of_model if merges_matrices(c) and not is_of_packed(c)]
         for suffix, packed in self._converted.items():
-            before = [ToPacked(self, suffix)]
+            before: list[ConversionOps] = [ToPacked(self, suffix)]
             # only compressed-tensors stores shapes
-            after = [AddShape(self)] if suffix == "qweight" else []
+            after: list[ConversionOps] = [AddShape(self)] if suffix == "qweight" else []
             plain.append(WeightConverter(rf"\.{suffix}$", f".{packed}", before + after))
-            for conversion in filter(merges_experts, of_model):
+            for conversion in dense_merges:
                 sources = [source.removesuffix("weight") + suffix for source in conversion.source_patterns]
                 targets = [packed_name(target, packed) for target in conversion.target_patterns]
                 merges.append(WeightConverter(sources, targets, [*before, *conversion.operations, *after]))
@@ -112,7 +116,7 @@ class StoredModel:
         return made + [c for c in of_model if replaced.isdisjoint(c.source_patterns)]
 
 
-def _combined(site: Site, weights: list[StoredWeight]) -> StoredSite:
+def _combined(site: Site, weights: list[StoredWeight]) -> QuantizedSite:
     """One scheme for what is one parameter in memory: the experts of a layer, gate and up in each."""
     first = weights[0]
     for other in weights:
@@ -123,7 +127,7 @@ def _combined(site: Site, weights: list[StoredWeight]) -> StoredSite:
         if other.act_order and site.kind == "experts":
             raise InputError(f"{other.base} has act-order: lowbit runs experts without it only")
     sym = all(weight.scheme.sym for weight in weights)
-    return StoredSite(site, replace(first.scheme, sym=sym), any(weight.act_order for weight in weights))
+    return QuantizedSite(site, replace(first.scheme, sym=sym), any(weight.act_order for weight in weights))
 
 
 def _packed_names(site: Site) -> list[str]:
@@ -131,15 +135,6 @@ def _packed_names(site: Site) -> list[str]:
     if site.kind == "experts":
         return [packed_name(site.parameter, suffix) for suffix in suffixes]
     return [f"{site.module}.{suffix}" for suffix in suffixes]
-
-
-def merges_experts(conversion) -> bool:
-    """Whether transformers stacks dense tensors, one for each expert, into one parameter by it."""
-    return (
-        isinstance(conversion, WeightConverter)
-        and any(isinstance(operation, MergeModulelist) for operation in conversion.operations)
-        and all(source.endswith(".weight") for source in conversion.source_patterns)
-    )
 
 
 class _OfModel(ConversionOps):

@@ -1,14 +1,18 @@
 """Quantizing the output embedding of a loaded model, whose checkpoint left it dense."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError, UsageError
 from lowbit.hf.config import LowbitConfig
+from lowbit.hf.dense import DenseModel
+from lowbit.hf.packed import PackedNames
 from lowbit.hf.quantizer import LowbitQuantizer
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
@@ -16,7 +20,7 @@ from lowbit.quantizers import get_quantizer
 from lowbit.transformers_api import tied_weights, untie
 
 
-def quantize_head(model: nn.Module, scheme: Scheme, folder: Path, backend: str | None = None) -> None:
+def quantize_head(model: PreTrainedModel, scheme: Scheme, folder: Path, backend: str | None = None) -> None:
     """Quantize the output embedding to `scheme`, or to a smaller group where that does not divide in_features.
 
     Where it was tied, the input embedding stays dense, and the two are tied no longer: saved, the model is one with a
@@ -33,36 +37,37 @@ def quantize_head(model: nn.Module, scheme: Scheme, folder: Path, backend: str |
     scheme = scheme.fitted(head.in_features)
     qweight, _ = get_quantizer("rtn").quantize(weight, {}, scheme, {"scale_search": "minmax"})
     model.set_submodule(name, LowbitLinear.from_quantized(qweight, head.bias, backend))
-    quantizer.chosen[f"{name}.weight"] = quantizer.sites[f"{name}.weight"], scheme
-    quantizer.quantization_config.source = quantizer.saved_config(model)
-    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    quantizer.packed.schemes[f"{name}.weight"] = scheme
+    quantizer.quantization_config.source = quantizer.packed.config(model)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]  # a module has tensors and modules
+    model.config.quantization_config = quantizer.quantization_config
 
 
-def _quantizer_of(model: nn.Module, folder: Path, backend: str | None) -> LowbitQuantizer:
+def _quantizer_of(model: PreTrainedModel, folder: Path, backend: str | None) -> LowbitQuantizer:
     """Returns the quantizer that the model was loaded with; a dense model gets a new one, so that `save_pretrained`
     writes it quantized."""
     found = getattr(model, "hf_quantizer", None)
     if found is None:
-        found = LowbitQuantizer(LowbitConfig(backend=backend), pre_quantized=False)
-        found.dtype, found.chosen = model.dtype, {}
-        found.names, found.sites = CheckpointNames(model), find_sites(model)
-        found.tensors = found.stored_tensors(CheckpointReader(folder).files)
+        config, names = LowbitConfig(backend=backend), CheckpointNames(model)
+        source = DenseModel(names, CheckpointReader(folder).files, {}, config.recipe)
+        found = LowbitQuantizer(config, pre_quantized=False)
+        found.dtype, found.packed = model.dtype, PackedNames(names, find_sites(model), source.tensors, {})
     return found
 
 
-def _dense_head(model: nn.Module, quantizer: LowbitQuantizer) -> tuple[str, nn.Module]:
+def _dense_head(model: PreTrainedModel, quantizer: LowbitQuantizer) -> tuple[str, nn.Linear]:
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
-    if head is None or f"{name}.weight" not in quantizer.sites:
+    if head is None or f"{name}.weight" not in quantizer.packed.sites:
         raise UsageError(f"{type(model).__name__} has no output embedding that can be quantized")
     if isinstance(head, LowbitLinear):
         raise UsageError(f"the checkpoint holds its output embedding quantized, as {head.scheme.name}: pass no scheme")
     if head.weight.device.type == "meta":
         raise UsageError("the output embedding is offloaded: give it a place in device_map to quantize it")
-    return name, head
+    return cast(str, name), cast(nn.Linear, head)
 
 
-def _untie(model: nn.Module, weight: str) -> None:
+def _untie(model: PreTrainedModel, weight: str) -> None:
     others = [name for name in tied_weights(model) if name != weight]
     if others:
         raise UsageError(f"the output embedding cannot be quantized: it is tied to {others[0]} too")

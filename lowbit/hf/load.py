@@ -13,6 +13,7 @@ from lowbit.guards.model_size import no_larger_than
 from lowbit.hf.head import quantize_head
 from lowbit.hf.quiet import quiet_transformers
 from lowbit.numerics.scheme import Scheme
+from lowbit.options import LoadOptions, SourceOptions, takes_options
 from lowbit.system.read_ahead import read_ahead
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
@@ -50,29 +51,13 @@ def loading_config(
     return config
 
 
+@takes_options
 @quiet_transformers()  # `_check` says it in one line
-def load(
-    path: str | Path,
-    *,
-    device_map=None,
-    dtype="auto",
-    backend: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    fuse: bool = True,
-    lm_head: str | Scheme | None = None,
-    **kwargs,
-):
+def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs):
     """A transformers model from a folder, a Hub id or "reference", on lowbit's kernels where it is quantized.
 
     Args:
         path: The folder, Hub id, or "reference".
-        device_map, dtype: Those of `from_pretrained`.
-        backend: Run on this one or fail.
-        revision: Of a Hub id.
-        trust_remote_code: Let code that comes with the model run.
-        fuse: Linears that share an input share one product: fewer launches, the same result.
-        lm_head: A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.
         **kwargs: Those of `from_pretrained`. quantization_config= quantizes a dense model while it is loaded.
 
     Returns:
@@ -82,28 +67,28 @@ def load(
         InputError: A tensor is missing, unexpected or of another shape: nothing is ever filled in.
         UsageError: A keyword that has no effect here, or the opposite of what is promised here.
     """
-    if backend is not None:
-        get_backend(backend)  # also where nothing is quantized: a name that does not exist is a mistake
-    head_scheme = Scheme.parse(lm_head) if isinstance(lm_head, str) else lm_head
-    kwargs, dtype, hub, wants_info = _keywords(kwargs, dtype)
-    folder = resolve(path, revision, **hub)
+    if run.backend is not None:
+        get_backend(run.backend)  # also where nothing is quantized: a name that does not exist is a mistake
+    head_scheme = Scheme.parse(run.lm_head) if isinstance(run.lm_head, str) else run.lm_head
+    kwargs, dtype, hub, wants_info = _keywords(kwargs, run.dtype)
+    folder = resolve(path, source.revision, **hub)
     # headers only: transformers follows an index anywhere and trips over damaged files
     reader = CheckpointReader(folder)
-    config = loading_config(folder, backend, trust_remote_code=trust_remote_code, fuse=fuse)
+    config = loading_config(folder, run.backend, trust_remote_code=source.trust_remote_code, fuse=run.fuse)
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
-    build = no_larger_than(reader.tensors.values())(model_class(config, trust_remote_code).from_pretrained)
+    build = no_larger_than(reader.tensors.values())(model_class(config, source.trust_remote_code).from_pretrained)
     try:
         model, info = build(
             folder,
             config=config,
-            device_map=device_map,
+            device_map=run.device_map,
             dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported by name below; transformers only says that there are some
             **kwargs,
@@ -112,9 +97,9 @@ def load(
         raise
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
-    _check(folder, info, trust_remote_code)
+    _check(folder, info, source.trust_remote_code)
     if head_scheme is not None:
-        quantize_head(model, head_scheme, folder, backend)
+        quantize_head(model, head_scheme, folder, run.backend)
     return (model, info) if wants_info else model
 
 

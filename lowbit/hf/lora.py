@@ -1,7 +1,7 @@
 """LoRA adapters of PEFT on quantized layers (QLoRA): the base stays frozen and quantized, the adapters train."""
 
 from lowbit.errors import UsageError
-from lowbit.hf.quantizer import dense_layer
+from lowbit.hf.modules import dense_layer
 from lowbit.layers.linear import LowbitLinear
 
 # Ways to start an adapter that leave the base weight what it is; all others subtract what the adapter starts with

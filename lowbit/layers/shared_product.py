@@ -7,12 +7,14 @@ stay the modules they were: the first that is called multiplies for all, and the
 
 import logging
 from collections import defaultdict
+from collections.abc import Collection
 from functools import partial
 
 import torch
 from torch import nn
 
 from lowbit.backends import get_backend
+from lowbit.discovery.shared_inputs import SharedInputs, module_calls, with_versions
 from lowbit.errors import first_line
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.qweight import QuantWeight
@@ -47,32 +49,30 @@ def _with_one_input(model: nn.Module) -> list[tuple[nn.Module, list[LowbitLinear
         if isinstance(linear, LowbitLinear) and linear.shared is None
     }
     alike = defaultdict(list)
-    for linear, inputs in _observed(model, owners).items():
+    for linear, inputs in _inputs_of(model, owners).items():
         alike[owners[linear], inputs, _form(linear)].append(linear)
     return [(parent, linears) for (parent, *_), linears in alike.items() if len(linears) > 1]
 
 
-def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
-    """What each linear was called with when the model ran, as (tensor, its version) by number. Nothing is multiplied:
-    only who takes what counts. Empty, with the reason logged, for a model that does not run on token ids alone."""
+def _inputs_of(model: nn.Module, linears: Collection[LowbitLinear]) -> dict[LowbitLinear, tuple]:
+    """The inputs of each linear, call by call, when the model runs on two tokens. Nothing is multiplied: only who takes
+    what counts. Empty, with the reason logged, for a model that does not run on token ids alone."""
     if not linears:
         return {}
-    kept, seen = [], defaultdict(tuple)
+    inputs = SharedInputs()
+    found: dict[LowbitLinear, tuple] = defaultdict(tuple)
 
-    def note(linear, args, kwargs):
-        x = args[0] if args else next(iter(kwargs.values()))
-        kept.append(x)  # or another tensor could get its address
-        seen[linear] += ((id(x), version_of(x)),)
+    def seen(linear: nn.Module, x: torch.Tensor) -> None:
+        # the same object too, not a view of it: that is how `SharedProduct.take` knows the input of the last call
+        found[linear] += ((inputs.number_of(x), id(x)),)
 
     ids = {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=model.device)}
     if model.config.is_encoder_decoder:
         ids["decoder_input_ids"] = ids["input_ids"]
-    hooks = [linear.register_forward_pre_hook(note, with_kwargs=True) for linear in linears]
     try:
         for linear in linears:
             linear.multiply = partial(_nothing, linear.out_features)
-        # tensors of inference mode do not tell when they change
-        with torch.inference_mode(False), torch.no_grad():
+        with with_versions(), module_calls(linears, seen):
             model(**ids)
     except Exception as error:  # whatever it wanted: it runs as it did before
         logger.info("linears that share an input multiply on their own: the model does not run on two token ids: %s",
@@ -81,9 +81,7 @@ def _observed(model: nn.Module, linears) -> dict[LowbitLinear, tuple]:
     finally:
         for linear in linears:
             linear.__dict__.pop("multiply", None)
-        for hook in hooks:
-            hook.remove()
-    return seen
+    return found
 
 
 def _nothing(out_features: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from lowbit.checkpoint.manifest import REPORT_NAME
 from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.checkpoint.side_files import WEIGHT_SUFFIXES, WRITTEN_ANEW, refuse_foreign, side_files, visible
 from lowbit.errors import InputError, LowbitError, OutputError, UsageError, first_line
+from lowbit.options import PushOptions, takes_options
 from lowbit.publish.card import BASE_CARD_NAME, model_card
 from lowbit.publish.facts import CARD_NAME, Facts, is_hub_id
 from lowbit.publish.private import public_report
@@ -45,44 +46,46 @@ class Publication:
         }
 
 
+@takes_options
 def push(
     folder: str | Path,
     repo: str,
     *,
-    private: bool = True,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    base_model: str | None = None,
+    options: PushOptions,
     quality: dict | None = None,
     card: str | None = None,
     trust_remote_code: bool = False,
 ) -> Publication:
-    """Publish a quantized folder as `repo`: "org/name", or "org/" for a name after the base model and the scheme.
+    """Publish a quantized folder. Only files of it are published: a link that leads out of it is refused, but for those
+    of a folder in the Hub's cache, which all lead to the blobs beside it.
 
-    private: refuse a repository that others can see; with False, a private one becomes public once all is there.
-    overwrite: replace the weights that the repository holds. base_model: Hub id of the model that was quantized.
-    quality: measurements as `lowbit eval --json` prints them. card: text of the model card, in place of the one that is
-    written from the folder. trust_remote_code: whether code that comes with the model may run while it is verified.
-    dry_run: stay away from the network.
+    Args:
+        folder: The folder.
+        repo: "org/name", or "org/" for a name after the base model and the scheme.
+        quality: Measurements as `lowbit eval --json` prints them.
+        card: Text of the model card, in place of the one that is written from the folder.
+        trust_remote_code: Whether code that comes with the model may run while it is verified.
 
-    Only files of the folder are published: a link that leads out of it is refused, but for those of a folder in the
-    Hub's cache, which all lead to the blobs beside it.
+    Returns:
+        What is in the repository now; with dry_run, which stays away from the network, what would be.
 
-    Raises UsageError (names), InputError (the folder: it cannot be read, has links that lead out of it, or fails
-    `lowbit verify`) and OutputError (all that the Hub refuses, or does not get).
+    Raises:
+        UsageError: The name of the repository.
+        InputError: The folder cannot be read, has links that lead out of it, or fails `lowbit verify`.
+        OutputError: All that the Hub refuses, or does not get.
     """
     folder = Path(folder)
     refuse_foreign(folder, visible(folder))  # before anything is read: the card quotes what files say
-    facts = Facts.of(folder, base_model, quality, trust_remote_code)
+    facts = Facts.of(folder, options.base_model, quality, trust_remote_code)
     repo_id = _repo_id(repo, facts)
     text = str(model_card(facts, repo_id)) if card is None else card
-    planned = Publication(repo_id, text, _files(facts, text), private)
-    if dry_run:
+    planned = Publication(repo_id, text, _files(facts, text), options.private)
+    if options.dry_run:
         return planned
     _check_access(repo_id)
     _check_verified(folder, trust_remote_code)
     with _hub_errors(repo_id):
-        return _upload(planned, overwrite)
+        return _upload(planned, options.overwrite)
 
 
 def _repo_id(repo: str, facts: Facts) -> str:

@@ -40,7 +40,7 @@ def forecast(plan: Plan, model, file_bytes: int, num_samples: int, seqlen: int) 
         return Forecast(_streaming_peak(plan), file_bytes, copying + weights * _seconds_per_weight(recipe, needs))
     streams, tokens = 2 if "missing" in needs else 1, num_samples * seqlen
     kept = sum(info.nbytes for step in plan.quantized for info in step.outputs)
-    seconds = copying + _walking(plan, tokens, streams) + _solving(recipe, plan, needs)
+    seconds = copying + _measuring(plan, tokens, streams) + _solving(recipe, plan, needs)
     peak = _calibrated_peak(plan, model, tokens, streams, "hessian" in needs)
     return Forecast(peak, file_bytes + kept, seconds)
 
@@ -65,11 +65,11 @@ def _calibrated_peak(plan: Plan, model, tokens: int, streams: int, hessians: boo
     peak = expected_peak(groups, streams, torch.float32.itemsize, hessians)
     hidden = model.config.get_text_config().hidden_size
     held = held_between_stages(groups, tokens, streams, torch.float32.itemsize, hidden)
-    # what does not fit is walked again instead
+    # what does not fit is computed again instead
     return peak + held if peak + held <= peak_memory() + available_memory() // 2 else peak
 
 
-def _walking(plan: Plan, tokens: int, streams: int) -> float:
+def _measuring(plan: Plan, tokens: int, streams: int) -> float:
     """Seconds of forward passes, and of summing Hessians: at most one for each linear, half of it by symmetry."""
     dense = [step for step in plan.quantized if not step.site.experts]
     passes = _PASSES * streams * tokens * sum(step.source.numel for step in plan.quantized)

@@ -8,10 +8,11 @@ import torch
 from lowbit.checkpoint.writer import file_bytes, parse_size
 from lowbit.discovery import find_sites, skeleton
 from lowbit.folders.locate import open_headers
-from lowbit.numerics.scheme import Scheme
+from lowbit.options import FileOptions, HeadOption, RecipeOptions, SampleOptions, SourceOptions, takes_options
+from lowbit.quantization.calibrated.options import require_data_method
 from lowbit.quantization.forecast import forecast
 from lowbit.quantization.plan import Plan, make_plan
-from lowbit.quantization.run import make_recipe, require_data_method
+from lowbit.quantization.run import make_recipe
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 
 
@@ -46,46 +47,40 @@ class Preview:
         return asdict(self)
 
 
+@takes_options
 def plan(
     model: str | Path,
     *,
-    scheme="W4A16",
-    group_size: int | None = None,
-    sym: bool | None = None,
-    method: str = "rtn",
-    options: dict | None = None,
-    overrides=(),
-    ignore=(),
-    lm_head: bool | str | Scheme | None = False,
-    include_vision: bool = False,
-    smooth: float | str | None = None,
-    activation_range: str | None = None,
-    num_samples: int = 128,
-    seqlen: int = 2048,
-    format: str = "compressed-tensors",
-    max_shard_size: str | int = "5GB",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    recipe: RecipeOptions,
+    head: HeadOption,
+    samples: SampleOptions,
+    files: FileOptions,
+    source: SourceOptions,
 ) -> Preview:
-    """What `lowbit.quantize` with these arguments would write and need. A model on the Hub is not downloaded.
+    """What `lowbit.quantize` with these arguments would write and need.
 
-    Raises UsageError and InputError where `lowbit.quantize` would before it reads a weight.
+    Args:
+        model: A folder, a Hub id, or "reference". A model on the Hub is not downloaded.
+
+    Returns:
+        Sizes, schemes, memory, time, and the engines that take the result.
+
+    Raises:
+        UsageError, InputError: Where `lowbit.quantize` would raise them before it reads a weight.
     """
-    recipe = make_recipe(
-        scheme, group_size, sym, method, options, overrides, ignore, lm_head, include_vision, smooth, activation_range
-    )
-    require_data_method(recipe, num_samples=num_samples, seqlen=seqlen)
-    shard_bytes = parse_size(max_shard_size)
-    headers, config = open_headers(model, revision, trust_remote_code)
-    built = skeleton(config, trust_remote_code, tensors=headers.tensors.values())
-    planned = make_plan(headers, built, recipe, format)
+    asked = make_recipe(recipe, head)
+    require_data_method(asked, samples)
+    shard_bytes = parse_size(files.max_shard_size)
+    headers, config = open_headers(model, source.revision, source.trust_remote_code)
+    built = skeleton(config, source.trust_remote_code, tensors=headers.tensors.values())
+    planned = make_plan(headers, built, asked, files.format)
     size = file_bytes(planned.outputs, shard_bytes)
     # engines are asked about a model that can run without numbers
-    runnable = skeleton(config, trust_remote_code, dtype=torch.bfloat16)
-    ahead = forecast(planned, runnable, size, num_samples, seqlen)
+    runnable = skeleton(config, source.trust_remote_code, dtype=torch.bfloat16)
+    ahead = forecast(planned, runnable, size, samples.num_samples, samples.seqlen)
     return Preview(
         source=str(model),
-        format=format,
+        format=files.format,
         source_bytes=planned.source_bytes,
         output_bytes=planned.output_bytes,
         file_bytes=size,

@@ -1,12 +1,12 @@
 """What a run did, for people and for scripts: `lowbit_report.json` in the folder that it wrote."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowbit import __version__
+from lowbit.folders.locate import revision_of
 from lowbit.quantization.plan import Plan, Step
-from lowbit.system.machine import machine, now, versions
+from lowbit.system.machine import RunFacts
 
 
 def layer_entry(step: Step, expert: int | None = None) -> dict:
@@ -29,14 +29,9 @@ def layer_entry(step: Step, expert: int | None = None) -> dict:
 
 
 @dataclass
-class Report:
-    """The fields are the keys of the file: who quantized what, with which recipe, and what came of it.
-
-    Sizes and memory are in bytes, errors relative, `seconds` of all runs that it took. quantized_share: of the source
-    bytes. parts: bytes before and after by the last part of the module name, everything in the checkpoint. layers: an
-    entry for each weight, in calibrated runs for each expert's. decoder_layers: calibrated runs only. quality: what
-    `lowbit eval --save` measured since.
-    """
+class _Planned:
+    """What is known before anything is quantized, sizes in bytes. quantized_share: of the source bytes. parts: bytes
+    before and after by the last part of the module name, everything in the checkpoint."""
 
     source: str
     source_revision: str | None
@@ -52,12 +47,17 @@ class Report:
     fallbacks: dict[str, str]
     left_alone: dict[str, str]
     parts: dict[str, dict[str, int]]
-    lowbit: str = __version__
-    date: str = field(default_factory=now)
-    versions: dict[str, str] = field(default_factory=versions)
-    machine: str = field(default_factory=machine)
-    seconds: float = 0.0
-    peak_memory: int = 0
+
+
+@dataclass
+class Report(RunFacts, _Planned):
+    """The fields are the keys of the file: who quantized what, with which recipe, and what came of it.
+
+    Errors are relative, `seconds` of all runs that it took, expected_peak in bytes. layers: an entry for each weight,
+    in calibrated runs for each expert's. decoder_layers: calibrated runs only. quality: what `lowbit eval --save`
+    measured since.
+    """
+
     expected_peak: int | None = None
     calibration: dict | None = None
     quality: dict | None = None
@@ -70,7 +70,7 @@ class Report:
         left = {step.source.name: step.reason for step in plan.steps if step.site is not None and step.scheme is None}
         return cls(
             source=source,
-            source_revision=folder.name if folder.parent.name == "snapshots" else None,  # of the Hub's cache
+            source_revision=revision_of(folder),
             recipe=plan.recipe.to_dict(),
             format=plan.format_name,
             command=command,
@@ -100,9 +100,6 @@ class Report:
         """The weights whose rounding costs most in outputs."""
         known = [layer for layer in self.layers if layer.get("rounding_error") is not None]
         return sorted(known, key=lambda layer: -layer["rounding_error"])[:count]
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 def _parts(plan: Plan) -> dict[str, dict[str, int]]:

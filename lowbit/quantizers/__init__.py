@@ -32,7 +32,7 @@ class Between:
     low: float
     high: float
 
-    def __contains__(self, value) -> bool:
+    def __contains__(self, value: object) -> bool:
         if isinstance(value, str):
             return value == self.default
         kinds = (int,) if isinstance(self.low, int) else (int, float)
@@ -76,7 +76,7 @@ def get_quantizer(name: str) -> Quantizer:
     return cast(Quantizer, import_module(QUANTIZERS[name]))
 
 
-def checked_options(name: str, options) -> dict:
+def checked_options(name: str, options: Mapping) -> dict:
     """`options` completed with the defaults of quantizer `name`; raises UsageError for an unknown option or value.
 
     Values may be text, as command lines have them."""
@@ -94,7 +94,7 @@ def checked_options(name: str, options) -> dict:
     return {**defaults, **given}
 
 
-def _number(value):
+def _number(value: object) -> object:
     if isinstance(value, str):
         for kind in (int, float):
             try:

@@ -9,28 +9,15 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from lowbit.discovery import CheckpointNames, Site, find_sites
+from lowbit.discovery.shared_inputs import Products, SharedInputs, with_versions
 from lowbit.numerics.scheme import Scheme
 from lowbit.serving.rules import COLUMN, ROW, Module
 from lowbit.transformers_api import tensor_parallel_plan
 from lowbit.upstream import MissingNameError
 
 logger = logging.getLogger("lowbit")
-
-
-class _SharedInputs(TorchFunctionMode):
-    """Collects which of `weights` (id -> name) multiply the same tensor, in the order of their use."""
-
-    def __init__(self, weights: dict[int, str]):
-        self._weights, self._inputs, self.groups = weights, {}, {}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is nn.functional.linear and (name := self._weights.get(id(args[1]))) is not None:
-            self._inputs[id(args[0])] = args[0]  # alive, or another tensor could get its id
-            self.groups.setdefault(id(args[0]), []).append(name)
-        return function(*args, **(kwargs or {}))
 
 
 def fused_units(model: nn.Module, sites: Mapping[str, Site]) -> list[tuple[str, ...]]:
@@ -40,14 +27,18 @@ def fused_units(model: nn.Module, sites: Mapping[str, Site]) -> list[tuple[str, 
     model: of `discovery.skeleton`, in bfloat16 on the meta device, where a forward pass runs. Where a model cannot run
     without numbers, what lies behind that point is not seen.
     """
-    linears = {id(model.get_parameter(name)): site.module for name, site in sites.items() if site.kind == "linear"}
-    mode = _SharedInputs(linears)
-    with torch.no_grad(), suppress(Exception), mode:  # a model without numbers, or without its pictures, fails anywhere
-        model(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    linears = {site.module: model.get_parameter(name) for name, site in sites.items() if site.kind == "linear"}
+    inputs = SharedInputs()
     units: dict[tuple, list[str]] = {}
-    for shared, names in mode.groups.items():
-        for name in dict.fromkeys(names):
-            units.setdefault((shared, _parent(name)), []).append(name)
+
+    def seen(name: str, x: torch.Tensor) -> None:
+        unit = units.setdefault((inputs.number_of(x), _parent(name)), [])
+        if name not in unit:
+            unit.append(name)
+
+    # a model without numbers, or without its pictures, fails anywhere
+    with with_versions(), suppress(Exception), Products(linears, seen):
+        model(torch.zeros(1, 2, dtype=torch.long, device="meta"))
     for site in sites.values():
         if site.kind == "experts":
             units.setdefault(("experts", _parent(site.module)), []).append(site.module)

@@ -4,15 +4,17 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lowbit.checkpoint.layout import read_header
 from lowbit.errors import InputError, UsageError, first_line
+from lowbit.options import DrawnSampleOptions, keywords, takes_options
 from lowbit.text.datasets import DEFAULT_CALIBRATION, Texts, chat_tokens, ended, shuffled
 from lowbit.text.selfmade import sample_from_model
 
@@ -47,70 +49,85 @@ class Samples:
         return self.input_ids.numel()
 
 
+@takes_options
 def calibration_samples(
-    dataset,
+    dataset: Any,
     folder: Path,
     *,
-    num_samples: int = 128,
-    seqlen: int = 2048,
-    seed: int = 0,
+    amount: DrawnSampleOptions,
     vocabulary: int,
     context: int | None,
     trust_remote_code: bool = False,
     announce: Callable[[str], None] = lambda sentence: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Samples:
-    """At most `num_samples` samples of `seqlen` tokens for the model in `folder`; the same ones for the same seed.
+    """Samples for the model in `folder`, the same ones for the same seed; where there are too few texts, fewer.
 
-    dataset: token ids [samples, seqlen] as a tensor, array or nested list, or in a .safetensors or .npy file; a file of
-    text (.txt), or of rows of texts or chats (.jsonl, .json, .parquet); `org/name[:config[:split[:column]]]`, or a
-    folder of data; "stdlib-train"; "self": text sampled from the model; None: a data set of the Hub where it can be
-    reached, else "self".
-    vocabulary: ids are below it. context: the longest sample the model can take.
-    announce: is told in a sentence what is not as it was asked for. progress: tokens done and to do, for "self".
-    Raises InputError where there is less than one sample to be had.
+    Args:
+        dataset: Token ids [samples, seqlen] as a tensor, array or nested list, or in a .safetensors or .npy file; a
+            file of text (.txt), or of rows of texts or chats (.jsonl, .json, .parquet);
+            `org/name[:config[:split[:column]]]`, or a folder of data; "stdlib-train"; "self": text sampled from the
+            model; None: a data set of the Hub where it can be reached, else "self".
+        vocabulary: Ids are below it.
+        context: The longest sample that the model can take.
+        announce: Told in a sentence what is not as it was asked for.
+        progress: Called with the tokens that are done and those to do, for "self".
+
+    Raises:
+        InputError: There is less than one sample to be had.
     """
-    if num_samples < 1:
-        raise UsageError(f"number of calibration samples {num_samples}; expected 1 or more")
-    if seqlen < 2:
-        raise UsageError(f"calibration samples of {seqlen} tokens; expected 2 or more")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed {seed}; expected 0 to {2**32 - 1}")
+    _check(amount)
     given = _given(dataset)
     if given is not None:
-        return _as_given(*given, num_samples, vocabulary, context, announce)
-    if context is not None and seqlen > context:
-        announce(f"calibration samples have {context} tokens, the model's context, instead of {seqlen}")
-        seqlen = context
-    encode = texts = None
-    if dataset is None:
-        try:
-            encode = _Encoder(folder, trust_remote_code)
-            texts = shuffled(DEFAULT_CALIBRATION, seed)
-        except InputError as error:
-            announce(
-                "calibrating on text sampled from the model itself: no data set was named, and the default cannot be "
-                f"used ({error})"
-            )
-    elif str(dataset) != SELF:
-        encode = _Encoder(folder, trust_remote_code)
-        texts = shuffled(str(dataset), seed)
-    if texts is None:
-        options = {"num_samples": num_samples, "seqlen": seqlen, "seed": seed}
-        ids = sample_from_model(folder, **options, trust_remote_code=trust_remote_code, progress=progress)
-        return Samples(
-            checked_ids(ids, vocabulary, "text sampled from the model"), f"sampled from the model, seed {seed}"
-        )
+        return _as_given(*given, amount.num_samples, vocabulary, context, announce)
+    if context is not None and amount.seqlen > context:
+        announce(f"calibration samples have {context} tokens, the model's context, instead of {amount.seqlen}")
+        amount = replace(amount, seqlen=context)
+    source = _source(dataset, folder, amount.seed, trust_remote_code, announce)
+    if source is None:
+        ids = sample_from_model(folder, **keywords(amount), trust_remote_code=trust_remote_code, progress=progress)
+        ids = checked_ids(ids, vocabulary, "text sampled from the model")
+        return Samples(ids, f"sampled from the model, seed {amount.seed}")
+    texts, encode = source
     if texts.whole is not None:
-        stream = _spread(texts.whole, encode, num_samples, seqlen, seed)
+        stream = _spread(texts.whole, encode, amount.num_samples, amount.seqlen, amount.seed)
     else:
-        stream = _packed(encode.documents(texts), num_samples * seqlen, seqlen, encode.end)
+        stream = _packed(encode.documents(texts), amount.num_samples * amount.seqlen, amount.seqlen, encode.end)
     if encode.refused:
         if not stream:
             raise encode.refused[0]
         announce(f"{len(encode.refused)} chats were left out: {encode.refused[0]}")
-    ids = _windows(stream, num_samples, seqlen, texts.name, announce)
+    ids = _windows(stream, amount.num_samples, amount.seqlen, texts.name, announce)
     return Samples(checked_ids(ids, vocabulary, f"{texts.name} in the tokens of {folder}"), texts.name)
+
+
+def _check(amount: DrawnSampleOptions) -> None:
+    if amount.num_samples < 1:
+        raise UsageError(f"number of calibration samples {amount.num_samples}; expected 1 or more")
+    if amount.seqlen < 2:
+        raise UsageError(f"calibration samples of {amount.seqlen} tokens; expected 2 or more")
+    if not 0 <= amount.seed < 2**32:
+        raise UsageError(f"seed {amount.seed}; expected 0 to {2**32 - 1}")
+
+
+def _source(
+    dataset: Any, folder: Path, seed: int, trust_remote_code: bool, announce: Callable[[str], None]
+) -> tuple[Texts, "_Encoder"] | None:
+    """The texts of a data set and what makes tokens of them, None for text that the model itself writes."""
+    if dataset is not None:
+        if str(dataset) == SELF:
+            return None
+        encode = _Encoder(folder, trust_remote_code)
+        return shuffled(str(dataset), seed), encode
+    try:
+        encode = _Encoder(folder, trust_remote_code)
+        return shuffled(DEFAULT_CALIBRATION, seed), encode
+    except InputError as error:
+        announce(
+            "calibrating on text sampled from the model itself: no data set was named, and the default cannot be "
+            f"used ({error})"
+        )
+        return None
 
 
 # Token ids that are given

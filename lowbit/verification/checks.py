@@ -15,12 +15,11 @@ from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visi
 from lowbit.discovery import choose
 from lowbit.errors import InputError, OutputError
 from lowbit.numerics.scheme import Recipe
+from lowbit.options import VerifyOptions
 from lowbit.transformers_api import ignored_if_missing, tied_weights
 from lowbit.verification.contents import compared_with_source, contents
 from lowbit.verification.folder import Check, Folder, Problems, report_of
 
-# Share of the bytes that could be quantized and are not, beyond which a folder is hardly a quantized model
-MAX_UNQUANTIZED = 0.05
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "LICENCE")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
@@ -41,7 +40,7 @@ def static_checks(
     path: Path,
     reference: Path | None = None,
     *,
-    max_unquantized: float = MAX_UNQUANTIZED,
+    max_unquantized: float = VerifyOptions.max_unquantized,
     trust_remote_code: bool = False,
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Check]:

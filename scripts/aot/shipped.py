@@ -213,7 +213,7 @@ def gptq(shipped: Shipped) -> Call:
 
 
 def int8(shipped: Shipped) -> Call:
-    from lowbit_kernels.int8 import int8_kernel
+    from lowbit_kernels.int8.kernel import int8_kernel
 
     types = {
         "x": "*i8", "x_scales": "*fp32", "weight": "*i8" if shipped.bits == 8 else "*u8", "scales": "*fp32",
@@ -231,7 +231,7 @@ def int8(shipped: Shipped) -> Call:
 
 
 def quantize(shipped: Shipped) -> Call:
-    from lowbit_kernels.quantize import quantize_kernel
+    from lowbit_kernels.int8.quantize import quantize_kernel
 
     types = {
         "x": f"*{shipped.dtype}", "codes": "*i8", "scales": "*fp32", "in_features": "i32:16", "padded_in": "i32:16",

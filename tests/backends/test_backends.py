@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from covering import cover
+from covering import covering
 from weights import BITS, DTYPES, SCHEMES, assert_same, matrix, random_quantized, unit
 
 from lowbit import backends
@@ -50,9 +50,10 @@ def error(y, exact, squares):
     return float((y.double() - exact).norm() / size) if y.numel() else 0.0
 
 
-@pytest.mark.parametrize("name, scheme, dtype", cover(HERE, SCHEMES, DTYPES), ids=lambda v: getattr(v, "name", v))
+@covering(name=HERE, scheme=SCHEMES, dtype=DTYPES)
 def test_refuses_or_equals_float64(name, scheme, dtype, nan_poison):
-    backend, dtype = get_backend(name), DTYPES[dtype]
+    """Each scheme on each backend: a layout of its own."""
+    backend = get_backend(name)
     ran = 0
     for out_features, in_features in SHAPES:
         shape = (out_features, in_features)
@@ -81,7 +82,7 @@ def test_which_backends_run_on_a_cpu():
     assert [name for name in ("native", "torch_cpu", "reference") if get_backend(name).available() is None] == HERE
 
 
-def test_torch_cpu_runs_what_it_is_for():
+def test_torch_cpu_refuses_no_scheme_that_it_is_for():
     """A backend that refuses everything would pass the test above."""
     refused = {}
     for scheme in SCHEMES:
@@ -98,9 +99,7 @@ def test_where_there_is_a_compiler_the_native_backend_runs():
     assert get_backend("native").available() is None
 
 
-@each_layout
-@each_backend
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@covering(name=HERE, scheme=LAYOUTS, dtype=("bf16", "fp16"))
 def test_inputs_with_a_mean(name, scheme, dtype):
     """Behind an activation function inputs are not centred. A backend that computes y as a difference of large parts
     and rounds those on the way loses what the weights, centred themselves, would have cancelled."""

@@ -1,10 +1,13 @@
 """Integer activations on CPUs, in C and on the float32 GEMM: the sums are those of int64, whatever the codes."""
 
+from itertools import product
+
 import pytest
 import torch
+from covering import covering
 from weights import assert_same, random_quantized
 
-from lowbit.backends import choose, int8_cpu, native
+from lowbit.backends import choose, get_backend, int8_cpu, native
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.activations import quantize_input
 from lowbit.numerics.qweight import QuantWeight, input_grid
@@ -13,7 +16,9 @@ from lowbit.numerics.scheme import BITS, TENSOR, TOKEN, Activations, Scheme
 
 CPU = torch.device("cpu")
 EVERY = [Activations(8, sym, strategy) for sym in (True, False) for strategy in (TOKEN, TENSOR)]
-each_activations = pytest.mark.parametrize("activations", EVERY, ids=str)
+NAMES = [f"{activations.strategy}-{'sym' if activations.sym else 'asym'}" for activations in EVERY]
+each_activations = pytest.mark.parametrize("activations", EVERY, ids=NAMES)
+SYM = {"sym": True, "asym": False}
 
 
 def with_inputs(qweight, activations, scale=0.02, zero=-5):
@@ -23,18 +28,18 @@ def with_inputs(qweight, activations, scale=0.02, zero=-5):
     return qweight.with_inputs(scheme, *stored)
 
 
-@pytest.fixture(params=[int8_cpu, native], ids=["int8_cpu", "native"])
+@pytest.fixture(params=["int8_cpu", "native"])
 def run(request):
-    if request.param is native:
+    if request.param == "native":
         request.getfixturevalue("compiler")
 
-    def product(x, qweight, bias=None):
-        backend, shape = request.param, tuple(qweight.codes.shape)
+    def call(x, qweight, bias=None):
+        backend, shape = get_backend(request.param), tuple(qweight.codes.shape)
         buffers = backend.prepare(qweight)
         assert_same(backend.restore(buffers, qweight.scheme, shape), qweight)
         return backend.linear(x, buffers, qweight.scheme, shape, bias)
 
-    return product
+    return call
 
 
 def by_int64(x, qweight):
@@ -46,21 +51,20 @@ def by_int64(x, qweight):
 
 
 @each_activations
-@pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("in_features", [1, 7, 515, 4099])
-def test_extreme_codes_are_summed_exactly(run, sym, in_features, activations):
+@pytest.mark.parametrize("sym", SYM.values(), ids=SYM)
+def test_extreme_codes_are_summed_exactly(run, sym, activations):
     """All products as large as they get and of one sign: 16 bits saturate, and float32 in one piece rounds."""
-    for weight_code, zero_code in ((0, 255), (255, 0)):
-        for value in (-1.0, 1.0):
-            codes = torch.full((3, in_features), weight_code, dtype=torch.uint8)
-            codes[1, ::2], codes[2, : in_features // 2] = 127, 131
-            zeros = None if sym else torch.full((3, 1), zero_code, dtype=torch.uint8)
-            scheme = Scheme(8, -1, sym)
-            qweight = with_inputs(QuantWeight(codes, torch.ones(3, 1), scheme, zeros), activations, 1e-3, -128)
-            x = torch.full((2, in_features), value)
-            x[1, ::3] = -x[1, ::3]
-            wanted, sums = by_int64(x, qweight)
-            assert sums.abs().max() > 100 * 100 * in_features // 4 and torch.equal(run(x, qweight), wanted)
+    for in_features, (code, zero), value in product((1, 7, 515, 4099), ((0, 255), (255, 0)), (-1.0, 1.0)):
+        codes = torch.full((3, in_features), code, dtype=torch.uint8)
+        codes[1, ::2], codes[2, : in_features // 2] = 127, 131
+        zeros = None if sym else torch.full((3, 1), zero, dtype=torch.uint8)
+        scheme = Scheme(8, -1, sym)
+        qweight = with_inputs(QuantWeight(codes, torch.ones(3, 1), scheme, zeros), activations, 1e-3, -128)
+        x = torch.full((2, in_features), value)
+        x[1, ::3] = -x[1, ::3]
+        wanted, sums = by_int64(x, qweight)
+        assert sums.abs().max() > 100 * 100 * in_features // 4
+        assert torch.equal(run(x, qweight), wanted), (in_features, code, value)
 
 
 def test_inputs_are_divided_no_more_than_needed():
@@ -73,9 +77,7 @@ def test_inputs_are_divided_no_more_than_needed():
     assert torch.equal(y, by_int64(x, wide)[0])
 
 
-@each_activations
-@pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("bits", BITS)
+@covering(bits=BITS, sym=SYM, activations=dict(zip(NAMES, EVERY, strict=True)))
 def test_equals_the_definition(run, bits, sym, activations, nan_poison):
     for group, shape in ((-1, (33, 37)), (16, (5, 48)), (128, (900, 1280)), (32, (1, 32)), (-1, (7, 1))):
         qweight = with_inputs(random_quantized(Scheme(bits, group, sym), *shape), activations)
@@ -151,5 +153,5 @@ def test_a_layer_runs_and_gives_its_tensors_back(backend, request):
 
 
 @pytest.mark.parametrize("name", ["W4A16", "W8A16-CHANNEL"])
-def test_it_leaves_floating_point_inputs_to_others(name):
+def test_floating_point_inputs_are_refused(name):
     assert int8_cpu.refuse(Scheme.parse(name), CPU, torch.float32, (16, 128)) == "multiplies integer inputs only"

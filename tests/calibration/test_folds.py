@@ -111,7 +111,7 @@ def test_heads_that_are_shared():
     assert fold.channels.tolist() == [*range(16), *range(16), *range(16, 32), *range(16, 32)]
 
 
-def test_nothing_is_left_changed():
+def test_search_for_folds_leaves_the_model_unchanged():
     model = tiny_model("qwen2_moe", torch.bfloat16)
     model.config._experts_implementation = "eager"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -170,7 +170,7 @@ TOYS = {
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_what_else_listens(name):
+def test_other_consumers_prevent_folding(name):
     toy, expected = TOYS[name]
     assert found_in(toy) == expected
 

@@ -109,7 +109,7 @@ def test_without_hessian(wanted):
     assert torch.equal(moments.missing(weight), both.missing(weight)) if wanted else moments.missing(weight) is None
 
 
-def test_nothing_measured():
+def test_moments_of_no_tokens_are_zero():
     moments = Moments(4)
     moments.add(torch.empty(0, 4), torch.empty(0, 4))
     moments.finish()
@@ -132,7 +132,7 @@ def test_missing_of_several_weights_and_of_one(dtype):
             torch.testing.assert_close(torch.cat(parts), missing)
 
 
-def test_what_the_residual_stream_lacks():
+def test_drift_of_the_residual_stream():
     """It is added to what the output lacks."""
     batches, weight = streams(33), torch.randn(7, 33, generator=torch.Generator().manual_seed(1))
     moments = Moments(33, weight=weight)

@@ -93,7 +93,7 @@ def test_outliers_are_taken_care_of(scheme, bits, gain):
     assert choice.alpha is not None and after < gain * before
 
 
-def test_nothing_is_scaled_where_nothing_gains():
+def test_scales_that_gain_nothing_are_not_chosen():
     exact = Consumer(random(48, 64), lambda weight: weight)
     choice = choose_scales([exact], observed(with_outliers()), torch.arange(64), 64, "auto")
     assert choice.alpha is None and not choice.exponents.any()

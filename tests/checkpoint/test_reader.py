@@ -111,7 +111,7 @@ def test_index_that_names_a_file_elsewhere(sharded, place):
     index = read_json(sharded / INDEX)
     index["weight_map"]["model.norm.weight"] = place
     write_json(sharded / INDEX, index)
-    refused(sharded, INDEX, "outside")
+    refused(sharded, INDEX, "refusing to open it")
 
 
 @pytest.mark.parametrize("place", ["pytorch_model.bin", 7, None, ["model.safetensors"], "model.safetensors\n"])

@@ -349,6 +349,7 @@ def test_the_embedded_model(json_of, tmp_path):
     assert json_of("generate", "--model", "reference", "--prompt", prompt, "--max-new-tokens", "8")["text"].strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_complete_commands_and_options(shell):
     """As the script that --show-completion prints asks for it."""

@@ -8,8 +8,8 @@ from models import save_tiny
 
 import lowbit
 from lowbit.backends import BACKENDS, native, triton
-from lowbit.cli.doctor import kernels_of
-from lowbit.generation import loop
+from lowbit.cli.commands.doctor import _show_compiler, kernels_of
+from lowbit.generation import eligibility, loop
 
 
 def test_json(json_of):
@@ -17,13 +17,14 @@ def test_json(json_of):
     assert found["packages"]["torch"] == version("torch") and "transformers" in found["packages"]
     assert found["backends"].keys() == BACKENDS.keys() and found["backends"]["reference"] is None
     assert "cpu" in found["devices"] and found["python"].startswith("3.")
-    assert found["tables"].keys() == found["devices"].keys() - {"cpu"} and "kernels" not in found
+    assert found["tables"].keys() == found["compiler"].keys() == found["devices"].keys() - {"cpu"}
+    assert "kernels" not in found
 
 
 def test_the_embedded_model_generates(json_of, monkeypatch):
     found = json_of("doctor")["generation"]
     assert found == {"path": "recorded loop", "why": None} or native.available() in found["why"]
-    monkeypatch.setattr(loop, "refuse", lambda model: loop.Refusal("it is left alone"))
+    monkeypatch.setattr(loop, "refuse", lambda model: eligibility.Refusal("it is left alone"))
     assert json_of("doctor")["generation"] == {"path": "model.generate", "why": "it is left alone"}
 
 
@@ -46,7 +47,7 @@ def test_a_model_that_is_not_quantized(refused, tmp_path):
 
 @pytest.fixture
 def interpreted(monkeypatch, tmp_path):
-    select = pytest.importorskip("lowbit_kernels.select")
+    select = pytest.importorskip("lowbit_kernels.tuning.select")
     monkeypatch.setattr(triton, "INTERPRETED", True)
     monkeypatch.setenv(select.TABLES_VARIABLE, str(tmp_path / "tables"))
     select.forget()
@@ -77,6 +78,21 @@ def test_kernels_of_a_model(interpreted, tmp_path):
     assert {cases[4, 64, 96, rows] for rows in (1, 16, 512)} == {("skinny", "by rule for experts")}
     of_experts = {case["rows"]: case["config"]["block_m"] for case in found if case["shape"] == [4, 64, 96]}
     assert of_experts == {1: 8, 16: 8, 512: 32}
+
+
+def test_what_the_compiler_forbids(interpreted, monkeypatch, capsys):
+    from lowbit_kernels import launching
+
+    assert triton.compiler_limit("cpu") is None
+    hopper = interpreted.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132)
+    monkeypatch.setattr(interpreted, "gpu_of", lambda device: hopper)
+    monkeypatch.setattr(launching, "FENCED", True)
+    assert triton.compiler_limit("cuda:0") is None
+    monkeypatch.setattr(launching, "FENCED", False)
+    limit = triton.compiler_limit("cuda:0")
+    assert "fixed in 3.7.1" in limit and "at most 2 warps" in limit
+    _show_compiler({"cuda:0": limit, "cuda:1": None})
+    assert " ".join(capsys.readouterr().out.split()) == f"cuda:0: {limit}"
 
 
 def test_kernels_of_a_model_that_none_runs(interpreted, tmp_path):

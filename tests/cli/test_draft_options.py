@@ -42,7 +42,7 @@ def test_chat(done, quantized, drafts, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("chat",)], ids=["generate", "chat"])
-def test_what_does_not_go_together(command, refused, wrong_usage, quantized, drafts, tmp_path):
+def test_contradictory_draft_options_are_refused(command, refused, wrong_usage, quantized, drafts, tmp_path):
     command = (command[0], quantized, *command[1:])
     refused(2, *command, *drafts[0], *drafts[1], says=["--assistant", "--prompt-lookup"])
     for option in (("--kv-cache", "int8"), ("--compile",), ("--prefill-chunk", "64")):

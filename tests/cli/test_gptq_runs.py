@@ -93,7 +93,7 @@ def test_options(done, chat_model, ids_file, tmp_path):
     assert {layer["damping"] for layer in report["layers"]} == {0.1}
 
 
-def test_everything_else_that_it_takes(done, chat_model, ids_file, tmp_path):
+def test_gptq_takes_all_options_of_quantize(done, chat_model, ids_file, tmp_path):
     options = [
         "--bits", 8, "--asym", "--lm-head", "--lm-head-scheme", "W8A16-G32", "--max-memory", "1MB", "--seed", 3,
         "--override", ".*up_proj=W4A16-G16", "--ignore", ".*o_proj", "--max-shard-size", "50KB",

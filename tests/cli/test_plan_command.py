@@ -4,9 +4,9 @@ from itertools import count
 
 import pytest
 from folders import data_bytes, save_random_llama
+from hub import Repo, running_hub
 from huggingface_hub import constants
 from models import save_tiny
-from publish.hub import Repo, running_hub
 
 import lowbit
 from lowbit.errors import InputError, UsageError

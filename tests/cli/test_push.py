@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from folders import contents, write_json
-from publish.hub import READ_ONLY, running_hub
+from hub import READ_ONLY, running_hub
 
 import lowbit.eval
 

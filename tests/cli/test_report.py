@@ -85,7 +85,7 @@ def test_the_command_of_a_run(json_of, chat_model, tmp_path):
 
 
 def test_the_command_of_several_processes(monkeypatch):
-    from lowbit.cli.quantize import typed_command
+    from lowbit.cli.commands.quantize import typed_command
 
     monkeypatch.setattr(sys, "argv", ["/somewhere/lowbit/__main__.py", "quantize", "a model"])
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -52,5 +52,5 @@ def test_a_quantized_head(json_of, quantized):
         (["--lm-head-scheme", "W8A16"], "--lm-head-scheme says how --lm-head quantizes: pass both"),
     ],
 )
-def test_what_is_refused(refused, quantized, options, says):
+def test_wrong_run_options_are_refused(refused, quantized, options, says):
     refused(2, "generate", quantized, *PROMPT, *options, says=says)

@@ -102,6 +102,7 @@ def test_a_terminal_of_few_letters(cli, monkeypatch, tmp_path):
     assert b"Zw\\xf6lf" in taken.buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_processes_of_their_own(quantized):
     """What the other tests see in this process is what a shell sees."""
     for words, line in (

@@ -10,7 +10,7 @@ import pytest
 from folders import ROOT, contents, save_random_llama
 
 import lowbit
-from lowbit.cli.convert import FORMATS
+from lowbit.cli.commands.convert import FORMATS
 from lowbit.cli.main import COMMANDS
 from lowbit.conversion.formats import EXPORTS
 from lowbit.errors import UsageError

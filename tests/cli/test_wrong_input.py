@@ -52,7 +52,7 @@ def test_names_that_no_model_has(refused, name):
     refused(1, "inspect", "--model", name)
 
 
-def test_nothing_that_says_which_model(refused, tmp_path, source):
+def test_missing_or_double_model_is_refused(refused, tmp_path, source):
     refused(2, "quantize", "-o", tmp_path / "out", says="expected one MODEL")
     refused(2, "inspect", source, "--model", source, says="expected one MODEL")
 

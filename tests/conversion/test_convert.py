@@ -124,7 +124,7 @@ def test_act_order(quantize, tmp_path):
     assert relative_error(logits(lowbit.load(source, dtype=torch.float32)), logits(plain)) < 1e-5
 
 
-def test_what_reads_back_differently_is_not_kept(quantize, tmp_path, monkeypatch):
+def test_output_that_reads_back_differently_is_removed(quantize, tmp_path, monkeypatch):
     fmt = get_format("gptq")
     pack = fmt.pack
 

@@ -62,7 +62,7 @@ def test_transformers_loads_it_and_verify_passes(dtype, tmp_path):
     assert {"source", "generates", "near the reference"} <= {check.name for check in done.checks}
 
 
-def test_what_verify_finds(dense, tmp_path):
+def test_verify_finds_changed_values_and_dtypes(dense, tmp_path):
     lowbit.convert_dtype(dense, tmp_path / "out", "BF16")
     assert lowbit.verify(tmp_path / "out", dense, run=False).ok
     edit_tensors(tmp_path / "out", lambda tensors: tensors[UP][0].mul_(1.01))
@@ -87,7 +87,7 @@ def test_too_large_values_are_named_and_nothing_is_written(dense, tmp_path):
     lowbit.convert_dtype(source, tmp_path / "bf16", "BF16")
 
 
-def test_what_becomes_zero_is_counted(tmp_path):
+def test_values_that_underflow_are_counted(tmp_path):
     source = plant(save_tiny(tmp_path / "dense"), NORM, [1e-8, -1e-8, 1e-7, 0.0])
     report = lowbit.convert_dtype(source, tmp_path / "out", "FP16")
     assert report.underflowed[NORM] == 2
@@ -107,6 +107,17 @@ def test_the_plan_is_exact(dense, tmp_path):
     planned = plan_dtype(dense, "FP16", max_shard_size="60kB")
     lowbit.convert_dtype(dense, tmp_path / "out", "FP16", max_shard_size="60kB")
     assert planned.file_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+
+
+def test_keys_of_the_report(dense, tmp_path):
+    report = lowbit.convert_dtype(dense, tmp_path / "out", "FP16", command="what was typed")
+    stored = read_json(tmp_path / "out" / "lowbit_report.json")
+    assert stored == report.to_dict() and list(stored) == [
+        "source", "source_revision", "dtype", "source_bytes", "output_bytes", "file_bytes", "parameters",
+        "converted_tensors", "command", "clamped", "underflowed", "lowbit", "date", "versions", "machine", "seconds",
+        "peak_memory",
+    ]  # fmt: skip
+    assert stored["lowbit"] == lowbit.__version__ and stored["seconds"] > 0 and stored["peak_memory"] > 10**8
 
 
 def test_wrong_input(dense, tmp_path):

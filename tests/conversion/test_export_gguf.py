@@ -274,7 +274,7 @@ class Processor:
         return SimpleNamespace(weights=self.change(weights), name=name)
 
 
-def test_what_a_reader_does_is_found_by_trying_it(tmp_path):
+def test_transformations_of_the_reader_are_found_by_trying(tmp_path):
     architecture = Architecture(quantized_source(tmp_path))
     architecture._processor = Processor(lambda w: np.roll(w, 2, axis=0) - 1)
     found = architecture.arrangement("any", (7, 5))

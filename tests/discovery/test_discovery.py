@@ -152,7 +152,7 @@ def test_bare_names_protect_and_override_what_they_name():
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.norm"])
-def test_what_is_never_quantized_may_be_named(name):
+def test_ignoring_a_router_or_the_head_is_no_error(name):
     assert schemes(ignore=[name]) == schemes()
 
 

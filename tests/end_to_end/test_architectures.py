@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import slow_but
 from models import ARCHITECTURES, relative_error, save_tiny, token_ids
 from tiny import tiny_model_that_runs
 from transformers import AutoModelForCausalLM
@@ -17,7 +18,11 @@ def logits(model):
         return model(input_ids=token_ids()).logits
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# Linears, transposed ones, several in one, experts: of the others, some of the properties of these
+each_architecture = pytest.mark.parametrize("name", slow_but(("llama", "gpt2", "phi3", "gpt_oss"), ARCHITECTURES))
+
+
+@each_architecture
 def test_quantize_load_generate(name, tmp_path):
     source = save_tiny(tmp_path / "dense", name)
     report = lowbit.quantize(source, tmp_path / "quantized", scheme=SCHEME)
@@ -39,7 +44,7 @@ def test_quantize_load_generate(name, tmp_path):
     assert relative_error(actual, logits(quantized.dequantize())) < 1e-5
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@each_architecture
 def test_on_the_fly_equals_offline_and_saves_the_same_checkpoint(name, tmp_path):
     source = save_tiny(tmp_path / "dense", name)
     lowbit.quantize(source, tmp_path / "offline", scheme=SCHEME)

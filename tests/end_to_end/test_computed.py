@@ -48,7 +48,7 @@ def fused(tensors) -> list[str]:
     return [name for name in tensors if ".in_proj." in name]
 
 
-def test_what_is_computed_is_what_transformers_loads(model, dense):
+def test_computed_weights_equal_those_transformers_loads(model, dense):
     reader, loaded = CheckpointReader(dense), model[0].state_dict()
     (source,) = fused(reader.tensors)
     wanted = source.replace("in_proj", "in_proj_qkv")
@@ -76,6 +76,7 @@ def test_split_matrices_are_quantized(sym, model, dense, tmp_path):
     assert relative_error(logits(lowbit.load(ours), model[1]), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_plain_transformers_agrees(model, dense, tmp_path):
     pytest.importorskip("compressed_tensors")
     lowbit.quantize(dense, tmp_path / "packed", group_size=32, ignore="experts")  # it has no packed experts
@@ -101,7 +102,7 @@ def test_with_data(model, dense, tmp_path):
     assert errors["gptq"] < errors["rtn"]
 
 
-def test_what_cannot_be_computed_before_loading_stays_dense(model, dense, tmp_path, monkeypatch):
+def test_weights_not_computable_before_loading_stay_dense(model, dense, tmp_path, monkeypatch):
     """An operation that looks at the values of its tensors, say."""
     names = CheckpointNames(model[0])
     (conversion,) = names.conversions(fused(CheckpointReader(dense).tensors))

@@ -39,7 +39,7 @@ def test_loads_and_saves(name, format, sym, tmp_path):
 
 
 @pytest.mark.parametrize("bits", (2, 3, 8))
-def test_other_bits(bits, tmp_path):
+def test_gptq_of_any_bits_gives_the_logits_of_compressed_tensors(bits, tmp_path):
     source, scheme = save_tiny(tmp_path / "dense"), Scheme(bits, 32, False)
     lowbit.quantize(source, tmp_path / "ct", scheme=scheme)
     lowbit.quantize(source, tmp_path / "q", scheme=scheme, format="gptq")

@@ -151,7 +151,7 @@ def test_files_are_what_was_planned(name, folders, source):
 
 
 @each_scheme
-def test_saved_again_it_is_the_same(name, folders, tmp_path):
+def test_saving_a_loaded_model_gives_the_same_tensors(name, folders, tmp_path):
     model = lowbit.load(folders(name))
     model.save_pretrained(tmp_path / "again")
     before, after = stored_tensors(folders(name)), stored_tensors(tmp_path / "again")
@@ -239,7 +239,7 @@ def test_inputs_of_experts_stay_in_floating_point(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3"])
-def test_other_architectures(name, tmp_path):
+def test_transposed_and_fused_linears_take_static_inputs(name, tmp_path):
     """Weights that are stored transposed, and several linears in one."""
     save_tiny(tmp_path / "source", name)
     lowbit.quantize(tmp_path / "source", tmp_path / "q", scheme="W8A8-STATIC", dataset=SAMPLES, lm_head=name == "phi3")

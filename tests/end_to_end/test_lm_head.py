@@ -39,7 +39,7 @@ def folder(request, kind, tmp_path_factory):
     return root / kind
 
 
-def test_what_is_loaded_is_what_is_saved(folder, kind, tmp_path):
+def test_quantized_head_survives_saving(folder, kind, tmp_path):
     before = load_file(folder / "model.safetensors")
     tied = "lm_head.weight" not in before
     dense = before["model.embed_tokens.weight" if tied else "lm_head.weight"]
@@ -77,7 +77,7 @@ def test_dequantizing_gives_a_model_that_saves(folder, tmp_path):
     assert relative_error(logits(lowbit.load(tmp_path)), expected) < 1e-6
 
 
-def test_what_cannot_be(folder, tmp_path):
+def test_second_or_unknown_scheme_of_the_head_is_refused(folder, tmp_path):
     lowbit.load(folder, lm_head="W8A16-G32").save_pretrained(tmp_path / "again")
     with pytest.raises(UsageError, match="holds its output embedding quantized, as W8A16-G32"):
         lowbit.load(tmp_path / "again", lm_head="W4A16")

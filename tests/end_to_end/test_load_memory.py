@@ -74,7 +74,7 @@ def test_a_backend_that_fails_in_the_middle_is_one_line(quantized, monkeypatch):
 _MEASURE = """
 import json, sys, threading, time
 from pathlib import Path
-import lowbit, lowbit.hf.quantizer, lowbit.layers.linear
+import lowbit, lowbit.hf.modules, lowbit.layers.linear
 from lowbit.system.memory import return_freed
 
 def anonymous():
@@ -82,7 +82,7 @@ def anonymous():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 lowbit.load("reference")  # imports, and what is made once in a process
-lowbit.hf.quantizer._UNPACKED_BETWEEN_RETURNS = 1
+lowbit.hf.modules._UNPACKED_BETWEEN_RETURNS = 1
 return_freed()
 before, loaded = anonymous(), threading.Event()
 samples = [before]

@@ -179,7 +179,7 @@ HARMFUL = {
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
 @pytest.mark.parametrize("extra", HARMLESS)
-def test_what_other_writers_add_changes_nothing(extra, format, copy, tmp_path):
+def test_harmless_tensors_of_other_writers_are_ignored(extra, format, copy, tmp_path):
     folder = copy(format)
     edit_tensors(folder, lambda tensors: tensors.update(HARMLESS[extra]))
     lowbit.load(folder)
@@ -195,7 +195,7 @@ def test_what_other_writers_add_changes_nothing(extra, format, copy, tmp_path):
 
 
 @pytest.mark.parametrize("extra", HARMFUL)
-def test_what_may_change_the_result_is_refused_by_name(extra, copy, tmp_path):
+def test_tensors_that_may_change_the_result_are_refused(extra, copy, tmp_path):
     folder, (name,) = copy("gptq"), HARMFUL[extra]
     edit_tensors(folder, lambda tensors: tensors.update(HARMFUL[extra]))
     for read in (

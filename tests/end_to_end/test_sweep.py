@@ -78,7 +78,7 @@ def test_round(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("include_vision", [False, True])
-def test_what_sees_is_quantized_on_demand(include_vision, tmp_path):
+def test_vision_tower_is_quantized_with_include_vision_only(include_vision, tmp_path):
     model, inputs = tiny_model_that_runs(VISION, "llava")
     image = torch.full((1, (32 // model.config.vision_config.patch_size) ** 2), model.config.image_token_id)
     inputs = {"input_ids": torch.cat([image, inputs["input_ids"]], 1), "pixel_values": torch.randn(1, 3, 32, 32)}

@@ -190,7 +190,7 @@ def test_coarse_folders_are_whole(bits, tmp_path):
     assert done.ok, done.failures
 
 
-def test_what_is_left_unquantized_is_counted(folders, tmp_path):
+def test_share_of_unquantized_bytes_is_limited(folders, tmp_path):
     lowbit.quantize(folders / "dense", tmp_path / "q", scheme="W4A16-G32", ignore=[".*mlp"])
     (tmp_path / "q" / "lowbit_report.json").unlink(missing_ok=True)  # which says that somebody asked for it
     failures = lowbit.verify(tmp_path / "q", run=False).failures

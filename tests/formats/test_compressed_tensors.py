@@ -10,7 +10,7 @@ from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
-from covering import cover
+from covering import cover, covering
 from weights import BITS, DTYPES, as_loaded, assert_same, matrix, random_quantized
 
 from lowbit.errors import InputError, LowbitError
@@ -21,7 +21,9 @@ from lowbit.numerics.scheme import Scheme
 
 # (N, K, group): rows that do not fill a word of zero points, inputs that do not fill a word of codes
 SHAPES = [(1, 32, 32), (7, 172, -1), (33, 96, 32), (5, 43, -1), (31, 64, 16), (1, 1, -1), (16, 512, 512)]
-CASES = [(Scheme(b, g, sym), n, k) for b in BITS for sym in (True, False) for n, k, g in SHAPES]
+# An asymmetric weight is stored as a symmetric one is, and has zero points beside it
+CASES = [(Scheme(b, g, sym=False), n, k) for b in BITS for n, k, g in SHAPES]
+CASES += [(Scheme(b, g), n, k) for b, (n, k, g) in cover(BITS, SHAPES, strength=1)]
 cases = pytest.mark.parametrize(("scheme", "rows", "columns"), CASES, ids=[f"{s.name}-{n}x{k}" for s, n, k in CASES])
 
 
@@ -57,10 +59,10 @@ def with_activations(scheme, name):
     return dataclasses.replace(scheme, activations=Scheme.parse(f"W8A8{name}").activations)
 
 
-@pytest.mark.parametrize(
-    ("bits", "sym", "shape", "name"),
-    cover((4, 8), (True, False), SHAPES, ("", "-DYNAMIC_ASYM", "-STATIC", "-STATIC_SYM")),
-)
+@covering(
+    bits=(4, 8), sym={"sym": True, "asym": False}, shape=SHAPES,
+    name={"dynamic": "", "dynamic_asym": "-DYNAMIC_ASYM", "static": "-STATIC", "static_sym": "-STATIC_SYM"},
+)  # fmt: skip
 def test_integer_activations_are_stored_as_theirs(bits, sym, shape, name):
     """The layout that they would choose, and in it the same matrix and the same grid of inputs."""
     rows, columns, group = shape

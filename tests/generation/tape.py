@@ -39,8 +39,8 @@ def _tensors(tree) -> list[torch.Tensor]:
 
 
 class Tapes:
-    """Stands in for `lowbit.generation.graph.CudaGraphs`. log: the replays ("step"), and the reads of the tokens of a
-    step by its number ("read 0", ...), in order."""
+    """Stands in for `lowbit.generation.steps.graph.CudaGraphs`. log: the replays ("step"), and the reads of the tokens
+    of a step by its number ("read 0", ...), in order."""
 
     path, lag = "tape", 1
 

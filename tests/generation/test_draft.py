@@ -140,7 +140,7 @@ def test_encoder_decoders(proposed):
         assert result.stats.drafted_tokens == sum(proposed) >= result.stats.accepted_tokens == NEW - len(proposed) > 0
 
 
-def test_what_cannot_draft():
+def test_contradictory_or_unsupported_drafts_are_refused():
     model, lookup = tiny_model(), Draft(lookup=3)
     for wrong in ({}, {"assistant": model, "lookup": 3}, {"lookup": 0}):
         with pytest.raises(UsageError, match="lookup"):

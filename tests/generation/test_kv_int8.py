@@ -9,8 +9,8 @@ from transformers.cache_utils import StaticLayer
 
 from lowbit.errors import InputError
 from lowbit.generation import Decoder
-from lowbit.generation.cache import filled_cache, static_cache
 from lowbit.generation.kv_int8 import Int8StaticCache, channel_factors, decode, encode, in_int8
+from lowbit.generation.steps.cache import filled_cache, static_cache
 
 MODELS = {
     "llama": {},
@@ -41,7 +41,7 @@ def test_rows_are_off_by_half_a_step(dtype):
     assert torch.equal(encode(back)[..., :-2].abs().amax(-1), encoded[..., :-2].abs().amax(-1))
 
 
-def test_what_is_no_number_stays_none():
+def test_nan_stays_nan_in_its_row():
     x = rows(3, 4)
     x[1, 2] = torch.nan
     assert decode(encode(x), x.dtype).isnan().any(-1).tolist() == [False, True, False]
@@ -174,7 +174,7 @@ def test_the_loop_decodes_with_it(name, make_cache):
     arguments = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     expected = model.generate(token_ids(9), **as_cache(model, rounded(model.config, 21)), **arguments)
     assert made.stats.path == "recorded loop" and torch.equal(made.tokens[0], expected[0, 9:])
-    assert all(layer.keys.dtype == torch.int8 for layer in decoder.step.cache.layers)
+    assert all(layer.keys.dtype == torch.int8 for layer in decoder.runner.step.cache.layers)
 
 
 def test_models_that_the_loop_does_not_run():

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from covering import slow_but
 from models import tiny_model
 from tape import Tapes
 from tiny import tiny_model_that_runs
@@ -12,8 +13,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 
 from lowbit.errors import InputError, UsageError
 from lowbit.generation import Decoder, Session, generate
-from lowbit.generation.fallback import say_once
-from lowbit.generation.graph import Direct
+from lowbit.generation.notices import say_once
+from lowbit.generation.steps.graph import Eager
+from lowbit.transformers_api import cache_argument
 
 # architecture -> what its config needs: prompts are longer than the windows
 ARCHITECTURES = {
@@ -50,11 +52,11 @@ def model(quantized_model):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(("llama", "gemma3", "mixtral"), ARCHITECTURES))
 def test_greedy_tokens_are_those_of_model_generate(name, rows, quantized_model):
     model = quantized_model(name, max_position_embeddings=512, **ARCHITECTURES[name])
     decoder, captured = Decoder(model), Decoder(model, graphs=Tapes())
-    called = Decoder(model, graphs=Direct())
+    called = Decoder(model, graphs=Eager())
     for length, chunks in ((200, (None, 64)), (7, (None, 3)), (1, (1,))):
         ids, mask = batch(rows, length)
         wanted = expected(model, ids, mask)
@@ -101,7 +103,7 @@ def test_model_generate_takes_a_static_cache_too(quantized_model):
         assert torch.equal(static, generate(model, ids, mask, max_new_tokens=NEW).tokens)
 
 
-@pytest.mark.parametrize("graphs", [None, Direct(), Tapes()], ids=["recorded", "called", "captured"])
+@pytest.mark.parametrize("graphs", [None, Eager(), Tapes()], ids=["recorded", "called", "captured"])
 def test_rows_end_by_themselves(model, graphs):
     """An end token that comes up early in some rows, later or never in others."""
     ids, mask = batch(3, 9)
@@ -130,7 +132,7 @@ def test_end_tokens_of_the_generation_config(quantized_model):
 
 
 def test_a_prompt_is_run_from_where_it_differs(model, monkeypatch):
-    decoder, fed = Decoder(model, graphs=Direct()), []
+    decoder, fed = Decoder(model, graphs=Eager()), []
     real = model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kw: fed.append(kw["input_ids"].shape[1]) or real(*args, **kw))
 
@@ -162,7 +164,7 @@ def test_prefix_is_reused_past_a_sliding_window_and_with_padding(quantized_model
     ids[:, 30:] = 5
     result = decoder.generate(ids, mask, max_new_tokens=20, eos_token_id=())
     assert torch.equal(result.tokens, expected(model, ids, mask, 20, eos_token_id=None))
-    assert decoder.stats.reused_tokens == int(mask[:, :30].sum()) and decoder.graphs.captures == 1
+    assert decoder.stats.reused_tokens == int(mask[:, :30].sum()) and decoder.runner.graphs.captures == 1
 
 
 def test_tokens_are_read_while_the_next_step_runs(model, tapes):
@@ -174,7 +176,7 @@ def test_tokens_are_read_while_the_next_step_runs(model, tapes):
     tapes.log.clear()
     assert torch.equal(decoder.generate(ids, mask, max_new_tokens=4, eos_token_id=()).tokens, plain)
     assert tapes.log == ["step", "read 4", "step", "read 5", "step", "read 6", "read 7"]
-    assert tapes.captures == 1 and tapes.generators == [decoder.step.generator]
+    assert tapes.captures == 1 and tapes.generators == [decoder.runner.step.generator]
 
 
 def test_a_step_is_captured_again_only_for_what_it_holds(model, tapes):
@@ -240,8 +242,8 @@ def test_models_without_a_static_cache_run_in_model_generate(name, caplog):
     assert torch.equal(result.tokens, expected(model, ids, mask, 6, eos_token_id=None))
     assert seen[6:] == result.tokens.T.tolist()
     assert result.stats.path == "model.generate" and result.stats.why
-    said = [record.message for record in caplog.records if "model.generate" in record.message]
-    assert len(said) == 1 and result.stats.why in said[0]
+    said = [record for record in caplog.records if "model.generate" in record.message]
+    assert len(said) == 1 and result.stats.why in said[0].message and said[0].levelno == logging.INFO
     stopped = generate(model, ids, mask, max_new_tokens=6, eos_token_id=(), on_token=lambda tokens: True)
     assert torch.equal(stopped.tokens, result.tokens[:, :1])
 
@@ -257,7 +259,7 @@ def test_an_int8_cache_runs_in_the_loop(name, quantized_model):
     captured = Decoder(model, int8_cache=True, graphs=Tapes()).generate(ids, mask, max_new_tokens=NEW, eos_token_id=())
     assert torch.equal(first.tokens, captured.tokens)
     assert (first.stats.path, captured.stats.path) == ("recorded loop", "tape")
-    assert all(layer.keys.dtype == torch.int8 for layer in called.step.cache.layers)
+    assert all(layer.keys.dtype == torch.int8 for layer in called.runner.step.cache.layers)
 
 
 def test_a_cache_that_fails_or_counts_in_python_is_not_used(model, caplog):
@@ -279,6 +281,62 @@ def test_a_cache_that_fails_or_counts_in_python_is_not_used(model, caplog):
         assert caplog.records[-1].levelname == "WARNING" and "asked for" in caplog.records[-1].message
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_first_prompt_that_is_cut_short_rules_nothing_out(error, monkeypatch):
+    """What it has left in the cache is not seen either."""
+    model, (ids, mask) = tiny_model(), batch(2, 20)
+    decoder, real = Decoder(model), model.lm_head.forward
+
+    def cut(*args):
+        raise error
+
+    monkeypatch.setattr(model.lm_head, "forward", cut)  # the cache is filled by then
+    with pytest.raises(error):
+        decoder.generate(ids, mask, max_new_tokens=NEW, prefill_chunk=8)
+    monkeypatch.setattr(model.lm_head, "forward", real)
+    result = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=(), prefill_chunk=8)
+    assert torch.equal(result.tokens, expected(model, ids, mask, eos_token_id=None))
+    assert (result.stats.path, result.stats.reused_tokens) == ("recorded loop", 0)
+
+
+def test_a_model_that_has_run_is_not_ruled_out(model, monkeypatch):
+    """An error is its own, then; before it has run, it is taken for one of the static cache."""
+    ids, mask = batch(1, 20)
+    decoder, real = Decoder(model, graphs=Eager()), model.forward
+    decoder.generate(ids[:, :9], max_new_tokens=2)
+
+    def failing(*args, **kwargs):
+        if kwargs["input_ids"].shape[1] == 8:
+            raise RuntimeError("it has broken down")
+        return real(*args, **kwargs)
+
+    failing.__signature__ = inspect.signature(real)
+    monkeypatch.setattr(model, "forward", failing)
+    with pytest.raises(RuntimeError, match="broken down"):
+        decoder.generate(ids + 1, mask, max_new_tokens=2, prefill_chunk=8)
+    assert decoder.stats.path == "static loop"
+    result = generate(model, ids, mask, max_new_tokens=NEW, prefill_chunk=8)
+    assert torch.equal(result.tokens, expected(model, ids, mask)) and "broken down" in result.stats.why
+
+
+def test_a_model_that_leaves_the_cache_empty_is_not_run_in_the_loop(model, monkeypatch):
+    """Its next step would see nothing of the prompt."""
+    ids, mask = batch(2, 9)
+    wanted, real, name = expected(model, ids, mask), model.forward, cache_argument(model)
+
+    def forward(*args, **kwargs):
+        if isinstance(kwargs.get(name), StaticCache):
+            kwargs[name] = None
+        return real(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(real)
+    monkeypatch.setattr(model, "forward", forward)
+    result = generate(model, ids, mask, max_new_tokens=NEW)
+    assert torch.equal(result.tokens, wanted)
+    assert result.stats.path == "model.generate" and "does not fill the cache" in result.stats.why
+
+
 def test_processors_of_a_generation_config_are_kept():
     model = tiny_model()
     model.generation_config.suppress_tokens = list(range(3, 100))
@@ -289,7 +347,8 @@ def test_processors_of_a_generation_config_are_kept():
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch):
+def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch, caplog):
+    """And said, and forgotten once another step can be."""
     real = model.forward
 
     def forward(*args, **kwargs):
@@ -299,12 +358,20 @@ def test_a_step_that_cannot_be_captured_is_called(model, monkeypatch):
     forward.__signature__ = inspect.signature(real)
     monkeypatch.setattr(model, "forward", forward)
     ids, mask = batch(2, 9)
-    for graphs in (Tapes(), None):
-        result = generate(model, ids, mask, max_new_tokens=NEW, graphs=graphs)
+    for graphs, path in ((Tapes(), "tape"), (None, "recorded loop")):
+        say_once.cache_clear()
+        decoder = Decoder(model, graphs=graphs)
+        result = decoder.generate(ids, mask, max_new_tokens=NEW)
         assert torch.equal(result.tokens, expected(model, ids, mask))
         assert result.stats.path == "static loop" and "cannot be captured" in result.stats.why
+        assert caplog.records[-1].levelno == logging.WARNING and result.stats.why in caplog.records[-1].message
+        with monkeypatch.context() as whole:
+            whole.setattr(model, "forward", real)
+            stats = decoder.generate(ids, mask, max_new_tokens=NEW, eos_token_id=5).stats
+        assert (stats.path, stats.why) == (path, None)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_tokens(monkeypatch):
     """`aot_eager` traces as inductor does and needs no C++ compiler."""
     model = AutoModelForCausalLM.from_config(tiny_model().config).eval()
@@ -314,6 +381,19 @@ def test_a_compiled_step_gives_the_same_tokens(monkeypatch):
     result = generate(model, ids, mask, max_new_tokens=NEW, compile=True)
     assert torch.equal(result.tokens, expected(model, ids, mask))
     assert result.stats.path == "compiled static loop" and result.stats.setup_seconds > 0
+
+
+def test_a_step_that_cannot_be_compiled_is_not(model, monkeypatch, caplog):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: failing)
+    say_once.cache_clear()
+    ids, mask = batch(2, 9)
+    result = generate(model, ids, mask, max_new_tokens=NEW, compile=True)
+    assert torch.equal(result.tokens, expected(model, ids, mask))
+    assert (result.stats.path, result.stats.why) == ("static loop", "torch.compile fails: no compiler")
+    assert caplog.records[-1].levelno == logging.WARNING and result.stats.why in caplog.records[-1].message
 
 
 def test_wrong_prompts(model):

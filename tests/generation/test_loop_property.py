@@ -9,7 +9,7 @@ from tiny import model_types, tiny_model_that_runs
 
 from lowbit.errors import InputError
 from lowbit.generation import Decoder
-from lowbit.generation.graph import Direct
+from lowbit.generation.steps.graph import Eager
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def difference(name: str, number: int) -> str | None:
         wanted = of_generate(model, ids, mask, NEW)
     except Exception:  # whatever transformers cannot build or run
         return None
-    for graphs in (None, Direct()) if number % 3 == 0 else (None,):
+    for graphs in (None, Eager()) if number % 3 == 0 else (None,):
         result = Decoder(model, graphs=graphs).generate(
             ids, mask, max_new_tokens=NEW, eos_token_id=(), prefill_chunk=chunk
         )
@@ -104,7 +104,7 @@ def test_ropes_of_several_kinds_of_layers():
         wanted = of_generate(model, ids, mask, 8)
         decoder = Decoder(model)
         result = decoder.generate(ids, mask, max_new_tokens=8, eos_token_id=(), prefill_chunk=16)
-        assert torch.equal(result.tokens, wanted) and not decoder.tables.same(2, BORDER + 20)
+        assert torch.equal(result.tokens, wanted) and not decoder.eligibility.positions.same(2, BORDER + 20)
 
 
 def test_a_conversation_that_grows_past_the_border():
@@ -121,6 +121,16 @@ def test_a_conversation_that_grows_past_the_border():
     short = ids[:, :30]
     wanted = of_generate(model, short, torch.ones_like(short), 5)
     assert torch.equal(decoder.generate(short, max_new_tokens=5, eos_token_id=()).tokens, wanted)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_run_across_the_border_is_the_only_one_that_is_left_alone():
+    model = with_rope("phi3", "longrope")
+    decoder = Decoder(model)
+    for length, path in ((20, "recorded loop"), (BORDER - 4, "model.generate"), (20, "recorded loop")):
+        ids, mask = prompts(model, 1, length)
+        stats = decoder.generate(ids, mask, max_new_tokens=12, eos_token_id=()).stats
+        assert (stats.path, stats.why is None) == (path, path == "recorded loop")
 
 
 def test_models_of_remote_code_that_say_nothing_are_tried():

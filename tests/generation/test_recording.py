@@ -7,8 +7,8 @@ from models import tiny_model
 from test_loop import ARCHITECTURES, batch, expected
 
 from lowbit.generation import Decoder
-from lowbit.generation.graph import Direct
-from lowbit.generation.recording import Recordings
+from lowbit.generation.steps.graph import Eager
+from lowbit.generation.steps.recording import Recordings
 
 
 class Counting:
@@ -118,7 +118,7 @@ def test_more_positions_than_a_recording_sees(name, quantized_model):
         ids, mask = batch(2, length)
         result = decoder.generate(ids, mask, max_new_tokens=30, eos_token_id=())
         assert torch.equal(result.tokens, expected(model, ids, mask, 30, eos_token_id=None))
-        assert decoder.stats.path == "recorded loop" and decoder.replay.sees == 512
+        assert decoder.stats.path == "recorded loop" and decoder.runner.replay.sees == 512
 
 
 @pytest.mark.usefixtures("compiler")
@@ -128,15 +128,15 @@ def test_sampled_tokens_are_those_of_called_steps(quantized_model):
     for options in ({"temperature": 0.8, "top_k": 20}, {"temperature": 1.2, "top_p": 0.9, "repetition_penalty": 1.3}):
         results = [
             Decoder(model, graphs=graphs).generate(ids, mask, max_new_tokens=25, seed=3, eos_token_id=(), **options)
-            for graphs in (None, Direct())
+            for graphs in (None, Eager())
         ]
         assert torch.equal(results[0].tokens, results[1].tokens)
         assert [result.stats.path for result in results] == ["recorded loop", "static loop"]
 
 
 def test_weights_that_come_and_go_are_not_kept():
-    assert isinstance(Decoder(accelerate.cpu_offload(tiny_model())).graphs, Direct)
+    assert isinstance(Decoder(accelerate.cpu_offload(tiny_model())).runner.graphs, Eager)
 
 
 def test_without_a_compiler_steps_are_called(quantized_model, without_native):
-    assert isinstance(Decoder(quantized_model("llama")).graphs, Direct)
+    assert isinstance(Decoder(quantized_model("llama")).runner.graphs, Eager)

@@ -6,7 +6,7 @@ from folders import save_chat_model
 
 from lowbit.errors import InputError, UsageError
 from lowbit.generation import Decoder, open_session
-from lowbit.generation.graph import Direct
+from lowbit.generation.steps.graph import Eager
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def fed(session, monkeypatch):
         lengths.append(kwargs["input_ids"].shape[1])
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(session, "decoder", Decoder(session.model, graphs=Direct()))  # a recorded step runs no forward
+    monkeypatch.setattr(session, "decoder", Decoder(session.model, graphs=Eager()))  # a recorded step runs no forward
     monkeypatch.setattr(session.model, "forward", forward)
     return lengths
 
@@ -63,7 +63,7 @@ def test_an_answer_is_not_run_again(session, fed):
     fed.clear()
     messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "and again"}]
     again = session.encode_chat(messages)
-    held = session.decoder.held[0, 0]
+    held = session.decoder.runner.cache.tokens[0, 0]
     shared = next(n for n in range(len(held) + 1) if n == len(held) or held[n] != again[0, n])
     result = session.generate(again, max_new_tokens=3)
     assert shared >= ids.shape[1] and fed == [again.shape[1] - shared, 1, 1]
@@ -104,7 +104,7 @@ def test_seeds_and_samplers(session):
     assert session.generate(ids, max_new_tokens=16, repetition_penalty=5.0).text != greedy_text
 
 
-def test_what_cannot_be_run(session):
+def test_prompts_and_settings_beyond_the_model_are_refused(session):
     with pytest.raises(InputError, match="context of 256"):
         session.generate(session.encode("the fox"), max_new_tokens=256)
     with pytest.raises(InputError, match="vocabulary"):

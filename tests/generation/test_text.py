@@ -56,9 +56,10 @@ def test_stop_strings_wherever_they_are(tokenizer, text):
     for start in range(len(text)):
         for length in (1, 2, 5):
             words = text[start : start + length]
-            _, taken, stream = streamed(tokenizer, ids, [words, "never there"])
-            assert stream.text == text[: text.find(words)] and stream.stopped
-            assert words in whole(tokenizer, ids[:taken]) and words not in whole(tokenizer, ids[: taken - 1])
+            for stop in ([words], [words, "never there"]):  # the longest one, and a shorter one
+                _, taken, stream = streamed(tokenizer, ids, stop)
+                assert stream.text == text[: text.find(words)] and stream.stopped
+                assert words in whole(tokenizer, ids[:taken]) and words not in whole(tokenizer, ids[: taken - 1])
 
 
 def test_the_first_of_several_stop_strings_counts(tokenizer):
@@ -66,7 +67,7 @@ def test_the_first_of_several_stop_strings_counts(tokenizer):
     assert streamed(tokenizer, ids, ["fox", "brown", "quick b"])[2].text == "the "
 
 
-def test_what_only_begins_like_a_stop_string_is_handed_out(tokenizer):
+def test_false_starts_of_stop_strings_are_shown(tokenizer):
     ids = tokenizer("the quick brown fox")["input_ids"]
     _, taken, stream = streamed(tokenizer, ids, ["quiet", "fox!"])
     assert stream.text == "the quick brown fox" and not stream.stopped and taken == len(ids)

@@ -116,7 +116,7 @@ def test_models_beside_it_are_not_counted():
     build()
 
 
-def test_what_is_read_of_a_config_has_types(folder):
+def test_config_values_of_other_types_are_refused(folder):
     for changes in ({"architectures": 2}, {"architectures": [None]}, {"model_type": []}, {"quantization_config": "x"}):
         original = json.loads((folder / "config.json").read_text())
         edit_config(folder, **changes)

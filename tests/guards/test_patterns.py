@@ -60,7 +60,7 @@ def test_many_slow_matches_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", ["(", "a{99999999999999}", "(" * 3000 + ")" * 3000, "x" * 30_000, "(?P<1>)"])
-def test_what_is_no_regular_expression(pattern):
+def test_invalid_regular_expressions_are_refused(pattern):
     with pytest.raises(InputError, match=r"^config: .* is not a regular expression: "):
         Patterns([pattern], "config")
 

@@ -54,7 +54,7 @@ def test_a_hard_link_is_replaced(here, victim):
 
 
 @pytest.mark.parametrize("kind", ["folder", "link to a folder", "pipe", "device", "standard output"])
-def test_what_is_no_file_is_not_replaced(here, victim, kind):
+def test_folders_pipes_and_links_are_not_replaced(here, victim, kind):
     path = here / "x.json"
     if kind == "folder":
         path.mkdir()

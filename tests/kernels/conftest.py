@@ -10,5 +10,12 @@ def device():
 
 
 @pytest.fixture(autouse=True)
+def any_compiler(monkeypatch):
+    """On a GPU, configurations are also launched that its triton may break: results say whether it does."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr("lowbit_kernels.launching.FENCED", True)
+
+
+@pytest.fixture(autouse=True)
 def poison(nan_poison):
     """Every kernel test has its memory poisoned."""

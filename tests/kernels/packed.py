@@ -53,6 +53,12 @@ def codes_and_grid(case, device, rows=None):
     return codes, scales, zeros
 
 
+def rms_norm(x, weight, eps):
+    """x [..., K] / sqrt(mean of its squares + eps) * weight [K], float64."""
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
 def packed(codes, scales, zeros, bits):
     matrix = reference.dequantize(codes, scales, zeros, bits).double()
     return Packed(*pack(codes, scales, zeros, bits), Layout.of(codes, scales, zeros, bits), matrix)

@@ -97,11 +97,11 @@ def test_kernels_compile_for_amd(tmp_path):
 
 @needs_triton
 def test_defaults_on_amd_are_what_is_compiled_for_it(monkeypatch):
-    from lowbit_kernels import gemm, skinny
+    from lowbit_kernels import gemm, launching, skinny
     from lowbit_kernels.layout import Layout
 
     monkeypatch.setattr(gemm, "AMD", True)
-    monkeypatch.setattr(skinny, "FEWEST_ROWS", 16)
+    monkeypatch.setattr(launching, "FEWEST_ROWS", 16)
     compiled = [one for one in shipped.SHIPPED if one.kernel in ("skinny", "gemm") and one.also == shipped.AMD]
     assert {(one.kernel, one.bits) for one in compiled} >= {(k, bits) for k in ("skinny", "gemm") for bits in (2, 3, 8)}
     for one in compiled:
@@ -110,6 +110,59 @@ def test_defaults_on_amd_are_what_is_compiled_for_it(monkeypatch):
         config = skinny.default_config(layout, 1) if one.kernel == "skinny" else gemm.default_config(layout, 512)
         given = config.block_n, config.block_m, config.warps, config.stages
         assert given == (one.block_n, one.block_m, one.warps, one.stages)
+
+
+TWO_WARPS = """
+from dataclasses import replace
+
+import torch
+from aot import measure, shipped
+from lowbit_kernels import gemm
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8.layout import Int8Layout
+from lowbit_kernels.layout import Layout
+
+for one in shipped.find(["gemm-w4-g128-sym-bf16-m64", "int8-w8-g128-sym-bf16-m128"]):
+    if one.kernel == "gemm":
+        layout, default = Layout(one.bits, one.group, True, torch.bfloat16, 4096, 4096), gemm.default_config
+    else:
+        layout, default = Int8Layout(one.bits, one.group, torch.bfloat16, 4096, 4096), int8.default_config
+    config = default(layout, 512, most_warps=2)
+    one = replace(one, block_n=config.block_n, block_m=config.block_m, warps=config.warps, stages=config.stages)
+    for target in ("sm_90", "sm_100"):
+        text = measure.compiled(shipped.call(one), target).asm["ptx"]
+        print("mma.sync" in text, "wgmma" in text or "tcgen05" in text)
+    print(measure.measure(shipped.call(one), "sm_90", one.bits, one.block_m)["spills"])
+"""
+
+
+@needs_triton
+def test_two_warps_multiply_from_registers(tmp_path):
+    """What Hopper and Blackwell get from a triton that forgets the fence between cp.async and wgmma or tcgen05."""
+    done = run("-c", TWO_WARPS, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["True False", "True False", "0"] * 2
+
+
+META_LOADS = """
+from dataclasses import replace
+
+from aot import measure, shipped
+
+for one in shipped.find(["hopper-w4-g128-sym-bf16-m128", "hopper-w4-g32-asym", "hopper-w8-g128-asym"]):
+    call = shipped.call(one)
+    types = {name: kind for name, kind in call.types.items() if name != "bias"}
+    call = replace(call, types=types, constants=call.constants | {"bias": None})
+    print(measure.compiled(call, "sm_90").asm["ptx"].count("ld.global.b32"))
+"""
+
+
+@needs_triton
+def test_the_hopper_kernel_loads_a_meta_word_once(tmp_path):
+    """Two consumers load at four places; a lane has two rows, each with a word, or one for each group of a turn."""
+    done = run("-c", META_LOADS, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [int(line) for line in done.stdout.split()] == [2 * 4 * 2 * words for words in (1, 4, 1)]
 
 
 def test_report_is_of_what_is_shipped():

@@ -217,7 +217,7 @@ def test_prepared_buffers_are_all_there_is():
         assert torch.equal(prepared.down_proj[expert], packed.down_proj[expert])
 
 
-def test_what_no_backend_runs_stays_packed(caplog, without_native):
+def test_experts_without_a_backend_stay_packed(caplog, without_native):
     backends._log_once.cache_clear()
     caplog.set_level(logging.INFO, logger="lowbit")
     for scheme, dtype, reason in (

@@ -1,9 +1,8 @@
 """The kernel for many rows against float64 and the dense weight it makes, bit by bit."""
 
-from itertools import cycle, product
-
 import pytest
 import torch
+from covering import cover
 from packed import DTYPES, EXACT, ROUNDING, Case, codes_and_grid, error, inputs, packed, poisoned
 
 from lowbit_kernels import gemm
@@ -12,13 +11,14 @@ from lowbit_kernels import layout as layouts
 pytestmark = pytest.mark.slow
 
 INPUTS = {32: 96, 64: 320, 128: 384, 256: 512, 512: 512, 1024: 1024, -1: 171}
-ROWS, OUTPUTS, JOINED = cycle((33, 65, 17, 2, 1, 16)), cycle((64, 70, 1)), cycle((1, 2, 4))
+ROWS, OUTPUTS, JOINED = (33, 65, 17, 2, 1, 16), (64, 70, 1), (1, 2, 4)
 CASES = [
-    (Case(bits, group, sym, dtype, next(ROWS), next(OUTPUTS), INPUTS[group]), min(next(JOINED), layouts.SLICES[bits]))
-    for (bits, group, sym), dtype in zip(
-        product(layouts.SLICES, INPUTS, (True, False)), cycle(("bf16", "fp16", "bf16", "bf16")), strict=False
+    (Case(bits, group, sym, dtype, rows, outputs, INPUTS[group]), joined)
+    for bits, group, sym, dtype, rows, outputs, joined in cover(
+        layouts.SLICES, INPUTS, (True, False), ("bf16", "fp16"), ROWS, OUTPUTS, JOINED,
+        where=lambda bits, *others: others[-1] <= layouts.SLICES[bits],  # of what is joined
     )
-]
+]  # fmt: skip
 
 
 def rounded(weight):

@@ -1,5 +1,5 @@
 """The GPTQ kernels against plain torch, column by column: in float32 with one rounding per operation, which they must
-equal bit for bit, in float64, and against the loops of lowbit.quantizers.gptq that they stand in for."""
+equal bit for bit, in float64, and against the loops of lowbit.quantizers.gptq_loops that they stand in for."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ pytest.importorskip("triton")
 from triton import knobs
 
 from lowbit.numerics.scheme import Scheme
-from lowbit.quantizers import checked_options, gptq
+from lowbit.quantizers import checked_options, gptq, gptq_kernels, gptq_loops
+from lowbit.quantizers.gptq_factor import Factor, factored
+from lowbit.quantizers.gptq_grids import Grid, spanning
 from lowbit_kernels import gptq as kernels
 
 pytestmark = pytest.mark.slow
@@ -57,14 +59,14 @@ def hessian_of(group):
 
 
 def problem_of(bits, group, sym, rows, tried):
-    """-> (_Problem, target [g, N], (feedback, costs), (scales, zeros), C of each)."""
+    """-> Hessian [g, g], target [g, N], (feedback, costs) of its factor, (scales, zeros) [C, N] of grids."""
     hessian, target = hessian_of(group), torch.randn(group, rows) * torch.linspace(0.01, 0.1, rows)
-    problem = gptq._Problem(target, hessian, group, Scheme(bits, -1, sym), torch.bfloat16)
-    shifts = 3 if not sym and bits <= 3 and tried > 1 else 1  # what _ranges makes of each range it is asked for
-    scales, zeros = problem._ranges(target, tuple(torch.linspace(1.15, 0.7, tried // shifts).tolist()))
-    assert len(scales) == tried
-    assert not sym or rows == 1 or (scales < 0).any()
-    return problem, target, gptq._feedback(gptq._factor(hessian)), (scales, zeros)
+    shifts = 3 if not sym and bits <= 3 and tried > 1 else 1  # what `spanning` makes of each range it is asked for
+    shrinks = tuple(torch.linspace(1.15, 0.7, tried // shifts).tolist())
+    grids, factor = spanning(target, shrinks, Scheme(bits, -1, sym), torch.bfloat16), factored(hessian)
+    assert len(grids) == tried
+    assert not sym or rows == 1 or (grids.scales < 0).any()
+    return hessian, target, (factor.feedback, factor.costs), (grids.scales, grids.zeros)
 
 
 def column_by_column(target, feedback, costs, scale, zero, top):
@@ -98,14 +100,14 @@ def reference_columns(target, feedback, costs, scales, zeros, top):
     return (codes, scale, zero, cost[best, row]), firm
 
 
-def reference_descend(codes, scale, zero, pull, inner, top):
-    """What `descend` returns, in the dtype of `pull`, and bool [N]: rows in which nothing is close to a tie."""
+def reference_descend(codes, scale, zero, descent, inner, top):
+    """What `descend` returns, in the dtype of `descent`, and bool [N]: rows in which nothing is close to a tie."""
     found, moves, gain, margin = [], [], torch.zeros_like(scale), torch.full_like(scale, 0.5)
     for k in range(len(codes)):
         taken = torch.zeros_like(scale)
         for j in range(k):
             taken = taken + inner[j, k] * moves[j]
-        force, now = pull[k] - taken, (codes[k] - zero) * scale
+        force, now = descent[k] - taken, (codes[k] - zero) * scale
         aim = (now + force / inner[k, k]) / scale
         step = aim.round().clamp(-zero, top - zero)
         margin = torch.minimum(margin, (aim - aim.floor() - 0.5).abs())
@@ -131,17 +133,18 @@ def identical(actual, expected):
 
 @pytest.mark.parametrize(("bits", "group", "sym", "rows", "tried"), CASES)
 def test_columns(bits, group, sym, rows, tried, device):
-    problem, target, (feedback, costs), grids = problem_of(bits, group, sym, rows, tried)
+    _, target, (feedback, costs), grids = problem_of(bits, group, sym, rows, tried)
     arguments = (target, feedback, costs, *grids)
     actual = kernels.columns(*on(device, *arguments), 2**bits)
-    identical(actual, reference_columns(*arguments, problem.top)[0])
+    identical(actual, reference_columns(*arguments, 2**bits - 1)[0])
 
     codes, scale, zero, cost = (tensor.cpu() for tensor in actual)
-    exact, firm = reference_columns(*double(*arguments), problem.top)
+    exact, firm = reference_columns(*double(*arguments), 2**bits - 1)
     # a target of up to 2^(bits - 1) steps is rounded to 24 bits, and what is left of it, part of a step, is squared
     rounding = max(1e-5, 2.0 ** (bits - 22))
     assert firm.sum() >= rows // 3
-    for other in (exact, problem._columns(*arguments)):
+    plain = gptq_loops.round_columns(target, Factor(feedback, costs), Grid(*grids), 2**bits)
+    for other in (exact, (plain.codes, plain.grid.scales, plain.grid.zeros, plain.cost)):
         assert torch.equal(codes[:, firm], other[0][:, firm].float())
         assert torch.equal(scale[firm], other[1][firm].float()) and torch.equal(zero[firm], other[2][firm].float())
         torch.testing.assert_close(cost[firm].double(), other[3][firm].double(), rtol=rounding, atol=0)
@@ -152,13 +155,13 @@ def test_columns(bits, group, sym, rows, tried, device):
     [(2, 16, False, 33), (3, 64, True, 7), (4, 128, False, 33), (4, 43, False, 1), (8, 32, True, 130)],
 )
 def test_descend(bits, group, sym, rows, device):
-    problem, target, _, (scales, zeros) = problem_of(bits, group, sym, rows, 1)
-    scale, zero, inner = scales[0], zeros[0], problem.hessian
-    codes = ((target / scale).round() + zero).clamp(0, problem.top)
+    inner, target, _, (scales, zeros) = problem_of(bits, group, sym, rows, 1)
+    scale, zero, top = scales[0], zeros[0], 2**bits - 1
+    codes = ((target / scale).round() + zero).clamp(0, top)
     error = target - (codes - zero) * scale
     arguments = (codes, scale, zero, inner @ error, inner)
     actual = kernels.descend(*on(device, *arguments), 2**bits)
-    identical(actual, reference_descend(*arguments, problem.top)[0])
+    identical(actual, reference_descend(*arguments, top)[0])
 
     found, moved, gain = (tensor.cpu() for tensor in actual)
     assert rows == 1 or (found != codes).any()
@@ -166,12 +169,11 @@ def test_descend(bits, group, sym, rows, device):
     before, after = (torch.einsum("kn,kl,ln->n", e, inner.double(), e) for e in double(error, error - moved))
     torch.testing.assert_close(gain.double(), before - after, rtol=1e-3, atol=1e-5 * float(before.max()))
 
-    exact, firm = reference_descend(*double(*arguments), problem.top)
+    exact, firm = reference_descend(*double(*arguments), top)
     assert firm.sum() >= rows // 3
-    theirs = codes.clone()
-    problem._descend(theirs, scale, zero, error.clone(), inner @ error, inner)
+    plain = gptq_loops.descend(codes, Grid(scale, zero), inner @ error, inner, 2**bits)
     assert torch.equal(found[:, firm], exact[0][:, firm].float())
-    assert torch.equal(found[:, firm], theirs[:, firm])
+    assert torch.equal(found[:, firm], plain.codes[:, firm])
 
 
 def within_nan(matrix):
@@ -185,9 +187,9 @@ def within_nan(matrix):
 def test_parts_of_larger_matrices_over_several_programs(group, rows, device, monkeypatch):
     monkeypatch.setattr(kernels, "_TILE", 256)
     monkeypatch.setattr(kernels, "_FEWEST_ROWS", 8)
-    problem, target, (feedback, costs), (scales, _) = problem_of(4, group, True, rows, 5)
+    hessian, target, (feedback, costs), (scales, _) = problem_of(4, group, True, rows, 5)
     zeros = torch.full((1, rows), 8.0).expand(5, -1)  # the same row for every grid
-    target, feedback, costs, scales, zeros, inner = on(device, target, feedback, costs, scales, zeros, problem.hessian)
+    target, feedback, costs, scales, zeros, inner = on(device, target, feedback, costs, scales, zeros, hessian)
     upper = torch.where(torch.ones_like(feedback).triu(1) > 0, feedback, float("nan"))
     whole = reference_columns(target.cpu(), feedback.cpu(), costs.cpu(), scales.cpu(), zeros.cpu(), 15)[0]
     parts = [within_nan(matrix) for matrix in (target, upper)]
@@ -195,10 +197,10 @@ def test_parts_of_larger_matrices_over_several_programs(group, rows, device, mon
     identical(chosen, whole)
 
     codes, scale, zero, _ = chosen
-    pull = inner @ (target - (codes - zero) * scale)
-    whole = kernels.descend(codes, scale, zero, pull, inner, 16)
+    descent = inner @ (target - (codes - zero) * scale)
+    whole = kernels.descend(codes, scale, zero, descent, inner, 16)
     upper = torch.where(torch.ones_like(inner).triu() > 0, inner, float("nan"))
-    parts = [within_nan(matrix) for matrix in (codes, pull, upper)]
+    parts = [within_nan(matrix) for matrix in (codes, descent, upper)]
     identical(kernels.descend(parts[0], scale, zero, *parts[1:], 16), [tensor.cpu() for tensor in whole])
 
 
@@ -256,7 +258,7 @@ def test_wrong_arguments(name, wrong, message):
 
 def test_wrong_arguments_of_descend():
     matrix, row, square = torch.zeros(16, 7), torch.ones(7), torch.eye(16)
-    with pytest.raises(ValueError, match=r"pull: got \(16, 8\), expected \(16, 7\)"):
+    with pytest.raises(ValueError, match=r"descent: got \(16, 8\), expected \(16, 7\)"):
         kernels.descend(matrix, row, row, torch.zeros(16, 8), square, 16)
     with pytest.raises(ValueError, match=r"inner: got \(8, 8\), expected \(16, 16\)"):
         kernels.descend(matrix, row, row, matrix, torch.eye(8), 16)
@@ -269,17 +271,7 @@ def test_the_quantizer_with_its_loops_in_the_kernels(device, monkeypatch):
     options = checked_options("gptq", {"sweeps": 1, "drift": 0})
     expected, notes = gptq.quantize(weight, {"hessian": hessian}, Scheme(4, 16, False), options)
 
-    def columns(problem, *arguments):
-        return kernels.columns(*arguments, problem.scheme.levels)
-
-    def descend(problem, codes, scales, zeros, error, pull, inner):
-        found, moved, gain = kernels.descend(codes, scales, zeros, pull, inner, problem.scheme.levels)
-        codes.copy_(found)
-        error -= moved
-        return gain.double()
-
-    monkeypatch.setattr(gptq._Problem, "_columns", columns)
-    monkeypatch.setattr(gptq._Problem, "_descend", descend)
+    monkeypatch.setattr(gptq_kernels, "trusted_kernels", lambda device: kernels)
     actual, found = gptq.quantize(weight, {"hessian": hessian}, Scheme(4, 16, False), options)
     # ties: a row in which one goes the other way may end elsewhere
     assert (actual.codes == expected.codes).all(1).float().mean() > 0.9

@@ -6,8 +6,10 @@ import pytest
 import torch
 from packed import DTYPES, EXACT, ROUNDING, error, poisoned
 
-from lowbit_kernels import int8, int8_layout, reference, skinny
-from lowbit_kernels.int8_layout import GROUP_SIZES, Int8Layout
+from lowbit_kernels import launching, reference
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8 import layout as int8_layout
+from lowbit_kernels.int8.layout import GROUP_SIZES, Int8Layout
 
 KINDS = DTYPES | {"fp32": torch.float32}
 INPUTS = {64: 192, 128: 384, 256: 512, 512: 512, 1024: 1024, -1: 171}
@@ -52,7 +54,7 @@ def test_product(layout, count, split, tiles, device):
     packed = int8_layout.pack(codes, scales, layout)
     tiles = tiles if layout.tiles % tiles == 0 else 1
     config = int8.Config(64, 8 if count < 10 else 16, split, tiles, group_m=2, warps=2)
-    workspace = skinny.Workspace(device)
+    workspace = launching.Workspace(device)
     bias = torch.randn(layout.out_features, device=device).to(layout.dtype)
     for asymmetric in (True, False):
         rows = rows_of(layout, count, device, asymmetric)
@@ -150,8 +152,8 @@ def test_wrong_arguments(device):
         ({"x": x[:, :100]}, r"codes is torch.int8 \[2, 100\].*expected torch.int8 \[2, 128\]"),
         ({"x_scales": x_scales[:1]}, r"x_scales is torch.float32 \[1\]"),
         ({"x_zeros": zeros}, "x_zeros and sums are given together"),
-        ({"config": int8.Config(128)}, "block_n is 128, expected a divisor of 64"),
-        ({"config": int8.Config(64, tiles=2)}, "tiles is 2, expected a divisor of 1"),
+        ({"config": int8.Config(128)}, "block_n 128 does not divide the 64 padded"),
+        ({"config": int8.Config(64, tiles=2)}, "tiles 2 does not divide the 1 K tiles"),
         ({"bias": torch.zeros(64, device=device)}, "bias is torch.float32"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -7,14 +7,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from packed import rms_norm
 from weights import assert_same, random_quantized
 
 from lowbit.backends import choose, kernels_for, triton, triton_int8
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics import reference as definition
 from lowbit.numerics.scheme import Scheme
-from lowbit_kernels import int8_layout, int8_ops, reference, select, tune
-from lowbit_kernels.int8_layout import Int8Layout
+from lowbit_kernels import reference
+from lowbit_kernels.int8 import layout as int8_layout
+from lowbit_kernels.int8 import ops as int8_ops
+from lowbit_kernels.int8.layout import Int8Layout
+from lowbit_kernels.tuning import select, tune
 
 CPU = torch.device("cpu")
 LAYOUT = Int8Layout(4, 64, torch.bfloat16, 70, 192)
@@ -70,7 +74,7 @@ def test_a_quantized_x_serves_several_weights():
     quantized = int8_ops.quantize_rows(x, False, None, None, norm, 1e-6)
     assert [tuple(part.shape) for part in quantized] == [(2, 3, 256), (2, 3), (2, 3)]
     y = int8_ops.int8_matmul(*quantized, *form[:3], None, 4, 64, torch.float16, 70, 192)
-    normed = reference.rms_norm(x, norm, 1e-6).reshape(-1, 192)
+    normed = rms_norm(x, norm, 1e-6).reshape(-1, 192)
     wanted = reference.int8_linear(*reference.quantize_rows(normed, False), codes, scales, 4)
     assert y.dtype == torch.float16 and relative(y.reshape(-1, 70), wanted) < 3e-3
 

@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit_kernels import ops, reference, select
+from lowbit_kernels import ops, reference
 from lowbit_kernels.layout import PER_CHANNEL, Layout, interleave_gate_up, pack
-from lowbit_kernels.tune import random_weight
+from lowbit_kernels.tuning import select
+from lowbit_kernels.tuning.tune import random_weight
 
 CPU = torch.device("cpu")
 # bits, group_size, sym, dtype, out_features, in_features

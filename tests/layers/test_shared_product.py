@@ -136,7 +136,7 @@ def test_an_input_that_is_changed_in_place_is_multiplied_anew():
         assert_equal(together(x.clone()), alone(x.clone()))
 
 
-def test_nothing_is_kept_after_an_error_or_for_another_mode():
+def test_shared_product_is_dropped_after_an_error_or_a_change_of_mode():
     alone, together, x = pair()
 
     def fail(x):
@@ -200,6 +200,7 @@ def test_moves_copies_and_loading_join_again():
     assert calls == [48, 32]
 
 
+@pytest.mark.slow
 def test_compiled_graphs_multiply_once():
     alone, together, x = pair()
     products = []
@@ -290,7 +291,16 @@ def test_a_model_that_changes_its_input_between_the_calls_shares_nothing():
     assert shares(model) == [["q_proj", "k_proj", "v_proj"]]
 
 
-def test_nothing_is_looked_for_in_dense_models():
+def test_a_linear_that_takes_a_view_multiplies_on_its_own():
+    """Its input is the same numbers, but another object: the product that was kept would not be found for it."""
+    model = quantized_in_place(tiny_model("llama"))
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_pre_hook(lambda module, args: (args[0].view_as(args[0]),))
+    share_products(model)
+    assert shares(model) == [["q_proj", "k_proj", "v_proj"]]
+
+
+def test_dense_models_are_not_searched_for_shared_inputs():
     dense = tiny_model("llama")
     dense.register_forward_pre_hook(lambda *_: pytest.fail("there is nothing to look for"))
     assert share_products(dense) == []

@@ -48,7 +48,7 @@ def test_attention(shape, dtype):
             assert (out - wanted).norm() <= bound
 
 
-def test_scale_and_what_nobody_sees():
+def test_scale_and_fully_masked_queries():
     query, key, value, out = tensors(SHAPES[1], torch.float32)
     attention.replay(out, query, key, value, scale=0.3)()
     assert (out - exact(query, key, value, scale=0.3)).norm() <= 1e-6 * out.norm()
@@ -58,7 +58,7 @@ def test_scale_and_what_nobody_sees():
     assert out[1, :, 2].eq(0).all() and out[1, :, 1].ne(0).all()
 
 
-def test_large_scores_and_what_is_not_a_number():
+def test_large_scores_nan_and_infinity():
     query, key, value, out = tensors(SHAPES[0], torch.float32)
     attention.replay(out, query * 1e4, key, value)()
     wanted = exact(query * 1e4, key, value)
@@ -71,7 +71,7 @@ def test_large_scores_and_what_is_not_a_number():
     assert not out[0, 28:, 0, 5].isfinite().any() and out[0, 4:28].isfinite().all()
 
 
-def test_what_it_does_not_know():
+def test_unsupported_attention_is_left_to_torch():
     query, key, value, out = tensors(SHAPES[1], torch.float32)
     mask = torch.zeros(2, 1, 3, 130)
     for arguments, options in (

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import covering
 
 from lowbit.native import elementwise
 from lowbit.native.elementwise import instructions, program
@@ -38,9 +39,7 @@ def again(func, args, kwargs=None) -> torch.Tensor | None:
     return output
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 3, 5, 64), (2, 1, 2049)], ids=str)
-@pytest.mark.parametrize("func", UNARY, ids=str)
+@covering(func=UNARY.keys(), shape=((1,), (3, 17), (2, 3, 5, 64), (2, 1, 2049)), dtype=DTYPES)
 def test_one_tensor(func, shape, dtype):
     x = torch.linspace(-9, 9, torch.Size(shape).numel()).view(shape)
     x = (x.abs() + 0.01 if func is aten.rsqrt.default else x + 0.001).to(dtype)
@@ -65,7 +64,7 @@ def test_tanh_form_of_gelu_and_large_numbers():
 
 
 @pytest.mark.parametrize("func", UNARY, ids=str)
-def test_what_is_not_a_number_stays_so(func):
+def test_nan_stays_nan(func):
     x = torch.tensor([[torch.nan, 1.0, 2.0]])
     output = func(x, *UNARY[func])
     made = instructions(func, (x, *UNARY[func]), {}, output.zero_())
@@ -107,7 +106,7 @@ def test_rows_go_where_a_tensor_says():
     assert keys[:, :, 1].eq(0).all()
 
 
-def test_what_it_does_not_know():
+def test_unsupported_operations_are_left_to_torch():
     x, half = torch.randn(3, 4), torch.randn(3, 4).bfloat16()
     large = torch.randn(elementwise._LARGEST + 1)
     for func, args, kwargs in (

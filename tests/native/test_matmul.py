@@ -25,7 +25,7 @@ def test_product(shape, rows, dtype):
     assert (y - wanted).norm() <= BOUNDS[dtype] * max(wanted.norm(), terms.norm() * 0.05)
 
 
-def test_what_it_does_not_know():
+def test_unsupported_products_are_left_to_torch():
     x, weight = torch.randn(3, 16), torch.randn(8, 16)
     for inputs, transposed in (
         (torch.randn(5, 16), weight.t()), (x, weight.t().contiguous()), (x[:, ::2], weight[:, :8].t()),

@@ -71,7 +71,7 @@ def test_a_repeated_product(rows, dtype):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sym", [True, False])
-def test_what_is_not_finite_is_not_hidden(value, dtype, sym):
+def test_nan_and_infinity_reach_the_output(value, dtype, sym):
     scheme, shape = Scheme(4, 32, sym), (17, 256)
     buffers = native.prepare(random_quantized(scheme, *shape, dtype))
     x = torch.randn(3, 256).to(dtype)
@@ -170,6 +170,7 @@ def quick(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", str(compiler))
 
 
+@pytest.mark.slow
 def test_built_once_into_the_cache_folder(tmp_path, quick):
     assert python(SHOW, LOWBIT_CACHE=str(tmp_path)) == "None\n"
     (built,) = (tmp_path / "native").iterdir()
@@ -178,6 +179,7 @@ def test_built_once_into_the_cache_folder(tmp_path, quick):
     assert [(file, file.stat().st_mtime_ns) for file in (tmp_path / "native").iterdir()] == [(built, before)]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     reason = python(SHOW, LOWBIT_CACHE=str(tmp_path), CC=str(tmp_path / "no-such-cc"))
     assert "cannot compile the kernels" in reason and "no-such-cc" in reason and reason.count("\n") == 1
@@ -333,7 +335,7 @@ def test_a_compiler_whose_library_lacks_a_function(cache, monkeypatch):
     assert "lowbit_linear" in reason and "\n" not in reason and not list(cache.folder.iterdir())
 
 
-def test_what_was_built_without_a_umask_is_ours_alone(cache, caplog):
+def test_library_built_without_a_umask_is_private(cache, caplog):
     before = os.umask(0)
     try:
         assert isinstance(cache.library(), ctypes.CDLL)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from covering import cover
+from covering import covering
 from weights import BITS, DTYPES, matrix, unit
 
 from lowbit.numerics import grid
@@ -19,18 +19,7 @@ TIE = 1e-5
 
 GROUPS = (16, 32, 64, 128, 256, -1)
 IN_FEATURES = {16: 96, 32: 96, 64: 128, 128: 256, 256: 512, -1: 172}
-SCHEMES = [Scheme(bits, group, sym) for bits in BITS for group in GROUPS for sym in (True, False)]
-ROWS = (1, 7, 33)
-
-
-def schemes_with(*factors, strength=2, groups=GROUPS):
-    """(scheme, value of each factor): any `strength` of bits, group size, symmetry and the factors in a case."""
-    covered = cover(BITS, groups, (True, False), *factors, strength=strength)
-    return [(Scheme(*case[:3]), *case[3:]) for case in covered]
-
-
-def ids(value):
-    return getattr(value, "name", str(value))
+SYM = {"sym": True, "asym": False}
 
 
 def heavy_tailed(rows, columns, dtype, seed=0):
@@ -103,9 +92,9 @@ def squared_error(qweight, weight):
     return (matrix(qweight) - weight.double()).square().sum()
 
 
-@pytest.mark.parametrize(("scheme", "dtype", "rows"), cover(SCHEMES, DTYPES, ROWS), ids=ids)
-def test_minmax_equals_the_slow_version(scheme, dtype, rows):
-    weight = heavy_tailed(rows, IN_FEATURES[scheme.group_size], DTYPES[dtype])
+@covering(strength=3, bits=BITS, group=GROUPS, sym=SYM, dtype=DTYPES, rows=(1, 7, 33))
+def test_minmax_equals_the_slow_version(bits, group, sym, dtype, rows):
+    scheme, weight = Scheme(bits, group, sym), heavy_tailed(rows, IN_FEATURES[group], dtype)
     before = weight.clone()
     qweight = quantize_nearest(weight, scheme)
     assert torch.equal(weight, before)
@@ -127,9 +116,9 @@ def test_minmax_equals_the_slow_version(scheme, dtype, rows):
     assert steps.median() < 0.5
 
 
-@pytest.mark.parametrize(("scheme", "dtype"), schemes_with(DTYPES, groups=(32, -1), strength=3), ids=ids)
-def test_mse_search_equals_the_slow_version(scheme, dtype):
-    weight = heavy_tailed(3, IN_FEATURES[scheme.group_size], DTYPES[dtype])
+@covering(strength=3, bits=BITS, group=(32, -1), sym=SYM, dtype=DTYPES)
+def test_mse_search_equals_the_slow_version(bits, group, sym, dtype):
+    scheme, weight = Scheme(bits, group, sym), heavy_tailed(3, IN_FEATURES[group], dtype)
     before = weight.clone()
     qweight = quantize_nearest(weight, scheme, "mse")
     assert torch.equal(weight, before)
@@ -151,9 +140,9 @@ def test_mse_search_equals_the_slow_version(scheme, dtype):
             assert error <= min(errors) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize(("scheme", "dtype"), schemes_with(DTYPES), ids=ids)
-def test_mse_search_is_never_worse_than_minmax(scheme, dtype):
-    weight = heavy_tailed(33, IN_FEATURES[scheme.group_size], DTYPES[dtype], seed=1)
+@covering(bits=BITS, group=GROUPS, sym=SYM, dtype=DTYPES)
+def test_mse_search_is_never_worse_than_minmax(bits, group, sym, dtype):
+    scheme, weight = Scheme(bits, group, sym), heavy_tailed(33, IN_FEATURES[group], dtype, seed=1)
     searched, minmax = quantize_nearest(weight, scheme, "mse"), quantize_nearest(weight, scheme)
     grouped = (weight.shape[0], minmax.scales.shape[1], -1)
     errors = [(matrix(q) - weight.double()).view(grouped).square().sum(-1) for q in (searched, minmax)]
@@ -195,15 +184,13 @@ def test_group_must_divide_the_row():
         quantize_nearest(torch.ones(2, 96), Scheme(4, 64))
 
 
-ALL = [(Scheme(bits, 32, sym), dtype) for bits in BITS for sym in (True, False) for dtype in DTYPES]
-each_scheme_and_dtype = pytest.mark.parametrize(
-    ("scheme", "dtype"), [(s, DTYPES[d]) for s, d in ALL], ids=[f"{s.name}-{d}" for s, d in ALL]
-)
+each_grid = covering(bits=BITS, sym=SYM, dtype=DTYPES)
 
 
-@each_scheme_and_dtype
-def test_zero_groups(scheme, dtype):
+@each_grid
+def test_zero_groups(bits, sym, dtype):
     """Also beside a group that is not zero."""
+    scheme = Scheme(bits, 32, sym)
     weight = torch.zeros(3, 64, dtype=dtype)
     weight[1, :32] = heavy_tailed(1, 32, dtype)
     for search in ("minmax", "mse"):
@@ -213,9 +200,10 @@ def test_zero_groups(scheme, dtype):
         assert matrix(qweight)[1, :32].abs().sum() > 0
 
 
-@each_scheme_and_dtype
-def test_one_sided_groups(scheme, dtype):
+@each_grid
+def test_one_sided_groups(bits, sym, dtype):
     """Far from zero: the grid must still hold zero, and an asymmetric one spends all its codes on the side in use."""
+    scheme = Scheme(bits, 32, sym)
     for sign in (1, -1):
         weight = sign * (1 + heavy_tailed(3, 64, dtype).abs())
         qweight = quantize_nearest(weight, scheme)
@@ -233,8 +221,9 @@ def test_one_sided_groups(scheme, dtype):
             assert (used >= spanned).all() and (used <= last).all()
 
 
-@each_scheme_and_dtype
-def test_constant_groups(scheme, dtype):
+@each_grid
+def test_constant_groups(bits, sym, dtype):
+    scheme = Scheme(bits, 32, sym)
     for value in (0.37, -2.5, 1e-3):
         weight = torch.full((2, 64), value, dtype=dtype)
         qweight = quantize_nearest(weight, scheme)
@@ -245,9 +234,10 @@ def test_constant_groups(scheme, dtype):
         assert (error - expected).abs().max() <= 2 * scale_rounding(slow_scale([value], scheme), dtype)
 
 
-@each_scheme_and_dtype
-def test_huge_values(scheme, dtype):
+@each_grid
+def test_huge_values(bits, sym, dtype):
     """Near the end of the dtype, but not where the end of a 2-bit grid (4/3 of the largest weight) overflows."""
+    scheme = Scheme(bits, 32, sym)
     weight = heavy_tailed(3, 64, torch.float32)
     weight = (weight / weight.abs().max() * (0.49 * torch.finfo(dtype).max)).to(dtype)
     for search in ("minmax", "mse"):
@@ -256,9 +246,10 @@ def test_huge_values(scheme, dtype):
     assert_nearest(weight, quantize_nearest(weight, scheme))
 
 
-@each_scheme_and_dtype
-def test_small_values_lose_no_more_than_the_dtype_does(scheme, dtype):
+@each_grid
+def test_small_values_lose_no_more_than_the_dtype_does(bits, sym, dtype):
     """fp16 scales leave the normal range early (8 bits: where |w| < 0.008), but go on for another ten bits."""
+    scheme = Scheme(bits, 32, sym)
     for exponent in (-6, -10, -14):
         weight = heavy_tailed(7, 64, torch.float64, seed=2)
         weight = (weight / weight.abs().amax(1, keepdim=True) * 2.0**exponent).to(dtype)
@@ -270,8 +261,9 @@ def test_small_values_lose_no_more_than_the_dtype_does(scheme, dtype):
         assert squared_error(actual, weight).sqrt() <= limit
 
 
-@each_scheme_and_dtype
-def test_scales_never_vanish(scheme, dtype):
+@each_grid
+def test_scales_never_vanish(bits, sym, dtype):
+    scheme = Scheme(bits, 32, sym)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     weight = torch.tensor([[smallest, -smallest] * 16, [0.0, smallest] * 16], dtype=dtype)
     assert (weight != 0).any(1).all()

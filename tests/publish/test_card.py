@@ -189,7 +189,7 @@ def test_numbers(folder):
     assert "Measured on 4,000 tokens of wikitext2." in card.text and "not been measured" not in card.text
 
 
-def test_how_it_was_made(folder):
+def test_card_shows_calibration_versions_time_and_command(folder):
     card = rendered(folder)
     table = rows(card)
     assert table["calibration"] == ["16 samples, 32,768 tokens, from NeelNanda/pile-10k, train"]
@@ -198,7 +198,7 @@ def test_how_it_was_made(folder):
     assert f"```bash\n{REPORT['command']}\n```" in card.text and "written by lowbit 0.1.0" in card.text
 
 
-def test_what_is_quantized_and_what_is_not(folder):
+def test_card_lists_quantized_and_dense_modules(folder):
     text = rendered(folder).text
     assert "- `model.layers.*.mlp.gate.weight` (2): router" in text
     assert "- `lm_head.weight`: output embedding" in text
@@ -226,7 +226,7 @@ def test_measurements_of_an_eval_win(folder):
 
 @pytest.mark.parametrize("key", REPORT)
 @pytest.mark.parametrize("gone", ["missing", "null"])
-def test_nothing_stands_in_for_what_is_not_known(folder, key, gone):
+def test_unknown_values_leave_no_line_in_the_card(folder, key, gone):
     report = {name: value for name, value in REPORT.items() if name != key}
     write_json(folder / "lowbit_report.json", report if gone == "missing" else {**report, key: None})
     card = str(rendered(folder))

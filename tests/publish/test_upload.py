@@ -47,7 +47,7 @@ def test_the_card_is_not_taken_for_that_of_the_base_model_later(hub, folder, tmp
     assert hub.contents(again.repo_id)["BASE_MODEL_CARD.md"] == contents(folder)["README.md"]
 
 
-def test_what_lies_around_stays_here(hub, folder):
+def test_unlisted_files_are_not_uploaded(hub, folder):
     (folder / "old.gguf").write_bytes(b"x")
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"x")
     (folder / ".cache").mkdir()

@@ -58,7 +58,7 @@ def assert_goes_on(source, out, expected, layer: int, **options) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_goes_on(source, out, expected, unfinished, loaded, layers):
+def test_run_resumes_at_the_next_layer(source, out, expected, unfinished, loaded, layers):
     """Finished layers are not loaded again, where the hidden states behind them are there."""
     unfinished(layers)
     loaded.clear()
@@ -359,7 +359,7 @@ def test_redo_then_killed_then_gone_on(source, out, unfinished, monkeypatch):
 
 
 @pytest.mark.parametrize(("pattern", "says"), [("nothing", "matches no"), ("(", "regular expression")])
-def test_redo_of_nothing(source, out, expected, unfinished, pattern, says):
+def test_redo_that_names_no_finished_layer_is_refused(source, out, expected, unfinished, pattern, says):
     unfinished(2)
     with pytest.raises(UsageError, match=says):
         gptq(source, out, redo=pattern)
@@ -384,17 +384,17 @@ def test_wrong_input_leaves_nothing(source, out, no_threads):
         with pytest.raises(LowbitError):
             gptq(source, out, **options)
         assert names(out.parent) == []
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
 
 
 def test_nan_in_the_middle(tmp_path, out, no_threads):
-    """Found when its layer comes; what was done until then stays, and the walks of the layer do not."""
+    """Found when its layer comes; what was done until then stays, and the forward passes of the layer do not."""
     source = save_tiny(tmp_path / "model")
     edit_tensors(source, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][0].fill_(torch.nan))
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors holds 64 NaN"):
         gptq(source, out)
     assert not out.exists() and len(layer_files(out)) == 1
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
 
 
 OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -418,12 +418,12 @@ def test_missing_tensor(tmp_path, out, name):
     assert not out.exists()
 
 
-def test_failure_in_a_layer_ends_its_walks(source, out, no_threads, monkeypatch):
+def test_failure_in_a_layer_ends_its_passes(source, out, no_threads, monkeypatch):
     monkeypatch.setitem(QUANTIZERS, "spy", None)
     monkeypatch.setattr(spy_quantizer, "quantize", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize(source, out, dataset=IDS, **spy_quantizer.install())
-    no_threads("lowbit-walk")
+    no_threads("lowbit-staged-pass")
 
 
 def test_output_that_is_the_folder_we_are_in(source, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def rounded_again(model, dtype):
 
 @pytest.mark.parametrize("name", FOLDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
-def test_the_model_is_what_it_was(name, dtype, tmp_path):
+def test_smoothing_alone_leaves_the_logits_as_they_were(name, dtype, tmp_path):
     """Before quantization, to rounding; what is not quantized is in the output as it was scaled, and `verify` knows."""
     source = save_with_outliers(tmp_path / "source", name, dtype)
     report = rtn(source, tmp_path / "out", smooth=0.5)
@@ -173,7 +173,7 @@ def test_two_processes(tmp_path):
     assert torch.equal(stored_tensors(out)[name], stored_tensors(tmp_path / "alone")[name])
 
 
-def test_what_is_left_alone(tmp_path):
+def test_unquantized_weights_are_not_smoothed_for(tmp_path):
     """Nothing is scaled for weights that are not quantized; those that are beside quantized ones are scaled along."""
     source = save_with_outliers(tmp_path / "source")
     report = rtn(source, tmp_path / "out", smooth=0.5, ignore=[".*mlp", ".*q_proj"])

@@ -15,7 +15,17 @@ from lowbit.errors import UsageError
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
-from lowbit.quantizers import QUANTIZERS, checked_options, get_quantizer, gptq
+from lowbit.quantizers import (
+    QUANTIZERS,
+    checked_options,
+    get_quantizer,
+    gptq,
+    gptq_factor,
+    gptq_kernels,
+    gptq_loops,
+)
+from lowbit.quantizers.gptq_factor import Factor
+from lowbit.quantizers.gptq_grids import Grid
 
 PAPER = {"order": "none", "scale_search": "minmax", "sweeps": 0, "drift": 0}
 DAMPING = checked_options("gptq", {})["damping"]
@@ -53,12 +63,11 @@ def paper_upper(features, order):
     return reference.upper_factor(reference.damped(hessian_of(features), DAMPING)[list(order)][:, list(order)])
 
 
-KINDS = (("bf16", "none"), ("bf16", "group"), ("fp16", "group"), ("fp32", "none"))
-
-
-@pytest.mark.parametrize(("bits", "group", "sym", "kind"), cover(BITS, SHAPES, (True, False), KINDS, strength=3))
-def test_equals_the_papers_form(bits, group, sym, kind):
-    (dtype, order), scheme, (rows, features) = kind, Scheme(bits, group, sym), SHAPES[group]
+@pytest.mark.parametrize(
+    ("bits", "group", "sym", "dtype", "order"), cover(BITS, SHAPES, (True, False), DTYPES, ("none", "group"))
+)
+def test_equals_the_papers_form(bits, group, sym, dtype, order):
+    scheme, (rows, features) = Scheme(bits, group, sym), SHAPES[group]
     weight, hessian = heavy_tailed(rows, features, DTYPES[dtype]), hessian_of(features)
     actual, notes = quantize(weight, hessian, scheme, **{**PAPER, "order": order})
     columns = range(features) if order == "none" else reference.group_order(hessian, scheme.group_of(features))
@@ -110,7 +119,7 @@ def test_uncorrelated_inputs_round_to_nearest(bits, group, dtype, order):
 # Of the error of rounding to nearest, with scales of least squared error: measured 0.10 to 0.24, on this data
 GAIN = {2: 0.35, 3: 0.3, 4: 0.3, 8: 0.3}
 each_kind = pytest.mark.parametrize(
-    "scheme", [Scheme(b, g, s) for b in BITS for g in (32, -1) for s in (True, False)], ids=lambda s: s.name
+    "scheme", [Scheme(*case) for case in cover(BITS, (32, -1), (True, False))], ids=lambda s: s.name
 )
 
 
@@ -268,7 +277,7 @@ def test_rows_are_independent(scheme, monkeypatch):
         torch.testing.assert_close(its[same], last(notes)[same], rtol=1e-4, atol=0)
         torch.testing.assert_close(its.sum(), last(notes).sum(), rtol=0.02, atol=0)
         for elements in (1, 2000) if sweeps == 0 else (2000,):
-            monkeypatch.setattr(gptq, "_SLICE_ELEMENTS", elements)
+            monkeypatch.setattr(gptq_factor, "SLICE_ELEMENTS", elements)
             assert same_rows(quantize(weight, hessian, scheme, sweeps=sweeps)[0], whole).double().mean() > least
         monkeypatch.undo()
     nothing, _ = quantize(weight[:0], hessian, scheme)  # the share of a process when there are more of them than rows
@@ -460,20 +469,18 @@ def test_every_quantizer_meets_the_contract(method):
 
 
 def by_definition(target, feedback, costs, scales, zeros, levels):
-    problem = gptq._Problem(target, None, len(target), Scheme(levels.bit_length() - 1, 16, False), torch.float32)
-    return problem._columns(target, feedback, costs, scales, zeros)
+    rounded = gptq_loops.round_columns(target, Factor(feedback, costs), Grid(scales, zeros), levels)
+    return rounded.codes, rounded.grid.scales, rounded.grid.zeros, rounded.cost
 
 
-def descent_by_definition(codes, scales, zeros, pull, inner, levels):
-    problem = gptq._Problem(pull, None, len(pull), Scheme(levels.bit_length() - 1, 16, False), torch.float32)
-    found, error = codes.clone(), torch.zeros_like(pull)
-    gain = problem._descend(found, scales, zeros, error, pull.clone(), inner)
-    return found, -error, gain.float()
+def descent_by_definition(codes, scales, zeros, descent, hessian, levels):
+    descended = gptq_loops.descend(codes, Grid(scales, zeros), descent, hessian, levels)
+    return descended.codes, descended.change, descended.gain
 
 
 def test_a_kernel_that_differs_is_noticed():
     def differs(columns=by_definition, descend=descent_by_definition):
-        return gptq._differs(types.SimpleNamespace(columns=columns, descend=descend), torch.device("cpu"))
+        return gptq_kernels.difference(types.SimpleNamespace(columns=columns, descend=descend), torch.device("cpu"))
 
     def faulty(function, changed):
         return lambda *args: tuple(changed(i, part) for i, part in enumerate(function(*args)))
@@ -483,4 +490,4 @@ def test_a_kernel_that_differs_is_noticed():
     assert "column" in differs(faulty(by_definition, lambda i, part: 2 * part if i == 3 else part))
     assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: part + 1 if i == 0 else part))
     assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: 2 * part if i == 2 else part))
-    assert gptq._kernels(torch.device("cpu")) is None
+    assert gptq_kernels.trusted_kernels(torch.device("cpu")) is None

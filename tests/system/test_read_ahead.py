@@ -53,7 +53,7 @@ def test_weights_are_read_to_the_end_and_once(folder, opened, no_threads):
     assert not opened
 
 
-def test_what_does_not_fit_is_left(folder, opened, no_threads, monkeypatch):
+def test_files_larger_than_memory_are_not_read_ahead(folder, opened, no_threads, monkeypatch):
     monkeypatch.setattr(module, "_room", lambda: 3499)
     read_ahead(folder)
     no_threads("lowbit-read-ahead")
@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_left(folder, opened, no_threads, monkeypatch):
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_what_cannot_be_read_is_left_to_others(tmp_path, no_threads):
+def test_missing_files_are_no_error_of_read_ahead(tmp_path, no_threads):
     read_ahead(tmp_path / "missing")
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "blob")
     read_ahead(tmp_path)
@@ -71,7 +71,7 @@ def test_what_cannot_be_read_is_left_to_others(tmp_path, no_threads):
 @pytest.mark.parametrize(("command", "options"), [("chat", []), ("generate", ["--prompt", "x"])])
 def test_commands_read_ahead_before_they_import_torch(command, options):
     code = (
-        f"import sys; from lowbit.cli import {command} as module; from lowbit.cli.group import load_command\n"
+        f"import sys; from lowbit.cli.commands import {command} as module; from lowbit.cli.group import load_command\n"
         "module.read_ahead = lambda folder: sys.exit(f'{folder}, torch: {\"torch\" in sys.modules}')\n"
         f"load_command({command!r}).main(['some/folder', *{options!r}])"
     )

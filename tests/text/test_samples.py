@@ -209,7 +209,7 @@ def test_one_long_document_does_not_take_everything(samples_of, tokenizer, tmp_p
         assert max(map(len, found)) <= 64 * 64 // 16
 
 
-def test_what_is_left_of_long_documents_is_used_when_the_others_end(samples_of, tokenizer, tmp_path):
+def test_rests_of_long_documents_are_used_at_the_end(samples_of, tokenizer, tmp_path):
     texts = make_texts(3, words=900)
     path = write_texts(tmp_path / "rows.jsonl", texts)
     known = [tokenizer(text)["input_ids"] for text in texts]
@@ -236,6 +236,7 @@ def test_more_samples_begin_with_the_fewer(samples_of, tmp_path):
     assert torch.equal(few, many[:4])
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_hashes(samples_of, model_folder, tmp_path):
     path = write_texts(tmp_path / "rows.jsonl", make_texts(100))
     code = (

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covering import cover, covering
 from weights import matrix
 
 from lowbit.numerics.grid import quantize_nearest
@@ -12,8 +13,9 @@ from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import checked_options, get_quantizer
 from lowbit.verification.tolerance import difference
 
-GROUPS = (16, 128, -1)
-SCHEMES = [Scheme(bits, group, sym) for bits in (2, 3, 4, 8) for group in GROUPS for sym in (True, False)]
+BITS, GROUPS, SYM = (2, 3, 4, 8), (16, 128, -1), {"sym": True, "asym": False}
+SCHEMES = [Scheme(*case) for case in cover(BITS, GROUPS, (True, False))]
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 
 
 def heavy_tailed(out_features=64, in_features=1024, seed=0):
@@ -26,13 +28,11 @@ def gaussian(seed=0):
     return torch.randn(64, 1024, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-@pytest.mark.parametrize("weight", (heavy_tailed, gaussian))
-def test_rounding_is_near(weight, scheme):
+@covering(weight=(heavy_tailed, gaussian), bits=BITS, group=GROUPS, sym=SYM, search=("minmax", "mse"))
+def test_rounding_is_near(weight, bits, group, sym, search):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         source = weight().to(dtype)
-        for search in ("minmax", "mse"):
-            assert difference(quantize_nearest(source, scheme, search), source) is None
+        assert difference(quantize_nearest(source, Scheme(bits, group, sym), search), source) is None, dtype
 
 
 def test_rounding_of_heavy_tails_loses_most_of_them():
@@ -43,7 +43,7 @@ def test_rounding_of_heavy_tails_loses_most_of_them():
         assert float((dense - weight).norm() / weight.norm()) > least
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+@each_scheme
 def test_error_compensation_is_near(scheme):
     """GPTQ on inputs that are alike, where it moves weights most."""
     weight = heavy_tailed(32, 256)
@@ -75,8 +75,8 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-def test_damage_is_not(scheme):
+@each_scheme
+def test_damage_is_found(scheme):
     weight = gaussian()
     qweight = quantize_nearest(weight, scheme)
     for kind, damage in DAMAGE.items():
@@ -84,14 +84,16 @@ def test_damage_is_not(scheme):
             assert difference(damage(qweight), weight) is not None, kind
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if not s.sym], ids=lambda scheme: scheme.name)
-def test_zero_points_that_are_off_by_one(scheme):
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_points_off_by_one_are_found(bits):
     weight = gaussian()
-    assert "of rounding" in difference(shifted_zeros(quantize_nearest(weight, scheme)), weight)
+    for group in GROUPS:
+        qweight = quantize_nearest(weight, Scheme(bits, group, sym=False))
+        assert "of rounding" in difference(shifted_zeros(qweight), weight), group
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bits > 2], ids=lambda scheme: scheme.name)
-def test_doubled_scales(scheme):
+def test_doubled_scales_are_found(scheme):
     qweight = quantize_nearest(gaussian(), scheme)
     assert "of rounding" in difference(replace(qweight, scales=2 * qweight.scales), gaussian())
 
@@ -111,7 +113,7 @@ def test_weights_that_are_on_their_grid():
     assert difference(quantize_nearest(torch.zeros(64, 1024), Scheme(4, 128)), torch.zeros(64, 1024)) is None
 
 
-def test_what_was_moved_is_allowed_for_and_damage_beside_it_is_not():
+def test_drift_correction_is_allowed_for_and_damage_beside_it_is_not():
     """8 bits that make up for what others lost: a zero point off by one shows none the less."""
     scheme, source = Scheme(8, 32, sym=False), gaussian()
     move = 0.02 * source.norm() * torch.nn.functional.normalize(gaussian(seed=3).flatten(), dim=0).view_as(source)
@@ -121,7 +123,7 @@ def test_what_was_moved_is_allowed_for_and_damage_beside_it_is_not():
     assert "and 0.020 for what" in difference(shifted_zeros(qweight), source, moved=0.02)
 
 
-def test_where_nobody_knows_what_was_moved_coarser_weights_say_how_much_it_may_be():
+def test_unknown_drift_correction_is_bounded_by_coarser_weights():
     scheme, source = Scheme(8, 32), gaussian()
     qweight = quantize_nearest(source * 1.05, scheme)
     assert difference(qweight, source, None, [Scheme(4, 32)]) is None

@@ -32,6 +32,12 @@ def slices_of(bits):
 
 
 @triton.constexpr_function
+def planes_of(bits):
+    """Halfwords that hold the codes of a slice: layout.Layout.planes as a function."""
+    return 3 if bits == 3 else 1
+
+
+@triton.constexpr_function
 def fragment_ptx(bits, p, sym, dtype):
     """PTX of slice `p`: $0 = code - zero, two numbers of `dtype` ("bf16" or "fp16") in a register.
 
@@ -155,9 +161,45 @@ def as_matrix(a, NB: tl.constexpr):
 
 
 @triton.jit
-def load_plane(pointer, NB: tl.constexpr):
-    """One plane of a K tile for 16 * NB rows. pointer [2 * NB, 256]: loading in three dimensions spread the warps over
-    the half slices, and the fragments then went through shared memory."""
+def tile_in_order(pid, rows, padded_out, BN: tl.constexpr, BM: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row tile, column tile) of program `pid`: GROUP_M row tiles pass over all columns before the next GROUP_M do."""
+    in_group = GROUP_M * (padded_out // BN)
+    first_m = pid // in_group * GROUP_M
+    size = tl.minimum(tl.cdiv(rows, BM) - first_m, GROUP_M)
+    return first_m + pid % in_group % size, pid % in_group // size
+
+
+@triton.jit
+def part_of_inputs(part, k_tiles, TILES: tl.constexpr, SPLIT: tl.constexpr):
+    """The loop iterations, of TILES K tiles each, of one of SPLIT programs: (first, last + 1)."""
+    iterations = k_tiles // TILES
+    return iterations * part // SPLIT, iterations * (part + 1) // SPLIT
+
+
+@triton.jit
+def tile_pointers(
+    weight, half_slice, row_tile, iteration, k_tiles, NB: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr
+):
+    """[2 * NB, 256] to plane 0 of the first of TILES K tiles of a loop iteration, for NB row tiles from `row_tile` on;
+    planes are 512 elements apart. half_slice: tl.arange(0, 2 * NB), which counts (kb, row tile)."""
+    PLANES: tl.constexpr = planes_of(BITS)
+    block = ((row_tile + half_slice % NB) * k_tiles + iteration * TILES) * (2 * PLANES) + half_slice // NB
+    return weight + block[:, None] * 256 + tl.arange(0, 256)[None, :]
+
+
+@triton.jit
+def load_planes(pointer, NB: tl.constexpr, BITS: tl.constexpr):
+    """The planes of a K tile for 16 * NB rows; of less than three bits, or more, the only one thrice."""
+    h0 = _load_plane(pointer, NB)
+    h1 = _load_plane(pointer + 512, NB) if BITS == 3 else h0
+    h2 = _load_plane(pointer + 1024, NB) if BITS == 3 else h0
+    return h0, h1, h2
+
+
+@triton.jit
+def _load_plane(pointer, NB: tl.constexpr):
+    """pointer [2 * NB, 256]: loading in three dimensions spread the warps over the half slices, and the fragments then
+    went through shared memory."""
     return tl.reshape(tl.load(pointer), (2, NB, 8, 4, 2, 2, 2))
 
 

@@ -1,9 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many rows: y = x @ W^T where the tensor cores are the limit, in plain triton, and the packed weight made dense.
 
+    y[m, n] = sum over k of w[n, k] * x[m, k] + bias[n] + residual[m, n],
+    w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g], rounded to 16 bits; per channel y is scaled instead of w
+
+               x^T [K, M]   | BM rows |                     grid (padded_out / BN * rows / BM,): a program owns a tile
+                            +---------+                     of y^T and walks all of K: a K tile of W a turn, decoded in
+                          K |         |                     registers, JOINED slices of 32 inputs to a dot
+                            +---------+
+               +---+---+---+---------+
+      BN of W  |   |   |   | y^T tile |                     order of programs, GROUP_M = 2 row tiles:
+               +---+---+---+---------+                          column tile   0  1  2  3
+                     K                                          row tile 0    0  2  4  6      tiles of W stay in the L2
+                                                                row tile 1    1  3  5  7      cache for GROUP_M programs
+                                                                row tile 2    8 10 12 14
+                                                                row tile 3    9 11 13 15
+
+    dequantize: grid (rows / 64, K tiles), a program writes w[64 rows, one K tile] and multiplies nothing
+
 Like the decode kernel, with weights as the left operand, decoded in registers. The scale goes on the weights, rounded
 to 16 bits, not on the accumulator, which is too large here to be touched once per group. Per channel no weight is
 rounded.
+
+Cf. Triton's tutorial of matrix multiplication for the order of programs; Marlin (arXiv:2408.11743) for decoding while
+the tensor core works.
 """
 
 from dataclasses import dataclass
@@ -12,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lowbit_kernels import launching
 from lowbit_kernels.decode import (
     AMD,
     INTERPRETED,
@@ -22,55 +43,50 @@ from lowbit_kernels.decode import (
     fragment,
     half_as_float32,
     half_of,
-    load_plane,
+    load_planes,
     load_words,
     per_row,
+    planes_of,
     scaled,
     slices_of,
     slices_per_group,
+    tile_in_order,
+    tile_pointers,
     words_per_iteration,
 )
+from lowbit_kernels.epilogue import finish
 from lowbit_kernels.layout import ROWS, SLICES, Layout
-from lowbit_kernels.skinny import check_config, check_launch, check_tensor, finish
-
-# Triton 3.6 overwrites operand registers of wgmmas that are still running where one dot takes several slices (triton
-# issue 9433); the machine code that 3.9 makes was checked and is right.
-JOINABLE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(launching.Config):
     """block_n: out_features of a program, block_m: rows; warps, stages: of triton. group_m: row tiles that programs
     launched together share, so that weights are found in the L2 cache. joined: slices of one dot, at most those of a
-    K tile; joining lets wgmmas overlap with decoding, see JOINABLE.
+    K tile; joining lets wgmmas overlap with decoding, see launching.JOINABLE.
     """
 
-    block_n: int = 128
-    block_m: int = 128
-    joined: int = 1
-    group_m: int = 8
-    warps: int = 8
-    stages: int = 3
-
-    def __post_init__(self):
-        check_config(self, block_n=(16, 32, 64, 128, 256), block_m=(16, 32, 64, 128, 256), group_m=1, stages=1)
-        check_config(self, joined=(1, 2, 4), warps=(1, 2, 4, 8))
+    block_n: int = launching.one_of(128, choices=(16, 32, 64, 128, 256))
+    block_m: int = launching.one_of(128, choices=(16, 32, 64, 128, 256))
+    joined: int = launching.one_of(1, choices=(1, 2, 4))
+    group_m: int = launching.at_least(1, default=8)
+    warps: int = launching.one_of(8, choices=(1, 2, 4, 8))
+    stages: int = launching.at_least(1, default=3)
 
 
-def default_config(layout: Layout, rows: int) -> Config:
+def default_config(layout: Layout, rows: int, most_warps: int = 8) -> Config:
     """A start: square blocks, smaller ones where they would stand mostly empty or, of the long K tiles of two and three
-    bits, not fit into shared memory, which is smallest on AMD."""
-    block_n = 128 if layout.padded_out % 128 == 0 else 64
-    block_m = 64 if rows <= 64 or layout.bits == 3 else 128
+    bits, not fit into shared memory, which is smallest on AMD. Few warps have registers for small ones only."""
+    block_n = 128 if layout.padded_out % 128 == 0 and most_warps >= 4 else 64
+    block_m = 64 if rows <= 64 or layout.bits == 3 or most_warps < 4 else 128
     if AMD:
         block_m = min(block_m, 128 * 128 // layout.tile)
-    warps = 8 if block_n * block_m > 64 * 128 else 4
+    warps = min(8 if block_n * block_m > 64 * 128 else 4, most_warps)
     return Config(block_n=block_n, block_m=block_m, warps=warps, stages=2 if AMD or layout.tile > 128 else 3)
 
 
 @triton.jit
 def decoded(
-    h0, h1, h2, word, group, S: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr,
+    planes, word, group, S: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr,
     NB: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Slice S of a K tile in the shape of its planes: (code - zero) * scale, or per channel code - zero.
@@ -79,6 +95,7 @@ def decoded(
     """
     PER_GROUP: tl.constexpr = slices_per_group(slices_of(BITS), GROUP_SIZE)
     PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
+    h0, h1, h2 = planes
     summand = h0 if SYM else per_row(half_of(word[S // PER_GROUP], 1, DTYPE), NB)
     a = fragment(h0, h1, h2, summand, S, BITS, SYM, DTYPE, PTX)
     if GROUP_SIZE > 0:
@@ -90,20 +107,20 @@ def decoded(
 
 @triton.jit
 def _joined(
-    h0, h1, h2, word, group, S: tl.constexpr, JOINED: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
+    planes, word, group, S: tl.constexpr, JOINED: tl.constexpr, BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     SYM: tl.constexpr, NB: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Slices S to S + JOINED of a K tile as a matrix [16 * NB, 32 * JOINED]."""
-    a = decoded(h0, h1, h2, word, group, S, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+    a = decoded(planes, word, group, S, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
     if JOINED == 1:
         return as_matrix(a, NB)
     else:  # not left out: triton compiles what follows an `if`, even after a return
-        b = decoded(h0, h1, h2, word, group, S + 1, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+        b = decoded(planes, word, group, S + 1, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
         if JOINED == 2:  # from kb, nb, g, c, kh, rh, e, slice
             return tl.reshape(tl.permute(tl.join(a, b), (1, 5, 2, 7, 0, 4, 3, 6)), (NB * 16, 64))
         else:
-            c = decoded(h0, h1, h2, word, group, S + 2, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
-            d = decoded(h0, h1, h2, word, group, S + 3, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+            c = decoded(planes, word, group, S + 2, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+            d = decoded(planes, word, group, S + 3, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
             abcd = tl.join(tl.join(a, c), tl.join(b, d))  # ..., upper bit of the slice, lower bit
             return tl.reshape(tl.permute(abcd, (1, 5, 2, 7, 8, 0, 4, 3, 6)), (NB * 16, 128))
 
@@ -118,22 +135,14 @@ def gemm_kernel(
     """Grid [padded_out / BN * rows / BM]: GROUP_M row tiles pass over all columns before the next GROUP_M do."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     NB: tl.constexpr = BN // 16
-    PLANES: tl.constexpr = 3 if BITS == 3 else 1
     SLICES_PER_TILE: tl.constexpr = slices_of(BITS)
     WORDS: tl.constexpr = words_per_iteration(SLICES_PER_TILE, GROUP_SIZE, SYM)
     PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
-    pid = tl.program_id(0)
-    in_group = GROUP_M * (padded_out // BN)
-    first_m = pid // in_group * GROUP_M
-    size = tl.minimum(tl.cdiv(rows, BM) - first_m, GROUP_M)
-    pm = first_m + pid % in_group % size
-    pn = pid % in_group // size
-
+    pm, pn = tile_in_order(tl.program_id(0), rows, padded_out, BN, BM, GROUP_M)
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
-    half_slice = tl.arange(0, 2 * NB)  # (kb, row tile)
-    block = (pn * NB + half_slice % NB) * k_tiles * (2 * PLANES) + half_slice // NB
-    wp = weight + block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    half_slice = tl.arange(0, 2 * NB)
+    wp = tile_pointers(weight, half_slice, pn * NB, 0, k_tiles, NB, BITS, 1)
     # rows beyond the last are some row again: their products are not stored, and need no mask here
     k = tl.arange(0, 32 * JOINED)
     xp = x + tl.minimum(rm, rows - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -146,19 +155,17 @@ def gemm_kernel(
         if GROUP_SIZE > 0:  # an iteration ahead, as in the decode kernel
             ahead = first_group(tl.minimum(kt + 1, k_tiles - 1), SLICES_PER_TILE, GROUP_SIZE) // PER_WORD
             next_word = load_words(mp + ahead * padded_out, padded_out, WORDS)
-        h0 = load_plane(wp, NB)
-        h1 = load_plane(wp + 512, NB) if PLANES == 3 else h0
-        h2 = load_plane(wp + 1024, NB) if PLANES == 3 else h0
+        planes = load_planes(wp, NB, BITS)
         for s in tl.static_range(0, SLICES_PER_TILE, JOINED):
             if EVEN_K:
                 xs = tl.load(xp + s * 32)
             else:
                 xs = tl.load(xp + s * 32, mask=(k < in_features - (kt * SLICES_PER_TILE + s) * 32)[None, :], other=0.0)
-            a = _joined(h0, h1, h2, word, group, s, JOINED, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+            a = _joined(planes, word, group, s, JOINED, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
             acc = dot(a, xs, acc)
         if GROUP_SIZE > 0:
             word = next_word
-        wp += PLANES * 512
+        wp += planes_of(BITS) * 512
         xp += SLICES_PER_TILE * 32
     if GROUP_SIZE < 0:
         acc = acc * half_as_float32(word[0], 0, DTYPE)[:, None]
@@ -173,7 +180,6 @@ def dequantize_kernel(
     """Grid (rows / BN, k_tiles): one K tile of BN rows from first_row on."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     NB: tl.constexpr = BN // 16
-    PLANES: tl.constexpr = 3 if BITS == 3 else 1
     SLICES_PER_TILE: tl.constexpr = slices_of(BITS)
     WORDS: tl.constexpr = words_per_iteration(SLICES_PER_TILE, GROUP_SIZE, SYM)
     PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
@@ -181,17 +187,13 @@ def dequantize_kernel(
     kt = tl.program_id(1)
     rn = start + tl.arange(0, BN)
     half_slice = tl.arange(0, 2 * NB)
-    block = ((start // 16 + half_slice % NB) * k_tiles + kt) * (2 * PLANES) + half_slice // NB
-    wp = weight + block[:, None] * 256 + tl.arange(0, 256)[None, :]
-    h0 = load_plane(wp, NB)
-    h1 = load_plane(wp + 512, NB) if PLANES == 3 else h0
-    h2 = load_plane(wp + 1024, NB) if PLANES == 3 else h0
+    planes = load_planes(tile_pointers(weight, half_slice, start // 16, kt, k_tiles, NB, BITS, 1), NB, BITS)
     group = first_group(kt, SLICES_PER_TILE, GROUP_SIZE)
     word = load_words(meta + group // PER_WORD * padded_out + rn, padded_out, WORDS)
     k = kt * (SLICES_PER_TILE * 32) + tl.arange(0, 32)
     op = out + (rn - first_row).to(tl.int64)[:, None] * in_features + k[None, :]
     for s in tl.static_range(SLICES_PER_TILE):
-        a = decoded(h0, h1, h2, word, group, s, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
+        a = decoded(planes, word, group, s, BITS, GROUP_SIZE, SYM, NB, DTYPE, PTX)
         if GROUP_SIZE < 0:
             a = scaled(a, per_row(half_of(word[0], 0, DTYPE), NB), DTYPE, PTX)
         mask = (rn < last_row)[:, None] & (k < in_features - s * 32)[None, :]
@@ -210,16 +212,37 @@ def launch(
     gate_up: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [M, N] = x @ W^T + bias + residual, or SiLU(gate) * up + residual: the arguments of `skinny.launch`."""
+    """y = x @ W^T + bias + residual, or with gate_up SiLU(gate) * up + residual. Everything on one device.
+
+    Args:
+        x: layout.dtype [M, K], rows of any stride, each in one piece.
+        weight: int16, layout.weight_shape.
+        meta: int32, layout.meta_shape.
+        layout: of the packed weight W [N, K].
+        config: block_n divides layout.padded_out; joined is 1 unless launching.JOINABLE.
+        bias: layout.dtype [N], with gate_up interleaved like the weight.
+        residual: like y.
+        gate_up: rows of W are those of `layout.interleave_gate_up`; N is a multiple of 16.
+        out: y itself, layout.dtype or float32, contiguous.
+
+    Returns:
+        y [M, N], with gate_up [M, N / 2], layout.dtype unless `out` is float32.
+
+    Raises:
+        ValueError: an argument does not fit `layout`, or this triton miscompiles the configuration.
+    """
     layout.check(weight, meta)
     if config.joined > SLICES[layout.bits]:
         raise ValueError(f"joined is {config.joined}, expected at most {SLICES[layout.bits]} for {layout.bits} bits")
-    if config.joined > 1 and not (JOINABLE or INTERPRETED):
+    if config.joined > 1 and not (launching.JOINABLE or INTERPRETED):
         raise ValueError(
             f"joined is {config.joined}, expected 1: triton {triton.__version__} miscompiles joined slices"
         )
+    launching.check_input(x, weight, layout)
+    launching.check_blocks(layout, config.block_n)
+    launching.check_warps(config.warps, x.device)
     rows = len(x)
-    out = check_launch(x, weight, layout, config.block_n, bias, residual, gate_up, out, rows)
+    out = launching.Ending(bias, residual, gate_up, out).output(rows, layout, x.device)
     if rows == 0:
         return out
     with torch.cuda.device_of(x):
@@ -243,7 +266,22 @@ def dequantize(
     rows: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(codes - zeros) * scales, rounded once, layout.dtype [rows, K]: out_features from `start`, a multiple of 64."""
+    """The packed weight made dense: (codes - zeros) * scales, rounded once.
+
+    Args:
+        weight: int16, layout.weight_shape.
+        meta: int32, layout.meta_shape.
+        layout: of the packed weight W [N, K].
+        start: the first out_feature, a multiple of 64.
+        rows: how many out_features; all from `start` on if None.
+        out: the result itself, contiguous.
+
+    Returns:
+        layout.dtype [rows, K].
+
+    Raises:
+        ValueError: an argument does not fit `layout`.
+    """
     layout.check(weight, meta)
     rows = layout.out_features - start if rows is None else rows
     if start % ROWS or start < 0 or rows < 1 or start + rows > layout.out_features:
@@ -252,7 +290,7 @@ def dequantize(
         )
     if out is None:
         out = torch.empty(rows, layout.in_features, dtype=layout.dtype, device=weight.device)
-    check_tensor("out", out, layout.dtype, (rows, layout.in_features), weight.device)
+    launching.check_tensor("out", out, layout.dtype, (rows, layout.in_features), weight.device)
     with torch.cuda.device_of(weight):
         dequantize_kernel[(triton.cdiv(rows, ROWS), layout.tiles)](
             weight, meta, out, start, start + rows, layout.in_features, layout.tiles, layout.padded_out,

@@ -1,10 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""33 rows of x and more on Hopper, in Gluon: out^T = W x^T with the packed weight as the tensor core's left operand,
+"""33 rows of x and more on Hopper, in Gluon: y^T = W x^T with the packed weight as the tensor core's left operand,
 straight from global memory into registers.
+
+    y[m, n] = sum over k of w[n, k] * x[m, k] + bias[n],   w[n, k] = (code[n, k] - zero[n, g]) * scale[n, g] in 16 bits
 
     producer, 1 warp         copies tiles of x [BM, 128] into a ring in shared memory (TMA)
     consumers, 2 x 4 warps   own 64 rows of W each: while the tensor core works on one tile of 128 inputs, they decode
                              the next from registers and load the one after it
+
+                 ring in shared memory, STAGES x [BM, 128]
+    producer --> | x turn t | x turn t+1 | x turn t+2 | ...      ready[stage]: TMA has written; free: both have read
+                      |           |
+    consumer 0   W[64, 128] @ x^T  -> y^T [ 0 .. 63, BM]         program (block, part): block % ceil(M / BM) is the tile
+    consumer 1   W[64, 128] @ x^T  -> y^T [64 .. 127, BM]        of rows of x, the quotient that of 128 rows of W; it
+                                                                 walks `part_turns` turns of 128 inputs
+
+    time, of a consumer:   wgmma a(t)          wgmma b(t+1)        wgmma a(t+2)
+                           decode b(t+1)       decode a(t+2)       ...
+                           load t+2            load t+3
+
+    SPLIT > 1: each consumer stores its sums [64, BM] to `partials`; the last to arrive adds them (epilogue.py)
 
 A weight never touches shared memory: frag32 hands every lane the codes of its own operand registers, and the change
 of layout to the operand is asserted to be a renaming of registers (`assert_trivial`), so that compiling proves it. The
@@ -16,6 +31,8 @@ so that one keeps the tensor core busy while the other waits or decodes.
 Proven ahead of time only, by scripts/kernel_report.py: it compiles unchanged with Triton 3.6 and 3.9, spills nothing
 and touches no register of a wgmma that may still run. It has never been executed: until a GPU run says otherwise, do
 not select it without comparing its results.
+
+Cf. Machete (vLLM), whose packed weight is the left operand from registers too; CUTLASS's warp-specialised kernels.
 """
 
 from dataclasses import dataclass
@@ -33,9 +50,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from lowbit_kernels import launching
 from lowbit_kernels.decode import fragment, half_of, scaled
+from lowbit_kernels.epilogue import store_part
 from lowbit_kernels.layout import PER_CHANNEL, Layout
-from lowbit_kernels.skinny import Workspace, check_config, check_launch, workspace_of
 
 STEP = gl.constexpr(128)  # inputs of a turn: one K tile of four bits, two of eight
 ROWS = gl.constexpr(64)  # of W, what the four warps of a wgmma hold
@@ -47,20 +65,19 @@ SHARED_MEMORY = 226 * 1024  # of a program, less some for barriers
 
 # Renamed between Triton 3.6 and 3.9
 tma_load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(launching.Config):
     """block_m: rows of a program, stages: tiles of x in shared memory, split: programs that share the inputs of an
     output tile."""
 
-    block_m: int = 128
-    stages: int = 4
-    split: int = 1
+    block_m: int = launching.one_of(128, choices=(64, 128, 256))
+    stages: int = launching.at_least(2, default=4)
+    split: int = launching.at_least(1, default=1)
 
-    def __post_init__(self):
-        check_config(self, block_m=(64, 128, 256), stages=2, split=1)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.stages * self.block_m * STEP.value * 2 > SHARED_MEMORY:
             raise ValueError(f"stages is {self.stages}, too many for block_m {self.block_m} in shared memory")
         if self.block_m == 256 and self.split > 1:
@@ -93,18 +110,33 @@ def launch(
     *,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    workspace: Workspace | None = None,
+    workspace: launching.Workspace | None = None,
 ) -> torch.Tensor:
-    """y [M, N] = x @ W^T + bias, like `skinny.launch`: weights rounded once more when they are scaled, sums
-    in float32, one rounding at the end.
+    """y = x @ W^T + bias: weights rounded once more when they are scaled, sums in float32, one rounding at the end.
 
-    x layout.dtype [M, K], rows a multiple of 16 bytes apart; weight, meta as `layout` says; bias [N]; out [M, N]
-    contiguous; all of layout.dtype and on one Hopper GPU. The result depends on config, not on which program finishes
-    first.
+    The result depends on config, not on which program finishes first. Everything on one Hopper GPU.
+
+    Args:
+        x: layout.dtype [M, K], rows a multiple of 16 bytes apart, the first aligned to 16 bytes.
+        weight: int16, layout.weight_shape, of 4 or 8 bits.
+        meta: int32, layout.meta_shape.
+        layout: of the packed weight W [N, K].
+        config: see `refusal`.
+        bias: layout.dtype [N].
+        out: y itself, layout.dtype, contiguous.
+        workspace: of partial sums, where the inputs are split; that of the current stream if None.
+
+    Returns:
+        y [M, N], layout.dtype.
+
+    Raises:
+        ValueError: an argument does not fit `layout`, or `refusal` has a reason.
     """
     layout.check(weight, meta)
     rows = len(x)
-    out = check_launch(x, weight, layout, ROWS.value, bias, None, False, out, rows)
+    launching.check_input(x, weight, layout)
+    launching.check_blocks(layout, ROWS.value)
+    out = launching.Ending(bias=bias, out=out).output(rows, layout, x.device)
     if out.dtype != x.dtype:
         raise ValueError(f"out is {out.dtype}, expected {x.dtype}")
     if why := refusal(layout, config, x):
@@ -117,11 +149,9 @@ def launch(
     part = triton.cdiv(turns, 2 * config.split) * 2
     split = triton.cdiv(turns, part)  # a program without inputs would be waste
     blocks = triton.cdiv(rows, config.block_m) * triton.cdiv(layout.padded_out, ROWS.value * CONSUMERS.value)
-    partials = counters = None
-    if split > 1:
-        consumers = blocks * CONSUMERS.value
-        workspace = workspace or workspace_of(x.device)
-        partials, counters = workspace.get(consumers * split * ROWS.value * config.block_m, consumers)
+    partials, counters = launching.split_buffers(
+        workspace, x.device, split, blocks * CONSUMERS.value, ROWS.value * config.block_m
+    )
     tiles = TensorDescriptor.from_tensor(x, [config.block_m, STEP.value], x_layout())
     with torch.cuda.device_of(x):
         hopper_kernel[blocks, split](
@@ -169,37 +199,38 @@ def _load_words(at, turn, last, stride, GROUP: gl.constexpr, SYM: gl.constexpr):
 
 
 @gluon.jit
+def _spread(v, SHAPE: gl.constexpr):
+    """[row tile, g, rh] -> SHAPE, that of the codes: a row's number for each of them."""
+    return v[None, None, :, :, None, None, :, None].broadcast_to(SHAPE)
+
+
+@gluon.jit
 def _slice(
     codes, words, P: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr
 ):
     """Slice `P` of a K tile, decoded and scaled."""
     NUMBER: gl.constexpr = P * 32 // GROUP
     if SYM:
-        scale = half_of(words[NUMBER // 2], NUMBER % 2, DTYPE)
+        scale = _spread(half_of(words[NUMBER // 2], NUMBER % 2, DTYPE), codes.shape)
         summand = scale
     else:
-        scale = half_of(words[NUMBER], 0, DTYPE)
-        summand = half_of(words[NUMBER], 1, DTYPE)
+        scale = _spread(half_of(words[NUMBER], 0, DTYPE), codes.shape)
+        summand = _spread(half_of(words[NUMBER], 1, DTYPE), codes.shape)
     return scaled(fragment(codes, codes, codes, summand, P, BITS, SYM, DTYPE, True), scale, DTYPE, True)
 
 
 @gluon.jit
 def _operand(
-    codes, words, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr
-):
+    codes, words, BITS: gl.constexpr, GROUP: gl.constexpr, SYM: gl.constexpr, DTYPE: gl.constexpr,
+    CODES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     """The left operand [ROWS, STEP] of a turn. codes: [K tile, half slice kb, row tile nt 4] x [g, c, kh, rh, e]."""
-    SHAPE: gl.constexpr = (BITS // 4, 2, 4, 8, 4, 2, 2, 2)
-    codes = gl.reshape(codes, SHAPE)
-    spread = (gl.reshape(words[0], SHAPE),)
-    for i in gl.static_range(1, len(words)):
-        spread = spread + (gl.reshape(words[i], SHAPE),)  # noqa: RUF005
-    value = gl.join(
-        _slice(codes, spread, 0, BITS, GROUP, SYM, DTYPE), _slice(codes, spread, 1, BITS, GROUP, SYM, DTYPE)
-    )
+    codes = gl.convert_layout(gl.reshape(codes, (BITS // 4, 2, 4, 8, 4, 2, 2, 2)), CODES, assert_trivial=True)
+    value = gl.join(_slice(codes, words, 0, BITS, GROUP, SYM, DTYPE), _slice(codes, words, 1, BITS, GROUP, SYM, DTYPE))
     # rows nt, rh, g; inputs K tile, slice, kb, kh, c, e
     if BITS == 4:
         more = gl.join(
-            _slice(codes, spread, 2, BITS, GROUP, SYM, DTYPE), _slice(codes, spread, 3, BITS, GROUP, SYM, DTYPE)
+            _slice(codes, words, 2, BITS, GROUP, SYM, DTYPE), _slice(codes, words, 3, BITS, GROUP, SYM, DTYPE)
         )
         value = gl.permute(gl.join(value, more), (2, 6, 3, 0, 9, 8, 1, 5, 4, 7))
     else:
@@ -242,6 +273,37 @@ def _store(acc, tile, y, bias, row, column, rows, out_features, BM: gl.constexpr
 
 
 @gluon.jit
+def _store_of_last(
+    acc, partials, counters, consumer, tile, y, bias, row, column, rows, out_features,
+    BM: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """acc to the partial sums; the last program to arrive stores all parts, added in the order of the inputs."""
+    SUMS: gl.constexpr = acc.type.layout
+    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
+    m = gl.arange(0, BM, layout=gl.SliceLayout(0, SUMS))
+    at = partials + consumer.to(gl.int64) * (SPLIT * ROWS * BM) + (n[:, None] * BM + m[None, :])
+    if store_part(at, acc, counters, consumer, gl.program_id(1), SPLIT, ROWS * BM):
+        total = gl.load(at, cache_modifier=".cg")
+        for i in range(1, SPLIT):
+            total += gl.load(at + i * (ROWS * BM), cache_modifier=".cg")
+        _store(total, tile, y, bias, row, column, rows, out_features, BM)
+        gl.store(counters + consumer, 0)
+
+
+@gluon.jit
+def _words_at(meta, column, padded_out, CODES: gl.constexpr):
+    """Where a consumer's meta words lie, [row tile, g, rh]: a lane loads one for each row of its codes, which are laid
+    out as CODES, not one for each code."""
+    HALVES: gl.constexpr = gl.SliceLayout(4, gl.SliceLayout(5, gl.SliceLayout(7, CODES)))  # K tile, kb, nt, g, rh
+    GRID: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, HALVES))  # nt, g, rh
+    nt = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, GRID)))
+    g = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, GRID)))
+    rh = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, GRID)))
+    first_of_tile = gl.minimum(column // 16 + nt, padded_out // 16 - 1) * 16
+    return meta + (first_of_tile[:, None, None] + g[None, :, None] + 8 * rh[None, None, :])
+
+
+@gluon.jit
 def _consume(
     weight, meta, y, bias, partials, counters, ring, ready, free, done, row, column, rows, out_features, padded_out,
     all_turns, first, turns, PART: gl.constexpr, BITS: gl.constexpr, GROUP: gl.constexpr,
@@ -261,26 +323,29 @@ def _consume(
     # an odd number of 64 rows: the last consumer reads rows that exist, and stores nothing
     tile = gl.minimum(column // 16 + piece % 4, padded_out // 16 - 1)
     codes_at = (weight + tile.to(gl.int64) * (all_turns * SIZE) + piece // 4 * 256)[:, None] + halfword[None, :]
-    # the row of a halfword: lane 4g + c, halfword 4kh + 2rh + e
-    words_at = meta + ((tile * 16)[:, None] + (halfword // 32 + 8 * (halfword // 2 % 2))[None, :])
+    # the same in dimensions (K tile, kb, row tile, g, c, kh, rh, e): lane 4g + c, halfword 4kh + 2rh + e
+    CODES: gl.constexpr = gl.BlockedLayout(
+        [1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 8, 4, 1, 1, 1], [1, 1, 4, 1, 1, 1, 1, 1], [7, 6, 5, 4, 3, 2, 1, 0]
+    )
+    words_at = _words_at(meta, column, padded_out, CODES)
 
     last = all_turns - 1
     acc = gl.zeros((ROWS, BM), gl.float32, SUMS)
     codes = _load(codes_at, first, last, SIZE)
     words = _load_words(words_at, first, last, padded_out, GROUP, SYM)
-    a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+    a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, CODES, LEFT)
     codes = _load(codes_at, first + 1, last, SIZE)
     words = _load_words(words_at, first + 1, last, padded_out, GROUP, SYM)
     for turn in range(0, turns, 2):
         running = _start(a, acc, ring, ready, turn, STAGES)
-        b = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+        b = _operand(codes, words, BITS, GROUP, SYM, DTYPE, CODES, LEFT)
         codes = _load(codes_at, first + turn + 2, last, SIZE)
         words = _load_words(words_at, first + turn + 2, last, padded_out, GROUP, SYM)
         acc = warpgroup_mma_wait(0, deps=[running])
         mbarrier.arrive(free.index(turn % STAGES))
 
         running = _start(b, acc, ring, ready, turn + 1, STAGES)
-        a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, LEFT)
+        a = _operand(codes, words, BITS, GROUP, SYM, DTYPE, CODES, LEFT)
         codes = _load(codes_at, first + turn + 3, last, SIZE)
         words = _load_words(words_at, first + turn + 3, last, padded_out, GROUP, SYM)
         acc = warpgroup_mma_wait(0, deps=[running])
@@ -293,20 +358,8 @@ def _consume(
     if SPLIT == 1:
         _store(acc, space, y, bias, row, column, rows, out_features, BM)
     else:
-        # the last program to arrive adds all parts, in the order of the inputs
         consumer = gl.program_id(0) * CONSUMERS + PART
-        n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
-        m = gl.arange(0, BM, layout=gl.SliceLayout(0, SUMS))
-        at = partials + consumer.to(gl.int64) * (SPLIT * ROWS * BM) + (n[:, None] * BM + m[None, :])
-        gl.store(at + gl.program_id(1) * (ROWS * BM), acc)
-        barrier()
-        arrived = gl.atomic_add(counters + consumer, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
-            total = gl.load(at, cache_modifier=".cg")
-            for i in range(1, SPLIT):
-                total += gl.load(at + i * (ROWS * BM), cache_modifier=".cg")
-            _store(total, space, y, bias, row, column, rows, out_features, BM)
-            gl.store(counters + consumer, 0)
+        _store_of_last(acc, partials, counters, consumer, space, y, bias, row, column, rows, out_features, BM, SPLIT)
 
 
 @gluon.jit

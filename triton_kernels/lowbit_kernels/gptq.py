@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ inside of a group: its columns run in registers, one launch instead of several per column.
 
-Two loops of `lowbit.quantizers.gptq` go from column to column, each column correcting those after it:
+Two loops of `lowbit.quantizers.gptq_loops` go from column to column, each column correcting those after it:
 
     columns   error feedback: quantize the columns of a group on each of some grids, keep the cheapest grid of each row
     descend   coordinate descent: move each code to its best value while all others stay
@@ -12,7 +12,18 @@ columns, so that picking one column, which costs a pass over the registers it ma
 
     for each block: copy it; for each column in it: pick it from the copy, quantize it, add to the copy and the tile
 
+                     rows of W, N                          grid (N / ROWS,), one warp a program
+               | p 0 | p 1 | p 2 | ...
+    column 0   +-----+-----+-----+                         a program walks down its columns, k = 0, 1, ... g - 1:
+    block 0    |     |  |  |     |    BLOCK columns        fed[j, rows] += feedback[k, j] * error[rows] for all j > k
+    block 1    |     |  v  |     |
+    ...        |     |     |     |    fed [g, ROWS] stays in registers; codes [g, N] are written as they come
+    column g-1 +-----+-----+-----+
+
 Everything is [columns, rows]: a column lies in consecutive memory, neighbouring lanes hold neighbouring rows.
+
+Cf. GPTQ (Frantar et al. 2022, arXiv:2210.17323) for error feedback, QuantEase (arXiv:2309.01885) for the descent; their
+formulas are those of `columns` and `descend`.
 
 Exactness. Results equal, bit for bit, this in float32 with one rounding per operation (no fused multiply-add, division
 rounded to nearest, ties to even), on every GPU and in Triton's interpreter: the feedback of columns 0, 1, ... k - 1 is
@@ -49,11 +60,21 @@ def columns(
         t_k = target_k + sum over j < k of feedback[j, k] (target_j - q_j),     q_k = scale * step_k,
         step_k = t_k / scale, rounded, within [-zero, levels - 1 - zero],       cost = sum of costs_k (t_k - q_k)^2.
 
-    target [g, N], g <= LONGEST; feedback [g, g], what is above its diagonal; costs [g]; scales, never zero, and zeros,
-    whole numbers in [0, levels - 1], [C, N]. All float32, finite, on one device; rows of a matrix may be any number of
-    elements apart. levels: 2 to 256.
+    All float32, finite, on one device; rows of a matrix may be any number of elements apart.
 
-    -> codes step + zero [g, N]; scales, zeros and cost [N] of the grid chosen, the first of the cheapest. Float32.
+    Args:
+        target: [g, N], g <= LONGEST.
+        feedback: [g, g], of which what is above the diagonal is read.
+        costs: [g].
+        scales: [C, N], never zero.
+        zeros: [C, N], whole numbers in [0, levels - 1].
+        levels: 2 to 256.
+
+    Returns:
+        codes step + zero [g, N]; scales, zeros and cost [N] of the grid chosen, the first of the cheapest. Float32.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device.
     """
     length, rows = _sizes("target", target)
     if scales.ndim != 2 or not len(scales):
@@ -80,7 +101,7 @@ def descend(
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
-    pull: torch.Tensor,
+    descent: torch.Tensor,
     inner: torch.Tensor,
     levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,14 +110,24 @@ def descend(
         f = pull_k - sum over j < k of inner[j, k] moved_j,      new q_k = the value nearest to q_k + f / inner[k, k],
         moved_k = new q_k - q_k,                                 gain = sum of moved_k (2 f - inner[k, k] moved_k).
 
-    codes [g, N], whole numbers in [0, levels - 1], g <= LONGEST; scales, never zero, and zeros [N]; pull [g, N], half
-    the negative gradient; inner [g, g], what is on and above its diagonal, positive on it. All float32, finite, on one
-    device; rows of a matrix may be any number of elements apart. levels: 2 to 256.
+    All float32, finite, on one device; rows of a matrix may be any number of elements apart.
 
-    -> codes [g, N]; moved [g, N]; gain [N], what the pass takes off the error of each row. Float32.
+    Args:
+        codes: [g, N], whole numbers in [0, levels - 1], g <= LONGEST.
+        scales: [N], never zero.
+        zeros: [N], whole numbers in [0, levels - 1].
+        descent: [g, N], half the negative gradient.
+        inner: [g, g], of which what is on and above the diagonal is read; positive on it.
+        levels: 2 to 256.
+
+    Returns:
+        codes [g, N]; moved [g, N]; gain [N], what the pass takes off the error of each row. Float32.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or device.
     """
     length, rows = _sizes("codes", codes)
-    _check("pull", pull, (length, rows), codes)
+    _check("descent", descent, (length, rows), codes)
     for name, grid in (("scales", scales), ("zeros", zeros)):
         _check(name, grid, (rows,), codes)
     _check("inner", inner, (length, length), codes)
@@ -106,8 +137,8 @@ def descend(
     if rows:
         with torch.cuda.device_of(codes):
             _descend_kernel[_grid](
-                codes, scales, zeros, pull, inner, found, moves, gain, rows,
-                codes.stride(0), pull.stride(0), inner.stride(0),
+                codes, scales, zeros, descent, inner, found, moves, gain, rows,
+                codes.stride(0), descent.stride(0), inner.stride(0),
                 TOP=levels - 1, **_shape(length),
             )  # fmt: skip
     return found, moves, gain
@@ -199,8 +230,8 @@ def _columns_kernel(
 
 @triton.jit
 def _descend_kernel(
-    codes, scales, zeros, pull, inner, found, moves, gain, n,
-    codes_stride, pull_stride, inner_stride,
+    codes, scales, zeros, descent, inner, found, moves, gain, n,
+    codes_stride, descent_stride, inner_stride,
     TOP: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -220,7 +251,7 @@ def _descend_kernel(
         for k in range(first, tl.minimum(first + BLOCK, LENGTH)):
             onto = inner + k * inner_stride
             curvature = tl.load(onto + k)
-            force = tl.load(pull + k * pull_stride + rows, mask=present, other=0.0)
+            force = tl.load(descent + k * descent_stride + rows, mask=present, other=0.0)
             force -= tl.sum(tl.where(turn == k, near, 0.0), axis=0)
             now = (tl.load(codes + k * codes_stride + rows, mask=present, other=0.0) - zero) * scale
             aim = now + tl.div_rn(force, curvature)

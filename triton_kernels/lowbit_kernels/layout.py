@@ -49,6 +49,14 @@ def zero_offset(bits, float16):
     return -128 if bits == 8 else 128
 
 
+def check_stored(layout: object, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a tensor of a packed weight is contiguous, of the dtype and shape that `layout` says."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)} for {layout}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shapes of one packed weight [out_features, in_features].
@@ -145,16 +153,8 @@ class Layout:
 
     def check(self, weight: torch.Tensor, meta: torch.Tensor) -> None:
         """Raise ValueError unless `weight` and `meta` are contiguous tensors of this layout on one device."""
-        for name, tensor, dtype, shape in (
-            ("weight", weight, torch.int16, self.weight_shape),
-            ("meta", meta, torch.int32, self.meta_shape),
-        ):
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)} for {self}"
-                )
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
+        check_stored(self, "weight", weight, torch.int16, self.weight_shape)
+        check_stored(self, "meta", meta, torch.int32, self.meta_shape)
         if weight.device != meta.device:
             raise ValueError(f"weight is on {weight.device} and meta on {meta.device}, expected one device")
 

@@ -15,8 +15,10 @@ from itertools import pairwise
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, int8_ops, select, skinny
+from lowbit_kernels import gemm, gemm_hopper, launching, skinny
+from lowbit_kernels.int8 import ops as int8_ops
 from lowbit_kernels.layout import Layout
+from lowbit_kernels.tuning import select
 
 _FORM = "int bits, int group_size, bool sym, ScalarType dtype, int out_features"
 _library = torch.library.Library("lowbit_kernels", "DEF")
@@ -86,7 +88,8 @@ def _gate_up(x, weight, meta, bits, group_size, sym, dtype, out_features):
         config = skinny.default_config(layout, len(rows), 4 * select.gpu_of(x.device).processors)
         y = skinny.launch(rows, weight, meta, layout, config, gate_up=True)
     else:
-        y = gemm.launch(rows, weight, meta, layout, gemm.default_config(layout, len(rows)), gate_up=True)
+        config = gemm.default_config(layout, len(rows), launching.most_warps(select.gpu_of(x.device).capability))
+        y = gemm.launch(rows, weight, meta, layout, config, gate_up=True)
     return y.view(*x.shape[:-1], out_features // 2).to(x.dtype)
 
 

@@ -54,12 +54,6 @@ def quantize_rows(
     return codes.clamp(-128, 127).to(torch.int8), scales, zeros
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., K] / sqrt(mean of its squares + eps) * weight [K], float32."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
-
-
 def int8_linear(
     x_codes: torch.Tensor,
     x_scales: torch.Tensor,

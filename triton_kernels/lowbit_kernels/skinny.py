@@ -1,11 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few rows (1 to about 32): y = x @ W^T where reading the weight is all the time there is.
 
+    y[m, n] = sum over groups g of scale[n, g] * (sum over k in g of (code[n, k] - zero[n, g]) * x[m, k])
+              + bias[n] + residual[m, n]
+
+Codes minus zeros are small integers, exact in 16 bits; a group's sum is float32, and only then scaled.
+
+            x^T [K, M]         BM rows of x
+                               +------+
+                             K |      |
+                               |      |                        grid (padded_out / BN, SPLIT, row tiles)
+                               +------+
+          +------+------+------+                               pn: BN rows of W
+    BN of | pk 0 | pk 1 | pk 2 | y^T [BN, BM]                  pk: each program walks its part of K, TILES K tiles a
+     W    +------+------+------+                                   turn, a slice of 32 inputs to a dot
+                   K                                           pm: BM rows of x, or a tile of an expert's
+
+    SPLIT > 1: sums [BN, BM] of each part go to `partials`, the last program to arrive adds them (epilogue.py)
+
 Weights are the left operand, W @ x^T: the tensor core's 16 rows are filled by output features and its 8 columns by the
 few rows of x. The inputs are split over programs, so that a small weight still has enough of them to fill the GPU.
 
 The same body serves a fused gate_up projection (SiLU(gate) * up in the epilogue, rows by `layout.interleave_gate_up`)
 and experts (rows of x sorted by expert, a table says which rows belong to which expert).
+
+Cf. Marlin (Frantar et al. 2024, arXiv:2408.11743), which stores weights in the order of fragments too; the split inputs
+of gemlite's kernels for few rows; for experts the sorted tiles of vLLM's fused_moe.
 """
 
 from dataclasses import dataclass
@@ -14,8 +34,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lowbit_kernels import launching
 from lowbit_kernels.decode import (
-    AMD,
     PTX,
     as_matrix,
     dot,
@@ -23,55 +43,117 @@ from lowbit_kernels.decode import (
     fragment,
     half_as_float32,
     half_of,
-    load_plane,
+    load_planes,
     load_words,
+    part_of_inputs,
     per_row,
-    round_to,
+    planes_of,
     slices_of,
     slices_per_group,
+    tile_pointers,
     words_per_iteration,
 )
+from lowbit_kernels.epilogue import finish, store_part, tile_of_parts, total_of_parts
 from lowbit_kernels.layout import Layout
 
-# Rows of x that a matrix instruction takes at least: fewer would be multiplied without one, far slower
-FEWEST_ROWS = 16 if AMD else 8
-
-
-def check_config(config, **expected: tuple[int, ...] | int) -> None:
-    """Raise ValueError unless each field named is one of a tuple, or at least a number."""
-    for name, wanted in expected.items():
-        value = getattr(config, name)
-        if isinstance(wanted, int) and value < wanted:
-            raise ValueError(f"{name} is {value}, expected at least {wanted}")
-        if isinstance(wanted, tuple) and value not in wanted:
-            raise ValueError(f"{name} is {value}, expected one of {wanted}")
+# K tiles of an iteration, by bits: 256 inputs where that is more than one
+_MOST_TILES = {8: 4, 4: 2}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(launching.Config):
     """block_n: out_features of a program, block_m: rows, split: programs that share the inputs of an output tile,
     tiles: K tiles of a loop iteration; warps, stages: of triton (four warps or more let it pick wgmma)."""
 
-    block_n: int = 64
-    block_m: int = 8
-    split: int = 1
-    tiles: int = 1
-    warps: int = 2
-    stages: int = 3
+    block_n: int = launching.one_of(64, choices=(16, 32, 64, 128, 256))
+    block_m: int = launching.one_of(8, choices=(8, 16, 32, 64))
+    split: int = launching.at_least(1, default=1)
+    tiles: int = launching.one_of(1, choices=(1, 2, 4))
+    warps: int = launching.one_of(2, choices=(1, 2, 4, 8))
+    stages: int = launching.at_least(1, default=3)
 
-    def __post_init__(self):
-        check_config(self, block_n=(16, 32, 64, 128, 256), block_m=(8, 16, 32, 64), split=1, stages=1)
-        check_config(self, tiles=(1, 2, 4), warps=(1, 2, 4, 8))
+
+def default_tiles(layout: Layout) -> int:
+    """K tiles of a loop iteration: 256 inputs where the K tiles allow it."""
+    return launching.tiles_per_iteration(layout.tiles, most=_MOST_TILES.get(layout.bits, 1))
 
 
 def default_config(layout: Layout, rows: int, programs: int = 528) -> Config:
     """A start: iterations of 256 inputs where the K tiles allow it, and about `programs` programs by splitting."""
-    most = {8: 4, 4: 2}.get(layout.bits, 1)
-    tiles = next(t for t in (4, 2, 1) if t <= most and layout.tiles % t == 0)
-    block_m = max(FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32)
+    tiles = default_tiles(layout)
+    block_m = max(launching.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32)
     column_tiles = layout.padded_out // 64 * -(-rows // block_m)
-    split = max(1, min(layout.tiles // tiles // 2, programs // column_tiles, 16))
+    split = launching.split_of_inputs(layout.tiles // tiles, column_tiles, programs)
     return Config(block_m=block_m, split=split, tiles=tiles)
+
+
+@triton.jit
+def _expert_tile(row_tiles, tile):
+    """(expert, first row, last row + 1) of a row tile."""
+    expert = tl.load(row_tiles + tile * 3).to(tl.int64)
+    return expert, tl.load(row_tiles + tile * 3 + 1), tl.load(row_tiles + tile * 3 + 2)
+
+
+@triton.jit
+def _load_x(pointer, row_ok, k, inputs_left, S: tl.constexpr, EVEN_K: tl.constexpr):
+    """Slice S of an iteration of x, [BM, 32]. inputs_left: how many of its inputs there are, if not EVEN_K."""
+    mask = row_ok[:, None]
+    if not EVEN_K:
+        mask = mask & (k < inputs_left)[None, :]
+    return tl.load(pointer + S * 32, mask=mask, other=0.0)
+
+
+@triton.jit
+def _integers(
+    planes, word, S: tl.constexpr, PER_GROUP: tl.constexpr, BITS: tl.constexpr, SYM: tl.constexpr, NB: tl.constexpr,
+    DTYPE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Slice S of an iteration as the left operand [16 * NB, 32]: code - zero, not scaled. word: its meta words."""
+    h0, h1, h2 = planes
+    summand = h0 if SYM else per_row(half_of(word[S // PER_GROUP], 1, DTYPE), NB)
+    return as_matrix(fragment(h0, h1, h2, summand, S % slices_of(BITS), BITS, SYM, DTYPE, PTX), NB)
+
+
+@triton.jit
+def _add_group(
+    acc, part, word, group, S: tl.constexpr, SLICES: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """acc + scale * part, of the group that ends with slice S of an iteration, whose first group is `group`; per
+    channel, whose scale comes last, acc + part."""
+    if GROUP_SIZE < 0:
+        return acc + part
+    else:
+        PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
+        PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
+        which = S // PER_GROUP % PER_WORD if PER_GROUP < SLICES else group % PER_WORD
+        scale = half_as_float32(word[S // PER_GROUP // PER_WORD], which, DTYPE)
+        return tl.fma(tl.broadcast_to(scale[:, None], acc.shape), part, acc)
+
+
+@triton.jit
+def _add_iteration(
+    acc, wp, xp, word, row_ok, k, in_features, it, group,
+    BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYM: tl.constexpr, EVEN_K: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, TILES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """acc + the products of a loop iteration, whose weights and inputs start at wp and xp."""
+    DTYPE: tl.constexpr = xp.dtype.element_ty
+    PER_TILE: tl.constexpr = slices_of(BITS)
+    SLICES: tl.constexpr = TILES * PER_TILE
+    PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
+    # a fresh accumulator per group: products of integers and x, scaled in float32 once (and it is what keeps triton 3.6
+    # from overwriting the operand registers of a wgmma in flight, triton issue 9433)
+    part = tl.zeros((BN, BM), dtype=tl.float32)
+    for s in tl.static_range(SLICES):
+        if s % PER_TILE == 0:
+            planes = load_planes(wp + s // PER_TILE * (planes_of(BITS) * 512), BN // 16, BITS)
+        xs = _load_x(xp, row_ok, k, in_features - (it * SLICES + s) * 32, s, EVEN_K)
+        part = dot(_integers(planes, word, s, PER_GROUP, BITS, SYM, BN // 16, DTYPE, PTX), xs, part)
+        if (s + 1) % PER_GROUP == 0:
+            acc = _add_group(acc, part, word, group, s, SLICES, GROUP_SIZE, SYM, DTYPE)
+            part = tl.zeros((BN, BM), dtype=tl.float32)
+    return acc
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for any number of them
@@ -84,23 +166,15 @@ def skinny_kernel(
     """Grid (padded_out / BN, SPLIT, row tiles). None for bias, residual, row_tiles (dense) and gather (x in order)."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     NB: tl.constexpr = BN // 16
-    PLANES: tl.constexpr = 3 if BITS == 3 else 1
-    PER_TILE: tl.constexpr = slices_of(BITS)
-    SLICES: tl.constexpr = TILES * PER_TILE  # of an iteration
-    PER_GROUP: tl.constexpr = slices_per_group(SLICES, GROUP_SIZE)
+    TILE: tl.constexpr = planes_of(BITS) * 512  # halfwords of a K tile and a row tile
+    SLICES: tl.constexpr = TILES * slices_of(BITS)  # of an iteration
     WORDS: tl.constexpr = words_per_iteration(SLICES, GROUP_SIZE, SYM)
     PER_WORD: tl.constexpr = 2 if SYM else 1  # groups
-    pn = tl.program_id(0)
-    pk = tl.program_id(1)
-    pm = tl.program_id(2)
-
-    first_row = pm * BM
-    last_row = rows
-    if row_tiles is not None:  # experts: (expert, first row, last row) of this tile
-        expert = tl.load(row_tiles + pm * 3).to(tl.int64)
-        first_row = tl.load(row_tiles + pm * 3 + 1)
-        last_row = tl.load(row_tiles + pm * 3 + 2)
-        weight += expert * (padded_out * k_tiles * (PLANES * 32))
+    pn, pk, pm = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_row, last_row = pm * BM, rows
+    if row_tiles is not None:
+        expert, first_row, last_row = _expert_tile(row_tiles, pm)
+        weight += expert * (padded_out * k_tiles * (TILE // 16))
         meta += expert * (words * padded_out)
         if bias is not None:
             bias += expert * out_features
@@ -109,13 +183,9 @@ def skinny_kernel(
     rm = first_row + tl.arange(0, BM)
     row_ok = rm < last_row
     rn = pn * BN + tl.arange(0, BN)
-
-    iterations = k_tiles // TILES
-    start = iterations * pk // SPLIT
-    stop = iterations * (pk + 1) // SPLIT
-    half_slice = tl.arange(0, 2 * NB)  # (kb, row tile)
-    block = ((pn * NB + half_slice % NB) * k_tiles + start * TILES) * (2 * PLANES) + half_slice // NB
-    wp = weight + block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    start, stop = part_of_inputs(pk, k_tiles, TILES, SPLIT)
+    half_slice = tl.arange(0, 2 * NB)
+    wp = tile_pointers(weight, half_slice, pn * NB, start, k_tiles, NB, BITS, TILES)
     rx = rm
     if gather is not None:
         rx = tl.load(gather + rm, mask=row_ok, other=0)
@@ -131,33 +201,12 @@ def skinny_kernel(
             # loaded an iteration ahead, into registers: too narrow for asynchronous copies, they would stall the loop
             ahead = first_group(tl.minimum(it + 1, stop - 1), SLICES, GROUP_SIZE) // PER_WORD
             next_word = load_words(mp + ahead * padded_out, padded_out, WORDS)
-        # a fresh accumulator per group: products of integers and x, scaled in float32 once (and it is what keeps
-        # triton 3.6 from overwriting the operand registers of a wgmma in flight, triton issue 9433)
-        part = tl.zeros((BN, BM), dtype=tl.float32)
-        for s in tl.static_range(SLICES):
-            if s % PER_TILE == 0:
-                plane = wp + s // PER_TILE * (PLANES * 512)
-                h0 = load_plane(plane, NB)
-                h1 = load_plane(plane + 512, NB) if PLANES == 3 else h0
-                h2 = load_plane(plane + 1024, NB) if PLANES == 3 else h0
-            mask = row_ok[:, None]
-            if not EVEN_K:
-                mask = mask & (k < in_features - (it * SLICES + s) * 32)[None, :]
-            xs = tl.load(xp + s * 32, mask=mask, other=0.0)
-            summand = h0 if SYM else per_row(half_of(word[s // PER_GROUP], 1, DTYPE), NB)
-            a = fragment(h0, h1, h2, summand, s % PER_TILE, BITS, SYM, DTYPE, PTX)
-            part = dot(as_matrix(a, NB), xs, part)
-            if (s + 1) % PER_GROUP == 0:
-                if GROUP_SIZE < 0:
-                    acc += part
-                else:
-                    which = s // PER_GROUP % PER_WORD if PER_GROUP < SLICES else group % PER_WORD
-                    scale = half_as_float32(word[s // PER_GROUP // PER_WORD], which, DTYPE)
-                    acc = tl.fma(tl.broadcast_to(scale[:, None], (BN, BM)), part, acc)
-                part = tl.zeros((BN, BM), dtype=tl.float32)
+        acc = _add_iteration(
+            acc, wp, xp, word, row_ok, k, in_features, it, group, BITS, GROUP_SIZE, SYM, EVEN_K, BN, BM, TILES, PTX
+        )
         if GROUP_SIZE > 0:
             word = next_word
-        wp += TILES * PLANES * 512
+        wp += TILES * TILE
         xp += SLICES * 32
     if GROUP_SIZE < 0:
         acc = acc * half_as_float32(word[0], 0, DTYPE)[:, None]
@@ -166,77 +215,11 @@ def skinny_kernel(
         finish(acc, y, bias, residual, pn, rm, row_ok, out_features, BN, BM, GATE_UP)
     else:
         tile = pm * tl.num_programs(0) + pn
-        pp = (
-            partials
-            + tile.to(tl.int64) * (SPLIT * BN * BM)
-            + tl.arange(0, BN)[:, None] * BM
-            + tl.arange(0, BM)[None, :]
-        )
-        tl.store(pp + pk * (BN * BM), acc)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:  # the last program adds all partial sums, always in the same order
-            total = tl.load(pp, cache_modifier=".cg")
-            for i in tl.static_range(1, SPLIT):
-                total += tl.load(pp + i * (BN * BM), cache_modifier=".cg")
+        parts = tile_of_parts(partials, tile, SPLIT, BN, BM)
+        if store_part(parts, acc, counters, tile, pk, SPLIT, BN * BM):
+            total = total_of_parts(parts, SPLIT, BN * BM)
             finish(total, y, bias, residual, pn, rm, row_ok, out_features, BN, BM, GATE_UP)
             tl.store(counters + tile, 0)  # ready for the next launch
-
-
-@triton.jit
-def finish(
-    acc, y, bias, residual, pn, rm, row_ok, out_features,
-    BN: tl.constexpr, BM: tl.constexpr, GATE_UP: tl.constexpr,
-):  # fmt: skip
-    """Bias, SiLU(gate) * up and residual in float32, one rounding, and the store of y [rows, features]."""
-    if bias is not None:
-        rn = pn * BN + tl.arange(0, BN)
-        acc += tl.load(bias + rn, mask=rn < out_features, other=0.0).to(tl.float32)[:, None]
-    WIDTH: tl.constexpr = BN // 2 if GATE_UP else BN
-    features = out_features
-    if GATE_UP:  # rows g and g + 8 of a fragment are in one thread
-        gate, up = tl.split(tl.permute(tl.reshape(acc, (BN // 16, 2, 8, BM)), (0, 2, 3, 1)))
-        acc = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, (WIDTH, BM))
-        features = out_features // 2
-    ro = pn * WIDTH + tl.arange(0, WIDTH)
-    offset = rm.to(tl.int64)[None, :] * features + ro[:, None]
-    mask = row_ok[None, :] & (ro < features)[:, None]
-    if residual is not None:
-        acc += tl.load(residual + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offset, round_to(acc, y.dtype.element_ty), mask=mask)
-
-
-class Workspace:
-    """Partial sums and counters of split launches on one stream; the counters are zero between launches.
-
-    Buffers only grow and are never freed: a CUDA graph may have captured the address of an old one.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.partials: list[torch.Tensor] = []
-        self.counters: list[torch.Tensor] = []
-
-    def get(self, elements: int, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [>= elements], not initialised, and int32 [>= tiles], zero."""
-        if not self.partials or self.partials[-1].numel() < elements:
-            size = max(elements, 2 * self.partials[-1].numel() if self.partials else 1 << 20)
-            self.partials.append(torch.empty(size, dtype=torch.float32, device=self.device))
-        if not self.counters or self.counters[-1].numel() < tiles:
-            size = max(tiles, 2 * self.counters[-1].numel() if self.counters else 1 << 12)
-            self.counters.append(torch.zeros(size, dtype=torch.int32, device=self.device))
-        return self.partials[-1], self.counters[-1]
-
-
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
-
-
-def workspace_of(device: torch.device) -> Workspace:
-    """The workspace of the current stream: launches on one stream follow each other, those on two must not share."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    if key not in _workspaces:
-        _workspaces[key] = Workspace(device)
-    return _workspaces[key]
 
 
 def launch(
@@ -250,15 +233,30 @@ def launch(
     residual: torch.Tensor | None = None,
     gate_up: bool = False,
     out: torch.Tensor | None = None,
-    workspace: Workspace | None = None,
+    workspace: launching.Workspace | None = None,
 ) -> torch.Tensor:
-    """y [M, N] = x @ W^T + bias + residual; with gate_up y [M, N/2] = SiLU(gate) * up + residual.
+    """y = x @ W^T + bias + residual, or with gate_up SiLU(gate) * up + residual. Everything on one device.
 
-    x layout.dtype [M, K], rows of any stride; weight, meta as `layout` says; bias [N] (interleaved like the weight for
-    gate_up); residual like y, which is x.dtype or the dtype of `out` (float32 too). Everything on one device.
+    Args:
+        x: layout.dtype [M, K], rows of any stride, each in one piece.
+        weight: int16, layout.weight_shape.
+        meta: int32, layout.meta_shape.
+        layout: of the packed weight W [N, K].
+        config: block_n divides layout.padded_out, tiles divides layout.tiles.
+        bias: layout.dtype [N], with gate_up interleaved like the weight.
+        residual: like y.
+        gate_up: rows of W are those of `layout.interleave_gate_up`; N is a multiple of 16.
+        out: y itself, layout.dtype or float32, contiguous.
+        workspace: of partial sums, where the inputs are split; that of the current stream if None.
+
+    Returns:
+        y [M, N], with gate_up [M, N / 2], layout.dtype unless `out` is float32.
+
+    Raises:
+        ValueError: an argument does not fit `layout`.
     """
     layout.check(weight, meta)
-    return _launch(x, weight, meta, layout, config, bias, residual, gate_up, out, workspace, None, None, len(x))
+    return _launch(x, weight, meta, layout, config, launching.Ending(bias, residual, gate_up, out), workspace)
 
 
 def launch_experts(
@@ -273,23 +271,40 @@ def launch_experts(
     bias: torch.Tensor | None = None,
     gate_up: bool = False,
     out: torch.Tensor | None = None,
-    workspace: Workspace | None = None,
+    workspace: launching.Workspace | None = None,
 ) -> torch.Tensor:
     """The same for rows sorted by expert: y[i] = x[gather[i]] @ W[expert of i]^T + bias[expert of i].
 
-    weight int16 [E, ...], meta int32 [E, ...]: `layout` of one expert, stacked. row_tiles: of `expert_tiles` with
-    config.block_m. gather int32 [P]: row of x for each of the P sorted rows, None when x [P, K] is sorted itself.
+    Args:
+        x: layout.dtype [M, K], rows of any stride, each in one piece.
+        weight: int16 [E, *layout.weight_shape], contiguous.
+        meta: int32 [E, *layout.meta_shape], contiguous.
+        layout: of one expert's W [N, K].
+        config: as for `launch`.
+        row_tiles: int32 [T, 3] of `expert_tiles` with config.block_m.
+        gather: int32 [P], the row of x for each of the P sorted rows; None where x [P, K] is sorted itself.
+        bias: layout.dtype [E, N].
+        gate_up: as for `launch`.
+        out: y itself. Rows that are in no tile stay as they are.
+        workspace: as for `launch`.
+
+    Returns:
+        y [P, N], with gate_up [P, N / 2].
+
+    Raises:
+        ValueError: an argument does not fit `layout`.
     """
     if weight.ndim != 6 or meta.ndim != 3 or weight.shape[0] != meta.shape[0]:
         raise ValueError(f"weight is {list(weight.shape)} and meta {list(meta.shape)}, expected both [experts, ...]")
     if not (weight.is_contiguous() and meta.is_contiguous()):
         raise ValueError(f"weight has strides {weight.stride()}, meta {meta.stride()}, expected contiguous tensors")
     layout.check(weight[0], meta[0])
-    check_tensor("row_tiles", row_tiles, torch.int32, (row_tiles.shape[0], 3), x.device)
-    rows = len(x) if gather is None else len(gather)
+    launching.check_tensor("row_tiles", row_tiles, torch.int32, (row_tiles.shape[0], 3), x.device)
     if gather is not None:
-        check_tensor("gather", gather, torch.int32, (rows,), x.device)
-    return _launch(x, weight, meta, layout, config, bias, None, gate_up, out, workspace, row_tiles, gather, rows)
+        launching.check_tensor("gather", gather, torch.int32, (len(gather),), x.device)
+    return _launch(
+        x, weight, meta, layout, config, launching.Ending(bias, None, gate_up, out), workspace, (row_tiles, gather)
+    )
 
 
 def expert_tiles(expert_start: torch.Tensor, rows: int, block_m: int) -> torch.Tensor:
@@ -309,62 +324,37 @@ def expert_tiles(expert_start: torch.Tensor, rows: int, block_m: int) -> torch.T
     return torch.stack([expert, first, torch.minimum(first + block_m, end[expert])], 1).to(torch.int32)
 
 
-def check_tensor(name, tensor, dtype, shape, device):
-    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-    if tensor.dtype not in dtypes or tuple(tensor.shape) != tuple(shape) or tensor.device != device:
-        kinds = " or ".join(map(str, dtypes))
-        raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, "
-            f"expected {kinds} {list(shape)} on {device}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}, expected a contiguous tensor")
-
-
-def check_launch(x, weight, layout, block_n, bias, residual, gate_up, out, rows, experts=()) -> torch.Tensor:
-    """Raise ValueError on arguments that do not fit `layout`; returns `out`, allocated if it is None."""
-    if x.dtype != layout.dtype or x.ndim != 2 or x.shape[1] != layout.in_features or x.stride(1) != 1:
-        raise ValueError(
-            f"x is {x.dtype} {list(x.shape)} with strides {x.stride()}, "
-            f"expected {layout.dtype} [M, {layout.in_features}] with rows in one piece"
-        )
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device} and weight on {weight.device}, expected one device")
-    if layout.padded_out % block_n:
-        raise ValueError(f"block_n {block_n} does not divide the {layout.padded_out} padded out_features")
-    if gate_up and layout.out_features % 16:
-        raise ValueError(f"gate_up has {layout.out_features} out_features, expected a multiple of 16, interleaved")
-    features = layout.out_features // 2 if gate_up else layout.out_features
-    if out is None:
-        out = torch.empty(rows, features, dtype=x.dtype, device=x.device)
-    check_tensor("out", out, (x.dtype, torch.float32), (rows, features), x.device)
-    if residual is not None:
-        check_tensor("residual", residual, out.dtype, out.shape, x.device)
-    if bias is not None:
-        check_tensor("bias", bias, x.dtype, (*experts, layout.out_features), x.device)
-    return out
-
-
-def _launch(x, weight, meta, layout, config, bias, residual, gate_up, out, workspace, row_tiles, gather, rows):
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    meta: torch.Tensor,
+    layout: Layout,
+    config: Config,
+    ending: launching.Ending,
+    workspace: launching.Workspace | None,
+    sorting: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """sorting: row_tiles and gather of `launch_experts`."""
+    launching.check_input(x, weight, layout)
+    launching.check_blocks(layout, config.block_n, config.tiles)
+    launching.check_warps(config.warps, x.device)
+    row_tiles, gather = sorting or (None, None)
+    rows = len(x) if gather is None else len(gather)
     experts = () if row_tiles is None else weight.shape[:1]
-    out = check_launch(x, weight, layout, config.block_n, bias, residual, gate_up, out, rows, experts)
-    if layout.tiles % config.tiles:
-        raise ValueError(f"tiles {config.tiles} does not divide the {layout.tiles} K tiles of the weight")
+    out = ending.output(rows, layout, x.device, experts)
     if rows == 0:
         return out
     m_tiles = triton.cdiv(rows, config.block_m) if row_tiles is None else len(row_tiles)
     n_tiles = layout.padded_out // config.block_n
     split = min(config.split, layout.tiles // config.tiles)  # a program without inputs would be waste
-    partials = counters = None
-    if split > 1:
-        workspace = workspace or workspace_of(x.device)
-        tiles = n_tiles * m_tiles
-        partials, counters = workspace.get(tiles * split * config.block_n * config.block_m, tiles)
+    partials, counters = launching.split_buffers(
+        workspace, x.device, split, n_tiles * m_tiles, config.block_n * config.block_m
+    )
     with torch.cuda.device_of(x):
         skinny_kernel[(n_tiles, split, m_tiles)](
-            x, weight, meta, out, bias, residual, partials, counters, row_tiles, gather,
+            x, weight, meta, out, ending.bias, ending.residual, partials, counters, row_tiles, gather,
             rows, layout.in_features, layout.out_features, x.stride(0), layout.tiles, layout.padded_out, layout.words,
-            BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, GATE_UP=gate_up,
+            BITS=layout.bits, GROUP_SIZE=layout.group_size, SYM=layout.sym, GATE_UP=ending.gate_up,
             EVEN_K=layout.in_features == layout.padded_in, BN=config.block_n, BM=config.block_m, SPLIT=split,
             TILES=config.tiles, PTX=PTX,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,

@@ -1,28 +1,27 @@
 """Quantizing one decoder layer from what its linears receive.
 
 Two streams of hidden states run through the model: that of the quantized one and, for quantizers that compare with it,
-that of the original one. In a layer both walk from stage to stage; at each, the moments of the inputs are summed over
-all batches (and ranks), the weights of the stage are quantized and replaced in place, and the walks go on with the
-quantized weights.
+that of the original one. In a layer, the forward passes of both go from stage to stage; at each, the moments of the
+inputs are summed over all batches (and ranks), the weights of the stage are quantized and replaced in place, and the
+passes go on with the quantized weights.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lowbit.calibration.moments import Moments
-from lowbit.calibration.walk import Stage, Walk, expert_input, find_stages
+from lowbit.calibration.staged_pass import Stage, expert_input
 from lowbit.errors import InputError
 from lowbit.numerics.activations import RangeObserver
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.reference import weight_error
 from lowbit.numerics.scheme import Recipe
-from lowbit.quantization.calibrated.model import LayeredModel
+from lowbit.quantization.calibrated.layer_run import LayerRun
 from lowbit.quantization.calibrated.ranks import Ranks
-from lowbit.quantization.calibrated.streams import Streams, StreamsWriter
 from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import layer_entry
@@ -34,97 +33,6 @@ _FEWEST_TOKENS = 256
 
 # Called with a target that is done, what became of it, and its entry of the report
 Done = Callable[[Target, QuantWeight, dict], None]
-
-
-class LayerRun:
-    """Layer `number` of the loaded `models` (quantized, original) or (quantized,), over the samples of this rank.
-
-    batches: int64 [B, T] token ids each. keep: leave every walk open between stages; otherwise each stage walks anew
-    from the start of the layer, in less memory and about twice the time.
-    """
-
-    def __init__(
-        self, models: tuple[LayeredModel, ...], number: int, batches: list[torch.Tensor], streams: Streams, keep: bool
-    ):
-        self.models, self.quantized, self.number = models, models[0], number
-        self.batches, self.streams, self.keep = batches, streams, keep
-        self._walks: dict[int, list[Walk]] = {}
-        self._stages: list[Stage] = []
-        self._parameters: list[str] = []
-        self._hooks = []
-
-    def find_stages(self, parameters: list[str]) -> list[Stage]:
-        """The stages of the layer, seen on one sample."""
-        hidden = self._hidden(self.quantized, self.streams.read(0)[0])
-        hidden = None if hidden is None else hidden[:1]
-        self._parameters = parameters
-        self._stages = find_stages(
-            lambda: self.quantized.run(self.number, self.batches[0][:1], hidden),
-            {name: self.quantized.model.get_parameter(name) for name in parameters},
-            hidden,
-        )
-        for model in self.models:
-            for stage in self._stages:
-                if stage.experts is not None:
-                    experts = model.model.get_submodule(stage.experts)
-                    hook = experts.register_forward_pre_hook(Walk.at_experts(stage.experts), with_kwargs=True)
-                    self._hooks.append(hook)
-        return self._stages
-
-    def _walks_of(self, index: int) -> list[Walk]:
-        if index in self._walks:
-            return self._walks[index]
-        walks = []
-        for model, hidden in zip(self.models, self.streams.read(index), strict=False):
-            parameters = {name: model.model.get_parameter(name) for name in self._parameters}
-            hidden = self._hidden(model, hidden)
-
-            def run(model=model, hidden=hidden):
-                return model.run(self.number, self.batches[index], hidden)
-
-            walks.append(Walk(run, self._stages, parameters, hidden))
-        if self.keep:
-            self._walks[index] = walks
-        return walks
-
-    @staticmethod
-    def _hidden(model: LayeredModel, hidden: torch.Tensor | None) -> torch.Tensor | None:
-        # moved here: a walk knows the residual stream by where it lies
-        return None if hidden is None else hidden.to(model.device)
-
-    def arrivals(self, stage: int) -> Iterator[tuple]:
-        """(quantized, original, residual) batch by batch: what `stage` receives in both streams, and what the residual
-        stream of the quantized one lacks, None if the stage does not join it. Without an original stream, the quantized
-        one stands for both."""
-        for index in range(len(self.batches)):
-            walks = self._walks_of(index)
-            arrived = [walk.to(stage) for walk in walks]
-            if all(arrival is not None for arrival in arrived):
-                streams = [walk.stream for walk in walks]
-                joins = self._stages[stage].joins and all(stream is not None for stream in streams)
-                yield arrived[0], arrived[-1], streams[-1] - streams[0] if joins else None
-            if not self.keep:
-                for walk in walks:
-                    walk.abandon()
-
-    def finish(self, streams: StreamsWriter) -> tuple[float, float]:
-        """Walk to the end; the outputs are written to `streams`. Squared distance of the quantized outputs from the
-        original ones, and the squared norm of those."""
-        distance = norm = 0.0
-        for index in range(len(self.batches)):
-            outputs = [walk.to_end() for walk in self._walks_of(index)]
-            self._walks.pop(index, None)
-            distance += float((outputs[0] - outputs[-1]).float().square().sum())
-            norm += float(outputs[-1].float().square().sum())
-            streams.write(index, outputs)
-        return distance, norm
-
-    def close(self) -> None:
-        for walks in self._walks.values():
-            for walk in walks:
-                walk.abandon()
-        for hook in self._hooks:
-            hook.remove()
 
 
 def quantize_layer(run: LayerRun, plan: Plan, steps: list[Step], tensors: dict, ranks: Ranks, done: Done) -> None:
@@ -271,7 +179,7 @@ def _quantize_together(
     notes = [notes for _, notes in parts]
     seconds = (time.perf_counter() - started) * len(alike[0].weight) / len(weight)
     for target, rows in zip(alike, _consecutive(alike), strict=True):
-        qweight = _rows(whole, rows).with_inputs(scheme, **grid)
+        qweight = whole.rows(rows.start, rows.stop).with_inputs(scheme, **grid)
         entry = {
             **layer_entry(target.step, target.expert),
             "error": weight_error(target.weight, qweight),
@@ -306,16 +214,13 @@ def _consecutive(alike: list[Target]) -> Iterator[slice]:
 
 
 def _joined(parts: list[QuantWeight]) -> QuantWeight:
-    if len(parts) == 1:
-        return parts[0]
-    zeros = None if parts[0].zeros is None else torch.cat([part.zeros.cpu() for part in parts])
-    codes, scales = (torch.cat([getattr(part, field).cpu() for part in parts]) for field in ("codes", "scales"))
-    return QuantWeight(codes, scales, parts[0].scheme, zeros)
+    """The rows of all ranks, on the CPU."""
 
+    def on_cpu(part: QuantWeight) -> QuantWeight:
+        zeros = None if part.zeros is None else part.zeros.cpu()
+        return replace(part, codes=part.codes.cpu(), scales=part.scales.cpu(), zeros=zeros)
 
-def _rows(whole: QuantWeight, rows: slice) -> QuantWeight:
-    zeros = None if whole.zeros is None else whole.zeros[rows].cpu().contiguous()
-    return QuantWeight(whole.codes[rows].cpu().contiguous(), whole.scales[rows].cpu().contiguous(), whole.scheme, zeros)
+    return QuantWeight.concatenated([on_cpu(part) for part in parts])
 
 
 def _objective(notes: list[dict], rows: slice) -> dict[str, float]:

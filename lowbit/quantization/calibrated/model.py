@@ -108,7 +108,7 @@ class LayeredModel:
             return through.output
 
     def _enter_layers(self) -> None:
-        self._local = threading.local()  # walks of several threads are under way at a time
+        self._local = threading.local()  # forward passes of several threads are under way at a time
         self._outputs: int | None = None  # length of the tuple that a layer returns, None for a tensor: learned
         for number, layer in enumerate(self.layers):
             layer.forward = self._forward_of(number, layer.forward)

@@ -14,8 +14,8 @@ import torch
 from lowbit.calibration.folds import Fold, find_folds
 from lowbit.calibration.recorded import add_edits, scaled
 from lowbit.calibration.smooth import Activations, Choice, Consumer, choose_scales, scales_of
-from lowbit.calibration.walk import Products, addresses
 from lowbit.discovery import find_sites
+from lowbit.discovery.shared_inputs import Products
 from lowbit.numerics.grid import dequantize, quantize_nearest
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.ranks import Ranks
@@ -117,7 +117,7 @@ class Smoother:
         seen = [Activations(len(fold.channels), device) for fold in folds]
         # all consumers of a fold read the same input: it is observed at one, a router rather than experts
         first = [min(fold.consumers, key=lambda edit: parameters[edit.parameter].ndim).parameter for fold in folds]
-        places = addresses({name: parameters[name] for name in first})
+        weights = {name: parameters[name] for name in first}
         tokens = sum(batch.numel() for batch in self.batches)
 
         def add(name: str, x: torch.Tensor) -> None:
@@ -126,7 +126,7 @@ class Smoother:
                     seen[place].add(x.flatten(0, -2), tokens)
 
         for index, batch in enumerate(self.batches):
-            with torch.no_grad(), Products(places, add):
+            with torch.no_grad(), Products(weights, add):
                 self.model.run(number, batch, streams.read(index)[0])
         parts = self.ranks.all_of(seen)
         return [Activations.merged(of_ranks) for of_ranks in zip(*parts, strict=True)]

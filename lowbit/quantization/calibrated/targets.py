@@ -1,4 +1,4 @@
-"""Which rows of which matrix in memory a stored tensor is: the way from checkpoint to model and back.
+"""Which layer a stored tensor is in, and which rows of which matrix: the way from checkpoint to model and back.
 
 A linear is stored as one tensor. The experts of a layer are one 3-D parameter in memory, and in the file that
 parameter, or a tensor for each expert, or two (gate and up) that lie one below the other in memory.
@@ -12,7 +12,32 @@ from torch import nn
 
 from lowbit.discovery import CheckpointNames
 from lowbit.errors import InputError
-from lowbit.quantization.plan import Step
+from lowbit.quantization.calibrated.model import LayeredModel
+from lowbit.quantization.plan import Plan, Step
+
+
+def steps_by_layer(plan: Plan, model: LayeredModel) -> list[list[Step]]:
+    """The steps that are quantized with data in each decoder layer; behind them the output embedding, if it is.
+
+    Raises InputError for static activations outside of the layers.
+    """
+    layers: list[list[Step]] = [[] for _ in model.layers]
+    head = []
+    for step in plan.quantized:
+        if step.site.kind == "experts" and not step.site.routed:
+            continue  # nothing is known of how tokens get to these experts: they are quantized without data
+        parameter, _ = model.names.locate(step.source.name)
+        number = model.layer_of(parameter)
+        if number is not None:
+            layers[number].append(step)
+        elif model.is_head(parameter):
+            head.append(step)
+        elif step.scheme.is_static:
+            raise InputError(
+                f"{step.base} lies outside of the decoder layers, where calibration does not see its inputs: leave "
+                "it alone with --ignore, or give it a dynamic scheme with --override"
+            )
+    return layers + ([head] if head else [])
 
 
 @dataclass(frozen=True)

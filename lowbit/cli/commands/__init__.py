@@ -1,0 +1,1 @@
+"""One file for each command: a function, its options, its exit codes."""

@@ -1,0 +1,128 @@
+"""lowbit eval"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowbit.cli.common import (
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    checked_dtype,
+    default_device_map,
+    one_model,
+    quiet_transformers,
+)
+from lowbit.cli.terminal import console, print_json, progress, table
+from lowbit.errors import UsageError
+from lowbit.options import DeviceOptions, SourceOptions, keywords, option
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The tokens that models are measured on."""
+
+    dataset: str = option(
+        "stdlib",
+        "A text file, 'stdlib' (held-out Python modules), 'wikitext2', or org/name[:config[:split[:column]]].",
+    )
+    seqlen: int = option(2048, "Tokens in a window, at most the model's context.", least=2)
+    num_tokens: int | None = option(None, "Use the first tokens only.", least=2)
+
+
+def evaluate(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare with: KL divergence and top-1 agreement.", show_default=False)
+    ] = None,
+    *,
+    text: TextOptions,
+    device: DeviceOptions,
+    source: SourceOptions,
+    save: Annotated[
+        bool, typer.Option("--save", help="Record the result in the report of the quantized folder MODEL.")
+    ] = False,
+    json: JsonOption = False,
+):
+    """Measure perplexity, and KL divergence to a reference model, on the same tokens.
+
+    With --save the result goes into MODEL/lowbit_report.json, where `lowbit report` and the model card find it.
+    """
+    name = one_model(model, model_option)
+    checked_dtype(device.dtype)
+    from lowbit.checkpoint.report_file import load_report, save_report
+    from lowbit.eval import evaluate as measure
+    from lowbit.eval.compare import starts_with_bos
+    from lowbit.folders.locate import resolve
+    from lowbit.generation.stream import load_tokenizer
+    from lowbit.system.machine import now
+    from lowbit.text.datasets import token_stream
+
+    quiet_transformers()
+    if save:
+        load_report(_own_folder(name))  # what cannot be recorded is said before it is measured
+    folder, trust = resolve(name, source.revision), source.trust_remote_code
+    _require_text(folder, trust)
+    tokenizer = load_tokenizer(folder, trust)
+    stream = token_stream(tokenizer, text.dataset, text.num_tokens)
+    loaded = _load(folder, device, trust)
+    other = None
+    if reference is not None:
+        original = resolve(reference)
+        _require_text(original, trust)
+        other = _load(original, replace(device, backend=None), trust)
+    bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
+    with progress("evaluating", 1, quiet=json) as advance:
+        done = measure(
+            loaded, stream, reference=other, seqlen=text.seqlen, bos=bos, on_window=lambda _, total: advance(1 / total)
+        )
+    result = {"reference": reference, "dataset": text.dataset, **done.to_dict()}
+    if json:
+        print_json({"model": name, **result})
+    else:
+        _show(name, reference, text.dataset, done)
+    if save:
+        folder = _own_folder(name)
+        save_report(folder, {**load_report(folder), "quality": {**result, "date": now()}})
+
+
+def _require_text(folder: Path, trust_remote_code: bool) -> None:
+    """Raise InputError for a model that does not write text."""
+    from lowbit.discovery import require_language_head
+    from lowbit.folders.locate import load_config
+
+    require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
+
+
+def _load(folder: Path, device: DeviceOptions, trust_remote_code: bool):
+    from lowbit.hf import load
+
+    placed = {**keywords(device), "device_map": default_device_map(device.device_map)}
+    return load(folder, **placed, trust_remote_code=trust_remote_code)
+
+
+def _own_folder(name: str) -> Path:
+    """The folder that MODEL is. Raises UsageError for one that belongs to the Hub's cache, or to lowbit."""
+    from lowbit.folders.locate import REFERENCE
+
+    folder = Path(name).expanduser()
+    if name == REFERENCE or not folder.is_dir():
+        raise UsageError(f"--save writes into the folder of the model: pass a quantized folder, not {name}")
+    return folder
+
+
+def _show(name: str, reference: str | None, dataset: str, done) -> None:
+    rows = table("", *(Path(which).name for which in (name, reference) if which is not None))
+    if reference is None:
+        rows.add_row("perplexity", f"{done.perplexity:.3f}")
+    else:
+        rows.add_row("perplexity", f"{done.perplexity:.3f}", f"{done.reference_perplexity:.3f}")
+        rows.add_row("mean KL divergence (nats)", f"{done.kl_mean:.5f}", "0")
+        rows.add_row("99th percentile KL", f"{done.kl_p99:.5f}", "0")
+        rows.add_row("top-1 agreement", f"{done.top1_agreement:.2%}", "100%")
+    console.print(rows)
+    against = "" if reference is None else f" against {reference}"
+    console.print(f"{name}{against}: {done.tokens:,} tokens of {dataset} in windows of {done.seqlen}")

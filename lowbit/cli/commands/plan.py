@@ -1,0 +1,96 @@
+"""lowbit plan"""
+
+from collections import Counter
+
+from lowbit.cli.commands.dtype import only_converts, preview_dtype
+from lowbit.cli.common import (
+    HeadFlags,
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    check_known,
+    one_model,
+    quiet_transformers,
+    size,
+)
+from lowbit.cli.terminal import console, print_json, show_names, table
+from lowbit.options import FileOptions, RecipeOptions, SampleOptions, SourceOptions, keywords
+
+
+def plan(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    *,
+    recipe: RecipeOptions,
+    head: HeadFlags,
+    samples: SampleOptions,
+    files: FileOptions,
+    source: SourceOptions,
+    json: JsonOption = False,
+):
+    """Show what quantizing a model would give and take, from its headers: nothing is downloaded or written.
+
+    Sizes are exact. Takes the flags of `quantize` that matter to the result. With --json, output_bytes are those of all
+    tensors, file_bytes those of the weight files, headers and all: what they take up on a disk.
+    """
+    check_known(format=files.format, method=recipe.method)
+    preview_any(one_model(model, model_option), recipe, head, samples, files, source, json)
+
+
+def preview_any(
+    name: str, recipe: RecipeOptions, head: HeadFlags, samples: SampleOptions, files: FileOptions,
+    source: SourceOptions, json: bool,
+) -> None:  # fmt: skip
+    """Print what `lowbit.plan` or `lowbit.plan_dtype` finds, whichever the scheme is of."""
+    lm_head = head.scheme()
+    if only_converts(recipe.base, recipe, head, samples, files):
+        preview_dtype(name, recipe.base, json, max_shard_size=files.max_shard_size, revision=source.revision)
+    else:
+        preview(name, {**keywords(recipe, samples, files, source), "lm_head": lm_head}, json)
+
+
+def preview(model: str, arguments: dict, json: bool) -> None:
+    """Print what `lowbit.plan(model, **arguments)` finds."""
+    from lowbit.quantization.preview import plan as find
+
+    quiet_transformers()
+    found = find(model, **arguments)
+    if json:
+        print_json(found.to_dict())
+    else:
+        _show(found)
+
+
+def _show(found) -> None:
+    rows = table("", "now", "quantized")
+    rows.add_row("weights", size(found.source_bytes), size(found.output_bytes))
+    rows.add_row("bits per quantized weight", "", f"{found.bits_per_weight:.2f}")
+    console.print(rows)
+    schemes = Counter(module["scheme"] for module in found.modules)
+    parts = ", ".join(f"{count} as {scheme}" for scheme, count in schemes.most_common())
+    console.print(f"{len(found.modules)} weight tensors quantized, {found.quantized_share:.1%} of the bytes: {parts}")
+    console.print(
+        f"the run: about {_duration(found.seconds)} on this machine, peak memory {size(found.peak_ram_bytes)}, "
+        f"disk {size(found.disk_bytes)}"
+    )
+    show_names("other group size, because theirs does not divide in_features:", found.fallbacks)
+    show_names("left alone:", found.skipped)
+    engines = table("engine", "takes it", "on GPUs", "GPU from", "")
+    engines.columns[4].justify = "left"
+    for entry in found.engines:
+        ranks = [count for count, reason in entry["tensor_parallel"].items() if reason is None]
+        engines.add_row(
+            f"{entry['engine']} {entry['version']}",
+            "yes" if entry["ok"] else "no",
+            ", ".join(ranks) or "-",
+            f"sm_{entry['compute_capability'].replace('.', '')}" if entry["compute_capability"] else "any",
+            entry["reason"] or ", ".join(entry["kernels"]) or entry["note"],
+        )
+    console.print()
+    console.print(engines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,24 @@
+"""What a user may choose, stated once: frozen dataclasses whose fields are keywords in Python and flags of commands."""
+
+from lowbit.options.generation import SamplingOptions, SessionOptions, TokenOptions
+from lowbit.options.keywords import changed, keywords, like, option, shows_options, takes_options
+from lowbit.options.model import DeviceOptions, LoadOptions, OutputOptions, RevisionOptions, ShardOptions, SourceOptions
+from lowbit.options.publishing import PushOptions
+from lowbit.options.recipe import (
+    CalibrationOptions,
+    DrawnSampleOptions,
+    FileOptions,
+    HeadOption,
+    OnLoadOptions,
+    RecipeOptions,
+    RunOptions,
+    SampleOptions,
+)
+from lowbit.options.verification import VerifyOptions
+
+__all__ = [
+    "CalibrationOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption", "LoadOptions",
+    "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions", "RunOptions",
+    "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "TokenOptions",
+    "VerifyOptions", "changed", "keywords", "like", "option", "shows_options", "takes_options",
+]  # fmt: skip
