@@ -3,21 +3,18 @@
 Each of them is decoded when it is read, and at no other time: memory is that of the weight and of what it is stored in.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import cast
 
 import torch
 
-from lowbit.checkpoint.encodings import ENCODINGS, EncodedWeight, get_encoding
+from lowbit.checkpoint.encodings import EncodedWeight, get_encoding
 from lowbit.checkpoint.layout import StoredTensor, TensorInfo
-from lowbit.checkpoint.reader import CheckpointReader, without_quantization
-from lowbit.checkpoint.remote import RemoteHeaders
+from lowbit.checkpoint.reader import Headers, unquantized
 from lowbit.errors import InputError
 
-Headers = TypeVar("Headers", CheckpointReader, RemoteHeaders)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -31,6 +28,10 @@ class DecodedTensor(TensorInfo):
     def file(self) -> Path:
         """Where its codes are."""
         return cast(StoredTensor, next(iter(self.encoded.parts.values()))).file
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(info.nbytes for info in self.encoded.parts.values())
 
     def read(self) -> torch.Tensor:
         """Its data in memory of its own. Raises InputError if a part cannot be read, or a scale is no number."""
@@ -61,21 +62,8 @@ def decoded(reader: Headers) -> Headers:
         first, *rest = (info.name for info in weight.parts.values())
         codes[first] = weight
         others.update(rest, weight.unused)
-    tensors: dict[str, Any] = {}  # as a reader has them: what can be read, or headers alone
-    for name, info in reader.tensors.items():
-        if name in codes:
-            found = codes[name]
-            tensors[found.name] = DecodedTensor(found.name, dtype, found.shape, found)
-        elif name not in others:
-            tensors[name] = info
-    other = copy.copy(reader)
-    other.config, other.tensors = without_quantization(reader.config), tensors
-    return other
-
-
-def is_decodable(method: object) -> bool:
-    """Whether `decoded` may know the weights of a `quant_method`."""
-    return method in ENCODINGS
+    made = {name: DecodedTensor(weight.name, dtype, weight.shape, weight) for name, weight in codes.items()}
+    return unquantized(reader, (made.get(name, info) for name, info in reader.tensors.items() if name not in others))
 
 
 def _dtype(config: Mapping) -> torch.dtype:

@@ -50,6 +50,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes in a file: less than its data, where it is decoded while it is read."""
+        return self.nbytes
+
 
 @dataclass(frozen=True)
 class StoredTensor(TensorInfo):

@@ -5,17 +5,20 @@ that `transformers_weights` in config.json names, else `model.safetensors`, else
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, read_header
+from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, TensorInfo, read_header
 from lowbit.errors import InputError
 from lowbit.guards.reading import check_regular_files, read_json
 from lowbit.guards.records import record, shown
 
+# A CheckpointReader, or the RemoteHeaders of a repository
+Headers = TypeVar("Headers", bound=Any)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -115,6 +118,12 @@ class CheckpointReader:
         return said
 
     @property
+    def method(self) -> str | None:
+        """The `quant_method` that the folder says; None where it says none."""
+        said = self.quantization_config
+        return None if said is None else str(said.get("quant_method"))
+
+    @property
     def plain_config(self) -> dict:
         """config.json without what it says of quantization and of the names of weight files."""
         return without_quantization({name: value for name, value in self.config.items() if name != _WEIGHTS_KEY})
@@ -202,6 +211,14 @@ def quantization_in(config: dict):
     """The `quantization_config` of a config.json: its own, or that of the language model in it."""
     parts = [part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)]
     return next((said for part in (config, *parts) if (said := part.get("quantization_config")) is not None), None)
+
+
+def unquantized(headers: Headers, tensors: Iterable[TensorInfo]) -> Headers:
+    """The same folder or repository with plain `tensors` in place of its own, and nothing that says otherwise."""
+    other = copy.copy(headers)
+    other.config = without_quantization(headers.config)
+    other.tensors = {info.name: info for info in tensors}
+    return other
 
 
 def without_quantization(config: dict) -> dict:

@@ -37,9 +37,14 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping) -> Iterator[Enco
     groups = (record(_Config, config, "quantization_config").config_groups or {}).values()
     structures = {group.weights.block_structure for group in groups if group.weights is not None}
     blocks = [(block[0], block[1]) for block in structures if block is not None and len(block) == 2]
+    integers = next((name for name, info in tensors.items() if _is_packed(name) and info.dtype == torch.int32), None)
     for name, codes in tensors.items():
         base, suffix = name.rpartition(".weight")[0], name.rpartition(".")[2]
-        if (suffix == "weight" and codes.dtype in FLOAT8) or (suffix == "weight_packed" and codes.dtype == torch.uint8):
+        if (suffix == "weight" and codes.dtype in FLOAT8) or (_is_packed(name) and codes.dtype == torch.uint8):
+            if integers is not None:
+                raise InputError(
+                    f"{name} holds floating-point codes and {integers} integers: expected one of both only"
+                )
             if f"{base}.weight_zero_point" in tensors:
                 raise InputError(f"{base}.weight_zero_point is in the checkpoint: floating-point codes have no zeros")
             yield block_scaled(
@@ -51,3 +56,7 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping) -> Iterator[Enco
                 is_divisor=True,
                 unused=[f"{base}.{name}" for name in _UNUSED],
             )
+
+
+def _is_packed(name: str) -> bool:
+    return name.endswith(".weight_packed")
