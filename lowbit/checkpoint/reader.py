@@ -5,22 +5,30 @@ that `transformers_weights` in config.json names, else `model.safetensors`, else
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, read_header
+from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, TensorInfo, read_header
 from lowbit.errors import InputError
 from lowbit.guards.reading import check_regular_files, read_json
 from lowbit.guards.records import record, shown
 
+# A CheckpointReader, or the RemoteHeaders of a repository
+Headers = TypeVar("Headers", bound=Any)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Where AutoGPTQ and AutoAWQ of 2023 say how a checkpoint is quantized -> the method that the file does not name
-_OLD_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Files of other writers that say how a checkpoint is quantized, where config.json does not -> the method, which they do
+# not name, and how the name of a tensor of theirs ends: AutoGPTQ and AutoAWQ of 2023, ModelOpt
+_OTHER_CONFIGS = {
+    "quantize_config.json": ("gptq", ".qweight"),
+    "quant_config.json": ("awq", ".qweight"),
+    "hf_quant_config.json": ("modelopt", ".weight_scale"),
+}
 # With PEFT installed, transformers would put the adapter on top of the model, and without it would not
 _ADAPTER_NAME = "adapter_config.json"
 # The key of config.json by which transformers lets a folder name its weight file
@@ -101,20 +109,24 @@ class CheckpointReader:
 
     @property
     def quantization_config(self) -> dict | None:
-        """How the folder says that it is quantized; None where it does not. AutoGPTQ and AutoAWQ of 2023 said it in a
-        file of its own, which counts where there are tensors of theirs."""
+        """How the folder says that it is quantized; None where it does not. Some writers say it in a file of its own,
+        which counts where there are tensors of theirs."""
         said = quantization_in(self.config)
-        if said is None and any(name.endswith(".qweight") for name in self.tensors):
-            for name, method in _OLD_CONFIGS.items():
-                if (self.folder / name).is_file():
-                    said = record(dict, read_json(self.folder / name), str(self.folder / name))
-                    return {"quant_method": method, **said}
+        for name, (method, suffix) in _OTHER_CONFIGS.items() if said is None else ():
+            if (self.folder / name).is_file() and any(tensor.endswith(suffix) for tensor in self.tensors):
+                return {"quant_method": method, **record(dict, read_json(self.folder / name), str(self.folder / name))}
         return said
+
+    @property
+    def method(self) -> str | None:
+        """The `quant_method` that the folder says; None where it says none."""
+        said = self.quantization_config
+        return None if said is None else str(said.get("quant_method"))
 
     @property
     def plain_config(self) -> dict:
         """config.json without what it says of quantization and of the names of weight files."""
-        return _plain({name: value for name, value in self.config.items() if name != _WEIGHTS_KEY})
+        return without_quantization({name: value for name, value in self.config.items() if name != _WEIGHTS_KEY})
 
     def _weight_files(self) -> list[str]:
         if (self.folder / _ADAPTER_NAME).is_file():
@@ -201,9 +213,18 @@ def quantization_in(config: dict):
     return next((said for part in (config, *parts) if (said := part.get("quantization_config")) is not None), None)
 
 
-def _plain(config: dict) -> dict:
+def unquantized(headers: Headers, tensors: Iterable[TensorInfo]) -> Headers:
+    """The same folder or repository with plain `tensors` in place of its own, and nothing that says otherwise."""
+    other = copy.copy(headers)
+    other.config = without_quantization(headers.config)
+    other.tensors = {info.name: info for info in tensors}
+    return other
+
+
+def without_quantization(config: dict) -> dict:
+    """A config.json, and the configs of models in it, without `quantization_config`."""
     return {
-        name: _plain(value) if name.endswith("_config") and isinstance(value, dict) else value
+        name: without_quantization(value) if name.endswith("_config") and isinstance(value, dict) else value
         for name, value in config.items()
         if name != "quantization_config"
     }

@@ -25,12 +25,12 @@ from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
 from lowbit.conversion.options import DenseOptions, ExportOptions
 from lowbit.errors import InputError, OutputError, UsageError
+from lowbit.folders.dense import cast_checked, dequantized
 from lowbit.folders.locate import check_apart
 from lowbit.folders.quantized import QuantizedFolder
 from lowbit.folders.stored import StoredWeight, StoredWeights
 from lowbit.formats import FORMATS, get_format
 from lowbit.guards.safe_files import write_whole
-from lowbit.numerics.grid import dequantize as dense_matrix
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 from lowbit.options import OutputOptions, SourceOptions, takes_options
@@ -105,6 +105,10 @@ def convert(
         raise UsageError("max_shard_size is of formats that are folders, a GGUF file is never split: leave it out")
     folder = QuantizedFolder(model, source.revision, source.trust_remote_code)
     check_apart(folder.folder, Path(os.path.abspath(output_dir)))
+    if folder.encoded:
+        raise InputError(
+            f"{folder.folder} is stored in {folder.format}, which no format here holds: quantize it, or dequantize it"
+        )
     if format == "gguf":
         return _to_gguf(folder, Path(output_dir), export.pre, output.overwrite, on_start)
     if format == "mlx":
@@ -160,10 +164,9 @@ def _by_entry(on_start: OnStart | None):
 
 
 def _conversion(source: QuantizedFolder, format: str, output_bytes: int, output, notes=()) -> Conversion:
-    source_bytes = sum(info.nbytes for info in source.reader.tensors.values())
-    weights = len(source.stored.weights)
+    source_bytes = sum(info.stored_bytes for info in source.reader.tensors.values())
     notes = (*source.notes, *notes)
-    return Conversion(source.stored.format, format, weights, source_bytes, output_bytes, str(output), notes)
+    return Conversion(source.format, format, source.count, source_bytes, output_bytes, str(output), notes)
 
 
 @takes_options
@@ -251,35 +254,14 @@ def _plain_part(reader: CheckpointReader, info: TensorInfo, dtype: torch.dtype |
     kept = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
 
     def make():
-        return {info.name: _cast(read_checked(reader, info.name), kept, info.name)}
+        return {info.name: cast_checked(read_checked(reader, info.name), kept, info.name)}
 
     return _Part(info.name, (TensorInfo(info.name, kept, info.shape),), make)
 
 
 def _dense_part(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtype | None) -> _Part:
-    site, kept = source.site(weight.base), dtype or weight.dtype
-    if site is None:
-        raise InputError(f"{weight.base} is not a module of the model that config.json describes")
-    name = weight.base if weight.experts else f"{weight.base}.weight"
-    transposed = source.is_stored_transposed(site, name)
-    shape = weight.shape[::-1] if transposed else weight.shape
-    lead = (weight.experts,) if weight.experts else ()
-
-    def make():
-        matrices = [dense_matrix(qweight, torch.float32) for qweight in source.stored.quantized(weight)]
-        matrices = [matrix.T if transposed else matrix for matrix in matrices]
-        dense = torch.stack(matrices) if lead else matrices[0].contiguous()
-        return {name: _cast(dense, kept, name)}
-
-    return _Part(weight.base, (TensorInfo(name, kept, (*lead, *shape)),), make)
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    cast = tensor.to(dtype)
-    if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
-        largest = float(tensor.abs().max())
-        raise InputError(f"{name} has values of {largest:.3g}, too large for {dtype}: choose bfloat16 or float32")
-    return cast
+    dense = dequantized(source, weight, dtype)
+    return _Part(weight.base, (dense,), lambda: {dense.name: dense.read()})
 
 
 def _rewrite(

@@ -6,7 +6,7 @@ Whatever asks what a folder holds asks here, so that no two parts of lowbit can 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -31,14 +31,20 @@ class OpenedFolder:
     Args:
         path: The folder.
         trust_remote_code: Whether code that comes with the model may run.
+        read: What is to be seen of the folder: all that is stored, or what `decoded` makes of it.
 
     Raises:
         InputError: The folder cannot be read, or its config describes no model that can be built.
     """
 
-    def __init__(self, path: Path, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        trust_remote_code: bool = False,
+        read: Callable[[CheckpointReader], CheckpointReader] = lambda reader: reader,
+    ):
         self.path = path
-        self.reader = CheckpointReader(path)
+        self.reader = read(CheckpointReader(path))
         self.config = load_config(path, trust_remote_code, self.reader.tensors.values())
         self.model = skeleton(self.config, trust_remote_code, tensors=self.reader.tensors.values())
         self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)

@@ -3,7 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from lowbit.checkpoint import TensorInfo
+from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.checkpoint.decoded import DecodedTensor, decoded
 from lowbit.discovery import Site, named_in_config
 from lowbit.errors import InputError
 from lowbit.folders.locate import resolve
@@ -12,18 +13,33 @@ from lowbit.numerics.scheme import Scheme
 
 
 class QuantizedFolder(OpenedFolder):
-    """A quantized folder, opened, to be written as another one.
+    """A quantized folder, opened, to be written as another one. Floating-point encodings are decoded already.
 
     Raises InputError if there is nothing quantized in it, or something that the model has no place for: what is written
     of it could not be loaded.
     """
 
     def __init__(self, model: str | Path, revision: str | None = None, trust_remote_code: bool = False):
-        super().__init__(resolve(model, revision), trust_remote_code)
+        super().__init__(resolve(model, revision), trust_remote_code, decoded)
         self.folder = self.path
-        if not self.stored.weights:
+        if not self.count:
             raise InputError(f"{self.folder} holds no quantized weights: expected a quantized model")
         self.require_known()
+
+    @property
+    def encoded(self) -> list[DecodedTensor]:
+        """The weights that were stored in floating point of fewer bits."""
+        return [info for info in self.reader.tensors.values() if isinstance(info, DecodedTensor)]
+
+    @property
+    def count(self) -> int:
+        """How many weights are quantized."""
+        return len(self.stored.weights) + len(self.encoded)
+
+    @property
+    def format(self) -> str:
+        """What they are stored in, for people."""
+        return self.stored.format or f"{CheckpointReader(self.path).method} (floating point)"
 
     @property
     def kept(self) -> list[TensorInfo]:

@@ -97,6 +97,11 @@ def get_format(name: str) -> Format:
     return cast(Format, import_module(FORMATS[name]))
 
 
+def is_format(config: dict) -> bool:
+    """Whether a checkpoint's `quantization_config` is one of these formats."""
+    return any(get_format(name).detect(config) for name in FORMATS)
+
+
 def detect_format(config: dict) -> str:
     """The name of the format that a checkpoint's `quantization_config` describes; raises InputError if none does."""
     for name in FORMATS:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from lowbit.backends import get_backend
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.checked import read_checked
+from lowbit.checkpoint.decoded import DecodedTensor, decoded
 from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.folders.locate import load_config, resolve
@@ -41,8 +43,11 @@ def loading_config(
     """
     folder = resolve(path, revision)
     config = load_config(folder, trust_remote_code)
-    source = CheckpointReader(folder).quantization_config
-    if source is not None:
+    reader = CheckpointReader(folder)
+    source = reader.quantization_config
+    if decoded(reader) is not reader:
+        del config.quantization_config
+    elif source is not None:
         detect_format(source)
         config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse}
         text = config.get_text_config()
@@ -73,18 +78,24 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     kwargs, dtype, hub, wants_info = _keywords(kwargs, run.dtype)
     folder = resolve(path, source.revision, **hub)
     # headers only: transformers follows an index anywhere and trips over damaged files
-    reader = CheckpointReader(folder)
+    reader = decoded(CheckpointReader(folder))
     config = loading_config(folder, run.backend, trust_remote_code=source.trust_remote_code, fuse=run.fuse)
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
+    weights = None  # transformers reads those of the folder
+    if any(isinstance(info, DecodedTensor) for info in reader.tensors.values()):
+        if kwargs.get("quantization_config") is not None:
+            raise UsageError(f"{folder} is quantized already: `lowbit quantize` it, or leave quantization_config out")
+        weights = {name: read_checked(reader, name) for name in reader.tensors}
     build = no_larger_than(reader.tensors.values())(model_class(config, source.trust_remote_code).from_pretrained)
     try:
         model, info = build(
-            folder,
+            folder if weights is None else None,
             config=config,
+            state_dict=weights,
             device_map=run.device_map,
             dtype=dtype,
             use_safetensors=True,

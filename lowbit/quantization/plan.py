@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def source_bytes(self) -> int:
-        return sum(step.source.nbytes for step in self.steps)
+        return sum(step.source.stored_bytes for step in self.steps)
 
     @property
     def output_bytes(self) -> int:
@@ -96,7 +96,7 @@ class Plan:
     @property
     def quantized_share(self) -> float:
         """Part of the source's bytes that is quantized."""
-        return sum(s.source.nbytes for s in self.quantized) / max(self.source_bytes, 1)
+        return sum(s.source.stored_bytes for s in self.quantized) / max(self.source_bytes, 1)
 
     @property
     def bits_per_weight(self) -> float:

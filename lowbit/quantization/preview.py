@@ -7,6 +7,7 @@ import torch
 
 from lowbit.checkpoint.writer import file_bytes, parse_size
 from lowbit.discovery import find_sites, skeleton
+from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import open_headers
 from lowbit.options import FileOptions, HeadOption, RecipeOptions, SampleOptions, SourceOptions, takes_options
 from lowbit.quantization.calibrated.options import require_data_method
@@ -71,7 +72,8 @@ def plan(
     asked = make_recipe(recipe, head)
     require_data_method(asked, samples)
     shard_bytes = parse_size(files.max_shard_size)
-    headers, config = open_headers(model, source.revision, source.trust_remote_code)
+    stored, config = open_headers(model, source.revision, source.trust_remote_code)
+    headers = as_dense(stored, source.trust_remote_code)
     built = skeleton(config, source.trust_remote_code, tensors=headers.tensors.values())
     planned = make_plan(headers, built, asked, files.format)
     size = file_bytes(planned.outputs, shard_bytes)

@@ -12,6 +12,7 @@ from lowbit.checkpoint.report_file import save_report
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
 from lowbit.errors import UsageError
+from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
 from lowbit.numerics.dtypes import is_dtype
 from lowbit.numerics.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
@@ -82,7 +83,7 @@ def quantize(
     started = time.perf_counter()
     folder, target = resolve(model, source.revision), Path(os.path.abspath(output_dir))
     check_apart(folder, target)
-    reader = CheckpointReader(folder)
+    reader = read_dense(folder, source.trust_remote_code)
     config = load_config(folder, source.trust_remote_code)
     built = skeleton(config, source.trust_remote_code, tensors=reader.tensors.values())
     plan = make_plan(reader, built, asked, files.format)
@@ -97,6 +98,15 @@ def quantize(
     report.seconds = time.perf_counter() - started
     _write(reader.with_tensors(plan.sources), config, plan, target, shard_bytes, data, run, report)
     return report
+
+
+def read_dense(folder: Path, trust_remote_code: bool) -> CheckpointReader:
+    """The checkpoint in a folder as one of plain weights, with a WARNING where they are not what was trained."""
+    stored = CheckpointReader(folder)
+    dense = as_dense(stored, trust_remote_code)
+    if dense is not stored:
+        logger.warning("%s is quantized already (%s): the error of that stays", folder, stored.method)
+    return dense
 
 
 def _write(

@@ -13,7 +13,9 @@ from lowbit.checkpoint.manifest import write_manifest
 from lowbit.checkpoint.side_files import copy_side_files
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.errors import OutputError
+from lowbit.folders.dense import DequantizedTensor
 from lowbit.formats import get_format
+from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.reference import weight_error
 from lowbit.numerics.scheme import Recipe
 from lowbit.quantization.plan import Plan, Step
@@ -102,6 +104,9 @@ def _matrices(tensor: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
 
 
 def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> tuple[dict[str, torch.Tensor], float]:
+    if (kept := _kept_integers(step)) is not None:
+        packed = [fmt.pack(qweight) for qweight in kept]
+        return _stacked(packed, tensor.ndim), 0.0
     quantizer, options = get_quantizer(recipe.method), recipe.options
     if quantizer.needs(options):  # there are no statistics here
         quantizer, options = get_quantizer("rtn"), {"scale_search": "mse"}
@@ -111,7 +116,19 @@ def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> t
         qweight = qweight.with_inputs(step.scheme)
         errors.append(weight_error(matrix, qweight))
         packed.append(fmt.pack(qweight))
-    if tensor.ndim == 2:
-        return packed[0], errors[0]
-    stacked = {suffix: torch.stack([part[suffix] for part in packed]) for suffix in packed[0]}
-    return stacked, sum(errors) / len(errors)
+    return _stacked(packed, tensor.ndim), sum(errors) / len(errors)
+
+
+def _stacked(packed: list[dict[str, torch.Tensor]], dimensions: int) -> dict[str, torch.Tensor]:
+    """The tensors of a matrix, or of all experts of a parameter, which has three dimensions."""
+    if dimensions == 2:
+        return packed[0]
+    return {suffix: torch.stack([part[suffix] for part in packed]) for suffix in packed[0]}
+
+
+def _kept_integers(step: Step) -> list[QuantWeight] | None:
+    """The integers of a source that has them on the very grid that is asked for: they are copied, not rounded again."""
+    source = step.source
+    if not isinstance(source, DequantizedTensor) or source.weight.act_order or source.weight.scheme != step.scheme:
+        return None
+    return source.source.stored.quantized(source.weight)

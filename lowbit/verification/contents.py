@@ -11,6 +11,7 @@ from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import digest
 from lowbit.errors import InputError, UsageError
+from lowbit.folders.dense import as_dense
 from lowbit.folders.opened import without_parameter
 from lowbit.folders.stored import StoredWeight
 from lowbit.formats import compressed_tensors as packed_format
@@ -100,9 +101,9 @@ def _trip(folder: Folder, weight: StoredWeight, tensors: dict[str, torch.Tensor]
 def compared_with_source(folder: Folder, reference: Path) -> Check:
     """Every tensor of the source is here: the same, or quantized, and near to what it was. What the report says was
     smoothed is compared with the source scaled alike."""
-    problems, source = Problems(), CheckpointReader(reference)
+    problems, source = Problems(), as_dense(CheckpointReader(reference))
     if source.quantization_config:
-        raise UsageError(f"{reference} is quantized itself: expected the model that the folder was made from")
+        raise UsageError(f"{reference} is quantized in a way that nothing here reads: expected the original model")
     try:
         layers = report_of(folder.path).get("decoder_layers", ())
         unknown = without_parameter(folder.model, folder.names, source.tensors.values())
