@@ -138,8 +138,9 @@ def test_infinities_that_cancel(quantize, source):
     quantize(source, says=[BAD, " 2 "])
 
 
-def test_already_quantized(quantize, quantized):
-    quantize(quantized, says=["quantized already", "compressed-tensors", str(quantized)])
+def test_quantized_by_a_method_that_nothing_here_reads(quantize, source):
+    edit_config(source, quantization_config={"quant_method": "hqq"})
+    quantize(source, says=["quantized already", "hqq", str(source)])
 
 
 # config.json

@@ -20,6 +20,7 @@ _UNUSED = ("input_scale", "input_global_scale", "input_zero_point")
 
 @dataclass(frozen=True)
 class _Weights:
+    type: str = "int"
     block_structure: tuple[int, ...] | None = None
 
 
@@ -35,7 +36,9 @@ class _Config:
 
 def weights(tensors: Mapping[str, TensorInfo], config: Mapping) -> Iterator[EncodedWeight]:
     groups = (record(_Config, config, "quantization_config").config_groups or {}).values()
-    structures = {group.weights.block_structure for group in groups if group.weights is not None}
+    structures = {each.weights.block_structure for each in groups if each.weights and each.weights.type == "float"}
+    if not structures:
+        return
     blocks = [(block[0], block[1]) for block in structures if block is not None and len(block) == 2]
     integers = next((name for name, info in tensors.items() if _is_packed(name) and info.dtype == torch.int32), None)
     for name, codes in tensors.items():
