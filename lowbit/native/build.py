@@ -5,7 +5,6 @@ user's cache folder under a name that depends on the sources, the compiler, torc
 library runs its code: one that somebody else can have put there is not loaded (safe_files.distrust).
 """
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -20,70 +19,17 @@ import torch
 
 from lowbit.errors import first_line
 from lowbit.guards.safe_files import distrust, make_private, open_existing
+from lowbit.native.abi import AbiError, Library
 
 logger = logging.getLogger("lowbit")
 
 CACHE_VARIABLE = "LOWBIT_CACHE"
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "matmul.c", "attention.c", "elementwise.c"))
-_HEADER = Path(__file__).with_name("numbers.h")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(sorted(_FOLDER.glob("*.c")))
+_HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 _FLAGS = ("-O3", "-march=native", "-fwrapv", "-fopenmp", "-fPIC")
 _SECONDS = 120
 _SEAL_BYTES = hashlib.sha256().digest_size
-
-
-class Weight(ctypes.Structure):
-    """`Weight` of linear.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("bits", "out_features", "in_features", "group_size", "integer_inputs")),
-    )
-
-
-class Rows(ctypes.Structure):
-    """`Rows` of attention.c."""
-
-    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token")))
-
-
-class Attention(ctypes.Structure):
-    """`Attention` of attention.c."""
-
-    _sizes = ("batch", "heads", "group", "queries", "keys", "head_dim", "value_dim", "dtype", "last")
-    _fields_ = (
-        *((name, Rows) for name in ("query", "key", "value", "mask", "out")),
-        *((name, ctypes.c_int64) for name in _sizes),
-        ("scale", ctypes.c_float),
-    )
-
-
-class Operand(ctypes.Structure):
-    """`Operand` of elementwise.c."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("dtype", ctypes.c_int64), ("value", ctypes.c_float)
-    )  # fmt: skip
-
-
-class Instruction(ctypes.Structure):
-    """`Instruction` of elementwise.c."""
-
-    _fields_ = (
-        ("operation", ctypes.c_int64), ("sizes", ctypes.c_int64 * 4), ("out", Operand), ("a", Operand), ("b", Operand),
-        ("index", ctypes.c_void_p), ("step", ctypes.c_int64),
-    )  # fmt: skip
-
-
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_WEIGHT = ctypes.POINTER(Weight)
-_FUNCTIONS = {
-    "lowbit_linear": (None, (_WEIGHT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER)),
-    "lowbit_pack": (ctypes.c_int, (_WEIGHT, _POINTER, _POINTER)),
-    "lowbit_unpack": (None, (_WEIGHT, _INT, _INT, _POINTER, _POINTER)),
-    "lowbit_matmul": (None, (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER)),
-    "lowbit_run": (None, (ctypes.POINTER(Instruction), _INT)),
-    "lowbit_attention": (None, (ctypes.POINTER(Attention),)),
-}
 
 
 def cache_folder() -> Path:
@@ -93,7 +39,7 @@ def cache_folder() -> Path:
 
 
 @cache
-def library() -> ctypes.CDLL | str:
+def library() -> Library | str:
     """The compiled kernels, or in one line why there are none."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -102,11 +48,18 @@ def library() -> ctypes.CDLL | str:
         return _cached(compiler)
     except subprocess.CalledProcessError as error:
         return f"{compiler} cannot compile the kernels: {_first_error(error.stderr)}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+    except AbiError as error:
+        return f"what {compiler} makes of the kernels does not fit to lowbit.native.abi: {error}"
+    except (OSError, subprocess.TimeoutExpired) as error:
         return f"cannot compile the kernels with {compiler}: {first_line(error)}"
 
 
-def _cached(compiler: str) -> ctypes.CDLL:
+def constant(name: str) -> int:
+    """The value of a constant or enumerator of abi.h. Only where there is a library."""
+    return library().constants[name]
+
+
+def _cached(compiler: str) -> Library:
     """The library of the cache folder, which is compiled if it is not there, damaged, or perhaps not ours: loading one
     runs code. In a folder that others can change nothing is kept, and nothing that is there is loaded."""
     folder = Path(os.path.abspath(cache_folder()))
@@ -124,7 +77,7 @@ def _cached(compiler: str) -> ctypes.CDLL:
             return _load(path)
     except FileNotFoundError:
         logger.info("compiling the CPU kernels (once): %s", path)
-    except (OSError, AttributeError) as error:  # cut short, or it lacks a function
+    except (OSError, AbiError) as error:  # cut short, or of another version
         reason = f"{path} is damaged ({first_line(error)})"
     if reason:
         logger.warning("%s: the CPU kernels are compiled anew", reason)
@@ -135,16 +88,12 @@ def _cached(compiler: str) -> ctypes.CDLL:
     return loaded
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    """Raises OSError for what is no library as `_seal` left it, AttributeError for one that lacks a function."""
+def _load(path: Path) -> Library:
+    """Raises OSError for what is no library as `_seal` left it, AbiError for one that does not fit to abi.py."""
     data = path.read_bytes()
     if _digest(data[:-_SEAL_BYTES]) != data[-_SEAL_BYTES:]:
         raise OSError("its content does not fit its checksum")
-    loaded = ctypes.CDLL(str(path))
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
+    return Library(path)
 
 
 def _seal(path: Path) -> None:
@@ -181,7 +130,7 @@ def _key(compiler: str) -> str:
         )
     except OSError:
         processor = platform.processor()
-    parts = (*(file.read_text() for file in (*_SOURCES, _HEADER)), version, *_FLAGS, *map(str, _openmp()), processor)
+    parts = (*(file.read_text() for file in (*_SOURCES, *_HEADERS)), version, *_FLAGS, *map(str, _openmp()), processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 

@@ -27,13 +27,10 @@
 
 #include "numbers.h"
 
-#define ROWS 4
 #define COLUMNS 4 /* rows of x that share the unpacking of a code, where there are as many */
 #define STEP 256  /* 256 * 255 * 2^15 < 2^31 */
 #define INTEGER_STEP (1 << 15) /* 2^15 * 255 * 255 < 2^31 */
 #define AHEAD 4096 /* bytes, of what is fetched while codes are multiplied */
-
-#define LANES 16
 
 typedef uint16_t words __attribute__((vector_size(32)));
 typedef int16_t shorts __attribute__((vector_size(32)));
@@ -51,12 +48,6 @@ INLINE integers multiply_add(words code, shorts x) {
     return sums;
 #endif
 }
-
-typedef struct {
-    const words *codes;          /* [blocks, chunks, ROWS] */
-    const float *scales, *zeros; /* [blocks, groups, ROWS]; zeros NULL: the middle code */
-    int64_t bits, out_features, in_features, group_size, integer_inputs;
-} Weight;
 
 /* x [rows, in_features] as integers: codes [rows, chunks, fields]; for each step, 2^exponent and the sums of lanes */
 typedef struct {
@@ -92,7 +83,7 @@ INLINE void block(const Weight *w, int bits, int mode, int chunk_steps, int rows
     const int fields = 16 / bits, step_fields = fields / chunk_steps;
     const int64_t chunks = chunks_of(w), groups = groups_of(w), steps = steps_of(w);
     const int64_t step_chunks = ceil_div(step_of(w), chunk_of(w)), group_steps = ceil_div(w->group_size, step_of(w));
-    const words *codes = w->codes + index * chunks * ROWS + first;
+    const words *codes = (const words *)w->codes + index * chunks * ROWS + first;
     const float *scales = w->scales + index * groups * ROWS + first;
     const float *zeros = w->zeros ? w->zeros + index * groups * ROWS + first : 0;
     floats total[ROWS][COLUMNS] = {0};
@@ -231,13 +222,20 @@ static void to_integers(const Weight *w, float *x, Inputs to) {
     }
 }
 
-/* y [rows, out_features] = x W^T + bias, which may be NULL. pieces: 16-bit integers for each of x. scratch has
-   rows * (padded in_features * 2 + steps * 36 + in_features * 4) bytes, aligned to 32. */
+/* Bytes of the scratch that lowbit_linear needs: inputs as integers, their sums and scales, and as floats */
+int64_t lowbit_linear_scratch(const Weight *w, int64_t rows) {
+    const int64_t codes = chunks_of(w) * fields_of(w) * (int64_t)sizeof(shorts);
+    const int64_t steps = steps_of(w) * (int64_t)(sizeof(integers) + sizeof(float));
+    return rows * (codes + steps + w->in_features * (int64_t)sizeof(float));
+}
+
+/* y [rows, out_features] = x W^T + bias, which may be NULL. pieces: 16-bit integers for each of x. scratch is aligned to
+   32 bytes. */
 void lowbit_linear(const Weight *w, const void *x, int64_t dtype, const void *bias, void *y, int64_t rows,
-                   int64_t pieces, char *scratch) {
+                   int64_t pieces, void *scratch) {
     const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w), blocks = ceil_div(w->out_features, ROWS);
     Kernel *kernel = kernel_for(w);
-    Inputs inputs = {(shorts *)scratch, (integers *)scratch + rows * codes, 0};
+    Inputs inputs = {scratch, (integers *)scratch + rows * codes, 0};
     inputs.scales = (float *)(inputs.sums + rows * steps);
     float *wide = inputs.scales + rows * steps;
 #pragma omp parallel
@@ -272,16 +270,16 @@ static void in_large_pages(char *memory, int64_t bytes) {
 }
 
 /* codes [out_features, in_features] -> packed, which holds nothing yet. Returns 0 if there is no kernel for them. */
-int lowbit_pack(const Weight *w, const uint8_t *codes, words *packed) {
+int64_t lowbit_pack(const Weight *w, const uint8_t *codes, void *packed) {
     const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
     const int64_t blocks = ceil_div(w->out_features, ROWS), bytes = chunks_of(w) * ROWS * (int64_t)sizeof(words);
-    in_large_pages((char *)packed, blocks * bytes);
+    in_large_pages(packed, blocks * bytes);
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
         memset((char *)packed + block * bytes, 0, (size_t)bytes);
         for (int64_t n = block * ROWS; n < smaller(block * ROWS + ROWS, w->out_features); n++)
             for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
-                uint16_t *word = (uint16_t *)(packed + vector_of(w, n, v * LANES / chunk_size));
+                uint16_t *word = (uint16_t *)((words *)packed + vector_of(w, n, v * LANES / chunk_size));
                 const uint8_t *from = codes + n * w->in_features + v * LANES;
                 const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
                 for (int64_t lane = 0; lane < lanes; lane++) word[lane] |= (uint16_t)(from[lane] << shift);
@@ -296,7 +294,7 @@ void lowbit_unpack(const Weight *w, int64_t start, int64_t stop, uint8_t *codes,
 #pragma omp parallel for schedule(static)
     for (int64_t n = start; n < stop; n++)
         for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
-            const uint16_t *word = (const uint16_t *)(w->codes + vector_of(w, n, v * LANES / chunk_size));
+            const uint16_t *word = (const uint16_t *)((const words *)w->codes + vector_of(w, n, v * LANES / chunk_size));
             const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
             const int64_t to = (n - start) * w->in_features + v * LANES, mask = (1 << w->bits) - 1;
             if (codes)

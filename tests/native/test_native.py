@@ -3,9 +3,11 @@
 import ctypes
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +196,11 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "native").iterdir())
 
 
+ABI = Path(build.__file__).with_name("abi.c")
+# Of each line of FUNCTIONS in abi.h
+FUNCTIONS = re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", ABI.with_suffix(".h").read_text())
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """The folder of the libraries, and compilers that take no time: CC makes whatever library $MADE names."""
@@ -201,7 +208,7 @@ def cache(tmp_path, monkeypatch):
     class Cache:
         folder = tmp_path / "lowbit" / "native"
 
-        def compile(self, name: str, functions=tuple(build._FUNCTIONS)):
+        def compile(self, name: str, functions=FUNCTIONS, abi=ABI):
             """A library that has these functions, and makes the file NAME.loaded when it is loaded."""
             source, made = tmp_path / f"{name}.c", tmp_path / f"{name}.so"
             loaded = (
@@ -210,7 +217,7 @@ def cache(tmp_path, monkeypatch):
             source.write_text(
                 f"int creat(const char *, int);\n{loaded}\n" + "".join(f"void {f}(void) {{}}\n" for f in functions)
             )
-            subprocess.run([real, "-shared", "-fPIC", source, "-o", made], check=True)
+            subprocess.run([real, "-shared", "-fPIC", source, abi, "-o", made], check=True)
             return made
 
         def plant(self, name: str, **options):
@@ -321,7 +328,7 @@ def test_a_library_that_others_can_change_is_built_anew(cache, changed, caplog):
 
 def test_a_library_that_lacks_a_function_is_built_anew(cache, caplog):
     """By the same process, which has it loaded by then."""
-    cache.plant("old", functions=list(build._FUNCTIONS)[:-1])
+    cache.plant("old", functions=FUNCTIONS[:-1])
     assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"old", "ours"}
     assert "damaged" in caplog.text
     assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() <= {"ours"}
