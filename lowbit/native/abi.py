@@ -6,6 +6,7 @@ on both sides, and compared: one that differs would have the kernels read and wr
 
 import ctypes
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -82,10 +83,12 @@ class _Entry(ctypes.Structure):
 
 
 class Library(ctypes.CDLL):
-    """The kernels, with the types of their arguments.
+    """The kernels, with the types of their arguments, on one level of instructions at a time.
 
     Attributes:
         constants: value of each constant and enumerator of abi.h.
+        levels: names of the levels that the library has and this machine runs, the best one first.
+        level: the one whose functions have the plain names: the best, until `use` names another.
 
     Raises:
         OSError: the file is no library.
@@ -95,30 +98,46 @@ class Library(ctypes.CDLL):
     def __init__(self, path: Path):
         super().__init__(str(path))
         entries = list(self._entries())
-        self.constants = {entry.name.decode(): entry.value for entry in entries if entry.kind == b"constant"}
         _compare(entries)
-        for entry in entries:
-            if entry.kind == b"function":
-                self._declare(entry.name.decode(), entry.type.decode())
+        of_kind = {kind: [entry for entry in entries if entry.kind == kind] for kind in (b"constant", b"level")}
+        self.constants = {entry.name.decode(): entry.value for entry in of_kind[b"constant"]}
+        self._types = {entry.name.decode(): _signature(entry.type) for entry in entries if entry.kind == b"function"}
+        self.levels = tuple(entry.name.decode().lower() for entry in reversed(of_kind[b"level"]) if self._runs(entry))
+        self.use(self.levels[0])
 
-    def _entries(self):
-        try:
-            entry = ctypes.cast(self.lowbit_abi, ctypes.POINTER(_Entry))
-        except AttributeError as error:
-            raise AbiError("it has no table lowbit_abi") from error
+    def _entries(self) -> Iterator[_Entry]:
+        entry = ctypes.cast(self._symbol("lowbit_abi", "table"), ctypes.POINTER(_Entry))
         index = 0
         while entry[index].kind:
             yield entry[index]
             index += 1
 
-    def _declare(self, name: str, declared: str) -> None:
+    def _symbol(self, name: str, kind: str = "function") -> Callable:
         try:
-            function = getattr(self, name)
+            return self[name]
         except AttributeError as error:
-            raise AbiError(f"it has no function {name}") from error
-        result, arguments = re.fullmatch(r"(.+?)\((.*)\)", declared).groups()
-        function.restype = _NUMBERS[result]
-        function.argtypes = [_type_of(argument.rpartition(" ")) for argument in arguments.split(", ")]
+            raise AbiError(f"it has no {kind} {name}") from error
+
+    def _runs(self, level: _Entry) -> bool:
+        """Whether there are functions for a level, as on every machine for the portable one, and it can run them."""
+        runs = self._symbol("lowbit_runs")
+        runs.argtypes, runs.restype = [ctypes.c_int64], ctypes.c_int64
+        name = level.name.decode().lower()
+        return level.value == 0 or bool(runs(level.value) and hasattr(self, f"{next(iter(self._types))}_{name}"))
+
+    def use(self, level: str) -> None:
+        """Give the functions of one of `levels` the plain names: `lowbit_linear` is that of this level from here on."""
+        for name, (result, arguments) in self._types.items():
+            function = self._symbol(f"{name}_{level}")
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        self.level = level
+
+
+def _signature(declared: bytes) -> tuple[type | None, list[type]]:
+    """Types of the result and of the arguments of a C function: "void(const Weight *w, int64_t rows)"."""
+    result, arguments = re.fullmatch(r"(.+?)\((.*)\)", declared.decode()).groups()
+    return _NUMBERS[result], [_type_of(argument.rpartition(" ")) for argument in arguments.split(", ")]
 
 
 def _type_of(argument: tuple[str, str, str]) -> type:

@@ -99,7 +99,7 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
     }
 }
 
-void lowbit_attention(const Attention *a) {
+void KERNEL(lowbit_attention)(const Attention *a) {
     const int64_t key_heads = a->heads / a->group, queries = a->group * a->queries, tiles = ceil_div(queries, QUERIES);
 #pragma omp parallel for schedule(static)
     for (int64_t tile = 0; tile < a->batch * key_heads * tiles; tile++) {

@@ -1,8 +1,11 @@
 """Compiles the kernels with the C compiler of this machine, once, and loads them.
 
-Everything they compute with is in their files: they need no headers of torch or Python. The result is kept in the
-user's cache folder under a name that depends on the sources, the compiler, torch's OpenMP and the processor. Loading a
-library runs its code: one that somebody else can have put there is not loaded (safe_files.distrust).
+Everything they compute with is in their files: they need no headers of torch or Python. Each is compiled once for every
+level of instructions; which of them runs is decided when the library is loaded (`abi.Library`).
+
+The result is kept in the user's cache folder under a name that depends on the sources, the compiler, torch's OpenMP and
+the processor. Loading a library runs its code: one that somebody else can have put there is not loaded
+(safe_files.distrust).
 """
 
 import hashlib
@@ -12,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -24,11 +28,26 @@ from lowbit.native.abi import AbiError, Library
 logger = logging.getLogger("lowbit")
 
 CACHE_VARIABLE = "LOWBIT_CACHE"
+# Names the level of instructions to use: doctor shows which there are
+LEVEL_VARIABLE = "LOWBIT_CPU_LEVEL"
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(sorted(_FOLDER.glob("*.c")))
 _HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
-_FLAGS = ("-O3", "-march=native", "-fwrapv", "-fopenmp", "-fPIC")
-_SECONDS = 120
+# Compiled once; the others once for each level
+_FOR_ALL_LEVELS = ("abi.c", "levels.c")
+_FLAGS = ("-O3", "-fwrapv", "-fopenmp", "-fPIC", "-Wno-psabi")
+_AVX2 = ("-mtune=native", "-mavx2", "-mfma")
+_AVX512 = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
+# Levels of abi.h -> what tells the compiler of their instructions
+_X86_LEVELS = {
+    "portable": ("-mtune=native",),
+    "avx2": _AVX2,
+    "avxvnni": (*_AVX2, "-mavxvnni"),
+    "avx512": _AVX512,
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+}
+_OTHER_LEVELS = {"portable": ("-march=native",)}  # whose vectors the compiler makes of plain C
+_SECONDS = 300  # for a file, on a machine that is busy
 _SEAL_BYTES = hashlib.sha256().digest_size
 
 
@@ -45,13 +64,22 @@ def library() -> Library | str:
     if compiler is None:
         return "there is no C compiler (install gcc or clang, or name one in CC)"
     try:
-        return _cached(compiler)
+        return _on_level(_cached(compiler))
     except subprocess.CalledProcessError as error:
         return f"{compiler} cannot compile the kernels: {_first_error(error.stderr)}"
     except AbiError as error:
         return f"what {compiler} makes of the kernels does not fit to lowbit.native.abi: {error}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"cannot compile the kernels with {compiler}: {first_line(error)}"
+
+
+def _on_level(kernels: Library) -> Library | str:
+    """The library on the level that LOWBIT_CPU_LEVEL names, or why it has none of that name."""
+    if level := os.environ.get(LEVEL_VARIABLE):
+        if level not in kernels.levels:
+            return f"{LEVEL_VARIABLE} is {level!r}; this machine runs {', '.join(kernels.levels)}"
+        kernels.use(level)
+    return kernels
 
 
 def constant(name: str) -> int:
@@ -130,19 +158,44 @@ def _key(compiler: str) -> str:
         )
     except OSError:
         processor = platform.processor()
-    parts = (*(file.read_text() for file in (*_SOURCES, *_HEADERS)), version, *_FLAGS, *map(str, _openmp()), processor)
+    parts = (
+        *(file.read_text() for file in (*_SOURCES, *_HEADERS)),
+        version,
+        *_FLAGS,
+        repr(_levels()),
+        *map(str, _openmp()),
+        processor,
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _levels() -> dict[str, tuple[str, ...]]:
+    return _X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else _OTHER_LEVELS
+
+
+def _takes(compiler: str, flags: tuple[str, ...]) -> bool:
+    """Whether a compiler knows the instructions of a level: one that does not makes the library without it."""
+    probe = [compiler, *flags, "-x", "c", "-fsyntax-only", os.devnull]
+    return subprocess.run(probe, capture_output=True, timeout=_SECONDS).returncode == 0
 
 
 def _compile(compiler: str, folder: Path) -> Path:
     """Compile into an empty folder that nobody else can write to. Returns the library."""
-    compiled = {source: str(folder / f"{source.stem}.o") for source in _SOURCES}
-    linked, libraries = folder / "kernels.so", [str(file) for file in _openmp()] or ["-fopenmp"]
-    for arguments in (
-        *([*_FLAGS, "-c", str(source), "-o", to] for source, to in compiled.items()),
-        ["-shared", *compiled.values(), "-o", str(linked), *libraries, "-lm"],
-    ):
+    levels = {level: flags for level, flags in _levels().items() if level == "portable" or _takes(compiler, flags)}
+    jobs = []
+    for source in _SOURCES:
+        common = source.name in _FOR_ALL_LEVELS
+        for level, flags in {"": ()}.items() if common else levels.items():
+            named = () if common else (f"-DLEVEL={level}",)
+            jobs.append((str(folder / f"{source.stem}-{level}.o"), ["-c", str(source), *_FLAGS, *flags, *named]))
+
+    def run(arguments: list[str]) -> None:
         subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: run([*job[1], "-o", job[0]]), jobs))
+    linked, libraries = folder / "kernels.so", [str(file) for file in _openmp()] or ["-fopenmp"]
+    run(["-shared", *(made for made, _ in jobs), "-o", str(linked), *libraries, "-lm"])
     _seal(linked)
     linked.chmod(0o700)  # whatever the umask is, or it would not be loaded again
     return linked

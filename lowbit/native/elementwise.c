@@ -111,7 +111,7 @@ static void run_row(const Instruction *with, int64_t i, int64_t j, int64_t k) {
     if (with->operation == MEAN) store((void *)out->data, (int)out->dtype, to, total / (float)size);
 }
 
-void lowbit_run(const Instruction *program, int64_t count) {
+void KERNEL(lowbit_run)(const Instruction *program, int64_t count) {
     for (const Instruction *with = program; with < program + count; with++)
         for (int64_t i = 0; i < with->sizes[0]; i++)
             for (int64_t j = 0; j < with->sizes[1]; j++)

@@ -55,7 +55,8 @@ def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
     buffers |= {name: getattr(qweight, name) for name in input_grid(qweight.scheme)}
     source = qweight.codes.contiguous()
     weight = _weight_of(buffers, qweight.scheme, qweight.codes.shape)
-    if not library().lowbit_pack(weight, source.data_ptr(), codes.data_ptr()):
+    library().lowbit_pack(weight, source.data_ptr(), codes.data_ptr())
+    if not library().lowbit_linear_knows(weight):
         raise AssertionError(f"there is no kernel for {bits} bits in groups of {weight.group_size}")
     return buffers
 

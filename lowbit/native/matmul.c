@@ -31,7 +31,7 @@ INLINE void row(const void *weight, int dtype, int64_t n, int64_t size, const fl
 
 /* x [rows, in_features], rows <= MATMUL_ROWS; weight [out_features, in_features]; y [rows, out_features]; all contiguous.
    wide: as many floats as x has numbers. */
-void lowbit_matmul(const void *x, const void *weight, void *y, int64_t dtype, int64_t rows, int64_t out_features,
+void KERNEL(lowbit_matmul)(const void *x, const void *weight, void *y, int64_t dtype, int64_t rows, int64_t out_features,
                   int64_t in_features, float *wide) {
     for (int64_t i = 0; i < rows * in_features; i++) wide[i] = load(x, (int)dtype, i);
 #pragma omp parallel for schedule(static)

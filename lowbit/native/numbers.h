@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Numbers as they lie in memory, and as the kernels compute with them. */
 
+#pragma once
+
 #include <stdint.h>
 
 #include "abi.h"

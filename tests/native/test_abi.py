@@ -24,11 +24,13 @@ def built(tmp_path):
         header = (NATIVE / "abi.h").read_text()
         assert header.count(old) == 1
         (tmp_path / "abi.h").write_text(header.replace(old, new))
-        shutil.copy(NATIVE / "abi.c", tmp_path)
-        functions = "".join(f"void {name}(void) {{}}\n" for name in re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", header))
+        for source in ("abi.c", "levels.c"):
+            shutil.copy(NATIVE / source, tmp_path)
+        names = re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", header)
+        functions = "".join(f"void {name}_portable(void) {{}}\n" for name in names)
         (tmp_path / "functions.c").write_text(functions)
         made = tmp_path / f"{len(list(tmp_path.glob('*.so')))}.so"  # one name is loaded once
-        sources = tmp_path / "abi.c", tmp_path / "functions.c"
+        sources = (tmp_path / name for name in ("abi.c", "levels.c", "functions.c"))
         subprocess.run([shutil.which("cc") or "gcc", "-shared", "-fPIC", *sources, "-o", made], check=True)
         return made
 
@@ -71,11 +73,11 @@ def test_constants_and_arguments_are_those_of_the_library(built):
         built("lowbit_run, const Instruction *program, int64_t count", "lowbit_run, float a, Weight *b")
     )
     assert library.lowbit_run.argtypes == [ctypes.c_float, ctypes.POINTER(abi.Weight)]
-    assert library.lowbit_run.restype is None and library.lowbit_pack.restype is ctypes.c_int64
+    assert library.lowbit_run.restype is None and library.lowbit_linear_knows.restype is ctypes.c_int64
 
 
 def test_what_a_library_lacks_is_named(built):
-    with pytest.raises(abi.AbiError, match="no function lowbit_other"):
+    with pytest.raises(abi.AbiError, match="no function lowbit_other_portable"):
         abi.Library(built("void, lowbit_run,", "void, lowbit_other,"))
     with pytest.raises(abi.AbiError, match="no table lowbit_abi"):
         abi.Library(Path(ctypes.util.find_library("m") or pytest.skip("no library to try")))

@@ -196,9 +196,11 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "native").iterdir())
 
 
-ABI = Path(build.__file__).with_name("abi.c")
-# Of each line of FUNCTIONS in abi.h
-FUNCTIONS = re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", ABI.with_suffix(".h").read_text())
+TABLES = [Path(build.__file__).with_name(name) for name in ("abi.c", "levels.c")]
+# Of each line of FUNCTIONS in abi.h, as the portable level has it
+FUNCTIONS = [
+    f"{name}_portable" for name in re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", TABLES[0].with_suffix(".h").read_text())
+]
 
 
 @pytest.fixture
@@ -208,7 +210,7 @@ def cache(tmp_path, monkeypatch):
     class Cache:
         folder = tmp_path / "lowbit" / "native"
 
-        def compile(self, name: str, functions=FUNCTIONS, abi=ABI):
+        def compile(self, name: str, functions=FUNCTIONS):
             """A library that has these functions, and makes the file NAME.loaded when it is loaded."""
             source, made = tmp_path / f"{name}.c", tmp_path / f"{name}.so"
             loaded = (
@@ -217,7 +219,7 @@ def cache(tmp_path, monkeypatch):
             source.write_text(
                 f"int creat(const char *, int);\n{loaded}\n" + "".join(f"void {f}(void) {{}}\n" for f in functions)
             )
-            subprocess.run([real, "-shared", "-fPIC", source, abi, "-o", made], check=True)
+            subprocess.run([real, "-shared", "-fPIC", source, *TABLES, "-o", made], check=True)
             return made
 
         def plant(self, name: str, **options):

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+/* The primitives of the products, for the instruction set that a file is compiled for.
+
+   Each has a definition in plain C, which any compiler takes and which the others are tested against: of integers, and
+   of fused multiply-adds, every bit is the same; a bf16 dot product of the hardware may round on the way. A vector has
+   VECTOR bytes, 32 unless the processor has more; -DPLAIN_C and -DVECTOR=64 give the definitions of any width. */
+#pragma once
+
+#include <string.h>
+
+#include "numbers.h"
+
+#if !defined(PLAIN_C) && !defined(__AVX2__)
+#define PLAIN_C
+#endif
+#ifndef PLAIN_C
+#include <immintrin.h>
+#endif
+#ifndef VECTOR
+#if !defined(PLAIN_C) && defined(__AVX512VNNI__)
+#define VECTOR 64
+#else
+#define VECTOR 32
+#endif
+#endif
+
+#if !defined(PLAIN_C) && VECTOR == 64
+#define MM(NAME) _mm512_##NAME
+#define DOTS(NAME) _mm512_##NAME##_epi32
+#elif !defined(PLAIN_C)
+#define MM(NAME) _mm256_##NAME
+#if defined(__AVXVNNI__)
+#define DOTS(NAME) _mm256_##NAME##_avx_epi32
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define DOTS(NAME) _mm256_##NAME##_epi32
+#endif
+#endif
+
+#define WIDE (VECTOR / 4) /* numbers of 32 bits in a vector */
+
+typedef uint8_t vector_u8 __attribute__((vector_size(VECTOR)));
+typedef int8_t vector_s8 __attribute__((vector_size(VECTOR)));
+typedef uint16_t vector_u16 __attribute__((vector_size(VECTOR)));
+typedef int16_t vector_s16 __attribute__((vector_size(VECTOR)));
+typedef uint32_t vector_u32 __attribute__((vector_size(VECTOR)));
+typedef int32_t vector_s32 __attribute__((vector_size(VECTOR)));
+typedef float vector_f32 __attribute__((vector_size(VECTOR)));
+#ifndef PLAIN_C
+#if VECTOR == 64
+typedef __m512i register_int;
+typedef __m512 register_float;
+#else
+typedef __m256i register_int;
+typedef __m256 register_float;
+#endif
+#endif
+
+/* a * b + c, rounded once */
+#ifndef PLAIN_C
+INLINE vector_f32 fma_f32(vector_f32 a, vector_f32 b, vector_f32 c) {
+    return (vector_f32)MM(fmadd_ps)((register_float)a, (register_float)b, (register_float)c);
+}
+#else /* a function of its own: without an instruction for it, each lane is a call */
+static __attribute__((noinline, unused)) vector_f32 fma_f32(vector_f32 a, vector_f32 b, vector_f32 c) {
+    for (int lane = 0; lane < WIDE; lane++) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+    return c;
+}
+#endif
+
+/* sums[l] + a[2l] b[2l] + a[2l + 1] b[2l + 1] */
+INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
+#if defined(DOTS)
+    return (vector_s32)DOTS(dpwssd)((register_int)sums, (register_int)a, (register_int)b);
+#elif !defined(PLAIN_C)
+    return sums + (vector_s32)MM(madd_epi16)((register_int)a, (register_int)b);
+#else
+    const vector_s32 even_a = (vector_s32)a << 16 >> 16, even_b = (vector_s32)b << 16 >> 16;
+    return sums + even_a * even_b + ((vector_s32)a >> 16) * ((vector_s32)b >> 16);
+#endif
+}
+
+/* Sums over 32 inputs, in each lane four of them at a time: from zero on, `dot_u8s8` for each of the eight parts, then
+   `sums_of`. codes have `bits` bits, x is at least -127. Without VNNI, sums of codes of at most four bits stay in 16 bits
+   until then: 16 * 15 * 127 < 2^15. */
+INLINE vector_s32 dot_u8s8(vector_s32 sums, vector_u8 codes, vector_s8 x, int bits) {
+#if defined(DOTS)
+    (void)bits;
+    return (vector_s32)DOTS(dpbusd)((register_int)sums, (register_int)codes, (register_int)x);
+#elif !defined(PLAIN_C)
+    if (bits <= 4)
+        return (vector_s32)((vector_s16)sums + (vector_s16)MM(maddubs_epi16)((register_int)codes, (register_int)x));
+    const vector_s16 even = (vector_s16)((vector_u16)codes & 0xff), odd = (vector_s16)((vector_u16)codes >> 8);
+    const vector_s16 x_even = (vector_s16)((vector_u16)x << 8) >> 8, x_odd = (vector_s16)x >> 8;
+    return dot_s16(dot_s16(sums, even, x_even), odd, x_odd);
+#else
+    (void)bits;
+    for (int byte = 0; byte < 4; byte++)
+        sums += ((vector_s32)codes >> 8 * byte & 0xff) * ((vector_s32)x << (24 - 8 * byte) >> 24);
+    return sums;
+#endif
+}
+
+INLINE vector_s32 sums_of(vector_s32 sums, int bits) {
+#if !defined(PLAIN_C) && !defined(DOTS)
+    if (bits <= 4) return dot_s16((vector_s32){0}, (vector_s16)sums, (vector_s16){0} + 1);
+#endif
+    (void)bits;
+    return sums;
+}
+
+/* sums[l] + a[2l + 1] b[2l + 1] + a[2l] b[2l] of bfloat16, added in this order */
+INLINE vector_f32 dot_bf16(vector_f32 sums, vector_u32 a, vector_u32 b) {
+#if !defined(PLAIN_C) && defined(__AVX512BF16__)
+    return (vector_f32)MM(dpbf16_ps)((register_float)sums, (__m512bh)a, (__m512bh)b);
+#else
+    const uint32_t upper = 0xffff0000;
+    sums = fma_f32((vector_f32)(a & upper), (vector_f32)(b & upper), sums);
+    return fma_f32((vector_f32)(a << 16), (vector_f32)(b << 16), sums);
+#endif
+}
+
+/* 32 bytes, as often as a vector holds them */
+INLINE vector_s16 repeated(const void *from) {
+    vector_s16 to;
+#if !defined(PLAIN_C) && VECTOR == 64
+    to = (vector_s16)_mm512_broadcast_i64x4(_mm256_loadu_si256(from));
+#else
+    for (int part = 0; part < VECTOR / 32; part++) memcpy((char *)&to + 32 * part, from, 32);
+#endif
+    return to;
+}
+
+/* A number for each 32 bytes */
+INLINE vector_f32 spread(const float *from) {
+    vector_f32 to;
+#if !defined(PLAIN_C) && VECTOR == 64
+    to = (vector_f32)_mm512_insertf32x8(_mm512_set1_ps(from[0]), _mm256_set1_ps(from[1]), 1);
+#else
+    for (int lane = 0; lane < WIDE; lane++) to[lane] = from[lane / 8];
+#endif
+    return to;
+}
+
+/* One number of 32 bits, whatever it is, in each lane */
+INLINE vector_s32 everywhere(const void *from) {
+    int32_t number;
+    memcpy(&number, from, sizeof number);
+    return (vector_s32){0} + number;
+}
+
+/* to[k * stride + r] = from[r][k]: four numbers of 32 bits of four rows */
+INLINE void transpose(const uint32_t (*from)[4], uint32_t *to, int64_t stride) {
+#ifndef PLAIN_C
+    const __m128i *rows = (const __m128i *)from;
+    const __m128i r0 = _mm_loadu_si128(rows), r1 = _mm_loadu_si128(rows + 1);
+    const __m128i r2 = _mm_loadu_si128(rows + 2), r3 = _mm_loadu_si128(rows + 3);
+    const __m128i low = _mm_unpacklo_epi32(r0, r1), high = _mm_unpackhi_epi32(r0, r1);
+    const __m128i next_low = _mm_unpacklo_epi32(r2, r3), next_high = _mm_unpackhi_epi32(r2, r3);
+    _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi64(low, next_low));
+    _mm_storeu_si128((__m128i *)(to + stride), _mm_unpackhi_epi64(low, next_low));
+    _mm_storeu_si128((__m128i *)(to + 2 * stride), _mm_unpacklo_epi64(high, next_high));
+    _mm_storeu_si128((__m128i *)(to + 3 * stride), _mm_unpackhi_epi64(high, next_high));
+#else
+    for (int k = 0; k < 4; k++)
+        for (int r = 0; r < 4; r++) to[k * stride + r] = from[r][k];
+#endif
+}
