@@ -78,7 +78,9 @@ def _by_row(values: torch.Tensor, out_features: int) -> torch.Tensor:
     return values.transpose(1, 2).reshape(-1, values.shape[1])[:out_features]
 
 
-def _weight(codes, scales, zeros, scheme: Scheme, shape: tuple[int, int]) -> Weight:
+def weight_of_tensors(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme, shape: tuple[int, int]
+) -> Weight:
     """What the kernels know of a weight; the tensors must outlive it."""
     pointers = codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr()
     bits, integer_inputs = _BITS[scheme.bits], scheme.activations is not None
@@ -87,7 +89,7 @@ def _weight(codes, scales, zeros, scheme: Scheme, shape: tuple[int, int]) -> Wei
 
 
 def _weight_of(buffers, scheme: Scheme, shape: tuple[int, int]) -> Weight:
-    return _weight(buffers["codes"], buffers["scales"], buffers.get("zeros"), scheme, shape)
+    return weight_of_tensors(buffers["codes"], buffers["scales"], buffers.get("zeros"), scheme, shape)
 
 
 def unpack(buffers, scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
@@ -122,7 +124,7 @@ def _experts(x, codes, scales, zeros, input_scale, input_zero, bias, expert_star
 
 def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_features):
     scheme, in_features = _parse(scheme), x.shape[1]
-    weight = _weight(codes, scales, zeros, scheme, (out_features, in_features))
+    weight = weight_of_tensors(codes, scales, zeros, scheme, (out_features, in_features))
     if scheme.activations is not None:
         y = _integer_product(x, weight, scheme, input_scale, input_zero)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
@@ -167,14 +169,14 @@ def replay(y, x, codes, scales, zeros, input_scale, input_zero, bias, scheme, ou
     one_call = x.dtype in DTYPES and x.is_contiguous() and alike and not _dense_is_faster(x)
     if parsed.activations is not None or not one_call:
         return None
-    weight = _weight(codes, scales, zeros, parsed, (out_features, x.shape[1]))
+    weight = weight_of_tensors(codes, scales, zeros, parsed, (out_features, x.shape[1]))
     call = product(weight, x, y, bias, PIECES[x.dtype])
     call.keeps += (codes, scales, zeros)
     return call
 
 
 def _grad_input(grad, codes, scales, zeros, scheme, in_features):
-    weight = _weight(codes, scales, zeros, _parse(scheme), (grad.shape[1], in_features))
+    weight = weight_of_tensors(codes, scales, zeros, _parse(scheme), (grad.shape[1], in_features))
     return dense.grad_input(grad, _blocks(weight, dense.gemm_dtype(grad.dtype)), in_features)
 
 
