@@ -50,6 +50,9 @@ def doctor(
     for shown in (versions, devices, backends):
         console.print(shown)
         console.print()
+    if instructions := findings["instructions"]:
+        others = ", ".join(instructions["available"])
+        console.print(f"the kernels in C run with: {instructions['used']} (of {others})")
     path, why = findings["generation"]["path"], findings["generation"]["why"]
     console.print(f"the embedded model generates in: {path}" + (f" ({why})" if why else ""))
     if findings["tables"]:
@@ -83,8 +86,8 @@ def _show_kernels(kernels: list[dict]) -> None:
 
 def examine(model: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> dict:
     """packages: name -> version or None. devices: name -> description. backends: name -> reason why not, or None.
-    generation: see `generation_of_the_embedded_model`. tables: GPU -> origin -> {"path", "entries"}. kernels: see
-    `kernels_of`, only with a model."""
+    instructions: see `backends.native.instructions`. generation: see `generation_of_the_embedded_model`. tables: GPU ->
+    origin -> {"path", "entries"}. kernels: see `kernels_of`, only with a model."""
     import torch
 
     from lowbit.backends import BACKENDS, get_backend
@@ -100,6 +103,7 @@ def examine(model: str | None = None, revision: str | None = None, trust_remote_
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": devices,
         "backends": backends,
+        "instructions": get_backend("native").instructions(),
         "generation": generation_of_the_embedded_model(),
         "tables": {gpu: get_backend("triton").tables(gpu) for gpu in gpus},
     }

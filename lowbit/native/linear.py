@@ -103,7 +103,7 @@ def unpack(buffers, scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
     return QuantWeight(codes, scales.contiguous(), scheme, zeros, **grid)
 
 
-def _blocks(weight: Weight, dtype: torch.dtype):
+def dense_blocks(weight: Weight, dtype: torch.dtype):
     step = max(constant("ROWS"), dense.BLOCK_ELEMENTS // weight.in_features)
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
@@ -129,7 +129,7 @@ def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_
         y = _integer_product(x, weight, scheme, input_scale, input_zero)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     if _dense_is_faster(x):
-        return dense.product(x, _blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
+        return dense.product(x, dense_blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
     stored = x.dtype if x.dtype in DTYPES else torch.float32
     y = torch.empty(len(x), out_features, dtype=stored)
     bias = None if bias is None else bias.to(stored)
@@ -177,7 +177,7 @@ def replay(y, x, codes, scales, zeros, input_scale, input_zero, bias, scheme, ou
 
 def _grad_input(grad, codes, scales, zeros, scheme, in_features):
     weight = weight_of_tensors(codes, scales, zeros, _parse(scheme), (grad.shape[1], in_features))
-    return dense.grad_input(grad, _blocks(weight, dense.gemm_dtype(grad.dtype)), in_features)
+    return dense.grad_input(grad, dense_blocks(weight, dense.gemm_dtype(grad.dtype)), in_features)
 
 
 _parse = cache(Scheme.parse)
