@@ -2,9 +2,10 @@
 /* y = x W^T for many rows of x: a tile of W, WIDE rows of it, is unpacked once and multiplied by all rows of x.
 
    INT8: BLOCK inputs share a scale, x = x_scale * x_code with codes from -127 to 127, and
-       y[m, n] = sum over blocks of  scale[n] * x_scale[m] * (sum in the block of (code - zero) * x_code).
-   The inner sum is an exact integer: codes of W are unsigned and those of x signed, as VNNI multiplies them, and
-   zero * (sum of x_code) is subtracted by one product more.
+       y[m, n] = sum over steps of  scale[n] * sum over blocks of  x_scale[m] * (sum in the block of code * x_code)
+                                                                 - zero[n] * x_scale[m] * (sum in the block of x_code).
+   Inner sums are exact integers: codes of W are unsigned and those of x signed, as VNNI multiplies them. A step, at most
+   STEP inputs of a group, adds no more than float32 holds exactly if all x_scale are alike.
 
    BF16: x is bfloat16, code - zero is one exactly, and
        y[m, n] = sum over groups of  scale[n] * (sum in the group of (code - zero) * x)
@@ -23,42 +24,44 @@
 #include "packed.h"
 #include "vectors.h"
 
+#define STEP 256 /* 256 * 255 * 127 < 2^24 */
 #define BLOCK 32 /* inputs that share a scale; GEMM_GROUP of abi.h divides a group for it to have one of W */
 #define COLUMNS (VECTOR == 64 ? 8 : 4) /* rows of x whose sums are in registers */
 #define SMALLEST 0x1p-80f /* the largest input of a block, or its inverse would not be finite */
 #define ALIGNMENT 64
 
-/* x as it is multiplied: rows of `width` numbers, zeros behind the inputs. INT8: for each block, its scale and, in the
-   lower 16 bits, minus the sum of its codes. */
+/* x as it is multiplied: rows of `width` numbers, zeros behind the inputs. INT8: the scale of each block, and for each
+   step minus the sum of what its codes stand for. */
 typedef struct {
     char *codes;
-    float *scales;
-    int32_t *sums;
-    int64_t row_bytes, blocks;
+    float *scales, *sums;
+    int64_t row_bytes, blocks, steps;
 } Inputs;
 
 typedef struct {
     vector_u32 *parts;
-    vector_f32 *scales; /* [groups] */
-    vector_s32 *zeros;  /* [groups] */
+    vector_f32 *scales, *zeros; /* [groups] */
 } Tile;
 
 INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
 INLINE int64_t width_of(const Weight *w) { return chunks_of(w) * chunk_of(w); }
+INLINE int64_t step_of(const Weight *w) { return smaller(w->group_size, STEP); }
 INLINE int64_t size_of(int64_t arithmetic) { return arithmetic == INT8 ? 1 : 2; }
 
 /* Where inputs are in the scratch. Returns their bytes. */
 static int64_t place_inputs(const Weight *w, int64_t arithmetic, int64_t rows, char *scratch, Inputs *to) {
-    const int64_t blocks = arithmetic == INT8 ? width_of(w) / BLOCK : 0, row_bytes = width_of(w) * size_of(arithmetic);
-    const int64_t codes = aligned(rows * row_bytes), numbers = aligned(rows * blocks * 4);
-    *to = (Inputs){scratch, (float *)(scratch + codes), (int32_t *)(scratch + codes + numbers), row_bytes, blocks};
-    return codes + 2 * numbers;
+    const int64_t row_bytes = width_of(w) * size_of(arithmetic);
+    const int64_t blocks = arithmetic == INT8 ? ceil_div(w->in_features, BLOCK) : 0;
+    const int64_t steps = arithmetic == INT8 ? ceil_div(w->in_features, step_of(w)) : 0;
+    const int64_t codes = aligned(rows * row_bytes), scales = aligned(rows * blocks * 4);
+    *to = (Inputs){scratch, (float *)(scratch + codes), (float *)(scratch + codes + scales), row_bytes, blocks, steps};
+    return codes + scales + aligned(rows * steps * 4);
 }
 
 /* The same for the tile of one thread */
 static int64_t place_tile(const Weight *w, int64_t arithmetic, char *scratch, Tile *to) {
     const int64_t parts = width_of(w) * size_of(arithmetic) / 4 * VECTOR, numbers = groups_of(w) * VECTOR;
-    *to = (Tile){(vector_u32 *)scratch, (vector_f32 *)(scratch + parts), (vector_s32 *)(scratch + parts + numbers)};
+    *to = (Tile){(vector_u32 *)scratch, (vector_f32 *)(scratch + parts), (vector_f32 *)(scratch + parts + numbers)};
     return aligned(parts + 2 * numbers);
 }
 
@@ -68,93 +71,111 @@ int64_t KERNEL(lowbit_gemm_scratch)(const Weight *w, int64_t arithmetic, int64_t
     return place_inputs(w, arithmetic, rows, 0, &inputs) + threads * place_tile(w, arithmetic, 0, &tile);
 }
 
-/* One block of x, of which `count` inputs are there, as codes */
-static void to_bytes(const float *x, int64_t count, int8_t *codes, float *scale, int32_t *sum) {
+/* One block of x, of which `count` inputs are there, as codes. Returns their sum. */
+static int32_t to_bytes(const float *x, int64_t count, int8_t *codes, float *scale) {
     uint32_t bits = bits_of(SMALLEST); /* as bits, what is not a number is the largest */
     for (int64_t k = 0; k < count; k++) {
         const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
         bits = magnitude > bits ? magnitude : bits;
     }
     memset(codes, 0, BLOCK);
-    *scale = NAN, *sum = 0; /* an input that is not finite makes y NaN */
-    if (bits >= bits_of(INFINITY)) return;
+    *scale = NAN; /* an input that is not finite makes y NaN */
+    if (bits >= bits_of(INFINITY)) return 0;
     const float largest = of_bits(bits), inverse = 127.0f / largest;
-    int32_t total = 0;
-    for (int64_t k = 0; k < count; k++) total += codes[k] = (int8_t)(int32_t)rintf(x[k] * inverse);
-    *scale = largest / 127.0f, *sum = -total & 0xffff;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < count; k++) sum += codes[k] = (int8_t)(int32_t)rintf(x[k] * inverse);
+    *scale = largest / 127.0f;
+    return sum;
 }
 
 static void to_inputs(const Weight *w, int64_t arithmetic, const void *x, int dtype, int64_t m, Inputs to) {
-    const int64_t size = w->in_features, first = m * size;
+    const int64_t size = w->in_features, first = m * size, step_blocks = step_of(w) / BLOCK;
     char *row = to.codes + m * to.row_bytes;
     if (arithmetic == BF16) {
         memcpy(row, (const uint16_t *)x + first, (size_t)size * 2);
         memset(row + size * 2, 0, (size_t)(to.row_bytes - size * 2));
         return;
     }
+    float *scales = to.scales + m * to.blocks, *sums = to.sums + m * to.steps;
     for (int64_t block = 0; block < to.blocks; block++) {
-        const int64_t start = block * BLOCK, there = size - start, count = there < 0 ? 0 : smaller(BLOCK, there);
+        const int64_t start = block * BLOCK, count = smaller(BLOCK, size - start);
         float wide[BLOCK];
         for (int64_t k = 0; k < count; k++) wide[k] = load(x, dtype, first + start + k);
-        to_bytes(wide, count, (int8_t *)row + start, to.scales + m * to.blocks + block, to.sums + m * to.blocks + block);
+        const float sum = (float)to_bytes(wide, count, (int8_t *)row + start, scales + block);
+        float *of_step = sums + block / step_blocks;
+        *of_step = __builtin_fmaf(-sum, scales[block], block % step_blocks ? *of_step : 0);
     }
 }
 
-/* Field f of chunk `chunk` of the block of W that has row n, LANES inputs of ROWS rows, into the lanes of a tile */
-INLINE void unpack_field(const Weight *w, int arithmetic, int64_t n, int64_t chunk, int64_t f, uint32_t *lanes) {
-    typedef uint8_t bytes __attribute__((vector_size(LANES)));
-    typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
-    typedef float wide_floats __attribute__((vector_size(4 * LANES)));
-    typedef uint32_t wide_bits __attribute__((vector_size(4 * LANES)));
-    const int64_t k = chunk * chunk_of(w) + f * LANES;
-    uint32_t rows[2][ROWS][4];
-    for (int r = 0; r < ROWS; r++) {
-        const words word = ((const words *)w->codes)[vector_of(w, n + r, chunk)];
-        const words codes = word >> (uint16_t)(f * w->bits) & (uint16_t)((1 << w->bits) - 1);
-        if (arithmetic == INT8) {
-            const bytes narrow = __builtin_convertvector(codes, bytes);
-            memcpy(rows[0][r], &narrow, sizeof narrow);
-        } else {
-            const int16_t zero = k < w->in_features ? (int16_t)zero_of(w, scale_of(w, n + r, k)) : 0;
-            const wide_floats values = __builtin_convertvector((shorts)codes - zero, wide_floats);
-            const words upper = __builtin_convertvector((wide_bits)values >> 16, words);
-            memcpy(rows[0][r], &upper, 16);
-            memcpy(rows[1][r], (const char *)&upper + 16, 16);
-        }
+/* The zeros of ROWS rows, [ROWS][4], in the group that is being unpacked: `left` parts of four inputs are left of it, the
+   next one has the scales from number `next` on */
+typedef struct {
+    int64_t next, left;
+    int32_t zeros[ROWS * 4];
+} Group;
+
+/* A chunk of ROWS rows of W from n on into the lanes of a tile */
+INLINE void unpack_chunk(const Weight *w, int arithmetic, int bits, int64_t n, int64_t chunk, Group *group,
+                         uint32_t *lanes) {
+    enum { PARTS = 16 / 2 * LANES / 4 }; /* of a chunk, at most */
+    const int64_t parts = 16 / bits * LANES / 4;
+    const void *from = (const words *)w->codes + vector_of(w, n, chunk);
+    uint32_t codes[PARTS][ROWS];
+    if (arithmetic == INT8) {
+        unpack_bytes(from, bits, lanes + chunk * parts * WIDE, WIDE);
+        return;
     }
-    for (int half = 0; half < (arithmetic == INT8 ? 1 : 2); half++)
-        transpose((const uint32_t (*)[4])rows[half], lanes + half * 4 * WIDE, WIDE);
+    unpack_bytes(from, bits, codes[0], ROWS);
+    for (int64_t part = 0; part < parts; part++, group->left--) {
+        if (!group->left && (chunk * parts + part) * 4 < w->in_features) {
+            group->left = w->group_size / 4;
+            for (int i = 0; i < 4 * ROWS; i++) group->zeros[i] = (int32_t)zero_of(w, group->next + i / 4);
+            group->next += ROWS;
+        }
+        to_bf16((const uint8_t *)codes[part], group->zeros, lanes + (chunk * parts + part) * 2 * WIDE, WIDE);
+    }
+}
+
+/* The codes of rows [n, n + rows) of W, chunk by chunk: a part of a tile is written while it is in the cache */
+INLINE void unpack_codes(const Weight *w, int arithmetic, int bits, int64_t n, int64_t rows, Tile to) {
+    const int64_t chunks = chunks_of(w);
+    Group groups[WIDE / ROWS];
+    for (int64_t r = 0; r < rows; r += ROWS) groups[r / ROWS] = (Group){.next = scale_of(w, n + r, 0)};
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int64_t r = 0; r < rows; r += ROWS)
+            unpack_chunk(w, arithmetic, bits, n + r, chunk, groups + r / ROWS, (uint32_t *)to.parts + r);
 }
 
 /* Rows [n, n + WIDE) of W; zeros where there are none */
 static void unpack_tile(const Weight *w, int arithmetic, int64_t n, Tile to) {
-    const int64_t chunks = chunks_of(w), fields = fields_of(w), groups = groups_of(w);
-    const int64_t parts = LANES * size_of(arithmetic) / 4, there = blocks_of(w) * ROWS - n;
-    if (there < WIDE) {
-        memset(to.parts, 0, (size_t)(chunks * fields * parts * VECTOR));
+    const int64_t groups = groups_of(w), rows = smaller(WIDE, blocks_of(w) * ROWS - n);
+    if (rows < WIDE) {
+        memset(to.parts, 0, (size_t)(width_of(w) * size_of(arithmetic) / 4 * VECTOR));
         memset(to.scales, 0, (size_t)(groups * VECTOR));
         memset(to.zeros, 0, (size_t)(groups * VECTOR));
     }
-    for (int64_t r = 0; r < smaller(WIDE, there); r += ROWS) {
-        for (int64_t field = 0; field < chunks * fields; field++) {
-            uint32_t *lanes = (uint32_t *)(to.parts + field * parts) + r;
-            if (arithmetic == INT8) unpack_field(w, INT8, n + r, field / fields, field % fields, lanes);
-            if (arithmetic == BF16) unpack_field(w, BF16, n + r, field / fields, field % fields, lanes);
+#define CASE(ARITHMETIC, BITS) \
+    if (arithmetic == ARITHMETIC && w->bits == BITS) unpack_codes(w, ARITHMETIC, BITS, n, rows, to);
+    CASE(INT8, 2) CASE(INT8, 4) CASE(INT8, 8) CASE(BF16, 2) CASE(BF16, 4) CASE(BF16, 8)
+#undef CASE
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t group = 0; group < groups; group++) {
+            const int64_t from = scale_of(w, n + r, group * w->group_size);
+            ((float *)(to.scales + group))[r] = w->scales[from];
+            ((float *)(to.zeros + group))[r] = zero_of(w, from);
         }
-        for (int64_t group = 0; group < groups; group++)
-            for (int row = 0; row < ROWS; row++) {
-                const int64_t from = scale_of(w, n + r, group * w->group_size) + row;
-                ((float *)(to.scales + group))[r + row] = w->scales[from];
-                ((int32_t *)(to.zeros + group))[r + row] = (int32_t)zero_of(w, from);
-            }
-    }
 }
 
 /* The tile times `columns` rows of x. bits is a constant, which stands for all that are not more. */
 INLINE void multiply_int8(const Weight *w, int bits, int columns, Tile tile, Inputs x, vector_f32 *total) {
-    const int64_t group_blocks = w->group_size / BLOCK, groups = groups_of(w);
-    for (int64_t group = 0; group < groups; group++)
-        for (int64_t block = group * group_blocks; block < smaller((group + 1) * group_blocks, x.blocks); block++) {
+    const int64_t step_blocks = step_of(w) / BLOCK;
+    for (int64_t step = 0; step < x.steps; step++) {
+        const int64_t group = step * step_of(w) / w->group_size;
+        const vector_f32 scale = tile.scales[group], zero = tile.zeros[group];
+        vector_f32 of_step[COLUMNS];
+#pragma GCC unroll 8
+        for (int m = 0; m < columns; m++) of_step[m] = zero * x.sums[m * x.steps + step];
+        for (int64_t block = step * step_blocks; block < smaller((step + 1) * step_blocks, x.blocks); block++) {
             vector_s32 sums[COLUMNS];
 #pragma GCC unroll 8
             for (int m = 0; m < columns; m++) sums[m] = (vector_s32){0};
@@ -169,12 +190,13 @@ INLINE void multiply_int8(const Weight *w, int bits, int columns, Tile tile, Inp
             }
 #pragma GCC unroll 8
             for (int m = 0; m < columns; m++) {
-                const vector_s16 minus_sum = (vector_s16)everywhere(x.sums + m * x.blocks + block);
-                const vector_s32 exact = dot_s16(sums_of(sums[m], bits), (vector_s16)tile.zeros[group], minus_sum);
-                const vector_f32 scale = tile.scales[group] * x.scales[m * x.blocks + block];
-                total[m] = fma_f32(__builtin_convertvector(exact, vector_f32), scale, total[m]);
+                const vector_f32 exact = __builtin_convertvector(sums_of(sums[m], bits), vector_f32);
+                of_step[m] = fma_f32(exact, (vector_f32)everywhere(x.scales + m * x.blocks + block), of_step[m]);
             }
         }
+#pragma GCC unroll 8
+        for (int m = 0; m < columns; m++) total[m] = fma_f32(of_step[m], scale, total[m]);
+    }
 }
 
 INLINE void multiply_bf16(const Weight *w, int columns, Tile tile, Inputs x, vector_f32 *total) {
@@ -204,7 +226,7 @@ INLINE void multiply(const Weight *w, int arithmetic, int bits, int columns, Til
     vector_f32 total[COLUMNS];
 #pragma GCC unroll 8
     for (int i = 0; i < columns; i++) total[i] = (vector_f32){0};
-    x.codes += m * x.row_bytes, x.scales += m * x.blocks, x.sums += m * x.blocks;
+    x.codes += m * x.row_bytes, x.scales += m * x.blocks, x.sums += m * x.steps;
     if (arithmetic == INT8)
         multiply_int8(w, bits, columns, tile, x, total);
     else

@@ -148,20 +148,61 @@ INLINE vector_s32 everywhere(const void *from) {
     return (vector_s32){0} + number;
 }
 
-/* to[k * stride + r] = from[r][k]: four numbers of 32 bits of four rows */
-INLINE void transpose(const uint32_t (*from)[4], uint32_t *to, int64_t stride) {
+/* Codes of one chunk (packed.h) of ROWS rows as bytes: four inputs of row r, from number 4 * part of the chunk on, are
+   to[part * stride + r]. */
+INLINE void unpack_bytes(const void *chunk, int bits, uint32_t *to, int64_t stride) {
 #ifndef PLAIN_C
-    const __m128i *rows = (const __m128i *)from;
-    const __m128i r0 = _mm_loadu_si128(rows), r1 = _mm_loadu_si128(rows + 1);
-    const __m128i r2 = _mm_loadu_si128(rows + 2), r3 = _mm_loadu_si128(rows + 3);
-    const __m128i low = _mm_unpacklo_epi32(r0, r1), high = _mm_unpackhi_epi32(r0, r1);
-    const __m128i next_low = _mm_unpacklo_epi32(r2, r3), next_high = _mm_unpackhi_epi32(r2, r3);
-    _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi64(low, next_low));
-    _mm_storeu_si128((__m128i *)(to + stride), _mm_unpackhi_epi64(low, next_low));
-    _mm_storeu_si128((__m128i *)(to + 2 * stride), _mm_unpacklo_epi64(high, next_high));
-    _mm_storeu_si128((__m128i *)(to + 3 * stride), _mm_unpackhi_epi64(high, next_high));
+    /* lower bytes of words have the first half of the fields, upper ones the second: each to its own side */
+    const __m256i sides = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
+    const int fields = 8 / bits;
+    __m256i words[ROWS];
+    for (int r = 0; r < ROWS; r++)
+        words[r] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)chunk + r), sides);
+    for (int f = 0; f < fields; f++) {
+        __m256i codes[ROWS];
+        for (int r = 0; r < ROWS; r++) codes[r] = _mm256_and_si256(_mm256_srli_epi16(words[r], bits * f), mask);
+        const __m256i low01 = _mm256_unpacklo_epi32(codes[0], codes[1]), low23 = _mm256_unpacklo_epi32(codes[2], codes[3]);
+        const __m256i high01 = _mm256_unpackhi_epi32(codes[0], codes[1]), high23 = _mm256_unpackhi_epi32(codes[2], codes[3]);
+        const __m256i four[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
+                                 _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
+        for (int q = 0; q < 4; q++) { /* two of the first half and two of the second, for lanes 0 to 7 and 8 to 15 */
+            uint32_t *part = to + ((f + q / 2 * fields) * 4 + q % 2) * stride;
+            _mm_storeu_si128((__m128i *)part, _mm256_castsi256_si128(four[q]));
+            _mm_storeu_si128((__m128i *)(part + 2 * stride), _mm256_extracti128_si256(four[q], 1));
+        }
+    }
 #else
-    for (int k = 0; k < 4; k++)
-        for (int r = 0; r < 4; r++) to[k * stride + r] = from[r][k];
+    const uint16_t(*words)[LANES] = chunk;
+    for (int r = 0; r < ROWS; r++)
+        for (int part = 0; part < 16 / bits * LANES / 4; part++) {
+            uint8_t codes[4];
+            for (int k = 0; k < 4; k++)
+                codes[k] = (uint8_t)(words[r][part * 4 % LANES + k] >> (part * 4 / LANES * bits) & ((1 << bits) - 1));
+            memcpy(to + part * stride + r, codes, 4);
+        }
+#endif
+}
+
+/* Four codes of ROWS rows, [ROWS][4], less the zeros, [ROWS][4] as well, as bfloat16: the first two of row r are to[r],
+   the other two are to[stride + r]. */
+INLINE void to_bf16(const uint8_t *codes, const int32_t *zeros, uint32_t *to, int64_t stride) {
+#ifndef PLAIN_C
+    __m256i values[2]; /* rows 0 and 1, rows 2 and 3 */
+    for (int half = 0; half < 2; half++) {
+        const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * half)));
+        const __m256i steps = _mm256_sub_epi32(wide, _mm256_loadu_si256((const __m256i *)(zeros + 8 * half)));
+        values[half] = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cvtepi32_ps(steps)), 16);
+    }
+    const __m256i mixed = _mm256_packus_epi32(values[0], values[1]); /* pairs of rows 0 0 2 2 1 1 3 3 */
+    const __m256i pairs = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7));
+    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(pairs));
+    _mm_storeu_si128((__m128i *)(to + stride), _mm256_extracti128_si256(pairs, 1));
+#else
+    for (int r = 0; r < ROWS; r++) {
+        uint32_t values[4];
+        for (int k = 0; k < 4; k++) values[k] = bits_of((float)(codes[4 * r + k] - zeros[4 * r + k])) >> 16;
+        to[r] = values[0] | values[1] << 16, to[stride + r] = values[2] | values[3] << 16;
+    }
 #endif
 }
