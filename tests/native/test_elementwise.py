@@ -6,7 +6,7 @@ import torch
 from lowbit.native import elementwise
 from lowbit.native.elementwise import instructions, program
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("level")
 aten = torch.ops.aten
 # operator -> its arguments behind the first tensor
 UNARY = {

@@ -11,7 +11,8 @@ import torch
 from weights import matrix, random_quantized
 
 from lowbit.backends import native
-from lowbit.native import attention, matmul
+from lowbit.native import attention, gemm, matmul
+from lowbit.native.build import library
 from lowbit.native.linear import _weight_of, product
 from lowbit.numerics.scheme import BITS, GROUP_SIZES, Scheme
 
@@ -43,6 +44,26 @@ def test_product_of_integers(rng):
     x, y = torch.randint(-127, 128, (rows, shape[1])).float(), torch.full((rows, shape[0]), torch.nan)
     product(_weight_of(buffers, scheme, shape), x, y, None, pieces=1)()
     assert torch.equal(y.double(), x.double() @ matrix(qweight).T), (scheme.name, shape, rows)
+
+
+def test_product_of_many_rows(rng):
+    """The same with blocks of inputs whose scale is 1; the tensors end where their memory ends."""
+    bits, group = rng.choice(BITS), rng.choice([size for size in GROUP_SIZES if size % 32 == 0 or size < 0])
+    in_features = group * size(rng, max(1500 // group, 1)) if group > 0 else size(rng, 1500)
+    shape, rows = (size(rng, 70), in_features), size(rng, 40)
+    scheme, arithmetic = Scheme(bits, group, rng.random() < 0.5), rng.choice(list(gemm.ARITHMETICS))
+    qweight = random_quantized(scheme, *shape, seed=rng.randrange(2**31))
+    qweight.scales.fill_(2.0**-12)
+    buffers, x = native.prepare(qweight), torch.randint(-127, 128, (rows, in_features)).to(torch.bfloat16)
+    x[:, ::32] = 127
+    stored = buffers["codes"], buffers["scales"], buffers.get("zeros")
+    library().use(rng.choice(library().levels))
+    try:
+        y = torch.ops.lowbit.gemm_native(x, *stored, None, scheme.name, shape[0], arithmetic)
+    finally:
+        library().use(library().levels[0])
+    exact = x.double() @ matrix(qweight).T
+    assert ((y - exact).abs() <= 2**-8 * exact.abs() + 1e-4).all(), (scheme.name, shape, rows, arithmetic)
 
 
 def test_matmul(rng):

@@ -16,16 +16,6 @@ each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: sche
 SIZES = [(1, 64, 640), (2, 1, 32), (3, 16, 1152), (13, 37, 256), (24, 37, 96)]
 
 
-@pytest.fixture(params=["portable", "avx2", "avxvnni", "avx512", "avx512bf16"])
-def level(request):
-    if request.param not in library().levels:
-        pytest.skip(f"this machine does not run {request.param}")
-    before = library().level
-    library().use(request.param)
-    yield request.param
-    library().use(before)
-
-
 def run(x, buffers, scheme, shape, bias=None, arithmetic="int8"):
     stored = buffers["codes"], buffers["scales"], buffers.get("zeros")
     return torch.ops.lowbit.gemm_native(x, *stored, bias, scheme.name, shape[0], arithmetic)

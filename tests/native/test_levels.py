@@ -1,6 +1,8 @@
 """Each level of instructions that this machine runs against the portable one: the same bits, wherever integers and
 fused multiply-adds are all there is."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -9,21 +11,14 @@ import torch
 from weights import random_quantized
 
 from lowbit.backends import native
-from lowbit.native import build
+from lowbit.native import build, gemm, linear
+from lowbit.native.abi import Library
 from lowbit.native.build import constant, library
 from lowbit.native.linear import _weight_of, product
 from lowbit.numerics.scheme import BITS, Scheme
 
 pytestmark = pytest.mark.usefixtures("compiler")
 SCHEMES = [Scheme(bits, group, sym) for bits in BITS for group in (16, 32, 128, -1) for sym in (True, False)]
-
-
-@pytest.fixture
-def on_level():
-    """on_level(name): kernels of this level from here on."""
-    before = library().level
-    yield library().use
-    library().use(before)
 
 
 def on_each_level(on_level, function) -> dict[str, torch.Tensor]:
@@ -111,6 +106,50 @@ def test_the_layout_is_the_same(on_level):
     assert all(torch.equal(codes, packed["portable"]) for codes in packed.values())
     made = on_each_level(on_level, lambda: native.linear(x, native.prepare(qweight), scheme, shape))
     assert all(torch.equal(y, made["portable"]) for y in made.values())
+
+
+# Level whose place it takes -> flags that make other code of the same sources: what runs on other machines
+AVX512 = build._X86_LEVELS["avx512"]
+OTHERS = {
+    "avx2": ("-DPLAIN_C", "-DVECTOR=64", "-O1"),  # AVX-512, with the definitions in C
+    "avxvnni": (*AVX512, "-DVECTOR=32", "-O1"),  # AVX-VNNI, with the same instructions as AVX-512 has them
+}
+
+
+@pytest.fixture(scope="module")
+def of_other_machines(tmp_path_factory):
+    """A library whose levels are those of OTHERS, beside the portable one."""
+    if "avx2" not in build._levels():
+        pytest.skip("these are the instructions of x86")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_X86_LEVELS", {"portable": ("-O1",), **OTHERS})
+        path = build._compile(os.environ.get("CC") or shutil.which("cc"), tmp_path_factory.mktemp("others"))
+    return Library(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
+def test_algorithms_of_other_machines(of_other_machines, scheme, monkeypatch):
+    """The code of each width of vectors is right, whatever this machine has."""
+    for module in (linear, gemm):
+        monkeypatch.setattr(module, "library", lambda: of_other_machines)
+    shape, dtype = (37, 640), torch.bfloat16
+    buffers, x = native.prepare(random_quantized(scheme, *shape, dtype)), torch.randn(13, shape[1]).to(dtype)
+    stored = buffers["codes"], buffers["scales"], buffers.get("zeros")
+
+    def products():
+        yield native.linear(x[:5], buffers, scheme, shape)
+        for arithmetic in gemm.ARITHMETICS:
+            if gemm.refuse(scheme, arithmetic, dtype) is None:
+                yield torch.ops.lowbit.gemm_native(x, *stored, None, scheme.name, shape[0], arithmetic)
+
+    of_other_machines.use("portable")
+    expected = list(products())
+    runnable = [level for level in OTHERS if level != "avxvnni" or "avx512" in library().levels]
+    for level in runnable:
+        of_other_machines.use(level)
+        for found, wanted in zip(products(), expected, strict=True):
+            assert torch.equal(found, wanted), level
 
 
 SHOW = "from lowbit.native.build import library as l; print(getattr(l(), 'level', l()))"
