@@ -40,7 +40,7 @@ _AVX2 = ("-mtune=native", "-mavx2", "-mfma")
 _AVX512 = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
 # Levels of abi.h -> what tells the compiler of their instructions
 _X86_LEVELS = {
-    "portable": ("-mtune=native",),
+    "portable": ("-mtune=native", "-O1"),  # for processors before 2013, and what the others are compared with
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,

@@ -176,9 +176,9 @@ INLINE void multiply_int8(const Weight *w, int bits, int columns, Tile tile, Inp
 #pragma GCC unroll 8
         for (int m = 0; m < columns; m++) of_step[m] = zero * x.sums[m * x.steps + step];
         for (int64_t block = step * step_blocks; block < smaller((step + 1) * step_blocks, x.blocks); block++) {
-            vector_s32 sums[COLUMNS];
+            Partial sums[COLUMNS];
 #pragma GCC unroll 8
-            for (int m = 0; m < columns; m++) sums[m] = (vector_s32){0};
+            for (int m = 0; m < columns; m++) sums[m] = (Partial){0};
 #pragma GCC unroll 8
             for (int part = 0; part < BLOCK / 4; part++) {
                 const vector_u8 codes = (vector_u8)tile.parts[block * (BLOCK / 4) + part];

@@ -80,32 +80,41 @@ INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
 }
 
 /* Sums over 32 inputs, in each lane four of them at a time: from zero on, `dot_u8s8` for each of the eight parts, then
-   `sums_of`. codes have `bits` bits, x is at least -127. Without VNNI, sums of codes of at most four bits stay in 16 bits
-   until then: 16 * 15 * 127 < 2^15. */
-INLINE vector_s32 dot_u8s8(vector_s32 sums, vector_u8 codes, vector_s8 x, int bits) {
+   `sums_of`. codes have `bits` bits, x is at least -127. Without VNNI the products of four bits stay in 16 bits until
+   then, 16 * 15 * 127 < 2^15, and the upper four of eight have sums of their own. */
+typedef struct {
+    vector_s32 sums, upper;
+} Partial;
+
+INLINE Partial dot_u8s8(Partial part, vector_u8 codes, vector_s8 x, int bits) {
 #if defined(DOTS)
     (void)bits;
-    return (vector_s32)DOTS(dpbusd)((register_int)sums, (register_int)codes, (register_int)x);
+    part.sums = (vector_s32)DOTS(dpbusd)((register_int)part.sums, (register_int)codes, (register_int)x);
 #elif !defined(PLAIN_C)
-    if (bits <= 4)
-        return (vector_s32)((vector_s16)sums + (vector_s16)MM(maddubs_epi16)((register_int)codes, (register_int)x));
-    const vector_s16 even = (vector_s16)((vector_u16)codes & 0xff), odd = (vector_s16)((vector_u16)codes >> 8);
-    const vector_s16 x_even = (vector_s16)((vector_u16)x << 8) >> 8, x_odd = (vector_s16)x >> 8;
-    return dot_s16(dot_s16(sums, even, x_even), odd, x_odd);
+    const vector_u8 low = bits > 4 ? codes & 15 : codes;
+    part.sums = (vector_s32)((vector_s16)part.sums + (vector_s16)MM(maddubs_epi16)((register_int)low, (register_int)x));
+    if (bits > 4) {
+        const vector_u8 high = (vector_u8)((vector_u16)codes >> 4) & 15;
+        const vector_s16 products = (vector_s16)MM(maddubs_epi16)((register_int)high, (register_int)x);
+        part.upper = (vector_s32)((vector_s16)part.upper + products);
+    }
 #else
     (void)bits;
     for (int byte = 0; byte < 4; byte++)
-        sums += ((vector_s32)codes >> 8 * byte & 0xff) * ((vector_s32)x << (24 - 8 * byte) >> 24);
-    return sums;
+        part.sums += ((vector_s32)codes >> 8 * byte & 0xff) * ((vector_s32)x << (24 - 8 * byte) >> 24);
 #endif
+    return part;
 }
 
-INLINE vector_s32 sums_of(vector_s32 sums, int bits) {
+INLINE vector_s32 sums_of(Partial part, int bits) {
 #if !defined(PLAIN_C) && !defined(DOTS)
-    if (bits <= 4) return dot_s16((vector_s32){0}, (vector_s16)sums, (vector_s16){0} + 1);
-#endif
+    const vector_s16 one = (vector_s16){0} + 1;
+    const vector_s32 sums = dot_s16((vector_s32){0}, (vector_s16)part.sums, one);
+    return bits > 4 ? dot_s16(sums, (vector_s16)part.upper, one * 16) : sums;
+#else
     (void)bits;
-    return sums;
+    return part.sums;
+#endif
 }
 
 /* sums[l] + a[2l + 1] b[2l + 1] + a[2l] b[2l] of bfloat16, added in this order */
