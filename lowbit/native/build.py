@@ -173,15 +173,20 @@ def _levels() -> dict[str, tuple[str, ...]]:
     return _X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else _OTHER_LEVELS
 
 
-def _takes(compiler: str, flags: tuple[str, ...]) -> bool:
+def _takes(compiler: str, level: str, flags: tuple[str, ...]) -> bool:
     """Whether a compiler knows the instructions of a level: one that does not makes the library without it."""
-    probe = [compiler, *flags, "-x", "c", "-fsyntax-only", os.devnull]
-    return subprocess.run(probe, capture_output=True, timeout=_SECONDS).returncode == 0
+    probe = [compiler, *flags, "-E", "-x", "c", os.devnull]
+    done = subprocess.run(probe, capture_output=True, text=True, timeout=_SECONDS)
+    if done.returncode != 0:
+        logger.info("%s makes no kernels for %s: %s", compiler, level, _first_error(done.stderr))
+    return done.returncode == 0
 
 
 def _compile(compiler: str, folder: Path) -> Path:
     """Compile into an empty folder that nobody else can write to. Returns the library."""
-    levels = {level: flags for level, flags in _levels().items() if level == "portable" or _takes(compiler, flags)}
+    levels = {
+        level: flags for level, flags in _levels().items() if level == "portable" or _takes(compiler, level, flags)
+    }
     jobs = []
     for source in _SOURCES:
         common = source.name in _FOR_ALL_LEVELS

@@ -50,7 +50,8 @@ INLINE int64_t size_of(int64_t arithmetic) { return arithmetic == INT8 ? 1 : 2; 
 
 /* Where inputs are in the scratch. Returns their bytes. */
 static int64_t place_inputs(const Weight *w, int64_t arithmetic, int64_t rows, char *scratch, Inputs *to) {
-    const int64_t row_bytes = width_of(w) * size_of(arithmetic);
+    /* not a power of two apart, or rows of x would share the sets of a cache */
+    const int64_t row_bytes = width_of(w) * size_of(arithmetic) + ALIGNMENT;
     const int64_t blocks = arithmetic == INT8 ? ceil_div(w->in_features, BLOCK) : 0;
     const int64_t steps = arithmetic == INT8 ? ceil_div(w->in_features, step_of(w)) : 0;
     const int64_t codes = aligned(rows * row_bytes), scales = aligned(rows * blocks * 4);

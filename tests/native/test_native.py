@@ -186,6 +186,19 @@ def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     assert "no C compiler" in python(SHOW, LOWBIT_CACHE=str(tmp_path), PATH=str(tmp_path), CC="")
 
 
+@pytest.mark.slow
+def test_a_compiler_that_does_not_know_all_instructions(tmp_path, quick, monkeypatch, caplog):
+    """What it does not know is left out, and said."""
+    if "avx2" not in build._levels():
+        pytest.skip("these are the instructions of x86")
+    caplog.set_level(logging.INFO, logger="lowbit")
+    monkeypatch.setattr(build, "_X86_LEVELS", {"portable": (), "avx2": ("-mavx2", "-mfma"), "avx512": ("-mavx9",)})
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
+    assert set(build.library.__wrapped__().levels) <= {"portable", "avx2"}
+    (said,) = (record.getMessage() for record in caplog.records if "makes no kernels for" in record.getMessage())
+    assert "makes no kernels for avx512: " in said and "-mavx9" in said
+
+
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.c:1: error: no such flag" >&2\nexit 1\n')
