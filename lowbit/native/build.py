@@ -36,11 +36,12 @@ _HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 # Compiled once; the others once for each level
 _FOR_ALL_LEVELS = ("abi.c", "levels.c")
 _FLAGS = ("-O3", "-fwrapv", "-fopenmp", "-fPIC", "-Wno-psabi")
-_AVX2 = ("-mtune=native", "-mavx2", "-mfma")
+_X86 = ("-march=x86-64", "-mtune=native")  # whatever the compiler has by default
+_AVX2 = (*_X86, "-mavx2", "-mfma")
 _AVX512 = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
 # Levels of abi.h -> what tells the compiler of their instructions
 _X86_LEVELS = {
-    "portable": ("-mtune=native", "-O1"),  # for processors before 2013, and what the others are compared with
+    "portable": (*_X86, "-O1"),  # for processors before 2013, and what the others are compared with
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
