@@ -2,10 +2,11 @@
 /* y = x W^T for many rows of x: a tile of W, WIDE rows of it, is unpacked once and multiplied by all rows of x.
 
    INT8: BLOCK inputs share a scale, x = x_scale * x_code with codes from -127 to 127, and
-       y[m, n] = sum over steps of  scale[n] * sum over blocks of  x_scale[m] * (sum in the block of code * x_code)
-                                                                 - zero[n] * x_scale[m] * (sum in the block of x_code).
-   Inner sums are exact integers: codes of W are unsigned and those of x signed, as VNNI multiplies them. A step, at most
-   STEP inputs of a group, adds no more than float32 holds exactly if all x_scale are alike.
+       y[m, n] = sum over steps of  scale[n] * (of_codes - zero[n] * of_inputs)
+       of_codes  = sum over blocks of the step of  x_scale[m] * (sum in the block of code * x_code)
+       of_inputs = sum over blocks of the step of  x_scale[m] * (sum in the block of x_code).
+   Sums in a block are exact integers: codes of W are unsigned and those of x signed, as VNNI multiplies them. A step, at
+   most STEP inputs of a group, adds no more than float32 holds exactly if all x_scale are alike.
 
    BF16: x is bfloat16, code - zero is one exactly, and
        y[m, n] = sum over groups of  scale[n] * (sum in the group of (code - zero) * x)

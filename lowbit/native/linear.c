@@ -29,15 +29,24 @@
 typedef int16_t shorts __attribute__((vector_size(ROW_BYTES)));
 typedef vector_u16 unaligned_words __attribute__((aligned(2)));
 
-/* x [rows, in_features] as integers: codes [rows, chunks, fields]; for each step, 2^exponent and the sums of lanes */
+/* x [rows, in_features] as integers: codes [rows, chunks, fields], which are `vectors` for a row; for each of the steps,
+   2^exponent and the sums of lanes */
 typedef struct {
     shorts *codes;
     integers *sums;
     float *scales;
+    int64_t vectors, steps;
 } Inputs;
+
+/* Of a step: a lone row of x has two sums for each vector, or a product would wait for the one before it */
+typedef vector_s32 Sums[VECTORS][COLUMNS][2];
 
 INLINE int64_t step_of(const Weight *w) { return smaller(w->group_size, w->integer_inputs ? INTEGER_STEP : STEP); }
 INLINE int64_t steps_of(const Weight *w) { return ceil_div(w->in_features, step_of(w)); }
+
+INLINE Inputs of_row(Inputs x, int64_t m) {
+    return (Inputs){x.codes + m * x.vectors, x.sums + m * x.steps, x.scales + m * x.steps, x.vectors, x.steps};
+}
 
 /* y [rows, out_features], for a second piece of x with what the first has given; bias may be NULL */
 typedef struct {
@@ -73,12 +82,41 @@ INLINE void finish(const Weight *w, int vectors, int columns, int64_t index, int
         }
 }
 
+/* The products of zeros and inputs, which those of codes and inputs are added to. zeros NULL: the middle code */
+INLINE void begin_step(const float *zeros, int bits, int vectors, int columns, Inputs x, int64_t step, Sums sums) {
+#pragma GCC unroll 4
+    for (int m = 0; m < columns; m++) {
+        const vector_s32 x_sums = (vector_s32)repeated(x.sums + m * x.steps + step);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            sums[v][m][0] = -(x_sums << (bits - 1));
+            if (zeros) sums[v][m][0] = -(__builtin_convertvector(spread(zeros + v * VECTOR_ROWS), vector_s32) * x_sums);
+            sums[v][m][1] = (vector_s32){0};
+        }
+    }
+}
+
+INLINE void end_step(const Weight *w, const float *scales, int vectors, int columns, Inputs x, int64_t step, Sums sums,
+                     vector_f32 (*total)[COLUMNS]) {
+#pragma GCC unroll 4
+    for (int m = 0; m < columns; m++) {
+        const float x_scale = x.scales[m * x.steps + step];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            vector_s32 sum = columns == 1 ? sums[v][m][0] + sums[v][m][1] : sums[v][m][0];
+            if (w->integer_inputs) sum = row_totals(sum);
+            const vector_f32 scale = spread(scales + v * VECTOR_ROWS) * x_scale;
+            total[v][m] = fma_f32(__builtin_convertvector(sum, vector_f32), scale, total[v][m]);
+        }
+    }
+}
+
 /* `vectors` vectors from number `first` of a block times `columns` rows of x. chunk_steps: steps in a chunk, 1 where a
-   step has whole chunks. A lone row of x has two sums for each vector, or a product would wait for the one before it. */
+   step has whole chunks. */
 INLINE void block(const Weight *w, int bits, int chunk_steps, int vectors, int columns, int64_t index, int first,
                   Inputs x, Outputs to) {
-    const int fields = 16 / bits, step_fields = fields / chunk_steps, chains = columns == 1 && step_fields > 1 ? 2 : 1;
-    const int64_t chunks = chunks_of(w), groups = groups_of(w), steps = steps_of(w);
+    const int fields = 16 / bits, step_fields = fields / chunk_steps, chains = columns == 1 ? 2 : 1;
+    const int64_t chunks = chunks_of(w), groups = groups_of(w);
     const int64_t step_chunks = ceil_div(step_of(w), chunk_of(w)), group_steps = ceil_div(w->group_size, step_of(w));
     const unaligned_words *codes = (const unaligned_words *)w->codes + index * chunks * VECTORS + first;
     const float *scales = w->scales + index * groups * ROWS + first * VECTOR_ROWS;
@@ -89,18 +127,9 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int vectors, int c
         const int64_t end = smaller(start + step_chunks, chunks);
 #pragma GCC unroll 16
         for (int part = 0; part < chunk_steps; part++) {
-            if (chunk_steps > 1 && step == steps) break; /* the rest of the chunk is padding */
-            vector_s32 sums[VECTORS][COLUMNS][2];
-#pragma GCC unroll 4
-            for (int m = 0; m < columns; m++) {
-                const vector_s32 x_sums = (vector_s32)repeated(x.sums + m * steps + step);
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) {
-                    sums[v][m][0] = -(x_sums << (bits - 1));
-                    if (zeros) sums[v][m][0] = -(__builtin_convertvector(spread(zeros + v * VECTOR_ROWS), vector_s32) * x_sums);
-                    sums[v][m][1] = (vector_s32){0};
-                }
-            }
+            if (chunk_steps > 1 && step == x.steps) break; /* the rest of the chunk is padding */
+            Sums sums;
+            begin_step(zeros, bits, vectors, columns, x, step, sums);
             for (int64_t chunk = start; chunk < end; chunk++) {
                 for (int byte = 0; byte < vectors * VECTOR; byte += 64) /* the hardware stops at the end of a page */
                     __builtin_prefetch((const char *)(codes + chunk * VECTORS) + AHEAD + byte);
@@ -119,17 +148,7 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int vectors, int c
                     }
                 }
             }
-#pragma GCC unroll 4
-            for (int m = 0; m < columns; m++) {
-                const float x_scale = x.scales[m * steps + step];
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) {
-                    vector_s32 sum = chains == 2 ? sums[v][m][0] + sums[v][m][1] : sums[v][m][0];
-                    if (w->integer_inputs) sum = row_totals(sum);
-                    const vector_f32 scale = spread(scales + v * VECTOR_ROWS) * x_scale;
-                    total[v][m] = fma_f32(__builtin_convertvector(sum, vector_f32), scale, total[v][m]);
-                }
-            }
+            end_step(w, scales, vectors, columns, x, step, sums, total);
             if (++steps_done == group_steps) {
                 steps_done = 0, scales += ROWS;
                 if (zeros) zeros += ROWS;
@@ -143,12 +162,9 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int vectors, int c
 /* One block times all rows of x */
 INLINE void block_columns(const Weight *w, int bits, int chunk_steps, int64_t index, Inputs x, Outputs to,
                           int64_t columns) {
-    const int64_t codes = chunks_of(w) * (16 / bits), steps = steps_of(w);
-    int64_t m = 0;
     const int64_t size = w->out_features * (to.dtype == FLOAT32 ? 4 : 2);
-#define FROM_M                                                               \
-    (Inputs){x.codes + m * codes, x.sums + m * steps, x.scales + m * steps}, \
-        (Outputs){(char *)to.y + m * size, to.bias, to.dtype, to.second}
+    int64_t m = 0;
+#define FROM_M of_row(x, m), (Outputs){(char *)to.y + m * size, to.bias, to.dtype, to.second}
     for (; m + COLUMNS <= columns; m += COLUMNS)
         for (int first = 0; first < VECTORS; first += 2) /* as many sums as there are registers */
             block(w, bits, chunk_steps, 2, COLUMNS, index, first, FROM_M);
@@ -221,7 +237,7 @@ void KERNEL(lowbit_linear)(const Weight *w, const void *x, int64_t dtype, const 
                    int64_t pieces, void *scratch) {
     const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w), blocks = blocks_of(w);
     Kernel *kernel = kernel_for(w);
-    Inputs inputs = {scratch, (integers *)scratch + rows * codes, 0};
+    Inputs inputs = {scratch, (integers *)scratch + rows * codes, 0, codes, steps};
     inputs.scales = (float *)(inputs.sums + rows * steps);
     float *wide = inputs.scales + rows * steps;
 #pragma omp parallel
@@ -232,7 +248,7 @@ void KERNEL(lowbit_linear)(const Weight *w, const void *x, int64_t dtype, const 
             float *row = wide + m * w->in_features;
             if (!piece)
                 for (int64_t k = 0; k < w->in_features; k++) row[k] = load(x, (int)dtype, m * w->in_features + k);
-            to_integers(w, row, (Inputs){inputs.codes + m * codes, inputs.sums + m * steps, inputs.scales + m * steps});
+            to_integers(w, row, of_row(inputs, m));
         }
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < blocks; index++) kernel(w, index, inputs, outputs, rows);
