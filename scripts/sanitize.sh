@@ -8,8 +8,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${LOWBIT_PYTHON:-.venv/bin/python}
 compiler=$(command -v gcc) || { echo "error: this needs gcc" >&2; exit 2; }
 # (not the tests of compiling and caching: each would wait for a compiler that takes a minute with sanitizers)
-[ $# -gt 0 ] || set -- -q -k "not built and not cache and not library" tests/native/test_native.py tests/native/test_matmul.py tests/native/test_attention.py \
-    tests/native/test_elementwise.py tests/backends/test_integer_inputs.py
+[ $# -gt 0 ] || set -- -q -k "not built and not cache and not library and not machines" tests/native/test_native.py \
+    tests/native/test_levels.py tests/native/test_gemm.py tests/native/test_matmul.py tests/native/test_attention.py \
+    tests/native/test_elementwise.py tests/native/test_fuzzed_kernels.py tests/backends/test_integer_inputs.py
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -22,7 +23,7 @@ chmod +x "$work/cc"
 export CC=$work/cc LOWBIT_CACHE=$work/cache HF_HUB_OFFLINE=1 PYTHONPATH=$PWD:$PWD/triton_kernels:$PWD/tests
 # Python keeps what it has until it ends: leaks are not ours. New memory holds bytes that overflow where they are used.
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:malloc_fill_byte=165:max_malloc_fill_size=67108864
-export UBSAN_OPTIONS=print_stacktrace=1
+export UBSAN_OPTIONS=print_stacktrace=1 LOWBIT_KERNEL_CASES=${LOWBIT_KERNEL_CASES:-200}
 # Both runtimes come before the interpreter's own libraries.
 runtimes=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so)
 LD_PRELOAD=$runtimes "$python" -m pytest -p no:cacheprovider --capture=sys "$@" # what a sanitizer says is not captured

@@ -37,6 +37,15 @@ _SECONDS = Path(__file__).with_name("seconds.json")
 
 
 def pytest_collection_modifyitems(config, items):
+    """Groups that run on demand only are left out, and the others get their order."""
+    if "sanitize" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("sanitize"):
+                item.add_marker(pytest.mark.skip(reason="runs only with -m sanitize"))
+    _longest_files_first(config, items)
+
+
+def _longest_files_first(config, items):
     """With several processes the longest files come first, or the last one to run would be waited for. A file that
     nobody has timed may be the longest."""
     if hasattr(config, "workerinput"):

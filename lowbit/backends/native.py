@@ -11,6 +11,13 @@ def available() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def instructions() -> dict | None:
+    """{"used", "available"}: the level of instructions that the kernels use, and those that this machine runs, the best
+    first. None where there are no kernels."""
+    found = library()
+    return None if isinstance(found, str) else {"used": found.level, "available": list(found.levels)}
+
+
 def refuse(scheme, device, dtype, shape):
     if torch.device(device).type != "cpu":
         return f"runs on cpu, not on {torch.device(device).type}"

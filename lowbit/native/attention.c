@@ -11,20 +11,6 @@
 
 #define QUERIES 8 /* that share the conversion of a key to floats */
 #define BLOCK 512 /* keys, as in torch */
-#define HEAD 512  /* the longest */
-
-typedef struct {
-    const void *data; /* its numbers lie one behind the other in the last dimension */
-    int64_t batch, head, token; /* strides */
-} Rows;
-
-/* query [B, heads, queries, D], out the same with head_dim of the values; key, value [B, heads / group, keys, D].
-   mask: bytes [B, heads, queries, keys], 0 for what is not seen, NULL: everything is; `last`: the stride of its keys. */
-typedef struct {
-    Rows query, key, value, mask, out;
-    int64_t batch, heads, group, queries, keys, head_dim, value_dim, dtype, last;
-    float scale;
-} Attention;
 
 /* A row as floats, zeros behind it up to a whole vector */
 static void widen(const void *from, int dtype, int64_t first, int64_t count, floats *to) {
@@ -36,14 +22,14 @@ static void widen(const void *from, int dtype, int64_t first, int64_t count, flo
     for (int64_t i = count; i < ceil_div(count, WIDTH) * WIDTH; i++) row[i] = 0;
 }
 
-INLINE int64_t row_of(const Rows *rows, int64_t batch, int64_t head, int64_t token) {
+INLINE int64_t row_of(const Strided *rows, int64_t batch, int64_t head, int64_t token) {
     return batch * rows->batch + head * rows->head + token * rows->token;
 }
 
 /* `count` queries, from number `first` of those that share key head `head` of `batch` */
 static void attend(const Attention *a, int64_t batch, int64_t head, int64_t first, int count) {
     const int64_t vectors = ceil_div(a->head_dim, WIDTH), value_vectors = ceil_div(a->value_dim, WIDTH);
-    floats query[QUERIES][HEAD / WIDTH], total[QUERIES][HEAD / WIDTH] = {0}, wide[HEAD / WIDTH];
+    floats query[QUERIES][LONGEST_HEAD / WIDTH], total[QUERIES][LONGEST_HEAD / WIDTH] = {0}, wide[LONGEST_HEAD / WIDTH];
     float largest[QUERIES], weights[QUERIES] = {0};
     union {
         float of[BLOCK];
@@ -113,7 +99,7 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
     }
 }
 
-void lowbit_attention(const Attention *a) {
+void KERNEL(lowbit_attention)(const Attention *a) {
     const int64_t key_heads = a->heads / a->group, queries = a->group * a->queries, tiles = ceil_div(queries, QUERIES);
 #pragma omp parallel for schedule(static)
     for (int64_t tile = 0; tile < a->batch * key_heads * tiles; tile++) {

@@ -1,11 +1,13 @@
 """Compiles the kernels with the C compiler of this machine, once, and loads them.
 
-Everything they compute with is in their files: they need no headers of torch or Python. The result is kept in the
-user's cache folder under a name that depends on the sources, the compiler, torch's OpenMP and the processor. Loading a
-library runs its code: one that somebody else can have put there is not loaded (safe_files.distrust).
+Everything they compute with is in their files: they need no headers of torch or Python. Each is compiled once for every
+level of instructions; which of them runs is decided when the library is loaded (`abi.Library`).
+
+The result is kept in the user's cache folder under a name that depends on the sources, the compiler, torch's OpenMP and
+the processor. Loading a library runs its code: one that somebody else can have put there is not loaded
+(safe_files.distrust).
 """
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -13,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -20,70 +23,33 @@ import torch
 
 from lowbit.errors import first_line
 from lowbit.guards.safe_files import distrust, make_private, open_existing
+from lowbit.native.abi import AbiError, Library
 
 logger = logging.getLogger("lowbit")
 
 CACHE_VARIABLE = "LOWBIT_CACHE"
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("linear.c", "matmul.c", "attention.c", "elementwise.c"))
-_HEADER = Path(__file__).with_name("numbers.h")
-_FLAGS = ("-O3", "-march=native", "-fwrapv", "-fopenmp", "-fPIC")
-_SECONDS = 120
-_SEAL_BYTES = hashlib.sha256().digest_size
-
-
-class Weight(ctypes.Structure):
-    """`Weight` of linear.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("bits", "out_features", "in_features", "group_size", "integer_inputs")),
-    )
-
-
-class Rows(ctypes.Structure):
-    """`Rows` of attention.c."""
-
-    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token")))
-
-
-class Attention(ctypes.Structure):
-    """`Attention` of attention.c."""
-
-    _sizes = ("batch", "heads", "group", "queries", "keys", "head_dim", "value_dim", "dtype", "last")
-    _fields_ = (
-        *((name, Rows) for name in ("query", "key", "value", "mask", "out")),
-        *((name, ctypes.c_int64) for name in _sizes),
-        ("scale", ctypes.c_float),
-    )
-
-
-class Operand(ctypes.Structure):
-    """`Operand` of elementwise.c."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p), ("strides", ctypes.c_int64 * 4), ("dtype", ctypes.c_int64), ("value", ctypes.c_float)
-    )  # fmt: skip
-
-
-class Instruction(ctypes.Structure):
-    """`Instruction` of elementwise.c."""
-
-    _fields_ = (
-        ("operation", ctypes.c_int64), ("sizes", ctypes.c_int64 * 4), ("out", Operand), ("a", Operand), ("b", Operand),
-        ("index", ctypes.c_void_p), ("step", ctypes.c_int64),
-    )  # fmt: skip
-
-
-_POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_WEIGHT = ctypes.POINTER(Weight)
-_FUNCTIONS = {
-    "lowbit_linear": (None, (_WEIGHT, _POINTER, _INT, _POINTER, _POINTER, _INT, _INT, _POINTER)),
-    "lowbit_pack": (ctypes.c_int, (_WEIGHT, _POINTER, _POINTER)),
-    "lowbit_unpack": (None, (_WEIGHT, _INT, _INT, _POINTER, _POINTER)),
-    "lowbit_matmul": (None, (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER)),
-    "lowbit_run": (None, (ctypes.POINTER(Instruction), _INT)),
-    "lowbit_attention": (None, (ctypes.POINTER(Attention),)),
+# Names the level of instructions to use: doctor shows which there are
+LEVEL_VARIABLE = "LOWBIT_CPU_LEVEL"
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(sorted(_FOLDER.glob("*.c")))
+_HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
+# Compiled once; the others once for each level
+_FOR_ALL_LEVELS = ("abi.c", "levels.c")
+_FLAGS = ("-O3", "-fwrapv", "-fopenmp", "-fPIC", "-Wno-psabi")
+_X86 = ("-march=x86-64", "-mtune=native")  # whatever the compiler has by default
+_AVX2 = (*_X86, "-mavx2", "-mfma")
+_AVX512 = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")))
+# Levels of abi.h -> what tells the compiler of their instructions
+_X86_LEVELS = {
+    "portable": (*_X86, "-O1"),  # for processors before 2013, and what the others are compared with
+    "avx2": _AVX2,
+    "avxvnni": (*_AVX2, "-mavxvnni"),
+    "avx512": _AVX512,
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
+_OTHER_LEVELS = {"portable": ("-march=native",)}  # whose vectors the compiler makes of plain C
+_SECONDS = 300  # for a file, on a machine that is busy
+_SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
@@ -93,20 +59,36 @@ def cache_folder() -> Path:
 
 
 @cache
-def library() -> ctypes.CDLL | str:
+def library() -> Library | str:
     """The compiled kernels, or in one line why there are none."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return "there is no C compiler (install gcc or clang, or name one in CC)"
     try:
-        return _cached(compiler)
+        return _on_level(_cached(compiler))
     except subprocess.CalledProcessError as error:
         return f"{compiler} cannot compile the kernels: {_first_error(error.stderr)}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+    except AbiError as error:
+        return f"what {compiler} makes of the kernels does not fit to lowbit.native.abi: {error}"
+    except (OSError, subprocess.TimeoutExpired) as error:
         return f"cannot compile the kernels with {compiler}: {first_line(error)}"
 
 
-def _cached(compiler: str) -> ctypes.CDLL:
+def _on_level(kernels: Library) -> Library | str:
+    """The library on the level that LOWBIT_CPU_LEVEL names, or why it has none of that name."""
+    if level := os.environ.get(LEVEL_VARIABLE):
+        if level not in kernels.levels:
+            return f"{LEVEL_VARIABLE} is {level!r}; this machine runs {', '.join(kernels.levels)}"
+        kernels.use(level)
+    return kernels
+
+
+def constant(name: str) -> int:
+    """The value of a constant or enumerator of abi.h. Only where there is a library."""
+    return library().constants[name]
+
+
+def _cached(compiler: str) -> Library:
     """The library of the cache folder, which is compiled if it is not there, damaged, or perhaps not ours: loading one
     runs code. In a folder that others can change nothing is kept, and nothing that is there is loaded."""
     folder = Path(os.path.abspath(cache_folder()))
@@ -124,7 +106,7 @@ def _cached(compiler: str) -> ctypes.CDLL:
             return _load(path)
     except FileNotFoundError:
         logger.info("compiling the CPU kernels (once): %s", path)
-    except (OSError, AttributeError) as error:  # cut short, or it lacks a function
+    except (OSError, AbiError) as error:  # cut short, or of another version
         reason = f"{path} is damaged ({first_line(error)})"
     if reason:
         logger.warning("%s: the CPU kernels are compiled anew", reason)
@@ -135,16 +117,12 @@ def _cached(compiler: str) -> ctypes.CDLL:
     return loaded
 
 
-def _load(path: Path) -> ctypes.CDLL:
-    """Raises OSError for what is no library as `_seal` left it, AttributeError for one that lacks a function."""
+def _load(path: Path) -> Library:
+    """Raises OSError for what is no library as `_seal` left it, AbiError for one that does not fit to abi.py."""
     data = path.read_bytes()
     if _digest(data[:-_SEAL_BYTES]) != data[-_SEAL_BYTES:]:
         raise OSError("its content does not fit its checksum")
-    loaded = ctypes.CDLL(str(path))
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
-    return loaded
+    return Library(path)
 
 
 def _seal(path: Path) -> None:
@@ -181,19 +159,49 @@ def _key(compiler: str) -> str:
         )
     except OSError:
         processor = platform.processor()
-    parts = (*(file.read_text() for file in (*_SOURCES, _HEADER)), version, *_FLAGS, *map(str, _openmp()), processor)
+    parts = (
+        *(file.read_text() for file in (*_SOURCES, *_HEADERS)),
+        version,
+        *_FLAGS,
+        repr(_levels()),
+        *map(str, _openmp()),
+        processor,
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _levels() -> dict[str, tuple[str, ...]]:
+    return _X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else _OTHER_LEVELS
+
+
+def _takes(compiler: str, level: str, flags: tuple[str, ...]) -> bool:
+    """Whether a compiler knows the instructions of a level: one that does not makes the library without it."""
+    probe = [compiler, *flags, "-E", "-x", "c", os.devnull]
+    done = subprocess.run(probe, capture_output=True, text=True, timeout=_SECONDS)
+    if done.returncode != 0:
+        logger.info("%s makes no kernels for %s: %s", compiler, level, _first_error(done.stderr))
+    return done.returncode == 0
 
 
 def _compile(compiler: str, folder: Path) -> Path:
     """Compile into an empty folder that nobody else can write to. Returns the library."""
-    compiled = {source: str(folder / f"{source.stem}.o") for source in _SOURCES}
-    linked, libraries = folder / "kernels.so", [str(file) for file in _openmp()] or ["-fopenmp"]
-    for arguments in (
-        *([*_FLAGS, "-c", str(source), "-o", to] for source, to in compiled.items()),
-        ["-shared", *compiled.values(), "-o", str(linked), *libraries, "-lm"],
-    ):
+    levels = {
+        level: flags for level, flags in _levels().items() if level == "portable" or _takes(compiler, level, flags)
+    }
+    jobs = []
+    for source in _SOURCES:
+        common = source.name in _FOR_ALL_LEVELS
+        for level, flags in {"": ()}.items() if common else levels.items():
+            named = () if common else (f"-DLEVEL={level}",)
+            jobs.append((str(folder / f"{source.stem}-{level}.o"), ["-c", str(source), *_FLAGS, *flags, *named]))
+
+    def run(arguments: list[str]) -> None:
         subprocess.run([compiler, *arguments], capture_output=True, text=True, check=True, timeout=_SECONDS)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda job: run([*job[1], "-o", job[0]]), jobs))
+    linked, libraries = folder / "kernels.so", [str(file) for file in _openmp()] or ["-fopenmp"]
+    run(["-shared", *(made for made, _ in jobs), "-o", str(linked), *libraries, "-lm"])
     _seal(linked)
     linked.chmod(0o700)  # whatever the umask is, or it would not be loaded again
     return linked

@@ -8,29 +8,7 @@
 
 #include "numbers.h"
 
-#define DIMENSIONS 4
 #define PART 1024
-
-/* As in elementwise.py */
-enum Operation {
-    COPY, ADD, SUBTRACT, MULTIPLY, DIVIDE, NEGATE, SQUARE, CUBE, RSQRT, SIGMOID, SILU, TANH, GELU, GELU_TANH, MEAN
-};
-
-/* data NULL: the number `value` */
-typedef struct {
-    const void *data;
-    int64_t strides[DIMENSIONS], dtype;
-    float value;
-} Operand;
-
-/* out = operation(a, b); MEAN is that of the last dimension of a. index: NULL, or what tells by how many `step` out lies
-   further on. */
-typedef struct {
-    int64_t operation, sizes[DIMENSIONS];
-    Operand out, a, b;
-    const int64_t *index;
-    int64_t step;
-} Instruction;
 
 typedef union {
     float of[PART];
@@ -96,9 +74,6 @@ INLINE floats apply(int operation, floats a, floats b) {
 }
 
 /* A loop for each operation, a constant in it */
-#define EACH(_)                                                                                                    \
-    _(COPY) _(ADD) _(SUBTRACT) _(MULTIPLY) _(DIVIDE) _(NEGATE) _(SQUARE) _(CUBE) _(RSQRT) _(SIGMOID) _(SILU) _(TANH) \
-    _(GELU) _(GELU_TANH)
 #define LOOP(OPERATION)                                                                                         \
     case OPERATION:                                                                                             \
         for (int64_t v = 0; v < vectors; v++) a->vectors[v] = apply(OPERATION, a->vectors[v], b->vectors[v]);   \
@@ -106,7 +81,7 @@ INLINE floats apply(int operation, floats a, floats b) {
 
 static void compute(int64_t operation, Numbers *a, const Numbers *b, int64_t count) {
     const int64_t vectors = ceil_div(count, WIDTH);
-    switch (operation) { EACH(LOOP) }
+    switch (operation) { OPERATIONS(LOOP) }
 }
 
 static void run_row(const Instruction *with, int64_t i, int64_t j, int64_t k) {
@@ -136,7 +111,7 @@ static void run_row(const Instruction *with, int64_t i, int64_t j, int64_t k) {
     if (with->operation == MEAN) store((void *)out->data, (int)out->dtype, to, total / (float)size);
 }
 
-void lowbit_run(const Instruction *program, int64_t count) {
+void KERNEL(lowbit_run)(const Instruction *program, int64_t count) {
     for (const Instruction *with = program; with < program + count; with++)
         for (int64_t i = 0; i < with->sizes[0]; i++)
             for (int64_t j = 0; j < with->sizes[1]; j++)

@@ -11,19 +11,19 @@ from itertools import pairwise
 
 import torch
 
-from lowbit.native.build import Weight, library
+from lowbit.native.abi import Weight
+from lowbit.native.build import constant, library
 from lowbit.numerics import dense
 from lowbit.numerics.activations import quantize_input
 from lowbit.numerics.qweight import QuantWeight, input_grid
 from lowbit.numerics.scheme import Scheme
 
-# As in linear.c
-_ROWS, _LANES, _STEP = 4, 16, 256  # a step of integer inputs is longer: there are fewer
+# Bits of a code -> of the field it is packed in
 _BITS = {2: 2, 3: 4, 4: 4, 8: 8}
 # 16-bit integers that stand for an input
 PIECES = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
-# What the kernels read and write, and their number for it; float16 becomes float32
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# What the kernels read and write, and their name for it; float16 becomes float32
+DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
 # From how many rows of 16-bit integers on dequantize + GEMM wins: in float32 as scripts/benchmarks/cpu_linear.py has it
 # with AVX2 (96 in groups of 32, 300 in one group), in bf16 a guess
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 128
@@ -32,7 +32,7 @@ _ROWS_OF_INTEGERS = 64
 
 
 def _chunk(bits: int) -> int:
-    return 16 // bits * _LANES
+    return 16 // bits * constant("LANES")
 
 
 def _width(in_features: int, bits: int) -> int:
@@ -44,8 +44,9 @@ def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
     """The buffers of a weight in the layout of linear.c."""
     qweight.require_natural_order("native")
     bits, (out_features, in_features) = _BITS[qweight.scheme.bits], qweight.codes.shape
-    blocks = -(-out_features // _ROWS)
-    codes = torch.empty(blocks, _width(in_features, bits) // _chunk(bits), _ROWS, _LANES, dtype=torch.int16)
+    rows, lanes = constant("ROWS"), constant("LANES")
+    size = -(-out_features // rows), _width(in_features, bits) // _chunk(bits), rows, lanes
+    codes = torch.empty(size, dtype=torch.int16)
     # scales_like, without elements: for `unpack` to know the dtype
     buffers = {"codes": codes, "scales": _by_block(qweight.scales), "scales_like": qweight.scales.new_empty(0)}
     zeros = _zeros(qweight)
@@ -54,7 +55,8 @@ def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
     buffers |= {name: getattr(qweight, name) for name in input_grid(qweight.scheme)}
     source = qweight.codes.contiguous()
     weight = _weight_of(buffers, qweight.scheme, qweight.codes.shape)
-    if not library().lowbit_pack(weight, source.data_ptr(), codes.data_ptr()):
+    library().lowbit_pack(weight, source.data_ptr(), codes.data_ptr())
+    if not library().lowbit_linear_knows(weight):
         raise AssertionError(f"there is no kernel for {bits} bits in groups of {weight.group_size}")
     return buffers
 
@@ -67,15 +69,18 @@ def _zeros(qweight: QuantWeight) -> torch.Tensor | None:
 
 def _by_block(values: torch.Tensor) -> torch.Tensor:
     """[N, groups] -> float32 [N / ROWS, groups, ROWS]"""
-    padded = torch.nn.functional.pad(values.float(), (0, 0, 0, -len(values) % _ROWS))
-    return padded.view(-1, _ROWS, values.shape[1]).transpose(1, 2).contiguous()
+    rows = constant("ROWS")
+    padded = torch.nn.functional.pad(values.float(), (0, 0, 0, -len(values) % rows))
+    return padded.view(-1, rows, values.shape[1]).transpose(1, 2).contiguous()
 
 
 def _by_row(values: torch.Tensor, out_features: int) -> torch.Tensor:
     return values.transpose(1, 2).reshape(-1, values.shape[1])[:out_features]
 
 
-def _weight(codes, scales, zeros, scheme: Scheme, shape: tuple[int, int]) -> Weight:
+def weight_of_tensors(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: Scheme, shape: tuple[int, int]
+) -> Weight:
     """What the kernels know of a weight; the tensors must outlive it."""
     pointers = codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr()
     bits, integer_inputs = _BITS[scheme.bits], scheme.activations is not None
@@ -84,7 +89,7 @@ def _weight(codes, scales, zeros, scheme: Scheme, shape: tuple[int, int]) -> Wei
 
 
 def _weight_of(buffers, scheme: Scheme, shape: tuple[int, int]) -> Weight:
-    return _weight(buffers["codes"], buffers["scales"], buffers.get("zeros"), scheme, shape)
+    return weight_of_tensors(buffers["codes"], buffers["scales"], buffers.get("zeros"), scheme, shape)
 
 
 def unpack(buffers, scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
@@ -98,8 +103,8 @@ def unpack(buffers, scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
     return QuantWeight(codes, scales.contiguous(), scheme, zeros, **grid)
 
 
-def _blocks(weight: Weight, dtype: torch.dtype):
-    step = max(_ROWS, dense.BLOCK_ELEMENTS // weight.in_features)
+def dense_blocks(weight: Weight, dtype: torch.dtype):
+    step = max(constant("ROWS"), dense.BLOCK_ELEMENTS // weight.in_features)
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
         block = torch.empty(stop - start, weight.in_features)
@@ -119,12 +124,12 @@ def _experts(x, codes, scales, zeros, input_scale, input_zero, bias, expert_star
 
 def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_features):
     scheme, in_features = _parse(scheme), x.shape[1]
-    weight = _weight(codes, scales, zeros, scheme, (out_features, in_features))
+    weight = weight_of_tensors(codes, scales, zeros, scheme, (out_features, in_features))
     if scheme.activations is not None:
         y = _integer_product(x, weight, scheme, input_scale, input_zero)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     if _dense_is_faster(x):
-        return dense.product(x, _blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
+        return dense.product(x, dense_blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
     stored = x.dtype if x.dtype in DTYPES else torch.float32
     y = torch.empty(len(x), out_features, dtype=stored)
     bias = None if bias is None else bias.to(stored)
@@ -150,10 +155,8 @@ def _integer_product(x, weight: Weight, scheme: Scheme, input_scale, input_zero)
 def product(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, pieces: int) -> Callable:
     """The call that computes y = x W^T + bias, all three contiguous and of one dtype of DTYPES; what `weight` points to
     must outlive it."""
-    steps = -(-weight.in_features // min(weight.group_size, _STEP))
-    bytes_of_row = 2 * _width(weight.in_features, weight.bits) + 36 * steps + 4 * weight.in_features
-    scratch = torch.empty(len(x) * bytes_of_row, dtype=torch.uint8)
-    pointers = x.data_ptr(), DTYPES[x.dtype], None if bias is None else bias.data_ptr(), y.data_ptr()
+    scratch = torch.empty(library().lowbit_linear_scratch(weight, len(x)), dtype=torch.uint8)
+    pointers = x.data_ptr(), constant(DTYPES[x.dtype]), None if bias is None else bias.data_ptr(), y.data_ptr()
     call = partial(library().lowbit_linear, weight, *pointers, len(x), pieces, scratch.data_ptr())
     call.keeps = x, y, bias, scratch
     return call
@@ -166,15 +169,15 @@ def replay(y, x, codes, scales, zeros, input_scale, input_zero, bias, scheme, ou
     one_call = x.dtype in DTYPES and x.is_contiguous() and alike and not _dense_is_faster(x)
     if parsed.activations is not None or not one_call:
         return None
-    weight = _weight(codes, scales, zeros, parsed, (out_features, x.shape[1]))
+    weight = weight_of_tensors(codes, scales, zeros, parsed, (out_features, x.shape[1]))
     call = product(weight, x, y, bias, PIECES[x.dtype])
     call.keeps += (codes, scales, zeros)
     return call
 
 
 def _grad_input(grad, codes, scales, zeros, scheme, in_features):
-    weight = _weight(codes, scales, zeros, _parse(scheme), (grad.shape[1], in_features))
-    return dense.grad_input(grad, _blocks(weight, dense.gemm_dtype(grad.dtype)), in_features)
+    weight = weight_of_tensors(codes, scales, zeros, _parse(scheme), (grad.shape[1], in_features))
+    return dense.grad_input(grad, dense_blocks(weight, dense.gemm_dtype(grad.dtype)), in_features)
 
 
 _parse = cache(Scheme.parse)

@@ -3,14 +3,13 @@
 
 #include "numbers.h"
 
-#define COLUMNS 4 /* rows of x that share what is read */
 #define SUMS 4    /* additions wait for each other only within a sum */
 
-/* Row n of W times `columns` rows of x [rows, K], which are float32 */
+/* Row n of W times `columns` rows of x [rows, K], which are float32 and share what is read of W */
 INLINE void row(const void *weight, int dtype, int64_t n, int64_t size, const float *x, int columns, void *y,
                 int64_t stride) {
-    floats sums[COLUMNS][SUMS] = {0};
-    float rest[COLUMNS] = {0};
+    floats sums[MATMUL_ROWS][SUMS] = {0};
+    float rest[MATMUL_ROWS] = {0};
     int64_t k = 0;
     for (; k + SUMS * WIDTH <= size; k += SUMS * WIDTH)
 #pragma GCC unroll 4
@@ -28,16 +27,16 @@ INLINE void row(const void *weight, int dtype, int64_t n, int64_t size, const fl
 }
 
 #define ROW(DTYPE, M) \
-    case DTYPE * (COLUMNS + 1) + M: row(weight, DTYPE, n, in_features, wide, M, y, out_features); break;
+    case DTYPE * (MATMUL_ROWS + 1) + M: row(weight, DTYPE, n, in_features, wide, M, y, out_features); break;
 
-/* x [rows, in_features], rows <= COLUMNS; weight [out_features, in_features]; y [rows, out_features]; all contiguous.
+/* x [rows, in_features], rows <= MATMUL_ROWS; weight [out_features, in_features]; y [rows, out_features]; all contiguous.
    wide: as many floats as x has numbers. */
-void lowbit_matmul(const void *x, const void *weight, void *y, int64_t dtype, int64_t rows, int64_t out_features,
+void KERNEL(lowbit_matmul)(const void *x, const void *weight, void *y, int64_t dtype, int64_t rows, int64_t out_features,
                   int64_t in_features, float *wide) {
     for (int64_t i = 0; i < rows * in_features; i++) wide[i] = load(x, (int)dtype, i);
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < out_features; n++)
-        switch (dtype * (COLUMNS + 1) + rows) { /* both are constants in `row` */
+        switch (dtype * (MATMUL_ROWS + 1) + rows) { /* both are constants in `row` */
             ROW(FLOAT32, 1) ROW(FLOAT32, 2) ROW(FLOAT32, 3) ROW(FLOAT32, 4)
             ROW(BFLOAT16, 1) ROW(BFLOAT16, 2) ROW(BFLOAT16, 3) ROW(BFLOAT16, 4)
         }

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Numbers as they lie in memory, and as the kernels compute with them. */
 
+#pragma once
+
 #include <stdint.h>
+
+#include "abi.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define WIDTH 8 /* of a vector of floats */
@@ -9,8 +13,6 @@
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef floats unaligned_floats __attribute__((aligned(4)));
 typedef int32_t integers __attribute__((vector_size(4 * WIDTH)));
-
-enum Dtype { FLOAT32, BFLOAT16 };
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -21,6 +21,11 @@ def test_json(json_of):
     assert "kernels" not in found
 
 
+def test_instructions_of_the_kernels(json_of, compiler):
+    found = json_of("doctor")["instructions"]
+    assert found["used"] in found["available"] and found["available"][-1] == "portable"
+
+
 def test_the_embedded_model_generates(json_of, monkeypatch):
     found = json_of("doctor")["generation"]
     assert found == {"path": "recorded loop", "why": None} or native.available() in found["why"]
@@ -31,6 +36,7 @@ def test_the_embedded_model_generates(json_of, monkeypatch):
 def test_for_people(done):
     out = done("doctor").out
     assert "the embedded model generates in: " in out and " loop" in out
+    assert ("the kernels in C run with: " in out) is (native.available() is None)
     assert version("torch") in out and "runs here" in out
     assert ("no kernels are chosen here: " in out) is not torch.cuda.is_available()
 

@@ -5,7 +5,7 @@ import torch
 
 from lowbit.native import attention
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("level")
 # batch, heads, heads of keys, queries, keys, head_dim, the values' head_dim
 SHAPES = [
     (1, 32, 8, 1, 57, 64, 64), (2, 8, 8, 3, 130, 16, 16), (3, 6, 2, 1, 1, 80, 80), (1, 4, 1, 1, 300, 256, 256),

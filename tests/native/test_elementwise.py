@@ -7,7 +7,7 @@ from covering import covering
 from lowbit.native import elementwise
 from lowbit.native.elementwise import instructions, program
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("level")
 aten = torch.ops.aten
 # operator -> its arguments behind the first tensor
 UNARY = {

@@ -5,7 +5,7 @@ import torch
 
 from lowbit.native import matmul
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = pytest.mark.usefixtures("level")
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 

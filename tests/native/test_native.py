@@ -3,9 +3,11 @@
 import ctypes
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,6 +188,19 @@ def test_without_a_compiler_the_reason_is_one_line(tmp_path):
     assert "no C compiler" in python(SHOW, LOWBIT_CACHE=str(tmp_path), PATH=str(tmp_path), CC="")
 
 
+@pytest.mark.slow
+def test_a_compiler_that_does_not_know_all_instructions(tmp_path, quick, monkeypatch, caplog):
+    """What it does not know is left out, and said."""
+    if "avx2" not in build._levels():
+        pytest.skip("these are the instructions of x86")
+    caplog.set_level(logging.INFO, logger="lowbit")
+    monkeypatch.setattr(build, "_X86_LEVELS", {"portable": (), "avx2": ("-mavx2", "-mfma"), "avx512": ("-mavx9",)})
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path))
+    assert set(build.library.__wrapped__().levels) <= {"portable", "avx2"}
+    (said,) = (record.getMessage() for record in caplog.records if "makes no kernels for" in record.getMessage())
+    assert "makes no kernels for avx512: " in said and "-mavx9" in said
+
+
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     compiler = tmp_path / "cc"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.c:1: error: no such flag" >&2\nexit 1\n')
@@ -196,6 +211,13 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "native").iterdir())
 
 
+TABLES = [Path(build.__file__).with_name(name) for name in ("abi.c", "levels.c")]
+# Of each line of FUNCTIONS in abi.h, as the portable level has it
+FUNCTIONS = [
+    f"{name}_portable" for name in re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", TABLES[0].with_suffix(".h").read_text())
+]
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """The folder of the libraries, and compilers that take no time: CC makes whatever library $MADE names."""
@@ -203,7 +225,7 @@ def cache(tmp_path, monkeypatch):
     class Cache:
         folder = tmp_path / "lowbit" / "native"
 
-        def compile(self, name: str, functions=tuple(build._FUNCTIONS)):
+        def compile(self, name: str, functions=FUNCTIONS):
             """A library that has these functions, and makes the file NAME.loaded when it is loaded."""
             source, made = tmp_path / f"{name}.c", tmp_path / f"{name}.so"
             loaded = (
@@ -212,7 +234,7 @@ def cache(tmp_path, monkeypatch):
             source.write_text(
                 f"int creat(const char *, int);\n{loaded}\n" + "".join(f"void {f}(void) {{}}\n" for f in functions)
             )
-            subprocess.run([real, "-shared", "-fPIC", source, "-o", made], check=True)
+            subprocess.run([real, "-shared", "-fPIC", source, *TABLES, "-o", made], check=True)
             return made
 
         def plant(self, name: str, **options):
@@ -323,7 +345,7 @@ def test_a_library_that_others_can_change_is_built_anew(cache, changed, caplog):
 
 def test_a_library_that_lacks_a_function_is_built_anew(cache, caplog):
     """By the same process, which has it loaded by then."""
-    cache.plant("old", functions=list(build._FUNCTIONS)[:-1])
+    cache.plant("old", functions=FUNCTIONS[:-1])
     assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() == {"old", "ours"}
     assert "damaged" in caplog.text
     assert isinstance(cache.library(), ctypes.CDLL) and cache.loaded() <= {"ours"}

@@ -50,6 +50,9 @@ def doctor(
     for shown in (versions, devices, backends):
         console.print(shown)
         console.print()
+    if instructions := findings["instructions"]:
+        others = ", ".join(instructions["available"])
+        console.print(f"the kernels in C run with: {instructions['used']} (of {others})")
     path, why = findings["generation"]["path"], findings["generation"]["why"]
     console.print(f"the embedded model generates in: {path}" + (f" ({why})" if why else ""))
     if findings["tables"]:
@@ -90,9 +93,9 @@ def _show_kernels(kernels: list[dict]) -> None:
 
 def examine(model: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> dict:
     """packages: name -> version or None. devices: name -> description. backends: name -> reason why not, or None.
-    generation: see `generation_of_the_embedded_model`. tables: GPU -> origin -> {"path", "entries"}.
-    compiler: GPU -> what kernels go without because this triton would compile it wrong, or None. kernels: see
-    `kernels_of`, only with a model."""
+    instructions: see `backends.native.instructions`. generation: see `generation_of_the_embedded_model`. tables: GPU ->
+    origin -> {"path", "entries"}. compiler: GPU -> what kernels go without because this triton would compile it wrong,
+    or None. kernels: see `kernels_of`, only with a model."""
     import torch
 
     from lowbit.backends import BACKENDS, get_backend
@@ -108,6 +111,7 @@ def examine(model: str | None = None, revision: str | None = None, trust_remote_
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": devices,
         "backends": backends,
+        "instructions": get_backend("native").instructions(),
         "generation": generation_of_the_embedded_model(),
         "tables": {gpu: get_backend("triton").tables(gpu) for gpu in gpus},
         "compiler": {gpu: get_backend("triton").compiler_limit(gpu) for gpu in gpus},

@@ -1,0 +1,57 @@
+"""Products of many rows with a packed weight, as gemm.c computes them: it is unpacked tile by tile, never whole.
+
+"int8" rounds the inputs to 8 bits, 32 of them to a scale, and sums exact integers; "bf16" multiplies bfloat16 inputs as
+they are. Neither is chosen by itself: backends run `linear`.
+"""
+
+from functools import cache
+
+import torch
+
+from lowbit.native.build import constant, library
+from lowbit.native.linear import DTYPES, weight_of_tensors
+from lowbit.numerics.scheme import PER_CHANNEL, Scheme
+
+# Names of the operator's arithmetics -> of abi.h
+ARITHMETICS = {"int8": "INT8", "bf16": "BF16"}
+
+
+def refuse(scheme: Scheme, arithmetic: str, dtype: torch.dtype) -> str | None:
+    """Why `gemm_native` does not multiply inputs of `dtype` with weights of a scheme, None if it does."""
+    if arithmetic not in ARITHMETICS:
+        return f"there is no arithmetic {arithmetic!r}: {', '.join(ARITHMETICS)}"
+    if scheme.activations is not None:
+        return f"{scheme.name} has integer activations, which are not inputs of {arithmetic}"
+    if scheme.group_size != PER_CHANNEL and scheme.group_size % constant("GEMM_GROUP"):
+        return f"a group of {scheme.group_size} inputs is not a multiple of {constant('GEMM_GROUP')}"
+    if dtype not in (DTYPES if arithmetic == "int8" else (torch.bfloat16,)):
+        return f"{arithmetic} does not multiply {dtype}"
+    return None
+
+
+def _gemm(x, codes, scales, zeros, bias, scheme, out_features, arithmetic):
+    parsed = _parse(scheme)
+    if reason := refuse(parsed, arithmetic, x.dtype):
+        raise ValueError(reason)
+    weight = weight_of_tensors(codes, scales, zeros, parsed, (out_features, x.shape[1]))
+    number, threads, kernels = constant(ARITHMETICS[arithmetic]), torch.get_num_threads(), library()
+    x, bias = x.contiguous(), None if bias is None else bias.to(x.dtype).contiguous()
+    y = x.new_empty(len(x), out_features)
+    scratch = torch.empty(kernels.lowbit_gemm_scratch(weight, number, len(x), threads), dtype=torch.uint8)
+    pointers = x.data_ptr(), constant(DTYPES[x.dtype]), None if bias is None else bias.data_ptr(), y.data_ptr()
+    kernels.lowbit_gemm(weight, number, *pointers, len(x), threads, scratch.data_ptr())
+    return y
+
+
+_parse = cache(Scheme.parse)
+_library = torch.library.Library("lowbit", "FRAGMENT")
+_library.define(
+    "gemm_native(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, str scheme, int out_features, "
+    "str arithmetic) -> Tensor"
+)
+_library.impl("gemm_native", _gemm, "CPU")
+
+
+@torch.library.register_fake("lowbit::gemm_native", lib=_library)
+def _(x, codes, scales, zeros, bias, scheme, out_features, arithmetic):
+    return x.new_empty(x.shape[0], out_features)

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+/* Packs codes into the layout of packed.h, and takes them out of it. */
+
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "packed.h"
+
+/* Asks for transparent huge pages, before first touch: in pages of 4 KiB a weight exceeds the reach of the TLB. */
+static void in_large_pages(char *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) / page * page;
+    const int64_t whole = (int64_t)((uintptr_t)memory + (uintptr_t)bytes - first);
+    if (whole > 0) madvise((void *)first, (size_t)whole, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+/* codes [out_features, in_features] -> packed, which holds nothing yet */
+void KERNEL(lowbit_pack)(const Weight *w, const uint8_t *codes, void *packed) {
+    const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
+    const int64_t blocks = blocks_of(w), bytes = chunks_of(w) * ROWS * (int64_t)sizeof(words);
+    in_large_pages(packed, blocks * bytes);
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        memset((char *)packed + block * bytes, 0, (size_t)bytes);
+        for (int64_t n = block * ROWS; n < smaller(block * ROWS + ROWS, w->out_features); n++)
+            for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
+                uint16_t *word = (uint16_t *)((words *)packed + vector_of(w, n, v * LANES / chunk_size));
+                const uint8_t *from = codes + n * w->in_features + v * LANES;
+                const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
+                for (int64_t lane = 0; lane < lanes; lane++) word[lane] |= (uint16_t)(from[lane] << shift);
+            }
+    }
+}
+
+/* Rows [start, stop): their codes [stop - start, in_features], or, with weights, (code - zero) * scale */
+void KERNEL(lowbit_unpack)(const Weight *w, int64_t start, int64_t stop, uint8_t *codes, float *weights) {
+    const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
+#pragma omp parallel for schedule(static)
+    for (int64_t n = start; n < stop; n++)
+        for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
+            const uint16_t *word = (const uint16_t *)((const words *)w->codes + vector_of(w, n, v * LANES / chunk_size));
+            const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
+            const int64_t to = (n - start) * w->in_features + v * LANES, mask = (1 << w->bits) - 1;
+            if (codes)
+                for (int64_t lane = 0; lane < lanes; lane++) codes[to + lane] = (uint8_t)(word[lane] >> shift & mask);
+            if (weights) {
+                const int64_t of_scale = scale_of(w, n, v * LANES);
+                const float scale = w->scales[of_scale], zero = zero_of(w, of_scale);
+                for (int64_t lane = 0; lane < lanes; lane++)
+                    weights[to + lane] = ((float)(word[lane] >> shift & mask) - zero) * scale;
+            }
+        }
+}
