@@ -5,6 +5,7 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
+os.environ.setdefault("LOWBIT_CPU_LEVEL", "all")  # the kernels of every instruction set that the processor has
 
 import random
 import signal

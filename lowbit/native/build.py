@@ -28,9 +28,9 @@ from lowbit.native.abi import AbiError, Library
 logger = logging.getLogger("lowbit")
 
 CACHE_VARIABLE = "LOWBIT_CACHE"
-# Names the level of instructions to use: doctor shows which there are
-LEVEL_VARIABLE = "LOWBIT_CPU_LEVEL"
-_FOLDER = Path(__file__).parent
+# Names the level of instructions to use (doctor shows which there are); or ALL: the best one, of all of them
+LEVEL_VARIABLE, ALL_LEVELS = "LOWBIT_CPU_LEVEL", "all"
+_FOLDER = Path(__file__).parent / "source"
 _SOURCES = tuple(sorted(_FOLDER.glob("*.c")))
 _HEADERS = tuple(sorted(_FOLDER.glob("*.h")))
 # Compiled once; the others once for each level
@@ -47,6 +47,10 @@ _X86_LEVELS = {
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
+# What Linux says of a processor that has them
+_FLAGS_OF_LEVELS = {
+    "avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "avx512bf16": "avx512_bf16",
+}  # fmt: skip
 _OTHER_LEVELS = {"portable": ("-march=native",)}  # whose vectors the compiler makes of plain C
 _SECONDS = 300  # for a file, on a machine that is busy
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -76,7 +80,8 @@ def library() -> Library | str:
 
 def _on_level(kernels: Library) -> Library | str:
     """The library on the level that LOWBIT_CPU_LEVEL names, or why it has none of that name."""
-    if level := os.environ.get(LEVEL_VARIABLE):
+    level = os.environ.get(LEVEL_VARIABLE) or ALL_LEVELS
+    if level != ALL_LEVELS:
         if level not in kernels.levels:
             return f"{LEVEL_VARIABLE} is {level!r}; this machine runs {', '.join(kernels.levels)}"
         kernels.use(level)
@@ -152,26 +157,36 @@ def _openmp() -> list[Path]:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    try:
-        processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        processor = "\n".join(
-            line for line in processor.splitlines() if line.startswith(("model name", "flags", "Feat"))
-        )
-    except OSError:
-        processor = platform.processor()
     parts = (
         *(file.read_text() for file in (*_SOURCES, *_HEADERS)),
         version,
         *_FLAGS,
         repr(_levels()),
         *map(str, _openmp()),
-        processor,
+        _processor(),
     )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
+def _processor() -> str:
+    """Name and features of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Feat")))
+
+
 def _levels() -> dict[str, tuple[str, ...]]:
-    return _X86_LEVELS if platform.machine().lower() in ("x86_64", "amd64") else _OTHER_LEVELS
+    """What is compiled: the best level of this processor, and the portable one. All of them, which takes three times as
+    long, where one is asked for by its name, or nothing is known of the processor."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return _OTHER_LEVELS
+    features = _processor().split()
+    if os.environ.get(LEVEL_VARIABLE) or "sse2" not in features:
+        return _X86_LEVELS
+    *_, best = (level for level in _X86_LEVELS if level == "portable" or _FLAGS_OF_LEVELS[level] in features)
+    return {level: flags for level, flags in _X86_LEVELS.items() if level in ("portable", best)}
 
 
 def _takes(compiler: str, level: str, flags: tuple[str, ...]) -> bool:

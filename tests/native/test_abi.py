@@ -13,7 +13,7 @@ import pytest
 from lowbit.native import abi, build
 
 pytestmark = pytest.mark.usefixtures("compiler")
-NATIVE = Path(build.__file__).parent
+SOURCES = Path(build.__file__).parent / "source"
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def built(tmp_path):
     """built(old, new): the table of abi.h in which `new` is written for `old`, with functions that do nothing."""
 
     def build_with(old: str, new: str) -> Path:
-        header = (NATIVE / "abi.h").read_text()
+        header = (SOURCES / "abi.h").read_text()
         assert header.count(old) == 1
         (tmp_path / "abi.h").write_text(header.replace(old, new))
         for source in ("abi.c", "levels.c"):
-            shutil.copy(NATIVE / source, tmp_path)
+            shutil.copy(SOURCES / source, tmp_path)
         names = re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", header)
         functions = "".join(f"void {name}_portable(void) {{}}\n" for name in names)
         (tmp_path / "functions.c").write_text(functions)

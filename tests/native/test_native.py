@@ -211,7 +211,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "native").iterdir())
 
 
-TABLES = [Path(build.__file__).with_name(name) for name in ("abi.c", "levels.c")]
+TABLES = [Path(build.__file__).parent / "source" / name for name in ("abi.c", "levels.c")]
 # Of each line of FUNCTIONS in abi.h, as the portable level has it
 FUNCTIONS = [
     f"{name}_portable" for name in re.findall(r"FUNCTION\(\w+, (lowbit_\w+),", TABLES[0].with_suffix(".h").read_text())
