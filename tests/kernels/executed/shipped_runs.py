@@ -1,0 +1,129 @@
+"""Every shipped configuration on the smallest shape that says something: three turns of its loop, two row tiles, and
+split as it ships."""
+
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
+
+from aot.shipped import SHIPPED, Shipped
+
+TURNS = 3
+LAUNCHES = 2  # of a split kernel: the second must find the counters at zero
+
+
+@dataclass
+class Result:
+    """What a run found. problems: rules that were broken and results that are wrong, [] if it is right."""
+
+    case: str
+    gpu: str
+    seed: int
+    problems: list[str]
+    worst: float  # the largest error as a part of its tolerance
+    relative: float  # error of the product
+    launches: int
+    instructions: int  # executed, of threads
+    covered: float  # part of the instructions that any thread executed
+    seconds: float
+    opcodes: dict[str, int] = field(default_factory=dict)
+
+    def report(self) -> str:
+        return f"{self.case} on {self.gpu}, seed {self.seed}:\n" + "\n".join(self.problems[:10])
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(id of a configuration, GPU it is executed for)."""
+    return [(one.id, target) for one in SHIPPED for target in one.targets]
+
+
+def find(name: str) -> Shipped:
+    return next(one for one in SHIPPED if one.id == name)
+
+
+def seed_of(name: str, gpu: str) -> int:
+    """Another one for each test, the same in each run."""
+    return zlib.crc32(f"{name} {gpu}".encode()) % 100000
+
+
+def run_shipped(name: str, gpu: str, seed: int) -> Result:
+    """In a process that has imported the kernels without the interpreter (process.py)."""
+    return run_on(gpu, seed, name, lambda generator: launch(find(name), generator))
+
+
+def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
+    """problem: generator -> comparisons, of launches on the machine."""
+    from machine.driver import on_machine
+
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    with on_machine(int(gpu.removeprefix("sm_")), seed=seed, change=change) as session:
+        compared = problem(torch.Generator().manual_seed(seed))
+    problems = session.problems()
+    problems += [f"{one.what}: error {one.worst:.3g} times the tolerance" for one in compared if one.wrong]
+    executed, code, seen, opcodes = 0, 0, 0, {}
+    for one in {id(e.launch.compiled): e.launch.compiled for e in session.executed}.values():
+        run = sum((e.launch.executed for e in session.executed if e.launch.compiled is one), start=_counter())
+        code += len(one.program.code)
+        for segment, threads in run.items():
+            instructions = one.instructions(segment)
+            seen += len(instructions)
+            executed += threads * len(instructions)
+            for instruction in instructions:
+                opcodes[instruction.opcode] = opcodes.get(instruction.opcode, 0) + threads
+    return Result(
+        name, gpu, seed, problems, max(one.worst for one in compared), max(one.relative for one in compared),
+        len(session.executed), executed, seen / code if code else 0.0, time.perf_counter() - started, opcodes,
+    )  # fmt: skip
+
+
+def _counter():
+    from collections import Counter
+
+    return Counter()
+
+
+def launch(shipped: Shipped, generator: torch.Generator):
+    """The comparisons of one configuration."""
+    from executed import problems
+    from lowbit_kernels import gemm, gemm_hopper, int8, skinny
+    from lowbit_kernels.layout import SLICES
+
+    kernel, launches = shipped.kernel, LAUNCHES if shipped.split > 1 else 1
+    if kernel.startswith("gptq"):
+        return problems.run_gptq(kernel.removeprefix("gptq_"), shipped.group, 20, shipped.bits, generator)
+    if kernel.startswith("quantize"):
+        dtype = problems.DTYPES[shipped.dtype]
+        x = torch.randn(3, shipped.group, generator=generator).to(dtype)
+        norm = torch.randn(shipped.group, generator=generator).to(dtype) if kernel.endswith("normed") else None
+        return problems.run_quantize(x, norm=norm)
+    rows, out_features = shipped.block_m + 3, max(shipped.block_n, 64)
+    if kernel == "int8":
+        tiles = 2 if shipped.split > 1 else 1
+        inputs = TURNS * tiles * 128 * shipped.split
+    elif kernel == "hopper":
+        inputs = TURNS * 2 * 128 * shipped.split
+    else:
+        tile = 32 * SLICES[shipped.bits]
+        tiles = max(256 // tile, 1) if kernel == "skinny" else 1
+        inputs = TURNS * tiles * tile * shipped.split
+    inputs = -(-inputs // max(shipped.group, 1)) * max(shipped.group, 1)
+    weight = problems.Weight(
+        shipped.bits, shipped.group, shipped.sym, shipped.dtype, rows, out_features, inputs, generator=generator
+    )
+    n, m, split, warps, stages = shipped.block_n, shipped.block_m, shipped.split, shipped.warps, shipped.stages
+    if kernel == "skinny":
+        return problems.run_skinny(weight, skinny.Config(n, m, split, tiles, warps, stages), launches)
+    if kernel == "gemm":
+        return problems.run_gemm(weight, gemm.Config(n, m, shipped.joined, warps=warps, stages=stages))
+    if kernel == "hopper":
+        return problems.run_hopper(weight, gemm_hopper.Config(m, stages, split), launches)
+    if kernel == "int8":
+        return problems.run_int8(weight, int8.Config(n, m, split, tiles, warps=warps, stages=stages), launches=launches)
+    weight.out_features = 2 * out_features
+    return problems.run_dequantize(weight)
