@@ -140,13 +140,11 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
 
 
 def fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
-    parts = zip(halves(a), halves(b), halves(c), strict=True)
-    return pair(*(bf16_of_f64(round_to_odd(*map(f32_of_bf16, part))) for part in parts))
+    return joined(bf16_of_f64(round_to_odd(*(f32_of_bf16(parts(v)) for v in (a, b, c)))))
 
 
 def fma_f16x2(a: Array, b: Array, c: Array) -> Array:
-    parts = zip(halves(a), halves(b), halves(c), strict=True)
-    return pair(*(f16_of(np.asarray(round_to_odd(*map(f32_of_f16, part)))) for part in parts))
+    return joined(f16_of(round_to_odd(*(f32_of_f16(parts(v)) for v in (a, b, c)))))
 
 
 def minimum(a: Array, b: Array) -> Array:
@@ -232,11 +230,15 @@ def pair(high: Array, low: Array) -> Array:
     return (high.astype(U32) << U32(16)) | low.astype(U32)
 
 
-def halves(word: Array) -> tuple[Array, Array]:
-    """The upper and the lower 16 bits of a register."""
-    word = np.asarray(word, U32)
-    return (word >> U32(16)).astype(U16), word.astype(U16)
+def parts(word: Array) -> Array:
+    """uint32 [...] -> its lower and upper 16 bits, uint16 [..., 2]."""
+    return np.ascontiguousarray(word)[..., None].view(U16) if np.ndim(word) else np.array([word], U32).view(U16)
+
+
+def joined(halves: Array) -> Array:
+    """The inverse of parts."""
+    return np.ascontiguousarray(halves).view(U32)[..., 0]
 
 
 def add_16x2(a: Array, b: Array) -> Array:
-    return pair(*(x + y for x, y in zip(halves(a), halves(b), strict=True)))
+    return joined(parts(a) + parts(b))

@@ -29,6 +29,8 @@ class Copy:
     group: Array
 
     def part(self, which: Array) -> "Copy":
+        if which.all():
+            return self
         return Copy(self.instruction, self.threads[which], self.at[which], self.data[which], self.group[which])
 
 
@@ -172,7 +174,7 @@ class TmaUnit(Unit):
 
     def start(self, instruction: Instruction, cohort: Cohort) -> None:
         """[to], [tensor map, {column, row}], [mbarrier], by each thread of the cohort."""
-        if not set(instruction.parts[6:]) <= self.KINDS | {"tile"}:
+        if not set(instruction.parts[7:]) <= self.KINDS | {"tile"}:
             raise PtxError(f"unknown instruction, {instruction}")
         wave, operands = self.wave, instruction.operands
         to, signal = (wave.shared.address(cohort, operands[n]) for n in (0, 2))

@@ -185,8 +185,9 @@ class _Emitter:
             return [row for row in found if row in self.wgmma_rows]
 
         stores = i.parts[0] in ("st", "stmatrix", "setp")
-        written = [] if stores else rows(i.operands[0])
-        read = [row for operand in i.operands[0 if stores else 1 :] for row in rows(operand)]
+        results = 0 if stores else 1  # operands that are written
+        written = [row for operand in i.operands[:results] for row in rows(operand)]
+        read = [row for operand in i.operands[results:] for row in rows(operand)]
         if not written and not read:
             return []
         cohort = "cohort" if i.guard is None else "guarded"

@@ -35,6 +35,8 @@ class WarpUnit(Unit):
 
     def shuffle(self, instruction: Instruction, cohort: Cohort) -> None:
         """PTX ISA 9.7.9.6. A lane whose source is out of bounds gets its own value."""
+        if instruction.parts[-1] != "b32" or len(instruction.operands) != 5:
+            raise PtxError(f"unknown instruction, {instruction}")
         to, source, index, clamp, mask = instruction.operands
         self.all_of(instruction, cohort, mask)
         values = self.lanes(cohort, source)
