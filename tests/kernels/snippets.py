@@ -61,7 +61,11 @@ def execute(
     nobody has written. tensor_map: its address is replaced by that of the inputs."""
     total = threads * ctas
     columns = [] if inputs is None else inputs
-    columns = np.stack([np.asarray(c).view(np.uint32) for c in columns], 1) if isinstance(columns, list) and columns else columns
+    columns = (
+        np.stack([np.asarray(c).view(np.uint32) for c in columns], 1)
+        if isinstance(columns, list) and columns
+        else columns
+    )
     given = np.ascontiguousarray(columns).view(np.uint32).reshape(total, -1) if len(columns) else np.zeros((total, 0))
     given = given.astype(np.uint32)
     code = compiled(parse(text or kernel(body, given.shape[1], outputs, threads, max_registers)))

@@ -4,9 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from snippets import execute
-
 from machine.program import PtxError
+from snippets import execute
 
 M32 = 2**32 - 1
 EDGES = [0, 1, 2, 7, 31, 32, 33, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
@@ -93,12 +92,18 @@ TERNARY = {
 def drawn(count, columns):
     """Random numbers of all sizes, and edges: uint32 [columns][count]."""
     rng = np.random.default_rng(count + columns)
-    values = rng.integers(0, 2**32, (columns, count), dtype=np.uint64) >> rng.integers(0, 32, (columns, count)).astype("u8")
+    values = rng.integers(0, 2**32, (columns, count), dtype=np.uint64) >> rng.integers(0, 32, (columns, count)).astype(
+        "u8"
+    )
     values[:, : count // 2] = rng.choice(EDGES, (columns, count // 2))
     return list(values.astype(np.uint32))
 
 
-@pytest.mark.parametrize("opcode, meaning", [*UNARY.items(), *BINARY.items(), *TERNARY.items()], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "opcode, meaning",
+    [*UNARY.items(), *BINARY.items(), *TERNARY.items()],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_integers(opcode, meaning):
     count = meaning.__code__.co_argcount if hasattr(meaning, "__code__") else 2
     columns = drawn(1024, count)

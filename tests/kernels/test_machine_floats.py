@@ -114,7 +114,11 @@ def test_conversions_from_16_bits(kind, form):
 def test_conversions_between_float32_and_integers():
     rng = np.random.default_rng(0)
     values = np.concatenate(
-        [rng.standard_normal(400) * 2.0 ** rng.integers(-3, 36, 400), np.arange(-50, 50) / 2, [2.0**31, -(2.0**31), 2.0**32]]
+        [
+            rng.standard_normal(400) * 2.0 ** rng.integers(-3, 36, 400),
+            np.arange(-50, 50) / 2,
+            [2.0**31, -(2.0**31), 2.0**32],
+        ]
     ).astype(np.float32)
     values = np.concatenate([values, np.array([np.inf, -np.inf, -0.0, 1e38, np.nan], np.float32)])
     values = np.pad(values, (0, -len(values) % 32))

@@ -11,9 +11,9 @@ if importlib.util.find_spec("triton") is None:
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-import triton  # noqa: E402
-from executed import process, shipped_runs  # noqa: E402
-from executed.known_faults import known_fault, version_of  # noqa: E402
+import triton
+from executed import process, shipped_runs
+from executed.known_faults import known_fault, version_of
 
 pytestmark = pytest.mark.slow
 

@@ -148,7 +148,9 @@ class MBarrierUnit(Unit):
             self.made[int(thread) // wave.threads_per_cta, int(where)] = made
 
     def invalidate(self, instruction: Instruction, cohort: Cohort) -> None:
-        for thread, where in zip(cohort.threads, self.wave.shared.address(cohort, instruction.operands[0]), strict=True):
+        for thread, where in zip(
+            cohort.threads, self.wave.shared.address(cohort, instruction.operands[0]), strict=True
+        ):
             self.find(instruction, thread, where)
             del self.made[int(thread) // self.wave.threads_per_cta, int(where)]
 
@@ -205,9 +207,7 @@ class MBarrierUnit(Unit):
         wave.set(cohort, instruction.operands[0], True)
         return self.suspend(instruction, cohort, ~through, AT_MBARRIER, following)
 
-    def suspend(
-        self, instruction: Instruction, cohort: Cohort, stay: Array, state: int, following: int
-    ) -> int | None:
+    def suspend(self, instruction: Instruction, cohort: Cohort, stay: Array, state: int, following: int) -> int | None:
         """Threads that `stay` try the instruction again when they are woken."""
         wave = self.wave
         if not stay.any():

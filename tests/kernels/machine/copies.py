@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from machine.barriers import MBarrier
-from machine.program import Immediate, Instruction, PtxError
+from machine.program import Instruction, PtxError
 from machine.races import Knowledge
 from machine.threads import LANES, Array, Cohort, Fault, Unit
 
@@ -197,9 +197,7 @@ class TmaUnit(Unit):
                 granules = wave.shared.granules(at, PIECE)
                 wave.shared.history.start_write(instruction, np.full(len(at), in_grid), granules)
             knowledge = wave.clocks.release(warp)
-            self.flying.append(
-                Box(instruction, tensor, at, source, inside, barrier, in_grid, clock, knowledge)
-            )
+            self.flying.append(Box(instruction, tensor, at, source, inside, barrier, in_grid, clock, knowledge))
 
     def land_one(self) -> None:
         """Any box in flight arrives and tells its mbarrier."""
@@ -230,5 +228,3 @@ class TmaUnit(Unit):
             self.wave.findings.add(rule, box.instruction, int(unwritten.sum()), where)
         data[box.inside] = memory.data[at[:, None] + np.arange(size)]
         return data.reshape(len(box.at), PIECE)
-
-

@@ -65,9 +65,7 @@ class Executed:
     fault: str | None
 
     def problems(self) -> list[str]:
-        return [
-            f"{self.kernel} {self.grid}: {problem}" for problem in [self.fault, *self.launch.findings] if problem
-        ]
+        return [f"{self.kernel} {self.grid}: {problem}" for problem in [self.fault, *self.launch.findings] if problem]
 
 
 class Arguments:

@@ -169,6 +169,7 @@ class _Emitter:
         try:
             if i.has("ld.param"):
                 source = i.operands[1]
+                symbol_address(self.program, source.base.name)
                 return operands.write(f"wave.parameter({source.base.name!r}, {source.offset}, {operands.kind!r})")
             return COMPUTED[i.parts[0]](operands)
         except (LookupError, ValueError, AttributeError) as error:  # a type, a modifier or an operand of no table
@@ -208,7 +209,9 @@ class _Emitter:
         """What a segment that ends with a jump returns."""
         if i.opcode in ("bra", "bra.uni"):
             target = self.target(i.operands[0].name)
-            return f"wave.branch(cohort, pred[{i.guard.row}], {i.negated}, {target}, {following})" if i.guard else target
+            return (
+                f"wave.branch(cohort, pred[{i.guard.row}], {i.negated}, {target}, {following})" if i.guard else target
+            )
         if i.opcode == "brx.idx" and not i.guard:
             targets = [self.target(name) for name in self.program.branch_targets[i.operands[1].name]]
             return f"wave.branch_by_table(code[{i.number}], cohort, {targets})"

@@ -78,9 +78,7 @@ class AccessHistory:
         known = self.clocks.heard[(threads // LANES)[:, None], writer // LANES] >= self.written[granules]
         return (writer >= 0) & (writer != threads[:, None]) & ~known
 
-    def note_write(
-        self, threads: Array, granules: Array, generic: bool = True, clock: Array | None = None
-    ) -> None:
+    def note_write(self, threads: Array, granules: Array, generic: bool = True, clock: Array | None = None) -> None:
         """clock [n]: of an asynchronous write that was started earlier."""
         self.writer[granules] = threads[:, None]
         self.written[granules] = (self.clocks.own[threads // LANES] if clock is None else clock)[:, None]
@@ -149,9 +147,7 @@ class SharedHistory(AccessHistory):
                 reader = self.reader[local][granules]
                 bad &= ~((first + local == warp)[:, None] & (reader == threads[:, None]))
             if bad.any():
-                self.tell(
-                    "writes what another thread has read, unordered", instruction, threads, granules, bad, reader
-                )
+                self.tell("writes what another thread has read, unordered", instruction, threads, granules, bad, reader)
         if (flying := self.in_flight[granules]).any():
             self.tell("writes what an asynchronous copy is writing", instruction, threads, granules, flying)
         if (busy := self.being_read[granules] > 0).any():
