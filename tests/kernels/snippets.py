@@ -1,4 +1,4 @@
-"""A few lines of PTX as a kernel on the machine: each thread has inputs in %i0, %i1, ... and leaves results in %o0, ..."""
+"""A few lines of PTX as a kernel on the machine: each thread has inputs in %i0, %i1, ... and results in %o0, ..."""
 
 import numpy as np
 from machine.copies import TensorMap
@@ -52,6 +52,11 @@ def kernel(body: str, inputs: int, outputs: int, threads: int = 32, max_register
     return text + "  ret;\n}\n"
 
 
+def words(column: np.ndarray) -> np.ndarray:
+    """uint32: the bits of 32-bit elements, or the numbers of int64."""
+    return column.view(np.uint32) if column.dtype.itemsize == 4 else column.astype(np.uint32)
+
+
 def execute(
     body: str, inputs: np.ndarray | list | None = None, outputs: int = 1, *, threads: int = 32, ctas: int = 1,
     shared: int = 0, seed: int = 0, races: bool = True, tensor_map: TensorMap | None = None, max_registers: int = 128,
@@ -60,14 +65,10 @@ def execute(
     """inputs [threads of the grid, n] of any 32-bit dtype, or a list of such columns. unwritten: threads whose inputs
     nobody has written. tensor_map: its address is replaced by that of the inputs."""
     total = threads * ctas
-    columns = [] if inputs is None else inputs
-    columns = (
-        np.stack([np.asarray(c).view(np.uint32) for c in columns], 1)
-        if isinstance(columns, list) and columns
-        else columns
-    )
-    given = np.ascontiguousarray(columns).view(np.uint32).reshape(total, -1) if len(columns) else np.zeros((total, 0))
-    given = given.astype(np.uint32)
+    if isinstance(inputs, list):
+        inputs = np.stack([words(column) for column in inputs], 1)
+    given = np.zeros((total, 0), np.uint32) if inputs is None else np.ascontiguousarray(inputs).view(np.uint32)
+    given = given.reshape(total, -1)
     code = compiled(parse(text or kernel(body, given.shape[1], outputs, threads, max_registers)))
     raw = given.reshape(-1).view(np.uint8)
     written = np.ones(len(raw), bool)

@@ -1,4 +1,4 @@
-"""Floats of the PTX machine against exact fractions, rounded by the definition of IEEE 754; NaN and zeros by the ISA."""
+"""Floats of the PTX machine against exact fractions, rounded as IEEE 754 defines it; NaN and zeros by the ISA."""
 
 import math
 from fractions import Fraction

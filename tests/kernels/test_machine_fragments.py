@@ -217,8 +217,8 @@ def test_wgmma(kind, swizzle, code, keep, in_shared):
       mov.b64 %rd2, {descriptor(base_a)};
       setp.ne.b32 %p1, {keep}, 0;
       wgmma.fence.sync.aligned;
-      wgmma.mma_async.sync.aligned.m64n16k{k}.{"s32" if kind == "s8" else "f32"}.{kind}.{kind} {{ {out} }}, {left}, %rd1,
-        %p1{flags};
+      wgmma.mma_async.sync.aligned.m64n16k{k}.{"s32" if kind == "s8" else "f32"}.{kind}.{kind} {{ {out} }}, {left},
+        %rd1, %p1{flags};
       wgmma.commit_group.sync.aligned;
       wgmma.wait_group.sync.aligned 0;
     """

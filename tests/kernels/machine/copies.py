@@ -129,8 +129,8 @@ class TensorMap:
         return self.block[0] * self.row_bytes
 
     def pieces(self, column: int, row: int) -> tuple[Array, Array, Array]:
-        """Of the box at (column, row): offsets of its pieces [n] in row-major order, addresses of their elements [n, k],
-        and which of those are in the matrix."""
+        """Of the box at (column, row): offsets of its pieces [n] in row-major order, addresses of their elements
+        [n, k], and which of those are in the matrix."""
         in_row, per_piece = self.row_bytes // PIECE, PIECE // self.element
         box_row, piece = np.divmod(np.arange(self.bytes // PIECE), in_row)
         columns = column + piece[:, None] * per_piece + np.arange(per_piece)

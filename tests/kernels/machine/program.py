@@ -1,7 +1,7 @@
 """PTX text -> instructions with typed operands (PTX ISA, chapters 4 to 6).
 
-What Triton emits is understood; anything else is a PtxError that names the line. Registers that an inline-assembly block
-`{ .reg ... }` declares are local to it, and so are its labels; blocks that follow each other share rows of registers.
+What Triton emits is understood; anything else is a PtxError that names the line. Registers that an inline-assembly
+block `{ .reg ... }` declares are local to it, and so are its labels; blocks that follow each other share rows.
 """
 
 import bisect
@@ -66,7 +66,7 @@ class Instruction:
         return f"line {self.line}: {self.text}"
 
     def has(self, prefix: str) -> bool:
-        """Is the opcode this one, perhaps with more modifiers? `ld` is not `ldmatrix`, `cp.async.c` is `cp.async.cg`."""
+        """Is the opcode this one, perhaps with more modifiers? `ldmatrix` has no `ld`."""
         return self.opcode == prefix or self.opcode.startswith(prefix + ".")
 
 

@@ -99,7 +99,7 @@ class WgmmaUnit(Unit):
         self.committed[whole_warps(instruction, cohort)] += 1
 
     def start(self, instruction: Instruction, cohort: Cohort) -> None:
-        """D, A in registers or a descriptor, B a descriptor, whether D is added to, and signs and orders of the inputs."""
+        """D, A in registers or a descriptor, B a descriptor, is D added to, signs and orders of the inputs."""
         wave, warps = self.wave, whole_warps(instruction, cohort)
         found, kind = SHAPE.fullmatch(instruction.parts[4]), instruction.parts[-1]
         known = found and (kind, int(found[2])) in INPUTS and instruction.parts[5:-1] == [
