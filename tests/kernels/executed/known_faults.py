@@ -35,7 +35,7 @@ def copies_feed_wgmma(shipped: Shipped, gpu: str) -> bool:
     return gpu == "sm_90" and shipped.kernel in ("skinny", "gemm", "int8") and shipped.warps >= 4
 
 
-def known_fault(shipped: Shipped, gpu: str, triton: str) -> KnownFault | None:
-    if copies_feed_wgmma(shipped, gpu) and version_of(triton) < MISSING_FENCE.fixed_in:
-        return MISSING_FENCE
-    return None
+def known_fault(shipped: Shipped | None, gpu: str, triton: str) -> KnownFault | None:
+    """shipped: None for any kernel."""
+    wgmma = gpu == "sm_90" if shipped is None else copies_feed_wgmma(shipped, gpu)
+    return MISSING_FENCE if wgmma and version_of(triton) < MISSING_FENCE.fixed_in else None

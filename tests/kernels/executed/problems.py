@@ -34,7 +34,7 @@ class Comparison:
 
 @dataclass
 class Weight:
-    """bits; group_size or -1; columns and rows of W; x of another row stride, or starting beyond an aligned address."""
+    """A weight [out_features, in_features] and x [rows, in_features]. group: inputs of a group or -1 (per channel)."""
 
     bits: int
     group: int
@@ -46,6 +46,7 @@ class Weight:
     padding: int = 0  # elements between rows of x
     bias: bool = False
     residual: bool = False
+    exact: bool = False  # y in float32
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -100,16 +101,23 @@ def run_skinny(weight: Weight, config: skinny.Config, launches: int = 1) -> list
     expected = with_added(x.double() @ exact_weight(codes, scales, zeros, weight.bits).T, bias, residual)
     workspace, found = skinny.Workspace(x.device), []
     for _ in range(launches):
-        y = skinny.launch(x, packed, meta, shape, config, bias=bias, residual=residual, workspace=workspace)
+        out = output(weight)
+        y = skinny.launch(x, packed, meta, shape, config, bias=bias, residual=residual, out=out, workspace=workspace)
         found.append(compare_rounded("product", y, expected))
     return found + compare_counters(workspace)
 
 
+def output(weight: Weight) -> torch.Tensor | None:
+    """None: the launcher makes it, in the dtype of x."""
+    return torch.empty(weight.rows, weight.out_features, dtype=torch.float32) if weight.exact else None
+
+
 def added(weight: Weight) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Bias and residual, in the dtype of x."""
+    """Bias in the dtype of x, and residual in that of y."""
     dtype = DTYPES[weight.dtype]
     bias = weight.normal(weight.out_features).to(dtype) if weight.bias else None
-    residual = weight.normal(weight.rows, weight.out_features).to(dtype) if weight.residual else None
+    of_y = torch.float32 if weight.exact else dtype
+    residual = weight.normal(weight.rows, weight.out_features).to(of_y) if weight.residual else None
     return bias, residual
 
 
@@ -122,7 +130,7 @@ def scaled_weight(
 ) -> torch.Tensor:
     """As `gemm` multiplies it: in 16 bits, but per channel exact."""
     exact = exact_weight(codes, scales, zeros, weight.bits)
-    return exact if weight.group < 0 else exact.to(DTYPES[weight.dtype]).double()
+    return exact if scales.shape[1] == 1 else exact.to(DTYPES[weight.dtype]).double()
 
 
 def run_gemm(weight: Weight, config: gemm.Config) -> list[Comparison]:
@@ -130,7 +138,7 @@ def run_gemm(weight: Weight, config: gemm.Config) -> list[Comparison]:
     shape = layout.Layout.of(codes, scales, zeros, weight.bits)
     packed, meta = layout.pack(codes, scales, zeros, weight.bits)
     x, (bias, residual) = weight.inputs(), added(weight)
-    y = gemm.launch(x, packed, meta, shape, config, bias=bias, residual=residual)
+    y = gemm.launch(x, packed, meta, shape, config, bias=bias, residual=residual, out=output(weight))
     expected = with_added(x.double() @ scaled_weight(codes, scales, zeros, weight).T, bias, residual)
     return [compare_rounded("product", y, expected)]
 
@@ -187,7 +195,7 @@ def run_int8(weight: Weight, config: int8.Config, asymmetric: bool = False, laun
     for _ in range(launches):
         y = int8.launch(
             x, x_scales, packed, packed_scales, shape, config, x_zeros=x_zeros, sums=sums, bias=bias,
-            workspace=workspace,
+            out=output(weight), workspace=workspace,
         )  # fmt: skip
         found.append(compare_rounded("product", y, expected))
     return found + compare_counters(workspace)
@@ -201,10 +209,9 @@ def run_quantize(x: torch.Tensor, sym: bool = True, norm: torch.Tensor | None = 
     want_codes, want_scales, want_zeros = reference.quantize_rows(values, sym)
     padded = torch.zeros_like(codes)
     padded[:, : x.shape[1]] = want_codes
-    code_tolerance = 0 if norm is None else torch.ones_like(padded).double()
-    scale_tolerance = 0 if norm is None else want_scales.double() * 1e-6
-    found = [compare("codes", codes, padded, code_tolerance), compare("scales", scales, want_scales, scale_tolerance)]
-    return found if zeros is None else [*found, compare("zeros", zeros, want_zeros, code_tolerance)]
+    one, relative = (0, 0) if norm is None else (torch.ones(()), want_scales.double() * 1e-6)
+    found = [compare("codes", codes, padded, one), compare("scales", scales, want_scales, relative)]
+    return found if zeros is None else [*found, compare("zeros", zeros, want_zeros, one)]
 
 
 def run_gptq(name: str, length: int, rows: int, bits: int, generator: torch.Generator) -> list[Comparison]:

@@ -16,6 +16,12 @@ def prepare(cache: str, paths: list[str]) -> None:
     torch.set_num_threads(1)
 
 
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
 def compiling_processes(cache: str, count: int = 1, triton: str | None = None) -> ProcessPoolExecutor:
     """triton: a folder that holds another one."""
     paths = [triton] if triton else []

@@ -4,6 +4,8 @@ split as it ships."""
 import sys
 import time
 import zlib
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,9 +53,9 @@ def seed_of(name: str, gpu: str) -> int:
     return zlib.crc32(f"{name} {gpu}".encode()) % 100000
 
 
-def run_shipped(name: str, gpu: str, seed: int) -> Result:
-    """In a process that has imported the kernels without the interpreter (process.py)."""
-    return run_on(gpu, seed, name, lambda generator: launch(find(name), generator))
+def run_shipped(name: str, gpu: str, seed: int, change: Callable[[str], str] | None = None) -> Result:
+    """In a process that has imported the kernels without the interpreter (process.py). change: of the PTX."""
+    return run_on(gpu, seed, name, lambda generator: launch(find(name), generator), change)
 
 
 def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
@@ -68,7 +70,7 @@ def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
     problems += [f"{one.what}: error {one.worst:.3g} times the tolerance" for one in compared if one.wrong]
     executed, code, seen, opcodes = 0, 0, 0, {}
     for one in {id(e.launch.compiled): e.launch.compiled for e in session.executed}.values():
-        run = sum((e.launch.executed for e in session.executed if e.launch.compiled is one), start=_counter())
+        run = sum((e.launch.executed for e in session.executed if e.launch.compiled is one), start=Counter())
         code += len(one.program.code)
         for segment, threads in run.items():
             instructions = one.instructions(segment)
@@ -80,12 +82,6 @@ def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
         name, gpu, seed, problems, max(one.worst for one in compared), max(one.relative for one in compared),
         len(session.executed), executed, seen / code if code else 0.0, time.process_time() - started, opcodes,
     )  # fmt: skip
-
-
-def _counter():
-    from collections import Counter
-
-    return Counter()
 
 
 def launch(shipped: Shipped, generator: torch.Generator):
