@@ -95,7 +95,7 @@ def shipped(pool: ProcessPoolExecutor, version: str, options: argparse.Namespace
 
 
 def drawn(pool: ProcessPoolExecutor, version: str, options: argparse.Namespace) -> list[dict]:
-    if options.only != [""]:
+    if options.only != [""] or not options.drawn:
         return []
     jobs = [pool.submit(drawn_runs.run_drawn, gpu, seed) for gpu in options.gpu for seed in range(options.drawn)]
     results = collected(jobs)

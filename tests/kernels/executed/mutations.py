@@ -1,13 +1,15 @@
 """Does the machine notice a wrong kernel? PTX damaged in one place at a time, executed on a shipped configuration.
 
 Noticed: a wrong result, a finding, a deadlock, an error. Of synchronisation every fault is noticed but those of
-EQUIVALENT, which change nothing that anybody could see.
+equivalents.py, which change nothing that anybody could see.
 """
 
 import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from executed.equivalents import reason
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ MUTATIONS = (
     Mutation("proxy fence removed", r"\bfence\.proxy\.async\.shared::cta;", ""),
     Mutation("arrival removed", r"(?:@!?%p\d+ )?mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", ""),
     Mutation("mbarrier wait removed", r"\{\s*\.reg \.pred complete;\s*waitLoop:[^}]*\}", ""),
-    Mutation("expected bytes halved", r"expect_tx\.shared::cta\.b64 _, \[%r\d+\], (\d+);", exclusive_or(16)),
+    Mutation("expected bytes changed", r"expect_tx\.shared::cta\.b64 _, \[%r\d+\], (\d+);", exclusive_or(16)),
     Mutation("release and acquire removed", r"\bacq_rel\b", "relaxed"),
     Mutation("mask of a code", r"lop3\.b32 d, t, (0x\w+)", exclusive_or(1), False),
     Mutation("shift of a code", r"shr\.u32 t, [%$]\w+, (\d+);", exclusive_or(1), False),
@@ -55,7 +57,7 @@ MUTATIONS = (
     Mutation("bytes of a copy", r"selp\.b32\s+(%r\d+), (16|8|4), 0, %p\d+;", r"mov.b32 \1, \2;", False),
     Mutation("shift", r"\bsh[lr]\.[bus]32\s+%r\d+, %r\d+, (\d+);", exclusive_or(1), False),
     Mutation("mask", r"\band\.b32\s+%r\d+, %r\d+, (\d+);", exclusive_or(8), False),
-    Mutation("place in shared memory", r"\b(?:ldmatrix|[ls][dt]\.shared)[^;\[]*\[%r\d+\+(\d+)\]", exclusive_or(32), False),
+    Mutation("place in shared memory", r"\b(?:ldmatrix|ld\.shared)[^;\[]*\[%r\d+\+(\d+)\]", exclusive_or(32), False),
     Mutation("operands of mma", r"(mma\.sync\S+ \{[^}]*\}, \{ )(%r\d+), (%r\d+)", r"\1\3, \2", False),
     Mutation("which group", r"(selp\.b32\s+%r\d+), (%r\d+), (%r\d+), ", r"\1, \3, \2, ", False),
 )  # fmt: skip
@@ -95,12 +97,12 @@ def mutants(text: str) -> Iterator[Mutant]:
                 )
 
 
-def sample(everything: list[Mutant], each: int, seed: int) -> list[Mutant]:
-    """At most `each` of a kind."""
+def sample(everything: list[Mutant], each: int, others: int, seed: int) -> list[Mutant]:
+    """At most `each` of a kind of synchronisation, and `others` of every other kind."""
     draw, chosen = random.Random(seed), []
     for mutation in MUTATIONS:
         of_kind = [mutant for mutant in everything if mutant.mutation is mutation]
-        chosen += draw.sample(of_kind, min(each, len(of_kind)))
+        chosen += draw.sample(of_kind, min(each if mutation.synchronisation else others, len(of_kind)))
     return chosen
 
 
@@ -108,12 +110,15 @@ def sample(everything: list[Mutant], each: int, seed: int) -> list[Mutant]:
 class Verdict:
     mutant: str
     kind: str
+    ordinal: int  # from 1
     synchronisation: bool
     noticed: str | None  # the first thing that is wrong
+    equivalent: str | None  # why it changes nothing
 
 
-def damage(name: str, gpu: str, each: int, seed: int, synchronisation_only: bool = False) -> list[Verdict]:
-    """Mutants of a shipped configuration, executed one by one. In a process of process.py."""
+def damage(name: str, gpu: str, each: int, seed: int, others: int = 0) -> list[Verdict]:
+    """Mutants of a shipped configuration, executed one by one: at most `each` of a kind of synchronisation, `others` of
+    every other kind. In a process of process.py."""
     import torch
 
     from executed import shipped_runs
@@ -130,9 +135,10 @@ def damage(name: str, gpu: str, each: int, seed: int, synchronisation_only: bool
     torch.manual_seed(seed)
     if problem := run(lambda text: texts.append(text) or text):
         raise ValueError(f"{name} on {gpu} is wrong before it is damaged: {problem}")
-    chosen = [m for m in mutants(texts[0]) if m.mutation.synchronisation or not synchronisation_only]
     verdicts = []
-    for mutant in sample(chosen, each, seed):
+    for mutant in sample(list(mutants(texts[0])), each, others, seed):
         noticed = run(mutant.apply)
-        verdicts.append(Verdict(str(mutant), mutant.mutation.name, mutant.mutation.synchronisation, noticed))
+        kind, ordinal = mutant.mutation.name, mutant.ordinal + 1
+        why = reason(name, gpu, kind, ordinal)
+        verdicts.append(Verdict(str(mutant), kind, ordinal, mutant.mutation.synchronisation, noticed, why))
     return verdicts

@@ -1,0 +1,72 @@
+"""Tables of what executed the kernels' machine code: results of scripts/kernel_execution.py and kernel_mutations.py."""
+
+from rendering import markdown, measured, result
+
+NAMES = {"drawn": "drawn shapes, all kernels", "tests": "tests/kernels"}
+
+
+def kernel_execution() -> str:
+    """A row for each kernel and GPU, a column for each triton."""
+    if not measured("kernel_execution"):
+        return "Not yet executed: `python scripts/kernel_execution.py --write` does it."
+    records = result("kernel_execution")
+    newest = next(iter(records))
+    places = {
+        version: {(row["kernel"], row["gpu"]): row for row in record["rows"]} for version, record in records.items()
+    }
+    rows = []
+    for place, row in places[newest].items():
+        cells = [f"{row['runs']} tests", "-", "-", "-"]
+        if "configurations" in row:
+            cells = [
+                f"{row['configurations']} in {row['runs']} runs", f"{row['instructions'] / 1e6:.1f}",
+                f"{100 * row['covered']:.0f} %", f"{row['worst']:.2f}",
+            ]  # fmt: skip
+        name = NAMES.get(row["kernel"]) or f"`{row['kernel']}`"
+        rows.append([f"{name}, {row['gpu']}", *cells, *(_verdict(of.get(place)) for of in places.values())])
+    header = [
+        "kernel and GPU",
+        "executed",
+        "million instructions",
+        "covered, at least",
+        "largest error of that allowed",
+    ]
+    header += [f"triton {version}" for version in records]
+    faults = {row["fault"] for record in records.values() for row in record["rows"] if row.get("fault")}
+    notes = "".join(f"\n\nThe fault: {fault}." for fault in sorted(faults))
+    record = records[newest]
+    return markdown(header, rows) + (
+        f"{notes}\n\n{record['date']}, torch {record['torch']}, numpy {record['numpy']}; one rounding to the dtype of y "
+        "is allowed, and float32 sums; `python scripts/kernel_execution.py --write`"
+    )
+
+
+def _verdict(row: dict | None) -> str:
+    if row is None:
+        return "not run"
+    if row["unknown"]:
+        return f"{row['unknown']} wrong"
+    if row.get("known"):
+        return f"the fault, in {row['known']} of {row['configurations']}"
+    return "right"
+
+
+def kernel_mutations() -> str:
+    """What of damaged PTX the machine noticed."""
+    if not measured("kernel_mutations"):
+        return "Not yet damaged: `python scripts/kernel_mutations.py --write` does it."
+    data = result("kernel_mutations")
+    rows = [
+        [f"`{row['configuration']}`, {row['gpu']}", f"{row['noticed']} of {row['synchronisation']}",
+         str(row["equivalent"]), f"{row['other_noticed']} of {row['other']}"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    header = [
+        "damaged in one place",
+        "synchronisation: noticed",
+        "the rest changes nothing",
+        "masks, shifts, addresses",
+    ]
+    return markdown(header, rows) + (
+        f"\n\n{data['date']}, triton {data['triton']}; `python scripts/kernel_mutations.py --write`"
+    )
