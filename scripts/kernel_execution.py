@@ -108,7 +108,7 @@ def collected(jobs: list) -> list[Result]:
     for job in as_completed(jobs):
         results.append(job.result())
         if results[-1].problems:
-            print(results[-1].report(), flush=True)
+            print(results[-1].report(most=2), flush=True)
     print(f"{len(results)} runs, {sum(bool(r.problems) for r in results)} of them with problems", flush=True)
     return results
 

@@ -49,7 +49,7 @@ def test_shipped_kernels_pass_the_check(tmp_path):
     import triton
 
     done = run(SCRIPTS / "kernel_report.py", "--check", "--only", *REPRESENTATIVE, tmp_path=tmp_path)
-    chosen = list(shipped.find(list(REPRESENTATIVE)))
+    chosen = [one for one in shipped.find(list(REPRESENTATIVE)) if one.targets]
     faulty = [one for one in chosen if known_fault(one, "sm_90", triton.__version__) is MISSING_FENCE]
     problems = [line for line in done.stdout.splitlines() if "PROBLEM" in line]
     assert done.returncode == bool(faulty) and len(problems) == len(faulty), done.stdout + done.stderr

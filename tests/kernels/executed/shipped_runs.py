@@ -35,8 +35,8 @@ class Result:
     cpu_seconds: float  # compiling included
     opcodes: dict[str, int] = field(default_factory=dict)
 
-    def report(self) -> str:
-        return f"{self.case} on {self.gpu}, seed {self.seed}:\n" + "\n".join(self.problems[:10])
+    def report(self, most: int = 10) -> str:
+        return f"{self.case} on {self.gpu}, seed {self.seed}:\n" + "\n".join(self.problems[:most])
 
 
 def pairs() -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 
+LONGEST = 120  # characters of an instruction in a message
 # .reg types by what holds them; signed, unsigned and float registers are bit patterns as well
 REGISTER_FILES = ("pred", "b16", "b32", "b64")
 
@@ -63,7 +64,8 @@ class Instruction:
         self.parts = self.opcode.split(".")
 
     def __str__(self) -> str:
-        return f"line {self.line}: {self.text}"
+        text = self.text if len(self.text) <= LONGEST else f"{self.text[:LONGEST]} ..."
+        return f"line {self.line}: {text}"
 
     def has(self, prefix: str) -> bool:
         """Is the opcode this one, perhaps with more modifiers? `ldmatrix` has no `ld`."""
