@@ -3,12 +3,15 @@
 
     python scripts/kernel_execution.py                    everything below, with the triton that is installed
     python scripts/kernel_execution.py --only hopper      configurations whose id holds one of these
-    ... --gpu sm_90 --seeds 5 --drawn 200 --no-tests      one GPU, more seeds and shapes, not the kernel tests
+    ... --gpu sm_90 --seeds 5 --drawn 200                 one GPU, more seeds and shapes
+    ... --parts shipped drawn                             not the kernel tests
     ... --triton FOLDER [FOLDER ...]                      with the triton in each of these folders too
-    ... --write                                           into scripts/benchmarks/results/kernel_execution.json
+    ... --write                                           into scripts/benchmarks/results/kernel_execution.json,
+                                                          where rows that were not run stay
 
 Runs every shipped configuration on its smallest telling shape, shapes that are drawn, and tests/kernels on the machine
-of tests/kernels/machine. `python scripts/benchmarks/tables.py` then renders the table of triton_kernels/README.md.
+of tests/kernels/machine. TRITON_CACHE_DIR keeps what is compiled. `python scripts/benchmarks/tables.py` then renders
+the table of triton_kernels/README.md.
 Exits with 1 if anything is wrong but what a release of triton is known to get wrong.
 """
 
@@ -26,8 +29,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [str(ROOT / part) for part in ("tests/kernels", "triton_kernels", "scripts", ".")]
 RESULT = ROOT / "scripts" / "benchmarks" / "results" / "kernel_execution.json"
+# The order of rows
+KERNELS = [
+    "skinny", "gemm", "hopper", "int8", "quantize", "quantize_normed", "dequantize", "gptq_columns", "gptq_descend",
+    "drawn", "tests",
+]  # fmt: skip
 TESTS = ("test_skinny.py", "test_gemm.py", "test_int8.py", "test_quantize_rows.py")
 GPUS = ("sm_80", "sm_90")
+PARTS = ("shipped", "drawn", "tests")
 sys.path[:0] = PATHS
 
 from executed import drawn_runs, process, shipped_runs  # noqa: E402
@@ -41,7 +50,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="of the ids of configurations")
     parser.add_argument("--seeds", type=int, default=3, help="of each configuration")
     parser.add_argument("--drawn", type=int, default=60, help="shapes for each GPU")
-    parser.add_argument("--no-tests", dest="tests", action="store_false")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--triton", nargs="+", default=[], metavar="FOLDER", help="folders that hold a triton package")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--write", action="store_true")
@@ -52,19 +61,31 @@ def main() -> int:
         records[version] = record
         wrong += sum(row["unknown"] for row in record["rows"])
     if options.write:
-        before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        RESULT.write_text(json.dumps(dict(sorted((before | records).items(), reverse=True)), indent=1) + "\n")
+        write(records)
     return 1 if wrong else 0
+
+
+def write(records: dict[str, dict]) -> None:
+    """Newest triton first."""
+    everything = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for version, record in records.items():
+        before = everything.get(version, {}).get("rows", [])
+        rows = {(row["kernel"], row["gpu"]): row for row in [*before, *record["rows"]]}
+        ordered = sorted(rows.values(), key=lambda row: (KERNELS.index(row["kernel"]), row["gpu"]))
+        everything[version] = record | {"rows": ordered}
+    everything = dict(sorted(everything.items(), key=lambda item: version_of(item[0]), reverse=True))
+    RESULT.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 def run_with(folder: str | None, options: argparse.Namespace) -> tuple[str, dict]:
     """Everything with one triton: its version, and what is recorded of it."""
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = os.environ.get("TRITON_CACHE_DIR", temporary)
         with process.compiling_processes(cache, options.processes, folder) as pool:
             version = pool.submit(process.triton_version).result()
-            rows = shipped(pool, version, options) + drawn(pool, version, options)
-        if options.tests:
-            rows += [tests(gpu, folder, cache) for gpu in options.gpu]
+            rows = shipped(pool, version, options) if "shipped" in options.parts else []
+            rows += drawn(pool, version, options) if "drawn" in options.parts else []
+        rows += [tests(gpu, folder, cache) for gpu in options.gpu] if "tests" in options.parts else []
     import numpy
     import torch
 
@@ -95,8 +116,6 @@ def shipped(pool: ProcessPoolExecutor, version: str, options: argparse.Namespace
 
 
 def drawn(pool: ProcessPoolExecutor, version: str, options: argparse.Namespace) -> list[dict]:
-    if options.only != [""] or not options.drawn:
-        return []
     jobs = [pool.submit(drawn_runs.run_drawn, gpu, seed) for gpu in options.gpu for seed in range(options.drawn)]
     results = collected(jobs)
     return [row("drawn", gpu, [r for r in results if r.gpu == gpu], version) for gpu in options.gpu]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Would the machine notice a wrong kernel? Damage the PTX of configurations in one place at a time and execute it.
 
-    python scripts/kernel_mutations.py                    every place of synchronisation, three of every other kind
+    python scripts/kernel_mutations.py                    every place of synchronisation, two of every other kind
     python scripts/kernel_mutations.py --only hopper      of the configurations below, those whose id holds this
-    ... --each 5                                          at most so many places of a kind, of synchronisation too
+    ... --each 5                                          at most so many places of a kind of synchronisation
     ... --write                                           into scripts/benchmarks/results/kernel_mutations.json
 
 What goes unnoticed is printed. Of synchronisation that must be in tests/kernels/executed/equivalents.py, with a reason;
@@ -31,17 +31,17 @@ DAMAGED = (
     ("gemm-w4-g128-sym-bf16-m128", "sm_80"),
     ("int8-w4-channel-sym-bf16-m8", "sm_80"),
     ("quantize-bf16-k4096", "sm_80"),
-    ("gemm-w4-g128-sym-bf16-m64", "sm_90"),
+    ("skinny-w4-g128-sym-bf16-m16-n128", "sm_90"),
     ("int8-w8-g128-sym-bf16-m128", "sm_90"),
     ("hopper-w4-g128-sym-bf16-m128", "sm_90"),
 )
-EVERY = 10**6
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="PART")
-    parser.add_argument("--each", type=int, default=None)
+    parser.add_argument("--each", type=int, default=10**6)
+    parser.add_argument("--others", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--write", action="store_true")
@@ -49,12 +49,12 @@ def main() -> int:
     chosen = [(name, gpu) for name, gpu in full_names() if options.only in name]
     rows = []
     with (
-        tempfile.TemporaryDirectory() as cache,
-        process.compiling_processes(cache, options.processes) as pool,
+        tempfile.TemporaryDirectory() as temporary,
+        process.compiling_processes(os.environ.get("TRITON_CACHE_DIR", temporary), options.processes) as pool,
     ):
         triton = pool.submit(process.triton_version).result()
-        each, others = options.each or EVERY, options.each or 3
-        jobs = {pair: pool.submit(mutations.damage, *pair, each, options.seed, others) for pair in chosen}
+        limits = options.each, options.seed, options.others
+        jobs = {pair: pool.submit(mutations.damage, *pair, *limits) for pair in chosen}
         for (name, gpu), job in jobs.items():
             rows.append(summary(name, gpu, job.result()))
     if options.write:

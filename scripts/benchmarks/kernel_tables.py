@@ -29,15 +29,15 @@ def kernel_execution() -> str:
         "executed",
         "million instructions",
         "covered, at least",
-        "largest error of that allowed",
+        "largest error / allowed",
     ]
     header += [f"triton {version}" for version in records]
     faults = {row["fault"] for record in records.values() for row in record["rows"] if row.get("fault")}
     notes = "".join(f"\n\nThe fault: {fault}." for fault in sorted(faults))
     record = records[newest]
     return markdown(header, rows) + (
-        f"{notes}\n\n{record['date']}, torch {record['torch']}, numpy {record['numpy']}; one rounding to the dtype of y "
-        "is allowed, and float32 sums; `python scripts/kernel_execution.py --write`"
+        f"{notes}\n\n{record['date']}, torch {record['torch']}, numpy {record['numpy']}; allowed are one rounding to the "
+        "dtype of y and float32 sums; `python scripts/kernel_execution.py --write`"
     )
 
 
@@ -69,4 +69,29 @@ def kernel_mutations() -> str:
     ]
     return markdown(header, rows) + (
         f"\n\n{data['date']}, triton {data['triton']}; `python scripts/kernel_mutations.py --write`"
+    )
+
+
+_KINDS = ("integer", "float", "tensor core", "global memory", "shared memory")
+
+
+def kernel_counts() -> str:
+    """For each weight: instructions of PTX, and how well memory is used."""
+    if not measured("kernel_counts"):
+        return "Not yet counted: `python scripts/kernel_counts.py --write` does it."
+    data = result("kernel_counts")
+    rows = []
+    for row in data["rows"]:
+        inputs = [name for name in ("weight", "x", "meta", "scales") if name in row["sectors"]]
+        repeats = [f"{name} {row['repeats'][name]:.1f}x" for name in inputs if name != "x"]
+        rows.append(
+            [f"`{row['configuration']}`", str(row["rows"]),
+             *(f"{row['instructions'].get(kind, 0):.2f}" for kind in _KINDS), f"{row['wavefronts']:.2f}",
+             f"{max(row['sectors'][name] for name in inputs):.2f}", ", ".join(repeats)]
+        )  # fmt: skip
+    header = ["configuration", "rows", *_KINDS, "wavefronts / fewest", "sectors / needed", "each word loaded"]
+    return markdown(header, rows) + (
+        f"\n\n{data['date']}, triton {data['triton']}, sm_90, {data['inputs']} inputs; PTX instructions of threads for "
+        "each weight of a row tile, without moves, branches and waits, most of which ptxas takes away; "
+        "`python scripts/kernel_counts.py --write`"
     )

@@ -57,6 +57,8 @@ UNFENCED = "reads asynchronously what was written generically, without a proxy f
         ((STORE_ONES, PROXY, FENCE, WGMMA, CLOSE, DONE), READ_RACE),
         ((STORE_ONES, PROXY, BARRIER, WGMMA, CLOSE, DONE), "wgmma without a fence"),
         ((STORE_ONES, PROXY, BARRIER, FENCE, "mov.b32 %r20, 0;", WGMMA, CLOSE, DONE), "wgmma without a fence"),
+        ((STORE_ONES, PROXY, BARRIER, FENCE, "mov.b32 %r5, %o0;", WGMMA, CLOSE, DONE), "wgmma without a fence"),
+        ((STORE_ONES, PROXY, BARRIER, FENCE, WGMMA, WGMMA, CLOSE, DONE), None),
         ((STORE_ONES, PROXY, BARRIER, FENCE, WGMMA, CLOSE, "mov.b32 %r20, 0;", DONE), RUNNING_WRITTEN),
         ((STORE_ONES, PROXY, BARRIER, FENCE, WGMMA, CLOSE, "mov.b32 %r5, %r20;", DONE), None),
         ((STORE_ONES, PROXY, BARRIER, FENCE, WGMMA, CLOSE, "mov.b32 %r5, %o0;", DONE), SUM_READ),

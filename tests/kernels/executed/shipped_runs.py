@@ -61,12 +61,16 @@ def run_shipped(name: str, gpu: str, seed: int, change: Callable[[str], str] | N
 def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
     """problem: generator -> comparisons, of launches on the machine."""
     from machine.driver import on_machine
+    from machine.program import PtxError
 
     torch.manual_seed(seed)
     started = time.process_time()
     with on_machine(int(gpu.removeprefix("sm_")), seed=seed, change=change) as session:
-        compared = problem(torch.Generator().manual_seed(seed))
-    problems = session.problems()
+        try:
+            compared, unknown = problem(torch.Generator().manual_seed(seed)), []
+        except PtxError as error:
+            compared, unknown = [], [str(error)]
+    problems = unknown + session.problems()
     problems += [f"{one.what}: error {one.worst:.3g} times the tolerance" for one in compared if one.wrong]
     executed, code, seen, opcodes = 0, 0, 0, {}
     for one in {id(e.launch.compiled): e.launch.compiled for e in session.executed}.values():
@@ -79,16 +83,15 @@ def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
             for instruction in instructions:
                 opcodes[instruction.opcode] = opcodes.get(instruction.opcode, 0) + threads
     return Result(
-        name, gpu, seed, problems, max(one.worst for one in compared), max(one.relative for one in compared),
+        name, gpu, seed, problems, 
+        max((one.worst for one in compared), default=0.0), max((one.relative for one in compared), default=0.0),
         len(session.executed), executed, seen / code if code else 0.0, time.process_time() - started, opcodes,
     )  # fmt: skip
 
 
-def launch(shipped: Shipped, generator: torch.Generator):
+def launch(shipped: Shipped, generator: torch.Generator) -> list:
     """The comparisons of one configuration."""
     from executed import problems
-    from lowbit_kernels import gemm, gemm_hopper, int8, skinny
-    from lowbit_kernels.layout import SLICES
 
     kernel, launches = shipped.kernel, LAUNCHES if shipped.split > 1 and shipped.kernel != "hopper" else 1
     if kernel.startswith("gptq"):
@@ -98,28 +101,47 @@ def launch(shipped: Shipped, generator: torch.Generator):
         x = torch.randn(3, shipped.group, generator=generator).to(dtype)
         norm = torch.randn(shipped.group, generator=generator).to(dtype) if kernel.endswith("normed") else None
         return problems.run_quantize(x, norm=norm)
-    rows, out_features = shipped.block_m + 3, max(shipped.block_n, 64)
-    if kernel == "int8":
-        tiles = 2 if shipped.split > 1 else 1
-        inputs = TURNS * tiles * 128 * shipped.split
-    elif kernel == "hopper":
-        inputs = TURNS * 2 * 128 * shipped.split
-    else:
-        tile = 32 * SLICES[shipped.bits]
-        tiles = max(256 // tile, 1) if kernel == "skinny" else 1
-        inputs = TURNS * tiles * tile * shipped.split
+    inputs = TURNS * turn(shipped) * shipped.split
     inputs = -(-inputs // max(shipped.group, 1)) * max(shipped.group, 1)
+    out_features = 2 * shipped.block_n if kernel == "dequantize" else max(shipped.block_n, 64)
     weight = problems.Weight(
-        shipped.bits, shipped.group, shipped.sym, shipped.dtype, rows, out_features, inputs, generator=generator
-    )
+        shipped.bits, shipped.group, shipped.sym, shipped.dtype, shipped.block_m + 3, out_features, inputs,
+        generator=generator,
+    )  # fmt: skip
+    return configured(shipped, weight, launches)
+
+
+def tiles(shipped: Shipped) -> int:
+    """K tiles of a turn of the loop."""
+    from lowbit_kernels.layout import SLICES
+
+    if shipped.kernel == "skinny":
+        return max(256 // (32 * SLICES[shipped.bits]), 1)
+    return 2 if shipped.kernel == "int8" and shipped.split > 1 else 1
+
+
+def turn(shipped: Shipped) -> int:
+    """Inputs of a turn of the loop."""
+    from lowbit_kernels.layout import SLICES
+
+    if shipped.kernel == "hopper":
+        return 2 * 128
+    return tiles(shipped) * (128 if shipped.kernel == "int8" else 32 * SLICES[shipped.bits])
+
+
+def configured(shipped: Shipped, weight, launches: int) -> list:
+    """A product in the blocks of a configuration."""
+    from executed import problems
+    from lowbit_kernels import gemm, gemm_hopper, int8, skinny
+
     n, m, split, warps, stages = shipped.block_n, shipped.block_m, shipped.split, shipped.warps, shipped.stages
-    if kernel == "skinny":
-        return problems.run_skinny(weight, skinny.Config(n, m, split, tiles, warps, stages), launches)
-    if kernel == "gemm":
+    if shipped.kernel == "skinny":
+        return problems.run_skinny(weight, skinny.Config(n, m, split, tiles(shipped), warps, stages), launches)
+    if shipped.kernel == "gemm":
         return problems.run_gemm(weight, gemm.Config(n, m, shipped.joined, warps=warps, stages=stages))
-    if kernel == "hopper":
+    if shipped.kernel == "hopper":
         return problems.run_hopper(weight, gemm_hopper.Config(m, stages, split), launches)
-    if kernel == "int8":
-        return problems.run_int8(weight, int8.Config(n, m, split, tiles, warps=warps, stages=stages), launches=launches)
-    weight.out_features = 2 * out_features
+    if shipped.kernel == "int8":
+        config = int8.Config(n, m, split, tiles(shipped), warps=warps, stages=stages)
+        return problems.run_int8(weight, config, launches=launches)
     return problems.run_dequantize(weight)

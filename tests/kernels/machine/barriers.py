@@ -169,7 +169,7 @@ class MBarrierUnit(Unit):
     def arrive(self, instruction: Instruction, cohort: Cohort) -> None:
         wave, operands = self.wave, instruction.operands
         expects = "expect_tx" in instruction.parts
-        known = {"mbarrier", "arrive", "expect_tx", "release", "cta", "shared::cta", "b64"}
+        known = {"mbarrier", "arrive", "expect_tx", "release", "cta", "shared", "shared::cta", "b64"}
         if operands[0] is not None or len(operands) != 2 + expects or not set(instruction.parts) <= known:
             raise PtxError(f"unknown instruction, {instruction}")
         expected_bytes = wave.value(cohort, operands[2]) if expects else np.zeros(cohort.count, int)

@@ -62,6 +62,8 @@ class CopyUnit(Unit):
         data = np.zeros((cohort.count, size), np.uint8)
         if (reads := count > 0).any():
             data[reads] = self.fetch(instruction, Cohort(cohort.threads[reads], wave.total), size)
+        if wave.observer:
+            wave.observer.shared_access(instruction, cohort.threads, at, size)
         if wave.races:
             granules = shared.granules(at, size)
             shared.history.start_write(instruction, cohort.threads + wave.first_thread, granules)

@@ -26,7 +26,7 @@ from machine.emit import PARAMETER_BASE, Compiled
 from machine.global_memory import GlobalMemory, Tensor
 from machine.processor import Launch, compiled
 from machine.program import parse
-from machine.threads import Array, Fault
+from machine.threads import Array, Fault, Observer
 
 SCALARS = {
     "i1": "<?", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u32": "<I", "u64": "<Q", "fp32": "<f", "fp64": "<d",
@@ -142,8 +142,12 @@ class Arguments:
 class Session:
     """Launches on one machine. capability: 80 or 90. change: PTX -> PTX, for mutations."""
 
-    def __init__(self, capability: int, seed: int = 0, races: bool = True, change: Callable[[str], str] | None = None):
+    def __init__(
+        self, capability: int, seed: int = 0, races: bool = True, change: Callable[[str], str] | None = None,
+        observer: Observer | None = None,
+    ):  # fmt: skip
         self.capability, self.seed, self.races, self.change = capability, seed, races, change
+        self.observer = observer
         self.executed: list[Executed] = []
         self.uninitialised: dict[int, tuple[torch.Tensor, Array]] = {}  # of torch.empty: storage -> written bytes
 
@@ -161,7 +165,9 @@ class Session:
             arguments.add(name, kernel.src.signature[name], value)
         memory = arguments.memory()
         parameters, maps = arguments.packed(memory)
-        launch = Launch(code, grid, parameters, memory, kernel.metadata.shared, maps, self.seed, self.races)
+        launch = Launch(
+            code, grid, parameters, memory, kernel.metadata.shared, maps, self.seed, self.races, self.observer
+        )  # fmt: skip
         self.seed += 1
         fault = None
         try:

@@ -189,6 +189,8 @@ class GlobalUnit(Unit):
                 where = f"{wave.thread_name(cohort.threads[n])}: {wave.memory.describe(int(address[n]))}"
                 wave.findings.add(f"global memory: {rule}", instruction, int(bad.sum()), where)
         good = inside & ~misaligned
+        if wave.observer:
+            wave.observer.global_access(instruction, cohort.threads[good], address[good], size)
         return np.where(good, at, 0), good
 
     def check_read(self, instruction: Instruction, cohort: Cohort, at: Array, inside: Array, size: int) -> None:

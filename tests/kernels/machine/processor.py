@@ -23,7 +23,7 @@ from machine.global_memory import GlobalMemory, GlobalUnit, global_granule, new_
 from machine.program import REGISTER_FILES, Address, Immediate, Instruction, Operand, Program, Register
 from machine.races import Clocks, Knowledge
 from machine.shared_memory import SharedUnit, shared_granule
-from machine.threads import LANES, NOBODY, SEVERAL, Array, Cohort, Fault, Findings, Unit
+from machine.threads import LANES, NOBODY, SEVERAL, Array, Cohort, Fault, Findings, Observer, Unit
 from machine.warp import WarpUnit
 from machine.wgmma import WgmmaUnit
 
@@ -53,11 +53,12 @@ class Launch:
     def __init__(
         self, code: Compiled, grid: tuple[int, int, int], parameters: bytes, memory: GlobalMemory, shared_size: int,
         tensor_maps: dict[int, TensorMap] | None = None, seed: int = 0, races: bool = True,
+        observer: Observer | None = None,
     ):  # fmt: skip
         self.compiled, self.program, self.grid = code, code.program, grid
         self.parameters, self.memory, self.shared_size = parameters, memory, shared_size
         self.tensor_maps = tensor_maps or {}
-        self.races = races
+        self.races, self.observer = races, observer
         self.random = np.random.default_rng(seed)
         self.findings = Findings()
         self.executed: Counter[int] = Counter()  # segment -> threads
@@ -99,7 +100,7 @@ class Wave:
         """start: how many CTAs were launched before."""
         self.launch, self.ctas = launch, len(ctas)
         self.memory, self.clocks, self.findings = launch.memory, launch.clocks, launch.findings
-        self.random, self.races = launch.random, launch.races
+        self.random, self.races, self.observer = launch.random, launch.races, launch.observer
         self.threads_per_cta = launch.program.threads
         self.warps_per_cta = -(-self.threads_per_cta // LANES)
         self.total = self.ctas * self.threads_per_cta

@@ -86,6 +86,8 @@ class SharedUnit(Unit):
         return element(instruction)
 
     def check_read(self, instruction: Instruction, threads: Array, at: Array, size: int) -> None:
+        if self.wave.observer:
+            self.wave.observer.shared_access(instruction, threads, at, size)
         if self.wave.races:
             threads, granules = threads + self.wave.first_thread, self.granules(at, size)
             self.history.check_read(instruction, threads, granules)
@@ -94,6 +96,8 @@ class SharedUnit(Unit):
     def write(self, instruction: Instruction, threads: Array, at: Array, values: Array) -> None:
         """values [n, k]: k consecutive elements of any width for each of n threads."""
         size = values.dtype.itemsize
+        if self.wave.observer:
+            self.wave.observer.shared_access(instruction, threads, at, size * values.shape[1])
         data, where = self.views[size], (at // size)[:, None] + np.arange(values.shape[1])
         changes = (data[where] != values).any(1)
         data[where] = values

@@ -1,12 +1,13 @@
 """Threads that run together, what they do wrong, and the units of a processor that do things for them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from machine.processor import Wave
+    from machine.program import Instruction
 
 LANES = 32
 NOBODY, SEVERAL, BEFORE_LAUNCH = -1, -2, -3  # in place of the number of a thread
@@ -69,6 +70,16 @@ class Cohort:
             rows = threads.reshape(-1, LANES)
             if (rows[:, 0] % LANES == 0).all() and (rows[:, -1] - rows[:, 0] == LANES - 1).all():
                 self.warps = rows[:, 0] // LANES
+
+
+class Observer(Protocol):
+    """Who wants to know of each access to memory, before it is made."""
+
+    def global_access(self, instruction: "Instruction", threads: Array, address: Array, size: int) -> None:
+        """threads, address [n]: of accesses of `size` bytes within a tensor."""
+
+    def shared_access(self, instruction: "Instruction", threads: Array, at: Array, size: int) -> None:
+        """at [n]: indices into the shared memory of the wave, whose CTAs start at multiples of all banks."""
 
 
 class Unit:

@@ -76,7 +76,7 @@ class WgmmaUnit(Unit):
         super().__init__(wave)
         rows, warps = wave.launch.program.rows["b32"] if wave.launch.wgmma_rows else 0, wave.total // LANES
         self.used = np.zeros((rows, warps), np.int8)
-        self.unfenced = np.zeros((rows, warps), bool)  # written since the last wgmma.fence
+        self.unfenced = np.ones((rows, warps), bool)  # touched since the last wgmma.fence, if there was one
         self.committed = np.zeros(warps, np.int32)
         self.running: list[Product] = []
 
@@ -84,8 +84,8 @@ class WgmmaUnit(Unit):
         """Threads write and read rows of registers that some wgmma takes operands from."""
         warps = np.unique(cohort.threads // LANES)
         where = self.wave.thread_name(cohort.threads[0])
+        self.unfenced[np.array(written + read)[:, None], warps] = True
         for row in written:
-            self.unfenced[row, warps] = True
             if self.used[row, warps].any():
                 self.wave.findings.add("register of a running wgmma is written", instruction, cohort.count, where)
         for row in read:
@@ -114,7 +114,7 @@ class WgmmaUnit(Unit):
         registers = [register.row for register in a.items] if isinstance(a, Vector) else []
         stale = [row for row in sums + registers if self.unfenced[row, warps].any()]
         if stale:
-            rule = "wgmma without a fence after its registers were written"
+            rule = "wgmma without a fence after its registers were touched"
             wave.findings.add(rule, instruction, cohort.count, f"{len(stale)} registers")
         self.mark(warps, registers, sums)
         right = self.located(instruction, warps, cohort, b, np.arange(columns)[None, :], row_bytes)
