@@ -36,8 +36,8 @@ def kernel_execution() -> str:
     notes = "".join(f"\n\nThe fault: {fault}." for fault in sorted(faults))
     record = records[newest]
     return markdown(header, rows) + (
-        f"{notes}\n\n{record['date']}, torch {record['torch']}, numpy {record['numpy']}; allowed are one rounding to the "
-        "dtype of y and float32 sums; `python scripts/kernel_execution.py --write`"
+        f"{notes}\n\n{record['date']}, torch {record['torch']}, numpy {record['numpy']}; allowed are one rounding to "
+        "the dtype of y and float32 sums; `python scripts/kernel_execution.py --write`"
     )
 
 

@@ -15,7 +15,9 @@ LATER_WAIT = (
     "the sums or the registers of this slice"
 )
 NOTHING_WRITTEN = "all copies of the turn landed before the first of eight fences, and nothing is written between them"
-EARLIER_TURN = "the copies that follow write the stage that was read a turn earlier: the barrier at the top of the loop orders that"
+EARLIER_TURN = (
+    "the copies that follow write a stage read a turn earlier, which the barrier at the top of the loop orders"
+)
 BARRIER_BEFORE = "the last turn of the loop has a barrier after its wait for wgmma"
 WAITS_ITSELF = "every thread waits at the mbarrier itself right after it"
 ONE_LANE = "only one lane touches memory between, and every lane has waited at the mbarrier itself"
