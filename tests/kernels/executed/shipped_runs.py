@@ -58,6 +58,15 @@ def run_shipped(name: str, gpu: str, seed: int, change: Callable[[str], str] | N
     return run_on(gpu, seed, name, lambda generator: launch(find(name), generator), change)
 
 
+def executed_and_shipped(name: str, gpu: str) -> tuple[str, str]:
+    """PTX that a run executes, and PTX that scripts/kernel_report.py checks."""
+    from aot import measure, shipped
+
+    texts: list[str] = []
+    run_shipped(name, gpu, 0, lambda text: texts.append(text) or text)
+    return texts[0], measure.compiled(shipped.call(find(name)), gpu).asm["ptx"]
+
+
 def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
     """problem: generator -> comparisons, of launches on the machine."""
     from machine.driver import on_machine
@@ -106,7 +115,7 @@ def launch(shipped: Shipped, generator: torch.Generator) -> list:
     out_features = 2 * shipped.block_n if kernel == "dequantize" else max(shipped.block_n, 64)
     weight = problems.Weight(
         shipped.bits, shipped.group, shipped.sym, shipped.dtype, shipped.block_m + 3, out_features, inputs,
-        generator=generator,
+        bias=kernel == "hopper", generator=generator,
     )  # fmt: skip
     return configured(shipped, weight, launches)
 

@@ -101,7 +101,8 @@ class CopyUnit(Unit):
             granules = wave.shared.granules(copy.at, size)
             wave.shared.history.land(copy.threads + wave.first_thread, granules, generic=True)
 
-    def check_finished(self, last: Instruction) -> None:
+    def check_finished(self) -> None:
+        """At the end of a wave."""
         for copy in self.pending:
             where = self.wave.thread_name(copy.threads[0])
             self.wave.findings.add("a copy is never waited for", copy.instruction, len(copy.threads), where)

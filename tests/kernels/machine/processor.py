@@ -164,9 +164,6 @@ class Wave:
     def thread_name(self, thread: int) -> str:
         return self.launch.thread_name(int(thread) + self.first_thread)
 
-    def grid_thread_name(self, thread: int) -> str:
-        return self.launch.thread_name(thread)
-
     def segment_of(self, instruction: Instruction) -> int:
         """The segment that starts with an instruction."""
         return self.launch.compiled.starts.index(instruction.number)
@@ -188,7 +185,7 @@ class Wave:
             while at is not None:
                 executed[at] += cohort.count
                 at = segments[at](self, cohort)
-        self.copies.check_finished(self.launch.program.code[-1])
+        self.copies.check_finished()
 
     def draw(self) -> tuple[Cohort, int]:
         """Threads that run next, and the segment they are at: lanes of a warp that lag behind go first."""

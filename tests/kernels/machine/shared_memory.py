@@ -42,7 +42,8 @@ class SharedUnit(Unit):
     def report(self, rule: str, instruction: object, count: int, thread: int, granule: int, other: int) -> None:
         wave = self.wave
         byte = granule * self.granule % self.size
-        where = f"{wave.grid_thread_name(thread)} at byte {byte}, other {wave.grid_thread_name(other)}"
+        name = wave.launch.thread_name
+        where = f"{name(thread)} at byte {byte}, other {name(other)}"
         wave.findings.add(f"shared memory: {rule}", instruction, count, where)
 
     def address(self, cohort: Cohort, address: Address) -> Array:

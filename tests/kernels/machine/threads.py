@@ -45,9 +45,6 @@ class Findings:
     def __iter__(self):
         return iter(self.found.values())
 
-    def __len__(self) -> int:
-        return len(self.found)
-
 
 class Cohort:
     """Threads of a wave at the same place of the program.
