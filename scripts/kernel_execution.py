@@ -98,9 +98,7 @@ def shipped(pool: ProcessPoolExecutor, version: str, options: argparse.Namespace
     pairs = [
         (name, gpu)
         for name, gpu in shipped_runs.pairs()
-        if gpu in options.gpu
-        and any(part in name for part in options.only)
-        and version_of(version) >= shipped_runs.find(name).since
+        if gpu in options.gpu and any(part in name for part in options.only)
     ]
     jobs = [
         pool.submit(shipped_runs.run_shipped, name, gpu, shipped_runs.seed_of(name, gpu) + seed)
@@ -133,21 +131,20 @@ def collected(jobs: list) -> list[Result]:
 
 
 def row(kernel: str, gpu: str, results: list[Result], version: str) -> dict:
-    """known: configurations with a fault that triton is known for; unknown: runs with any other problem."""
-    known, unknown, fault_name = set(), 0, None
+    """known: configurations with faults that triton is known for; unknown: runs with any other problem."""
+    known, unknown = {}, 0
     for result in results:
         fault = known_fault(None if kernel == "drawn" else shipped_runs.find(result.case), gpu, version)
-        others = [problem for problem in result.problems if fault is None or fault.rule not in problem]
+        others = [problem for problem in result.problems if fault is None or not fault.explains(problem)]
         unknown += bool(others)
         if result.problems and not others:
-            known.add(result.case)
-            fault_name = fault.name
+            known[result.case] = fault.name
     return {
         "kernel": kernel, "gpu": gpu, "configurations": len({r.case for r in results}), "runs": len(results),
         "launches": sum(r.launches for r in results), "instructions": sum(r.instructions for r in results),
         "opcodes": len({opcode for r in results for opcode in r.opcodes}),
         "worst": round(max(r.worst for r in results), 3), "covered": round(min(r.covered for r in results), 3),
-        "known": len(known), "fault": fault_name, "unknown": unknown,
+        "known": len(known), "faults": sorted(set(known.values())), "unknown": unknown,
         "cpu_seconds": round(sum(r.cpu_seconds for r in results), 1),
     }  # fmt: skip
 

@@ -32,8 +32,8 @@ def kernel_execution() -> str:
         "largest error / allowed",
     ]
     header += [f"triton {version}" for version in records]
-    faults = {row["fault"] for record in records.values() for row in record["rows"] if row.get("fault")}
-    notes = "".join(f"\n\nThe fault: {fault}." for fault in sorted(faults))
+    faults = {fault for record in records.values() for row in record["rows"] for fault in row.get("faults", ())}
+    notes = "\n\nKnown faults of a triton: " + "; ".join(sorted(faults)) + "." if faults else ""
     record = records[newest]
     return markdown(header, rows) + (
         f"{notes}\n\n{record['date']}, torch {record['torch']}, numpy {record['numpy']}; allowed are one rounding to "
@@ -47,7 +47,7 @@ def _verdict(row: dict | None) -> str:
     if row["unknown"]:
         return f"{row['unknown']} wrong"
     if row.get("known"):
-        return f"the fault, in {row['known']} of {row['configurations']}"
+        return f"known fault in {row['known']} of {row['configurations']}"
     return "right"
 
 
