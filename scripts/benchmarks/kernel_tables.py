@@ -64,8 +64,8 @@ def kernel_mutations() -> str:
     header = [
         "damaged in one place",
         "synchronisation: noticed",
-        "the rest changes nothing",
-        "masks, shifts, addresses",
+        "of it listed: no change",
+        "the rest: noticed",
     ]
     return markdown(header, rows) + (
         f"\n\n{data['date']}, triton {data['triton']}; `python scripts/kernel_mutations.py --write`"
