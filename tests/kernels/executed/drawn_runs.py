@@ -1,13 +1,20 @@
-"""Shapes, strides of x, splits, blocks and dtypes that nobody chose, drawn by seed."""
+"""Shapes, strides of x, splits, blocks and dtypes that nobody chose, drawn by seed. Kernels are imported inside of
+functions, as in shipped_runs.py."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from executed.shipped_runs import Result, run_on
+from executed.shipped_runs import Problem, Result, run_on
+
+if TYPE_CHECKING:
+    from executed.problems import Comparison, Weight
 
 KERNELS = ("skinny", "skinny", "gemm", "int8", "dequantize", "quantize", "gptq")  # as often as they stand here
+Runner = Callable[["Weight"], "list[Comparison]"]
 
 
 def run_drawn(gpu: str, seed: int) -> Result:
@@ -18,7 +25,7 @@ def run_drawn(gpu: str, seed: int) -> Result:
     return run_on(gpu, seed, f"{kernel} {name}", problem)
 
 
-def _product(draw: random.Random, kernel: str):
+def _product(draw: random.Random, kernel: str) -> tuple[str, Problem]:
     """A product with a packed weight, or that weight made dense."""
     from executed import problems
 
@@ -47,7 +54,7 @@ def _product(draw: random.Random, kernel: str):
     run = {"skinny": _skinny, "gemm": _gemm, "int8": _int8, "hopper": _hopper}.get(kernel)
     config, problem = run(draw, weight) if run else ("", problems.run_dequantize)
 
-    def launch(generator: torch.Generator):
+    def launch(generator: torch.Generator) -> "list[Comparison]":
         weight.generator = generator
         return problem(weight)
 
@@ -62,7 +69,7 @@ def _blocks(draw: random.Random, out_features: int) -> int:
     return draw.choice([n for n in (32, 64, 128) if padded % n == 0])
 
 
-def _skinny(draw: random.Random, weight):
+def _skinny(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
     from executed import problems
     from lowbit_kernels import skinny
     from lowbit_kernels.layout import SLICES
@@ -76,7 +83,7 @@ def _skinny(draw: random.Random, weight):
     return config, lambda weight: problems.run_skinny(weight, config, launches=2)
 
 
-def _gemm(draw: random.Random, weight):
+def _gemm(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
     from executed import problems
     from lowbit_kernels import gemm
     from lowbit_kernels.layout import SLICES
@@ -89,7 +96,7 @@ def _gemm(draw: random.Random, weight):
     return config, lambda weight: problems.run_gemm(weight, config)
 
 
-def _int8(draw: random.Random, weight):
+def _int8(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
     from executed import problems
     from lowbit_kernels import int8
 
@@ -102,7 +109,7 @@ def _int8(draw: random.Random, weight):
     return config, lambda weight: problems.run_int8(weight, config, asymmetric, launches=2)
 
 
-def _hopper(draw: random.Random, weight):
+def _hopper(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
     from executed import problems
     from lowbit_kernels import gemm_hopper
 
@@ -110,13 +117,13 @@ def _hopper(draw: random.Random, weight):
     return config, lambda weight: problems.run_hopper(weight, config)
 
 
-def _quantize(draw: random.Random, _: str):
+def _quantize(draw: random.Random, _: str) -> tuple[str, Problem]:
     from executed import problems
 
     rows, inputs, padding, sym = draw.randint(1, 5), draw.randint(1, 3000), draw.randint(0, 9), draw.random() < 0.5
     dtype, normed = draw.choice(("bf16", "fp16", "fp32")), draw.random() < 0.4
 
-    def launch(generator: torch.Generator):
+    def launch(generator: torch.Generator) -> "list[Comparison]":
         x = torch.randn(rows, inputs + padding, generator=generator).to(problems.DTYPES[dtype])[:, :inputs]
         norm = torch.randn(inputs, generator=generator).to(x.dtype) if normed else None
         return problems.run_quantize(x, sym, norm)
@@ -124,7 +131,7 @@ def _quantize(draw: random.Random, _: str):
     return f"{'sym' if sym else 'asym'} {dtype} {rows}x{inputs}+{padding}{' normed' if normed else ''}", launch
 
 
-def _gptq(draw: random.Random, _: str):
+def _gptq(draw: random.Random, _: str) -> tuple[str, Problem]:
     from executed import problems
 
     which, length, rows = draw.choice(("columns", "descend")), draw.randint(1, 70), draw.randint(1, 70)

@@ -1,5 +1,7 @@
 """Every shipped configuration on the smallest shape that says something: three turns of its loop, two row tiles, and
-split as it ships."""
+split as it ships.
+
+Kernels are imported inside of functions: the process that names a run is not the one that compiles it (process.py)."""
 
 import sys
 import time
@@ -8,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))
 
 from aot.shipped import SHIPPED, Shipped
 
+if TYPE_CHECKING:
+    from executed.problems import Comparison, Weight
+
+# Makes launches with numbers from the generator, and compares their results (problems.Comparison)
+Problem = Callable[[torch.Generator], list]
 TURNS = 3
 LAUNCHES = 2  # of a split kernel: the second must find the counters at zero
 
@@ -67,8 +75,8 @@ def executed_and_shipped(name: str, gpu: str) -> tuple[str, str]:
     return texts[0], measure.compiled(shipped.call(find(name)), gpu).asm["ptx"]
 
 
-def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
-    """problem: generator -> comparisons, of launches on the machine."""
+def run_on(gpu: str, seed: int, name: str, problem: Problem, change: Callable[[str], str] | None = None) -> Result:
+    """Run a problem on the machine."""
     from machine.driver import on_machine
     from machine.program import PtxError
 
@@ -98,7 +106,7 @@ def run_on(gpu: str, seed: int, name: str, problem, change=None) -> Result:
     )  # fmt: skip
 
 
-def launch(shipped: Shipped, generator: torch.Generator) -> list:
+def launch(shipped: Shipped, generator: torch.Generator) -> "list[Comparison]":
     """The comparisons of one configuration."""
     from executed import problems
 
@@ -138,7 +146,7 @@ def turn(shipped: Shipped) -> int:
     return tiles(shipped) * (128 if shipped.kernel == "int8" else 32 * SLICES[shipped.bits])
 
 
-def configured(shipped: Shipped, weight, launches: int) -> list:
+def configured(shipped: Shipped, weight: "Weight", launches: int) -> "list[Comparison]":
     """A product in the blocks of a configuration."""
     from executed import problems
     from lowbit_kernels import gemm, gemm_hopper, int8, skinny
