@@ -4,7 +4,7 @@ import numpy as np
 from machine.copies import TensorMap
 from machine.emit import PARAMETER_BASE
 from machine.global_memory import GlobalMemory, Tensor
-from machine.processor import Launch, compiled
+from machine.processor import Launch, Settings, compiled
 from machine.program import parse
 
 HEADER = """
@@ -89,6 +89,6 @@ def execute(
             tensor_map.swizzle,
         )  # fmt: skip
         maps[PARAMETER_BASE + code.program.parameter_offsets()[0]["snippet_param_2"]] = moved
-    launch = Launch(code, (ctas, 1, 1), parameters, memory, shared, maps, seed, races)
+    launch = Launch(code, (ctas, 1, 1), parameters, memory, shared, maps, Settings(seed, races))
     launch.run()
     return Snippet(launch, memory.data[memory.piece(1)].view(np.uint32).reshape(total, outputs))

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from machine.copies import TensorMap
 from machine.emit import PARAMETER_BASE, Compiled
 from machine.global_memory import GlobalMemory, Tensor
-from machine.processor import Launch, compiled
+from machine.processor import Launch, Settings, compiled
 from machine.program import parse
 from machine.threads import Array, Fault, Observer
 
@@ -165,9 +165,8 @@ class Session:
             arguments.add(name, kernel.src.signature[name], value)
         memory = arguments.memory()
         parameters, maps = arguments.packed(memory)
-        launch = Launch(
-            code, grid, parameters, memory, kernel.metadata.shared, maps, self.seed, self.races, self.observer
-        )  # fmt: skip
+        settings = Settings(self.seed, self.races, self.observer)
+        launch = Launch(code, grid, parameters, memory, kernel.metadata.shared, maps, settings)
         self.seed += 1
         fault = None
         try:

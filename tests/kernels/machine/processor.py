@@ -5,6 +5,7 @@ others or could. Which cohort goes on is drawn anew wherever an order of threads
 """
 
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -44,6 +45,15 @@ def compiled(program: Program) -> Compiled:
     return compile_program(program, UNITS)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a launch runs. seed: of the order of threads; races: look for them; observer: of accesses to memory."""
+
+    seed: int = 0
+    races: bool = True
+    observer: Observer | None = None
+
+
 class Launch:
     """One launch of a compiled kernel. Its Findings are all it says; results are in `memory`.
 
@@ -52,14 +62,13 @@ class Launch:
 
     def __init__(
         self, code: Compiled, grid: tuple[int, int, int], parameters: bytes, memory: GlobalMemory, shared_size: int,
-        tensor_maps: dict[int, TensorMap] | None = None, seed: int = 0, races: bool = True,
-        observer: Observer | None = None,
+        tensor_maps: dict[int, TensorMap] | None = None, settings: Settings = Settings(),
     ):  # fmt: skip
         self.compiled, self.program, self.grid = code, code.program, grid
         self.parameters, self.memory, self.shared_size = parameters, memory, shared_size
         self.tensor_maps = tensor_maps or {}
-        self.races, self.observer = races, observer
-        self.random = np.random.default_rng(seed)
+        self.races, self.observer = settings.races, settings.observer
+        self.random = np.random.default_rng(settings.seed)
         self.findings = Findings()
         self.executed: Counter[int] = Counter()  # segment -> threads
         self.wgmma_rows = code.wgmma_rows
