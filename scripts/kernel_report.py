@@ -9,8 +9,9 @@
 
 Every configuration of scripts/aot/shipped.py is compiled for sm_80 and sm_90 and disassembled: registers, spills,
 shared memory, widths of global loads, tensor-core instructions and instructions per weight of the hot loop, stores to
-shared memory, and registers that are touched while a wgmma may still use them (scripts/aot/hazard.py). Some are
-compiled for other GPUs too, which says that a compiler takes them and no more.
+shared memory, registers that are touched while a wgmma may still use them (scripts/aot/hazard.py), and copies that a
+wgmma may read too early (scripts/aot/ptx.py). Some are compiled for other GPUs too, which says that a compiler takes
+them and no more.
 """
 
 import argparse

@@ -85,6 +85,7 @@ def measure(call: Call, target: str, bits: int, block_m: int) -> dict[str, Any]:
         "register_wgmmas": len(hazard.register_wgmmas(program)),
         "hazards": [f"{h.victim} {h.what} of {h.wgmma}" for h in hazard.check(program)],
         "early_arrivals": hazard.early_arrivals(program),
+        "unfenced_copies": ptx.unfenced_copies(result.asm["ptx"]),
     }
 
 
@@ -130,6 +131,8 @@ def problems(shipped: Shipped, record: dict[str, Any], target: str, before: dict
             "do weights take that way?"
         )
     found += [f"hazard: {hazard}" for hazard in record["hazards"]]
+    if record["unfenced_copies"]:
+        found.append("cp.async feeds wgmma without fence.proxy.async: the tensor cores may read old x")
     found += [f"arrives before all warps are through: {arrival}" for arrival in record["early_arrivals"]]
     now, then = record["instructions_per_weight"], before and before["instructions_per_weight"]
     if now and then and now > SLACK * then:

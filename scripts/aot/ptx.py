@@ -15,6 +15,12 @@ REGISTER = re.compile(r"%\w+")
 TYPE_BYTES = re.compile(r"\.[busf](\d+)$")
 
 
+def unfenced_copies(ptx: str) -> bool:
+    """Does cp.async feed wgmma without fence.proxy.async? The copies write shared memory through the generic proxy, and
+    the tensor cores, which read it through the asynchronous one, may then see what was there before (PTX ISA 8.6)."""
+    return bool(COPY.search(ptx)) and "wgmma.mma_async" in ptx and "fence.proxy.async" not in ptx
+
+
 def load_widths(ptx: str, pointers: list[str]) -> dict[str, list[int]]:
     """Bytes a lane moves per load, by the name of the argument; `pointers` are the pointer arguments in order. A load
     whose address cannot be followed (warp-specialised workers get theirs through shared memory) is under `?`."""

@@ -95,7 +95,7 @@ SHIPPED = (
     Shipped("gemm", 8, PER_CHANNEL, True, "fp16", 128, 128, 1, 8, 2, targets=(), also=AMD),
     Shipped("gemm", 3, 128, True, "bf16", 32, 128, 1, 4, 2, targets=(), also=AMD),
     Shipped("gemm", 2, 128, False, "bf16", 64, 128, 1, 4, 2, targets=(), also=AMD),
-    Shipped("gemm", 4, 128, True, "bf16", 128, 128, 1, 8, 3, joined=4, targets=("sm_90",), since=(3, 7)),
+    Shipped("gemm", 4, 128, True, "bf16", 128, 128, 1, 8, 3, joined=4, targets=("sm_90",), since=(3, 8)),
     Shipped("hopper", 4, 128, True, "bf16", 64, 128, 4, 8, 4, targets=("sm_90",)),
     Shipped("hopper", 4, 128, True, "bf16", 128, 128, 1, 8, 4, targets=("sm_90",)),
     Shipped("hopper", 4, 128, False, "bf16", 128, 128, 4, 8, 4, targets=("sm_90",)),

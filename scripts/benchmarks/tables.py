@@ -9,6 +9,7 @@ import json
 import re
 import sys
 
+from kernel_tables import kernel_counts, kernel_execution, kernel_mutations
 from ladder_tables import int8_linear, ladder, ladder_speed
 from rendering import ROOT, markdown, measured, result, source
 
@@ -351,7 +352,7 @@ TABLES = {
     for f in (
         summary, architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
         gpu_end_to_end, cpu_generation, kv_cache, speculative, ladder, ladder_speed, int8_linear,
-        gpu_predictions, interop, reference_training,
+        gpu_predictions, interop, kernel_counts, kernel_execution, kernel_mutations, reference_training,
     )
 }  # fmt: skip
 

@@ -1,0 +1,1 @@
+"""Our kernels executed on the machine of tests/kernels/machine, and compared with float64."""
