@@ -28,9 +28,9 @@ loop does two tiles at a time, which saves moving the second operand to the regi
 The two groups of consumers meet nowhere in the loop. Each tells the producer by itself that it is through with a tile,
 so that one keeps the tensor core busy while the other waits or decodes.
 
-Proven ahead of time only, by scripts/kernel_report.py: it compiles unchanged with Triton 3.6 and 3.9, spills nothing
-and touches no register of a wgmma that may still run. It has never been executed: until a GPU run says otherwise, do
-not select it without comparing its results.
+No GPU has run it. Its PTX is executed by the machine in tests/kernels/machine, with no race and no hazard, and
+scripts/kernel_report.py reads what ptxas makes of it: no spills, no register of a wgmma touched that may still run.
+Until a GPU run says more, do not select it without comparing its results.
 
 Cf. Machete (vLLM), whose packed weight is the left operand from registers too; CUTLASS's warp-specialised kernels.
 """

@@ -85,10 +85,10 @@ def _skinny(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
 
 def _gemm(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
     from executed import problems
-    from lowbit_kernels import gemm
+    from lowbit_kernels import gemm, launching
     from lowbit_kernels.layout import SLICES
 
-    joined = draw.choice([j for j in (1, 2, 4) if j <= SLICES[weight.bits]]) if gemm.JOINABLE else 1
+    joined = draw.choice([j for j in (1, 2, 4) if j <= SLICES[weight.bits]]) if launching.JOINABLE else 1
     config = gemm.Config(
         _blocks(draw, weight.out_features), draw.choice((16, 32, 64)), joined, draw.randint(1, 3),
         draw.choice((2, 4)), draw.randint(1, 3),
@@ -98,7 +98,7 @@ def _gemm(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
 
 def _int8(draw: random.Random, weight: "Weight") -> tuple[object, Runner]:
     from executed import problems
-    from lowbit_kernels import int8
+    from lowbit_kernels.int8 import kernel as int8
 
     asymmetric, k_tiles = draw.random() < 0.5, -(-weight.in_features // 128)
     config = int8.Config(

@@ -14,7 +14,8 @@ import pytest
 import triton
 from machine.driver import on_machine
 
-from lowbit_kernels import gemm, int8, quantize, skinny  # noqa: F401 - defined now, to be compiled
+from lowbit_kernels import gemm, skinny  # noqa: F401 - defined now, to be compiled
+from lowbit_kernels.int8 import kernel, quantize  # noqa: F401
 
 triton.knobs.runtime.interpret = True  # while tests are collected: without a GPU they would skip
 

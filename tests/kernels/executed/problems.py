@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-from lowbit_kernels import gemm, gemm_hopper, gptq, int8, int8_layout, layout, quantize, reference, skinny
+from lowbit_kernels import gemm, gemm_hopper, gptq, launching, layout, reference, skinny
+from lowbit_kernels.int8 import kernel as int8
+from lowbit_kernels.int8 import layout as int8_layout
+from lowbit_kernels.int8 import quantize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
@@ -84,7 +87,7 @@ def compare_rounded(what: str, got: torch.Tensor, expected: torch.Tensor, sums: 
     return compare(what, got, expected, UNIT_ROUNDOFF[got.dtype] * size * (1 + 1e-6) + sums * float(size.max()))
 
 
-def compare_counters(workspace: skinny.Workspace) -> list[Comparison]:
+def compare_counters(workspace: launching.Workspace) -> list[Comparison]:
     """A split launch leaves its counters at zero."""
     return [compare("counters", c, torch.zeros_like(c), 0) for c in workspace.counters]
 
@@ -99,7 +102,7 @@ def run_skinny(weight: Weight, config: skinny.Config, launches: int = 1) -> list
     packed, meta = layout.pack(codes, scales, zeros, weight.bits)
     x, (bias, residual) = weight.inputs(), added(weight)
     expected = with_added(x.double() @ exact_weight(codes, scales, zeros, weight.bits).T, bias, residual)
-    workspace, found = skinny.Workspace(x.device), []
+    workspace, found = launching.Workspace(x.device), []
     for _ in range(launches):
         out = output(weight)
         y = skinny.launch(x, packed, meta, shape, config, bias=bias, residual=residual, out=out, workspace=workspace)
@@ -160,7 +163,7 @@ def run_hopper(weight: Weight, config: gemm_hopper.Config, launches: int = 1) ->
     x, (bias, _) = weight.inputs(), added(weight)
     exact = exact_weight(codes, scales, zeros, weight.bits).to(DTYPES[weight.dtype]).double()
     expected = with_added(x.double() @ exact.T, bias)
-    workspace, found = skinny.Workspace(x.device), []
+    workspace, found = launching.Workspace(x.device), []
     with any_device():
         for _ in range(launches):
             y = gemm_hopper.launch(x, packed, meta, shape, config, bias=bias, workspace=workspace)
@@ -191,7 +194,7 @@ def run_int8(weight: Weight, config: int8.Config, asymmetric: bool = False, laun
     bias, _ = added(weight)
     x_codes = x[:, : weight.in_features]
     expected = reference.int8_linear(x_codes, x_scales, x_zeros, codes, scales, weight.bits, bias).double()
-    workspace, found = skinny.Workspace(x.device), []
+    workspace, found = launching.Workspace(x.device), []
     for _ in range(launches):
         y = int8.launch(
             x, x_scales, packed, packed_scales, shape, config, x_zeros=x_zeros, sums=sums, bias=bias,
@@ -205,7 +208,9 @@ def run_quantize(x: torch.Tensor, sym: bool = True, norm: torch.Tensor | None = 
     """Equal to the bit; behind a norm, whose sum of squares has another order here, codes may be off by one."""
     eps = 1e-6
     codes, scales, zeros = quantize.rows(x, sym=sym, norm_weight=norm, eps=eps)
-    values = x.float() if norm is None else reference.rms_norm(x, norm, eps)
+    values = x.float()
+    if norm is not None:
+        values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * norm.float()
     want_codes, want_scales, want_zeros = reference.quantize_rows(values, sym)
     padded = torch.zeros_like(codes)
     padded[:, : x.shape[1]] = want_codes

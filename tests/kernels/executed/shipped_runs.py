@@ -149,13 +149,14 @@ def turn(shipped: Shipped) -> int:
 def configured(shipped: Shipped, weight: "Weight", launches: int) -> "list[Comparison]":
     """A product in the blocks of a configuration."""
     from executed import problems
-    from lowbit_kernels import gemm, gemm_hopper, int8, skinny
+    from lowbit_kernels import gemm, gemm_hopper, launching, skinny
+    from lowbit_kernels.int8 import kernel as int8
 
     n, m, split, warps, stages = shipped.block_n, shipped.block_m, shipped.split, shipped.warps, shipped.stages
     if shipped.kernel == "skinny":
         return problems.run_skinny(weight, skinny.Config(n, m, split, tiles(shipped), warps, stages), launches)
     if shipped.kernel == "gemm":
-        gemm.JOINABLE = True  # the package refuses joined slices for more releases than get them wrong
+        launching.JOINABLE = True  # the package refuses joined slices for more releases than get them wrong
         return problems.run_gemm(weight, gemm.Config(n, m, shipped.joined, warps=warps, stages=stages))
     if shipped.kernel == "hopper":
         return problems.run_hopper(weight, gemm_hopper.Config(m, stages, split), launches)
