@@ -1,5 +1,7 @@
 """The kernels of `lowbit_kernels`: dequantization fused into the product, on GPUs."""
 
+import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -7,6 +9,8 @@ import torch
 from lowbit.errors import first_line
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import PER_CHANNEL
+
+logger = logging.getLogger("lowbit")
 
 # Tests set it: kernels then run on the CPU, in triton's interpreter (TRITON_INTERPRET=1)
 INTERPRETED = False
@@ -28,32 +32,52 @@ def available() -> str | None:
 @cache
 def _trial(bits: int, sym: bool, dtype: torch.dtype, device: torch.device, experts: bool) -> str | None:
     """Why the kernels are not to be trusted on `device`, or None: a small product of each is compared with plain torch.
-    A compiler or a GPU that nobody has tried them on costs speed then, not correctness.
+    A compiler or a GPU that nobody has tried them on costs speed then, not correctness. Where the kernel of Hopper
+    alone fails, no rule chooses it any more.
 
     experts: try those for a stack of matrices (here of one) instead of those for one.
     """
-    from lowbit_kernels import ops, reference
+    from lowbit_kernels import ops
     from lowbit_kernels.layout import Layout, pack
+    from lowbit_kernels.tuning import select
     from lowbit_kernels.tuning.tune import random_weight
 
     layout = Layout(bits, 128, sym, dtype, *_TRIAL_SHAPE)
     weight = random_weight(layout, device)
     packed = pack(*weight, bits)
     form = (bits, layout.group_size, sym, dtype, layout.out_features)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        if not experts:
+            return ops.linear(x, *packed, None, *form)
+        start = torch.tensor([0, len(x)], dtype=torch.int32, device=device)
+        return ops.experts(x, *(tensor[None] for tensor in packed), start, None, *form)
+
     for rows in _TRIAL_ROWS:
-        x = torch.randn(rows, layout.in_features, device=device).to(dtype)
-        wanted = reference.linear(x.float(), *weight, bits)
-        try:
-            if experts:
-                start = torch.tensor([0, rows], dtype=torch.int32, device=device)
-                y = ops.experts(x, *(tensor[None] for tensor in packed), start, None, *form)
-            else:
-                y = ops.linear(x, *packed, None, *form)
-        except Exception as error:  # of a compiler or a driver: whatever it is, there is another backend
-            return f"its kernels fail on {device}: {type(error).__name__}: {first_line(error)}"
-        error = float((y.float() - wanted).norm() / wanted.norm())
-        if not error < _TRIAL_ERROR:
-            return f"its kernels compute something else on {device}: relative error {error:.1e} for {rows} rows"
+        reason = _failure(product, layout, weight, rows)
+        if reason and not experts and select.choose(layout, rows, device).kernel == "hopper":
+            logger.warning("the kernel of Hopper is not used, the general one is: %s", reason)
+            select.distrust("hopper", select.gpu_of(device))
+            reason = _failure(product, layout, weight, rows)
+        if reason:
+            return reason
+    return None
+
+
+def _failure(product: Callable[[torch.Tensor], torch.Tensor], layout, weight, rows: int) -> str | None:
+    """What is wrong with a product with random x [rows, in_features], or None."""
+    from lowbit_kernels import reference
+
+    device = weight[0].device
+    x = torch.randn(rows, layout.in_features, device=device).to(layout.dtype)
+    wanted = reference.linear(x.float(), *weight, layout.bits)
+    try:
+        y = product(x)
+    except Exception as error:  # of a compiler or a driver: whatever it is, there is another backend
+        return f"its kernels fail on {device}: {type(error).__name__}: {first_line(error)}"
+    error = float((y.float() - wanted).norm() / wanted.norm())
+    if not error < _TRIAL_ERROR:
+        return f"its kernels compute something else on {device}: relative error {error:.1e} for {rows} rows"
     return None
 
 

@@ -41,9 +41,10 @@ def test_the_rule_gives_what_can_be_launched(gpu, bits):
         layout = Layout(bits, 128, True, torch.bfloat16, *shape)
         for rows in (1, 8, 9, 32, 33, 512, 4095, 4096):
             kernel, config = select.rule(layout, rows, gpu)
-            assert kernel == ("skinny" if rows <= 32 else "gemm" if rows < 4096 else "dense")
+            many = "hopper" if gpu is H100 and bits in (4, 8) else "gemm"
+            assert kernel == ("skinny" if rows <= 32 else many if rows < 4096 else "dense")
             assert select.refuse(config, gpu) is None
-            if kernel != "dense":
+            if kernel in ("skinny", "gemm"):
                 assert layout.padded_out % config.block_n == 0
             if kernel == "skinny":
                 assert layout.tiles % config.tiles == 0 and config.block_m >= min(rows, 32)
@@ -189,3 +190,20 @@ def test_tuning_drops_what_computes_something_else(monkeypatch):
     monkeypatch.setattr(tune, "candidates", lambda *args: [names["wrong"]])
     with pytest.raises(RuntimeError, match="no kernel runs"):
         tune.fastest(LAYOUT, 2, CPU)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("gpu", [H100, A100, B200], ids=lambda gpu: gpu.slug)
+def test_the_rule_takes_the_kernel_of_hopper_there_from_33_rows(bits, gpu, monkeypatch):
+    monkeypatch.setattr(select, "_distrusted", set())
+    layout = Layout(bits, 128, True, torch.bfloat16, 4096, 4096)
+    for rows in (1, 32, 33, 64, 65, 2048, 4096):
+        hopper = gpu is H100 and bits in (4, 8) and 32 < rows < 4096
+        kernel, config = select.rule(layout, rows, gpu)
+        assert (kernel == "hopper") is hopper
+        if hopper:
+            assert gemm_hopper.layout_refusal(layout, config) is None
+            assert config.block_m == (64 if rows <= 64 else 128) and config.split == (4 if rows <= 128 else 1)
+            assert select.rule(layout, rows, gpu, without=("hopper",))[0] == "gemm"
+    select.distrust("hopper", gpu)
+    assert select.rule(layout, 64, gpu)[0] == "gemm"

@@ -91,6 +91,31 @@ def test_kernels_that_compute_something_else_are_not_used(monkeypatch, caplog):
     assert triton.refuse(scheme, *form) is None
 
 
+def test_where_the_kernel_of_hopper_alone_is_wrong_the_general_one_runs(monkeypatch, caplog):
+    from lowbit_kernels import ops
+    from lowbit_kernels.tuning import select
+
+    gpu = select.Gpu("a Hopper", (9, 0), 132)
+    monkeypatch.setattr(select, "gpu_of", lambda device: gpu)
+    monkeypatch.setattr(select, "_distrusted", set())
+    run, chosen = ops.run, []
+
+    def launch(x, weight, meta, layout, bias, choice):
+        chosen.append(choice.kernel)
+        if choice.kernel == "hopper":
+            return x.new_zeros(len(x), layout.out_features)
+        return run(x, weight, meta, layout, bias, choice)
+
+    monkeypatch.setattr(ops, "run", launch)
+    for cached in (triton._trial, select._choose):
+        cached.cache_clear()
+    assert triton.refuse(Scheme(4, 128), CPU, torch.float16, (64, 512)) is None
+    assert chosen == ["skinny", "hopper", "gemm"]
+    assert "kernel of Hopper is not used" in caplog.text
+    for cached in (triton._trial, select._choose):
+        cached.cache_clear()
+
+
 def test_a_layer():
     scheme = Scheme(4, 64, False)
     qweight = random_quantized(scheme, 48, 192, torch.bfloat16)

@@ -30,7 +30,7 @@ so that one keeps the tensor core busy while the other waits or decodes.
 
 No GPU has run it. Its PTX is executed by the machine in tests/kernels/machine, with no race and no hazard, and
 scripts/kernel_report.py reads what ptxas makes of it: no spills, no register of a wgmma touched that may still run.
-Until a GPU run says more, do not select it without comparing its results.
+lowbit's backend compares its results on the GPU before the rule takes it.
 
 Cf. Machete (vLLM), whose packed weight is the left operand from registers too; CUTLASS's warp-specialised kernels.
 """
@@ -84,8 +84,16 @@ class Config(launching.Config):
             raise ValueError(f"split is {self.split}, expected 1 for block_m 256: adding parts would spill registers")
 
 
-def refusal(layout: Layout, config: Config, x: torch.Tensor) -> str | None:
-    """Why this kernel cannot multiply x with a weight of this layout, or None."""
+def default_config(layout: Layout, rows: int, programs: int) -> Config:
+    """A start: 64 or 128 rows, and the inputs split until there are about `programs` programs."""
+    block_m = 64 if rows <= 64 else 128
+    tiles = -(-layout.padded_out // (CONSUMERS.value * ROWS.value)) * -(-rows // block_m)
+    most = launching.split_of_inputs(layout.padded_in // STEP.value, tiles, programs)
+    return Config(block_m, split=max(split for split in (1, 2, 4) if split <= most))
+
+
+def layout_refusal(layout: Layout, config: Config) -> str | None:
+    """Why this kernel cannot multiply with a weight of this layout, or None."""
     if layout.bits not in (4, 8):
         return f"bits is {layout.bits}, expected 4 or 8"
     if layout.padded_in % STEP.value:
@@ -94,6 +102,13 @@ def refusal(layout: Layout, config: Config, x: torch.Tensor) -> str | None:
         return f"group_size is {layout.group_size}, expected at least {STEP.value} for 8 bits"
     if config.block_m == 256 and (layout.bits == 8 or layout.group_size in (32, 64)):
         return f"block_m is 256, expected at most 128 for 8 bits or groups under {STEP.value}: registers would spill"
+    return None
+
+
+def refusal(layout: Layout, config: Config, x: torch.Tensor) -> str | None:
+    """Why this kernel cannot multiply x with a weight of this layout, or None."""
+    if reason := layout_refusal(layout, config):
+        return reason
     if x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) != (9, 0):
         return f"x is on {x.device}, expected a GPU of compute capability 9.0"
     if x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:

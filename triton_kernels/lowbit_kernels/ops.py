@@ -42,7 +42,7 @@ def run(x: torch.Tensor, weight: torch.Tensor, meta: torch.Tensor, layout: Layou
     if choice.kernel == "int8":
         return int8_ops.run(x, weight, meta, layout, bias, choice.config)
     if choice.kernel == "hopper" and (reason := gemm_hopper.refusal(layout, choice.config, x)):
-        choice = select.Choice(*select.rule(layout, len(x), select.gpu_of(x.device)), reason)
+        choice = select.Choice(*select.rule(layout, len(x), select.gpu_of(x.device), without=("hopper",)), reason)
     if choice.kernel == "dense":
         return _dense(x, weight, meta, layout, bias, choice.config)
     launch = {"skinny": skinny.launch, "gemm": gemm.launch, "hopper": gemm_hopper.launch}[choice.kernel]

@@ -125,9 +125,21 @@ def _log(layout: Layout, rows: int, gpu: Gpu, choice: Choice) -> None:
     logger.debug("%s on %s: %s %s, %s", key(layout, rows), gpu.name, choice.kernel, choice.config, choice.reason)
 
 
-def rule(layout: Layout | Int8Layout, rows: int, gpu: Gpu) -> tuple[str, object]:
-    """(kernel, config) where no table says anything. A start that nobody has measured yet; the Hopper kernel, which no
-    GPU has run yet, is for tables: `tune.py` compares results before it compares times."""
+# (kernel, GPU) that a trial found wrong there: no rule chooses it any more
+_distrusted: set[tuple[str, Gpu]] = set()
+
+
+def distrust(kernel: str, gpu: Gpu) -> None:
+    """Let no rule choose a kernel on this GPU, as a trial found it wrong there."""
+    _distrusted.add((kernel, gpu))
+    _choose.cache_clear()
+
+
+def rule(layout: Layout | Int8Layout, rows: int, gpu: Gpu, without: tuple[str, ...] = ()) -> tuple[str, object]:
+    """(kernel, config) where no table says anything. A start that nobody has measured yet.
+
+    without: kernels that cannot run this x.
+    """
     most_warps = launching.most_warps(gpu.capability)
     if isinstance(layout, Int8Layout):
         return "int8", int8.default_config(layout, rows, programs=4 * gpu.processors, most_warps=most_warps)
@@ -135,6 +147,10 @@ def rule(layout: Layout | Int8Layout, rows: int, gpu: Gpu) -> tuple[str, object]
         return "skinny", skinny.default_config(layout, rows, programs=4 * gpu.processors)
     if rows >= DENSE_ROWS:
         return "dense", Dense()
+    if gpu.capability == (9, 0) and "hopper" not in without and ("hopper", gpu) not in _distrusted:
+        config = gemm_hopper.default_config(layout, rows, programs=gpu.processors)
+        if gemm_hopper.layout_refusal(layout, config) is None:
+            return "hopper", config
     return "gemm", gemm.default_config(layout, rows, most_warps)
 
 
