@@ -3,8 +3,10 @@
 
 A code becomes a float by being written into the mantissa of a fixed exponent: 0x4300 | q is the bf16 number 128 + q,
 0x6400 | q the fp16 number 1024 + q. One fma then takes off that offset and the zero point, exactly: every number on the
-way is an integer its format can hold. The PTX works on two halfwords at a time and is elementwise, so it is right in
-whatever register layout the compiler picks. tests/kernels/test_decode.py executes its very text.
+way is one that its format can hold. A mantissa has room for several codes of two or three bits: one that lies j places
+up is 128 + 2^j q, and the same fma divides by 2^j, so that not every slice needs a shift of its own. The PTX works on
+two halfwords at a time and is elementwise, so it is right in whatever register layout the compiler picks.
+tests/kernels/test_decode.py executes its very text.
 
 PTX: GPUs of other makers have no such assembly, nor has triton's interpreter. They read the same fields with plain
 operations on integers and float32, which give the same numbers to the last bit.
@@ -57,8 +59,8 @@ def fragment_ptx(bits, p, sym, dtype):
     -(zero + zero_offset) of the meta word, in both halves.
     """
     bf16 = dtype == "bf16"
-    exponent, one, sign, mantissa = (0x4300 if bf16 else 0x6400), (0x3F80 if bf16 else 0x3C00), 0x8000, 7 if bf16 else 10
-    pair = 0x00010001  # a 16-bit constant for both halves
+    exponent, one, mantissa = (0x4300, 0x3F80, 7) if bf16 else (0x6400, 0x3C00, 10)
+    sign, pair = 0x8000, 0x00010001  # times pair: a 16-bit constant for both halves
     fma = f"fma.rn.{'bf16x2' if bf16 else 'f16x2'}"  # sm_80 has no packed bf16 addition
     parts = fields(bits, p)
 
@@ -69,7 +71,7 @@ def fragment_ptx(bits, p, sym, dtype):
         plane, shift, low, width = parts[i]
         start = window_start(bits, plane, shift, mantissa)
         place = shift - start - low
-        mask = ((1 << width) - 1) << shift - start
+        mask = ((1 << width) - 1) << (shift - start)
         lines.append(f"shr.u32 t, ${i + 1}, {start};")
         if bits == 8 and bf16:  # (128 + seven low bits) - (128 + the top bit): the stored two's complement
             lines.append(f"lop3.b32 d, t, {0x7F * pair:#010x}, {base}, 0xEA;")
@@ -85,13 +87,13 @@ def fragment_ptx(bits, p, sym, dtype):
     if not sym:
         summand = f"${len(parts) + 1}"
         if place:  # for all weights of a row and group the same: + offset - offset / 2^place
-            rest = exponent - (1 << mantissa + 1 - place)
+            rest = exponent - (1 << (mantissa + 1 - place))
             lines += [f"mov.b32 u, {rest * pair:#010x};", f"{fma} u, {summand}, one, u;"]
             summand = "u"
         lines.append(f"{fma} d, d, scale, {summand};")
     elif not (bits == 8 and bf16):
         offset = exponent - (place << mantissa)
-        lines.append(f"mov.b32 u, {(sign | offset | 1 << bits - 1 + place) * pair:#010x};")
+        lines.append(f"mov.b32 u, {(sign | offset | 1 << (bits - 1 + place)) * pair:#010x};")
         lines.append(f"{fma} d, d, scale, u;")
     lines.append("mov.b32 $0, d;")
     return "{ " + " ".join(lines) + " }"
