@@ -38,7 +38,7 @@ SHAPES = {
     "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
     "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
 }  # fmt: skip
-ROWS = (1, 4, 16, 32, 64, 128, 512, 2048)
+ROWS, FEW_ROWS = (1, 4, 16, 32, 64, 128, 512, 2048), (1, 4, 16)
 # Processes that check at the same time: compiling is what takes long
 PARTS = 8
 TINY_SHAPES, TINY_ROWS = {"tiny": (64, 128)}, (1, 33)
@@ -133,7 +133,8 @@ def correctness_cases(tiny: bool, most_warps: int):
                 for dtype in (torch.bfloat16,) if tiny else (torch.bfloat16, torch.float16):
                     layout = Layout(bits, group_size, sym, dtype, *shape)
                     for rows in (1,) if tiny else (1, 7, 16, 17, 32):
-                        yield layout, rows, "skinny", skinny.default_config(layout, rows, programs=512)
+                        for programs in (512, 16) if bits == 2 else (512,):  # few of two bits have long iterations
+                            yield layout, rows, "skinny", skinny.default_config(layout, rows, programs)
                     for rows in (33,) if tiny else (33, 129, 512):
                         yield layout, rows, "gemm", gemm.default_config(layout, rows, most_warps)
                         yield layout, rows, "dense", select.Dense(2**20)
@@ -225,7 +226,8 @@ def time_all(device: torch.device, tiny: bool, deadline: float) -> tuple[list[di
     shapes, rows_of, large = (TINY_SHAPES, TINY_ROWS, "tiny") if tiny else (SHAPES, ROWS, "8B gate_up")
     results, left_out = [], []
     cases = [(f"w4 {name}", Layout(4, 128, True, torch.bfloat16, *shape), rows_of) for name, shape in shapes.items()]
-    cases += [] if tiny else [(f"w8 {large}", Layout(8, 128, True, torch.bfloat16, *shapes[large]), rows_of)]
+    for bits, some in () if tiny else ((8, rows_of), (3, FEW_ROWS), (2, FEW_ROWS)):
+        cases.append((f"w{bits} {large}", Layout(bits, 128, True, torch.bfloat16, *shapes[large]), some))
     cases.append((f"w8a8 {large}", Int8Layout(8, -1, torch.bfloat16, *shapes[large]), (rows_of[-1] if tiny else 4096,)))
     for name, layout, rows_of in cases:
         if time.perf_counter() > deadline:

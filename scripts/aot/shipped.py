@@ -83,9 +83,12 @@ SHIPPED = (
     Shipped("skinny", 8, PER_CHANNEL, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
     Shipped("skinny", 8, 128, False, "bf16", 8, 64, 4, 2, 3),
     Shipped("skinny", 3, 128, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
+    Shipped("skinny", 3, 128, False, "bf16", 8, 64, 4, 2, 3),
+    Shipped("skinny", 3, 128, True, "bf16", 16, 64, 4, 2, 3, also=AMD),
     Shipped("skinny", 2, 128, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
+    Shipped("skinny", 2, 128, False, "bf16", 8, 64, 4, 2, 3),
+    Shipped("skinny", 2, 128, True, "bf16", 16, 64, 4, 2, 3),
     Shipped("skinny", 8, 128, False, "bf16", 16, 64, 4, 2, 3, targets=(), also=AMD),
-    Shipped("skinny", 3, 128, True, "bf16", 16, 64, 4, 2, 3, targets=(), also=AMD),
     Shipped("skinny", 2, 128, False, "fp16", 16, 64, 4, 2, 3, targets=(), also=AMD),
     Shipped("gemm", 4, 128, True, "bf16", 64, 128, 1, 4, 3, also=ANY),
     Shipped("gemm", 4, 128, True, "bf16", 128, 128, 1, 8, 3),
@@ -134,8 +137,7 @@ def find(names: list[str]) -> Iterator[Shipped]:
 
 
 def skinny(shipped: Shipped) -> Call:
-    from lowbit_kernels.layout import SLICES
-    from lowbit_kernels.skinny import skinny_kernel
+    from lowbit_kernels.skinny import long_tiles, skinny_kernel
 
     types = {
         "x": f"*{shipped.dtype}", "weight": "*i16", "meta": "*i32", "y": f"*{shipped.dtype}",
@@ -147,7 +149,7 @@ def skinny(shipped: Shipped) -> Call:
     constants = {
         "BITS": shipped.bits, "GROUP_SIZE": shipped.group, "SYM": shipped.sym, "GATE_UP": False, "EVEN_K": True,
         "BN": shipped.block_n, "BM": shipped.block_m, "SPLIT": shipped.split,
-        "TILES": max(256 // (32 * SLICES[shipped.bits]), 1),
+        "TILES": long_tiles(shipped.bits, shipped.block_m),
     }  # fmt: skip
     options = {"num_warps": shipped.warps, "num_stages": shipped.stages, "enable_fp_fusion": True}
     return Call(skinny_kernel, types, constants, options)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "benchmarks")]
 
+import tables  # noqa: E402
 from aot import hazard, ptx, sass, shipped  # noqa: E402
 from executed.known_faults import MISSING_FENCE, known_fault  # noqa: E402
 
@@ -181,6 +183,13 @@ def test_report_is_of_what_is_shipped():
         for one in known:
             compiles = records[one.id].pop("compiles", {})
             assert set(records[one.id]) == set(one.targets) and compiles == dict.fromkeys(one.also, "yes")
+
+
+def test_few_rows_issue_no_more_than_they_have_time_for():
+    """An H200 reads two bits so fast that their loop has half the instructions of four bits to spend."""
+    for row in tables.issue_budget().splitlines()[2:]:
+        shares = [int(share) for share in re.findall(r": (\d+) %", row)]
+        assert len(shares) == 2 and max(shares) <= 100, row
 
 
 def listing(*instructions):

@@ -158,11 +158,21 @@ def test_scale_rounds_once(dtype, device):
         assert torch.equal(out[:-1], tensor(result & 0xFFFF, out.dtype, device))
 
 
-def test_instructions_per_weight():
-    """Two weights cost a shift, one lop3 and one fma: more would make decoding the bottleneck on Hopper."""
-    for bits, most in ((2, 3), (3, 3), (4, 3), (8, 4)):
-        text = fragment_ptx(bits, 1, True, "bf16")
-        assert len(re.findall(r"(shr|lop3|fma)\.", text)) == most
+@pytest.mark.parametrize(
+    "bits, dtype, shifts, others",
+    [(2, "bf16", 2, 16), (2, "fp16", 1, 16), (3, "bf16", 6, 34), (3, "fp16", 3, 34), (4, "bf16", 3, 8),
+     (4, "fp16", 1, 8), (8, "bf16", 1, 6), (8, "fp16", 1, 4)],
+)  # fmt: skip
+def test_instructions_of_a_k_tile(bits, dtype, shifts, others):
+    """Two weights cost one lop3 and one fma, and as few shifts as a mantissa allows: the compiler makes equal ones of
+    several slices one. More would make decoding the bottleneck on Hopper."""
+    shifted, found = set(), 0
+    for p in range(SLICES[bits]):
+        text = fragment_ptx(bits, p, True, dtype)
+        starts = map(int, re.findall(r"shr\.u32 t, \$\d, (\d+);", text))
+        shifted |= {(plane, start) for (plane, *_), start in zip(fields(bits, p), starts, strict=True) if start}
+        found += len(re.findall(r"(lop3|fma)\.", text))
+    assert (len(shifted), found) == (shifts, others)
 
 
 @pytest.mark.parametrize("p", [0, 1])

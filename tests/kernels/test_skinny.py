@@ -53,6 +53,7 @@ def test_product(case, split, device):
     assert not any(counters.any() for counters in workspace.counters)
 
 
+SCHEMES_OF_BLOCKS = [(4, 128, True, "bf16"), (8, 32, False, "fp16"), (2, 64, False, "bf16")]
 BLOCKS = {
     "n16-m8-t1": (skinny.Config(block_n=16, block_m=8, split=2, tiles=1, warps=1), 9),
     "n32-m16-t2": (skinny.Config(block_n=32, block_m=16, split=3, tiles=2), 17),
@@ -62,9 +63,9 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("config, rows", BLOCKS.values(), ids=BLOCKS)
-@pytest.mark.parametrize("scheme", [(4, 128, True, "bf16"), (8, 32, False, "fp16")], ids=["w4", "w8"])
+@pytest.mark.parametrize("scheme", SCHEMES_OF_BLOCKS, ids=["w4", "w8", "w2"])
 def test_blocks(scheme, config, rows, device):
-    case = Case(*scheme, rows, 70, 128 * max(2, config.tiles))
+    case = Case(*scheme, rows, 70, 256 * config.tiles)
     weight = packed(*codes_and_grid(case, device), case.bits)
     x = inputs(case, device)
     y = poisoned((case.M, case.N), torch.float32, device)
@@ -191,6 +192,13 @@ def test_wrong_arguments(device):
     with pytest.raises(ValueError, match="block_m is 7, expected one of"):
         skinny.Config(block_m=7)
     assert launch(x[:0]).shape == (0, 64)
+
+
+def test_long_iterations_cost_no_program():
+    layouts_of = {n: layouts.Layout(2, 128, True, DTYPES["bf16"], n, 4096) for n in (4096, 28672)}
+    small, large = (skinny.default_config(layout, 1) for layout in layouts_of.values())
+    assert (small.tiles, small.split) == (1, 8) and (large.tiles, large.split) == (2, 1)
+    assert skinny.default_config(layouts_of[28672], 32).tiles == 1
 
 
 def test_default_config_fits():

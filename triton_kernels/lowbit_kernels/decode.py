@@ -3,8 +3,10 @@
 
 A code becomes a float by being written into the mantissa of a fixed exponent: 0x4300 | q is the bf16 number 128 + q,
 0x6400 | q the fp16 number 1024 + q. One fma then takes off that offset and the zero point, exactly: every number on the
-way is an integer its format can hold. The PTX works on two halfwords at a time and is elementwise, so it is right in
-whatever register layout the compiler picks. tests/kernels/test_decode.py executes its very text.
+way is one that its format can hold. A mantissa has room for several codes of two or three bits: one that lies j places
+up is 128 + 2^j q, and the same fma divides by 2^j, so that not every slice needs a shift of its own. The PTX works on
+two halfwords at a time and is elementwise, so it is right in whatever register layout the compiler picks.
+tests/kernels/test_decode.py executes its very text.
 
 PTX: GPUs of other makers have no such assembly, nor has triton's interpreter. They read the same fields with plain
 operations on integers and float32, which give the same numbers to the last bit.
@@ -38,6 +40,18 @@ def planes_of(bits):
 
 
 @triton.constexpr_function
+def window_start(bits, plane, shift, mantissa):
+    """How far to shift a halfword to the right so that the field at `shift` lies in a mantissa of so many bits.
+
+    As few different shifts as there can be: fields that fit in a mantissa together share one. Of three bits, the last
+    one is smaller by the plane: the planes' top bits, the sixteenth code, then lie side by side.
+    """
+    window = max(mantissa // bits, 1) * bits
+    start = shift // window * window
+    return start - plane if bits == 3 and start == 15 // window * window else start
+
+
+@triton.constexpr_function
 def fragment_ptx(bits, p, sym, dtype):
     """PTX of slice `p`: $0 = code - zero, two numbers of `dtype` ("bf16" or "fp16") in a register.
 
@@ -45,31 +59,42 @@ def fragment_ptx(bits, p, sym, dtype):
     -(zero + zero_offset) of the meta word, in both halves.
     """
     bf16 = dtype == "bf16"
-    exponent, one, sign = (0x4300 if bf16 else 0x6400), (0x3F80 if bf16 else 0x3C00), 0x8000
-    pair = 0x00010001  # a 16-bit constant for both halves
-    add = f"fma.rn.{'bf16x2' if bf16 else 'f16x2'} d, d, one,"  # sm_80 has no packed bf16 addition
+    exponent, one, mantissa = (0x4300, 0x3F80, 7) if bf16 else (0x6400, 0x3C00, 10)
+    sign, pair = 0x8000, 0x00010001  # times pair: a 16-bit constant for both halves
+    fma = f"fma.rn.{'bf16x2' if bf16 else 'f16x2'}"  # sm_80 has no packed bf16 addition
     parts = fields(bits, p)
 
-    lines = [".reg .b32 t, u, d, one;", f"mov.b32 one, {one * pair:#010x};"]
+    lines = [".reg .b32 t, u, d, one, scale;", f"mov.b32 one, {one * pair:#010x};"]
     base = f"{exponent * pair:#010x}"
+    place = 0  # the code is written times 2^place
     for i in range(len(parts)):
-        _, shift, low, width = parts[i]
-        mask = ((1 << width) - 1) << low
-        lines.append(f"shr.u32 t, ${i + 1}, {shift - low};")
+        plane, shift, low, width = parts[i]
+        start = window_start(bits, plane, shift, mantissa)
+        place = shift - start - low
+        mask = ((1 << width) - 1) << (shift - start)
+        lines.append(f"shr.u32 t, ${i + 1}, {start};")
         if bits == 8 and bf16:  # (128 + seven low bits) - (128 + the top bit): the stored two's complement
             lines.append(f"lop3.b32 d, t, {0x7F * pair:#010x}, {base}, 0xEA;")
             lines.append(f"lop3.b32 u, t, {0x80 * pair:#010x}, {(exponent | sign) * pair:#010x}, 0xEA;")
-            lines.append(f"{add} u;")
+            lines.append(f"{fma} d, d, one, u;")
         elif bits == 8:  # the stored top bit is turned over: (t & mask) ^ constant
             lines.append(f"lop3.b32 d, t, {mask * pair:#010x}, {(exponent | 0x80) * pair:#010x}, 0x6A;")
         else:  # (t & mask) | base
             lines.append(f"lop3.b32 d, t, {mask * pair:#010x}, {base}, 0xEA;")
             base = "d"
+    # d / 2^place is the code + offset / 2^place, of whatever exponent: the fma that ends the decoding divides as well
+    lines.append(f"mov.b32 scale, {(one - (place << mantissa)) * pair:#010x};")
     if not sym:
-        lines.append(f"{add} ${len(parts) + 1};")
+        summand = f"${len(parts) + 1}"
+        if place:  # for all weights of a row and group the same: + offset - offset / 2^place
+            rest = exponent - (1 << (mantissa + 1 - place))
+            lines += [f"mov.b32 u, {rest * pair:#010x};", f"{fma} u, {summand}, one, u;"]
+            summand = "u"
+        lines.append(f"{fma} d, d, scale, {summand};")
     elif not (bits == 8 and bf16):
-        lines.append(f"mov.b32 u, {(sign | exponent | 1 << (bits - 1)) * pair:#010x};")
-        lines.append(f"{add} u;")
+        offset = exponent - (place << mantissa)
+        lines.append(f"mov.b32 u, {(sign | offset | 1 << (bits - 1 + place)) * pair:#010x};")
+        lines.append(f"{fma} d, d, scale, u;")
     lines.append("mov.b32 $0, d;")
     return "{ " + " ".join(lines) + " }"
 

@@ -130,10 +130,10 @@ def launch(shipped: Shipped, generator: torch.Generator) -> "list[Comparison]":
 
 def tiles(shipped: Shipped) -> int:
     """K tiles of a turn of the loop."""
-    from lowbit_kernels.layout import SLICES
+    from lowbit_kernels.skinny import long_tiles
 
     if shipped.kernel == "skinny":
-        return max(256 // (32 * SLICES[shipped.bits]), 1)
+        return long_tiles(shipped.bits, shipped.block_m)
     return 2 if shipped.kernel == "int8" and shipped.split > 1 else 1
 
 

@@ -6,6 +6,7 @@ before its time counts: a fast kernel that a compiler broke loses here, not in s
 """
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -45,8 +46,9 @@ def _all(layout: Layout | Int8Layout, rows: int, gpu: select.Gpu) -> Iterator[tu
 
 def _skinny(layout: Layout, rows: int, gpu: select.Gpu) -> Iterator[tuple[str, object]]:
     block_m = max(launching.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64)
-    tiles = skinny.default_tiles(layout)
-    for block_n, warps in ((32, 1), (64, 2), (64, 4), (128, 4)):
+    long = launching.tiles_per_iteration(layout.tiles, most=skinny.long_tiles(layout.bits, block_m))
+    blocks = ((32, 1), (64, 2), (64, 4), (128, 4))
+    for (block_n, warps), tiles in product(blocks, sorted({skinny.default_tiles(layout), long})):
         if layout.padded_out % block_n:
             continue
         programs = layout.padded_out // block_n
