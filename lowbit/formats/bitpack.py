@@ -69,8 +69,9 @@ def _unpack_slice(packed: torch.Tensor, words: torch.Tensor, bits: int) -> None:
     """Fill `words` [R, runs]: a run in each, which has a byte for each of its codes."""
     run, run_bytes = _period(bits)
     width = words.shape[1] * run_bytes
-    # .contiguous() keeps odd strides on dimensions of length 1, and a view of another width refuses them
-    stream = torch.empty_like(packed, memory_format=torch.contiguous_format).copy_(packed).view(torch.uint8)
+    if packed.stride(1) != 1:  # what a view of another width refuses; .contiguous() keeps it on a dimension of length 1
+        packed = torch.empty_like(packed, memory_format=torch.contiguous_format).copy_(packed)
+    stream = packed.view(torch.uint8)
     if stream.shape[1] < width:
         stream = torch.nn.functional.pad(stream, (0, width - stream.shape[1]))
     words.copy_(stream[:, :width:run_bytes])

@@ -7,7 +7,8 @@ stay the modules they were: the first that is called multiplies for all, and the
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -72,7 +73,7 @@ def _inputs_of(model: nn.Module, linears: Collection[LowbitLinear]) -> dict[Lowb
     try:
         for linear in linears:
             linear.multiply = partial(_nothing, linear.out_features)
-        with with_versions(), module_calls(linears, seen):
+        with with_versions(), module_calls(linears, seen), _without_logits(model):
             model(**ids)
     except Exception as error:  # whatever it wanted: it runs as it did before
         logger.info("linears that share an input multiply on their own: the model does not run on two token ids: %s",
@@ -84,7 +85,22 @@ def _inputs_of(model: nn.Module, linears: Collection[LowbitLinear]) -> dict[Lowb
     return found
 
 
-def _nothing(out_features: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@contextmanager
+def _without_logits(model: nn.Module) -> Iterator[None]:
+    """The output embedding, where it is dense, multiplies by nothing: it is the largest matrix, and no linear comes
+    after it."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head):  # a hook of accelerate, say
+        yield
+        return
+    head.forward = partial(_nothing, head.out_features)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _nothing(out_features: int, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return x.new_zeros(*x.shape[:-1], out_features)
 
 
