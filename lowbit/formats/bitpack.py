@@ -52,17 +52,23 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return stream.view(torch.int32)
 
 
-def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """int32 [R, W] -> uint8 [R, columns], the inverse of `pack`."""
+def unpack(packed: torch.Tensor, bits: int, columns: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """int32 [R, W] -> uint8 [R, columns], the inverse of `pack`. out: where to put it, contiguous."""
     rows = packed.shape[0]
     if packed.device.type == "meta":
         return torch.empty(rows, columns, dtype=torch.uint8, device="meta")
     run, _ = _period(bits)
-    words = torch.empty(rows, math.ceil(columns / run), dtype=_WORDS[run], device=packed.device)
+    if out is not None and columns % run == 0:
+        words = out.view(_WORDS[run])
+    else:
+        words = torch.empty(rows, math.ceil(columns / run), dtype=_WORDS[run], device=packed.device)
     step = max(1, _SLICE_CODES // max(1, columns))
     for source, target in zip(packed.split(step), words.split(step), strict=True):
         _unpack_slice(source, target, bits)
-    return words.view(torch.uint8)[:, :columns].contiguous()
+    codes = words.view(torch.uint8)[:, :columns]
+    if out is None:
+        return codes.contiguous()
+    return out if columns % run == 0 else out.copy_(codes)
 
 
 def _unpack_slice(packed: torch.Tensor, words: torch.Tensor, bits: int) -> None:
