@@ -141,6 +141,7 @@ def prepare_modules(model: nn.Module, backend: str | None, fuse: bool) -> None:
         if unpacked >= _UNPACKED_BETWEEN_RETURNS:
             unpacked = 0
             return_freed()
+    del workspace
     return_freed()
 
 
