@@ -22,11 +22,13 @@ _TRIAL_ROWS, _TRIAL_SHAPE, _TRIAL_ERROR = (1, 33), (64, 512), 2e-2
 
 
 def available() -> str | None:
+    if not (torch.cuda.is_available() or INTERPRETED):
+        return "there is no GPU"
     try:
         from lowbit_kernels import ops  # noqa: F401 - registers the operators
     except ImportError as error:
         return f"cannot import the kernels: {error}"
-    return None if torch.cuda.is_available() or INTERPRETED else "there is no GPU"
+    return None
 
 
 @cache

@@ -1,6 +1,11 @@
 """What the commands share: options, and the checks of them that need nothing else."""
 
+import atexit
+import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -96,12 +101,35 @@ def default_device_map(device_map: str | None) -> str | None:
     return device_map
 
 
-def quiet_transformers() -> None:
-    """Its warnings and bars would run into ours; what matters is raised as an error."""
-    import transformers
+@contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Around the imports of a command that needs models: torch, transformers and what is built on them.
 
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers is quiet from then on: its warnings and bars would run into ours; what matters is raised as an error.
+    """
+    with _uncollected() if "transformers" not in sys.modules else nullcontext():
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        for needed in ("PreTrainedModel", "GenerationMixin"):  # by every model; imported when it is asked for
+            getattr(transformers, needed)
+        yield
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collections inside, and none later of what was made there. Modules stay: going through all of their
+    objects again and again takes a fifth of the time of importing torch and transformers, and frees nothing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # or extensions complain of leaks when the process ends
+        if collecting:
+            gc.enable()
 
 
 def size(count: float) -> str:

@@ -19,7 +19,8 @@ from lowbit.conversion.options import DtypeOptions
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.folders.locate import check_apart, open_headers, resolve, revision_of
 from lowbit.guards.safe_files import write_whole
-from lowbit.numerics.dtypes import DTYPES, cast, is_dtype
+from lowbit.numerics.dtypes import DTYPES, cast
+from lowbit.numerics.scheme import is_dtype
 from lowbit.options import OutputOptions, RevisionOptions, ShardOptions, takes_options
 from lowbit.system.machine import RunFacts
 from lowbit.system.memory import peak_memory

@@ -52,25 +52,32 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return stream.view(torch.int32)
 
 
-def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
-    """int32 [R, W] -> uint8 [R, columns], the inverse of `pack`."""
+def unpack(packed: torch.Tensor, bits: int, columns: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """int32 [R, W] -> uint8 [R, columns], the inverse of `pack`. out: where to put it, contiguous."""
     rows = packed.shape[0]
     if packed.device.type == "meta":
         return torch.empty(rows, columns, dtype=torch.uint8, device="meta")
     run, _ = _period(bits)
-    words = torch.empty(rows, math.ceil(columns / run), dtype=_WORDS[run], device=packed.device)
+    if out is not None and columns % run == 0:
+        words = out.view(_WORDS[run])
+    else:
+        words = torch.empty(rows, math.ceil(columns / run), dtype=_WORDS[run], device=packed.device)
     step = max(1, _SLICE_CODES // max(1, columns))
     for source, target in zip(packed.split(step), words.split(step), strict=True):
         _unpack_slice(source, target, bits)
-    return words.view(torch.uint8)[:, :columns].contiguous()
+    codes = words.view(torch.uint8)[:, :columns]
+    if out is None:
+        return codes.contiguous()
+    return out if columns % run == 0 else out.copy_(codes)
 
 
 def _unpack_slice(packed: torch.Tensor, words: torch.Tensor, bits: int) -> None:
     """Fill `words` [R, runs]: a run in each, which has a byte for each of its codes."""
     run, run_bytes = _period(bits)
     width = words.shape[1] * run_bytes
-    # .contiguous() keeps odd strides on dimensions of length 1, and a view of another width refuses them
-    stream = torch.empty_like(packed, memory_format=torch.contiguous_format).copy_(packed).view(torch.uint8)
+    if packed.stride(1) != 1:  # what a view of another width refuses; .contiguous() keeps it on a dimension of length 1
+        packed = torch.empty_like(packed, memory_format=torch.contiguous_format).copy_(packed)
+    stream = packed.view(torch.uint8)
     if stream.shape[1] < width:
         stream = torch.nn.functional.pad(stream, (0, width - stream.shape[1]))
     words.copy_(stream[:, :width:run_bytes])

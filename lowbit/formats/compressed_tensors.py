@@ -94,14 +94,19 @@ def shapes(
 
 
 def unpack_weight(
-    tensors: Mapping[str, torch.Tensor], scheme: Scheme, out_features: int, in_features: int
+    tensors: Mapping[str, torch.Tensor],
+    scheme: Scheme,
+    out_features: int,
+    in_features: int,
+    codes: torch.Tensor | None = None,
 ) -> QuantWeight:
-    """The inverse of `pack`; raises InputError for a packed width that does not belong to the scheme."""
+    """The inverse of `pack`; raises InputError for a packed width that does not belong to the scheme. codes: uint8
+    [out_features, in_features], contiguous, where to put those of the weight (default: fresh memory)."""
     grid = {name: tensors[INPUT_SUFFIXES[name]] for name in input_grid(scheme)}
     if grid:
         grid["input_scale"] = grid["input_scale"].float()
     if _stored_as(scheme) == _INT:
-        codes = tensors["weight"].view(torch.uint8) ^ 128
+        codes = torch.bitwise_xor(tensors["weight"].view(torch.uint8), 128, out=codes)
         zeros = None if scheme.sym else tensors["weight_zero_point"].view(torch.uint8) ^ 128
         return QuantWeight(codes, tensors["weight_scale"], scheme, zeros, **grid)
     packed = tensors["weight_packed"]
@@ -110,7 +115,7 @@ def unpack_weight(
             f"weight_packed has {packed.shape[1]} words a row, expected {packed_width(in_features, scheme.bits)} "
             f"for {in_features} inputs of {scheme.bits} bits"
         )
-    codes = unpack(packed, scheme.bits, in_features)
+    codes = unpack(packed, scheme.bits, in_features, codes)
     zeros = None
     if not scheme.sym:
         packed_zeros = tensors["weight_zero_point"]

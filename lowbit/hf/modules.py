@@ -24,6 +24,7 @@ from lowbit.layers.experts import (
 )
 from lowbit.layers.linear import LowbitLinear
 from lowbit.layers.shared_product import share_products
+from lowbit.layers.workspace import Workspace
 from lowbit.system.memory import return_freed
 from lowbit.transformers_api import was_loaded
 
@@ -121,7 +122,7 @@ def _check_module(name: str, module: nn.Module, packed: list[str]) -> None:
 
 def prepare_modules(model: nn.Module, backend: str | None, fuse: bool) -> None:
     """Lay out what is loaded for the backends that run it. fuse: linears that share an input share one product."""
-    linears, offloaded, unpacked = [], False, 0
+    linears, offloaded, unpacked, workspace = [], False, 0, Workspace()
     for module in model.modules():
         if has_offloaded_params(module):
             offloaded = True
@@ -133,13 +134,14 @@ def prepare_modules(model: nn.Module, backend: str | None, fuse: bool) -> None:
     if fuse and offloaded:  # all of it would come to the device only to see who shares what
         logger.info("linears that share an input multiply on their own: parts of the model are offloaded")
     elif fuse:
-        share_products(model)
+        share_products(model, workspace)
     for linear in linears:
-        linear.prepare()
+        linear.prepare(workspace)
         unpacked += math.prod(linear.shape)
         if unpacked >= _UNPACKED_BETWEEN_RETURNS:
             unpacked = 0
             return_freed()
+    del workspace
     return_freed()
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from lowbit.backends import choose, get_backend
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.layers.workspace import Workspace
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.reference import linear as reference_linear
@@ -95,9 +96,11 @@ class LowbitLinear(nn.Module):
             return {name: getattr(self, name).detach() for name in self.packed_shapes}
         return _pack(self.quantized_weight())
 
-    def quantized_weight(self) -> QuantWeight:
+    def quantized_weight(self, codes: torch.Tensor | None = None) -> QuantWeight:
+        """codes: uint8 [out_features, in_features], contiguous, where those of a packed weight are put (default: fresh
+        memory)."""
         if self.backend is None:
-            return packed_format.unpack_weight(self.packed_tensors(), self.scheme, self.out_features, self.in_features)
+            return packed_format.unpack_weight(self.packed_tensors(), self.scheme, *self.shape, codes)
         qweight = get_backend(self.backend).restore(self._prepared(), self.scheme, self.prepared_shape)
         qweight = qweight.rows(self.start, self.start + self.out_features)
         return qweight if self.order is None else qweight.in_input_order(self.order)
@@ -110,13 +113,15 @@ class LowbitLinear(nn.Module):
         buffers = buffer_dict(self)
         return {name: buffers[name] for name in self._prepared_names}
 
-    def prepare(self) -> "LowbitLinear":
+    def prepare(self, workspace: Workspace | None = None) -> "LowbitLinear":
         """Choose the backend for the device the layer is on and lay the weight out for it. Does nothing if done."""
         if self.backend is not None or self.weight_scale.device.type == "meta":
             return self
-        qweight, order = self.quantized_weight().in_group_order()
+        workspace = workspace or Workspace()
+        codes = workspace.codes(self.shape, self.device)
+        qweight, order = self.quantized_weight(codes).in_group_order()
         backend = self.best_backend()
-        self.lay_out(backend, get_backend(backend).prepare(qweight), order)
+        self.lay_out(backend, workspace.prepare(backend, qweight), order)
         if self.shared is not None:
             self.shared.join()
         return self

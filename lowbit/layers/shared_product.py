@@ -7,7 +7,8 @@ stay the modules they were: the first that is called multiplies for all, and the
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -17,13 +18,14 @@ from lowbit.backends import get_backend
 from lowbit.discovery.shared_inputs import SharedInputs, module_calls, with_versions
 from lowbit.errors import first_line
 from lowbit.layers.linear import LowbitLinear
+from lowbit.layers.workspace import Workspace
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.torch_api import version_of
 
 logger = logging.getLogger("lowbit")
 
 
-def share_products(model: nn.Module) -> list["SharedProduct"]:
+def share_products(model: nn.Module, workspace: Workspace | None = None) -> list["SharedProduct"]:
     """Fuse linears that read the same input (q/k/v, gate/up) into one matrix product.
 
     Call it before `prepare`: a fused weight is packed once then, instead of once alone and once fused.
@@ -34,7 +36,7 @@ def share_products(model: nn.Module) -> list["SharedProduct"]:
     made = []
     for parent, linears in _with_one_input(model):
         product = SharedProduct(linears)
-        if product.join():
+        if product.join(workspace):
             product.serve(parent)
             made.append(product)
     return made
@@ -72,7 +74,7 @@ def _inputs_of(model: nn.Module, linears: Collection[LowbitLinear]) -> dict[Lowb
     try:
         for linear in linears:
             linear.multiply = partial(_nothing, linear.out_features)
-        with with_versions(), module_calls(linears, seen):
+        with with_versions(), module_calls(linears, seen), _without_logits(model):
             model(**ids)
     except Exception as error:  # whatever it wanted: it runs as it did before
         logger.info("linears that share an input multiply on their own: the model does not run on two token ids: %s",
@@ -84,7 +86,22 @@ def _inputs_of(model: nn.Module, linears: Collection[LowbitLinear]) -> dict[Lowb
     return found
 
 
-def _nothing(out_features: int, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@contextmanager
+def _without_logits(model: nn.Module) -> Iterator[None]:
+    """The output embedding, where it is dense, multiplies by nothing: it is the largest matrix, and no linear comes
+    after it."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head):  # a hook of accelerate, say
+        yield
+        return
+    head.forward = partial(_nothing, head.out_features)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _nothing(out_features: int, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return x.new_zeros(*x.shape[:-1], out_features)
 
 
@@ -126,7 +143,7 @@ class SharedProduct:
     def _leave(self, *_) -> None:
         self.running, self.kept = False, None
 
-    def join(self) -> bool:
+    def join(self, workspace: Workspace | None = None) -> bool:
         """Whether the members are laid out as one, which needs them to be alike."""
         if self.joined:
             return True
@@ -134,15 +151,18 @@ class SharedProduct:
             return False
         first = self.members[0]
         name = first.backend or first.best_backend()
-        weights, orders = zip(*(member.quantized_weight().in_group_order() for member in self.members), strict=True)
+        shape = sum(member.out_features for member in self.members), first.in_features
+        workspace = workspace or Workspace()
+        codes = workspace.codes(shape, first.device) if first.backend is None else None
+        weights, orders = zip(*(weight.in_group_order() for weight in self._weights(codes)), strict=True)
         if orders[0] is not None and not all(torch.equal(orders[0], order) for order in orders):
             return False
         if first.scheme.is_static and len({_input_grid(weight) for weight in weights}) > 1:
             return False
-        shape = sum(member.out_features for member in self.members), first.in_features
         if get_backend(name).refuse(first.scheme, first.device, weights[0].scales.dtype, shape) is not None:
             return False
-        buffers = get_backend(name).prepare(QuantWeight.concatenated(weights))
+        whole = QuantWeight.concatenated(weights, codes if orders[0] is None else None)
+        buffers = workspace.prepare(name, whole)
         start = 0
         for member in self.members:
             member.lay_out(name, buffers, orders[0], shape, start)
@@ -151,6 +171,13 @@ class SharedProduct:
         for member in self.members:
             member.shared = self
         return True
+
+    def _weights(self, codes: torch.Tensor | None) -> list[QuantWeight]:
+        """Those of the members. codes: [all out_features, in_features], where their codes are put."""
+        if codes is None:
+            return [member.quantized_weight() for member in self.members]
+        parts = codes.split([member.out_features for member in self.members])
+        return [member.quantized_weight(part) for member, part in zip(self.members, parts, strict=True)]
 
     def split(self) -> None:
         """Give each member its own weight back."""

@@ -2,13 +2,9 @@
 
 import torch
 
-# What `--scheme` may say instead of a grid
-DTYPES = {"FP16": torch.float16, "BF16": torch.bfloat16}
+from lowbit.numerics.scheme import DTYPE_NAMES
 
-
-def is_dtype(scheme) -> bool:
-    """Whether a scheme is the name of a half precision dtype."""
-    return isinstance(scheme, str) and scheme.strip().upper() in DTYPES
+DTYPES = dict(zip(DTYPE_NAMES, (torch.float16, torch.bfloat16), strict=True))
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, int, int]:

@@ -87,11 +87,13 @@ class QuantWeight:
         return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], zeros=zeros, **grid)
 
     @classmethod
-    def concatenated(cls, weights: Sequence["QuantWeight"]) -> "QuantWeight":
-        """The outputs of all, one after the other. Weights of one scheme, one g_idx and one grid of inputs."""
+    def concatenated(cls, weights: Sequence["QuantWeight"], codes: torch.Tensor | None = None) -> "QuantWeight":
+        """The outputs of all, one after the other. Weights of one scheme, one g_idx and one grid of inputs. codes:
+        those of all, where the weights have slices of one tensor: they are not copied then."""
         first = weights[0]
         zeros = None if first.zeros is None else torch.cat([w.zeros for w in weights if w.zeros is not None])
-        codes, scales = (torch.cat([getattr(w, name) for w in weights]) for name in ("codes", "scales"))
+        codes = torch.cat([w.codes for w in weights]) if codes is None else codes
+        scales = torch.cat([w.scales for w in weights])
         return replace(first, codes=codes, scales=scales, zeros=zeros)
 
     @property

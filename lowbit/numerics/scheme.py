@@ -10,6 +10,8 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
 PER_CHANNEL = -1
 SCALE_SEARCHES = ("minmax", "mse")
+# What `--scheme` may say instead of a grid
+DTYPE_NAMES = ("FP16", "BF16")
 
 TOKEN, TENSOR = "token", "tensor"
 ACTIVATION_RANGES = ("mse", "minmax", "percentile")  # the first is the default
@@ -289,3 +291,8 @@ class Recipe:
             smooth=data.get("smooth"),
             activation_range=data.get("activation_range", ACTIVATION_RANGES[0]),
         )
+
+
+def is_dtype(scheme: object) -> bool:
+    """Whether a scheme is the name of a half precision dtype."""
+    return isinstance(scheme, str) and scheme.strip().upper() in DTYPE_NAMES

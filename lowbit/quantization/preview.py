@@ -13,7 +13,7 @@ from lowbit.options import FileOptions, HeadOption, RecipeOptions, SampleOptions
 from lowbit.quantization.calibrated.options import require_data_method
 from lowbit.quantization.forecast import forecast
 from lowbit.quantization.plan import Plan, make_plan
-from lowbit.quantization.run import make_recipe
+from lowbit.quantization.recipe import make_recipe
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 
 

@@ -4,18 +4,14 @@ import logging
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.report_file import save_report
 from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
-from lowbit.errors import UsageError
 from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
-from lowbit.numerics.dtypes import is_dtype
-from lowbit.numerics.scheme import ACTIVATION_RANGES, HEAD_SCHEME, Recipe, Scheme
 from lowbit.options import (
     CalibrationOptions,
     FileOptions,
@@ -32,9 +28,9 @@ from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import Reporting, silent
 from lowbit.quantization.calibrated.run import calibrate
 from lowbit.quantization.plan import Plan, make_plan
+from lowbit.quantization.recipe import make_recipe
 from lowbit.quantization.report import Report
 from lowbit.quantization.write import write_checkpoint
-from lowbit.quantizers import checked_options
 from lowbit.system.memory import peak_memory
 from lowbit.verification.checks import check_structure
 
@@ -146,28 +142,3 @@ def _write(
 
 def _nothing(_: object) -> None:
     return None
-
-
-def make_recipe(asked: RecipeOptions, head: HeadOption) -> Recipe:
-    """A Recipe from what a user types; raises UsageError for anything that is not allowed."""
-    base, wanted = asked.base, head.lm_head
-    if is_dtype(base):
-        raise UsageError(f"{base} is a dtype, which nothing is quantized to: lowbit.convert_dtype converts to it")
-    scheme = Scheme.parse(base) if isinstance(base, str) else base
-    grid = {"group_size": asked.group_size, "sym": asked.sym}
-    scheme = replace(scheme, **{field: value for field, value in grid.items() if value is not None})
-    search = {} if asked.scale_search is None else {"scale_search": asked.scale_search}
-    recipe = Recipe(
-        scheme,
-        asked.method,
-        checked_options(asked.method, {**search, **(asked.options or {})}),
-        asked.overrides,
-        asked.ignore if isinstance(asked.ignore, str) else tuple(asked.ignore),
-        Scheme.parse(wanted) if isinstance(wanted, str) else {True: HEAD_SCHEME, False: None}.get(wanted, wanted),
-        asked.include_vision,
-        asked.smooth,
-        asked.activation_range or ACTIVATION_RANGES[0],
-    )
-    if asked.activation_range is not None and not recipe.is_static:
-        raise UsageError(f"activation_range is of static schemes, such as W8A8-STATIC, not of {scheme.name}")
-    return recipe

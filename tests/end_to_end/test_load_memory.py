@@ -45,10 +45,10 @@ def test_layers_are_laid_out_one_by_one(quantized, tmp_path, monkeypatch, method
         constructor(layer, *args, **kwargs)
         built.append(layer)
 
-    def watched(layer):
+    def watched(layer, workspace):
         turns.append([one.backend is None for one in built])
         assert all(bool(list(one.parameters())) == packed for one, packed in zip(built, turns[-1], strict=True))
-        return prepare(layer)
+        return prepare(layer, workspace)
 
     monkeypatch.setattr(LowbitLinear, "__init__", recorded)
     monkeypatch.setattr(LowbitLinear, "prepare", watched)

@@ -15,6 +15,7 @@ from weights import DTYPES, random_quantized
 
 import lowbit
 from lowbit.backends import torch_cpu
+from lowbit.discovery.shared_inputs import Products
 from lowbit.layers.linear import LowbitLinear
 from lowbit.layers.shared_product import SharedProduct, share_products
 from lowbit.numerics.scheme import Scheme
@@ -304,6 +305,13 @@ def test_dense_models_are_not_searched_for_shared_inputs():
     dense = tiny_model("llama")
     dense.register_forward_pre_hook(lambda *_: pytest.fail("there is nothing to look for"))
     assert share_products(dense) == []
+
+
+def test_the_output_embedding_is_not_multiplied_to_see_what_is_shared():
+    model, calls = quantized_in_place(tiny_model("llama")), []
+    with Products({"head": model.lm_head.weight}, lambda name, x: calls.append(name)):
+        assert share_products(model) and calls == []
+        assert model(token_ids()).logits.any() and calls == ["head"]
 
 
 def test_a_model_with_an_encoder():

@@ -18,7 +18,7 @@ from lowbit.cli.common import (
     check_known,
     checked_dtype,
     default_device_map,
-    quiet_transformers,
+    heavy_imports,
     size,
 )
 from lowbit.cli.ending import interrupted_once
@@ -88,15 +88,15 @@ def bench(
     check_known(method=subject.method)
     if out is not None and not out.absolute().parent.is_dir():
         raise OutputError(f"cannot write {out}: there is no folder {out.absolute().parent}")
-    import torch
+    with heavy_imports():
+        import torch
 
-    from lowbit.bench.contestants import Checkpoint, Setting, Shapes
-    from lowbit.bench.peers import parse_against
-    from lowbit.bench.repeats import Bench
-    from lowbit.guards.safe_files import write_whole
+        from lowbit.bench.contestants import Checkpoint, Setting, Shapes
+        from lowbit.bench.peers import parse_against
+        from lowbit.bench.repeats import Bench
+        from lowbit.guards.safe_files import write_whole
 
     wanted, place = parse_against(runs.against), _device(default_device_map(device.device_map))
-    quiet_transformers()
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
         setting = Setting(
             Path(work), place, device.dtype, device.backend, head_scheme and Scheme.parse(head_scheme),

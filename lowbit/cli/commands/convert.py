@@ -9,9 +9,9 @@ from lowbit.cli.common import (
     ModelArgument,
     ModelOption,
     OutputOption,
+    heavy_imports,
     one_model,
     one_output,
-    quiet_transformers,
     size,
 )
 from lowbit.cli.ending import interrupted_once
@@ -43,9 +43,9 @@ def convert(
     name, target = one_model(model, model_option), one_output(output_dir, output.overwrite)
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is not known; allowed: {', '.join(FORMATS)}")
-    from lowbit.conversion.formats import convert as run
+    with heavy_imports():
+        from lowbit.conversion.formats import convert as run
 
-    quiet_transformers()
     with interrupted_once(), counted_progress("converting", json) as on_start:
         done = run(name, target, format=format, **keywords(output, export, source), on_start=on_start)
     if json:

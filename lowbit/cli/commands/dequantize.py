@@ -5,9 +5,9 @@ from lowbit.cli.common import (
     ModelArgument,
     ModelOption,
     OutputOption,
+    heavy_imports,
     one_model,
     one_output,
-    quiet_transformers,
     size,
 )
 from lowbit.cli.ending import interrupted_once
@@ -28,9 +28,9 @@ def dequantize(
 ):
     """Write a quantized model as a plain one, of the weights that its codes stand for: any tool reads it."""
     name, target = one_model(model, model_option), one_output(output_dir, output.overwrite)
-    from lowbit.conversion.formats import dequantize as run
+    with heavy_imports():
+        from lowbit.conversion.formats import dequantize as run
 
-    quiet_transformers()
     with interrupted_once(), counted_progress("dequantizing", json) as on_start:
         done = run(name, target, **keywords(dense, output, source), on_start=on_start)
     if json:

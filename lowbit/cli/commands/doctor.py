@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.common import JsonOption, RevisionOption, TrustOption, default_device_map, quiet_transformers
+from lowbit.cli.common import JsonOption, RevisionOption, TrustOption, default_device_map, heavy_imports
 from lowbit.cli.terminal import console, print_json, table
 from lowbit.errors import UsageError
 
@@ -121,10 +121,10 @@ def examine(model: str | None = None, revision: str | None = None, trust_remote_
 
 def generation_of_the_embedded_model() -> dict:
     """{"path", "why"}: what ran the steps of a few tokens, and why it was not what is fastest on this device."""
-    from lowbit.folders.locate import REFERENCE
-    from lowbit.generation import open_session
+    with heavy_imports():
+        from lowbit.folders.locate import REFERENCE
+        from lowbit.generation import open_session
 
-    quiet_transformers()
     session = open_session(REFERENCE, device_map=default_device_map(None))
     stats = session.generate(session.encode("import os"), max_new_tokens=_FEW_TOKENS).stats
     return {"path": stats.path, "why": stats.why}
@@ -154,12 +154,12 @@ def kernels_of(
 
 def _layers(model: str, revision: str | None, trust_remote_code: bool) -> tuple[list, "torch.dtype"]:  # noqa: F821 - imported where it is used
     """Distinct (Scheme, shape) of the quantized layers as they are once loaded, and the dtype they run in."""
-    from lowbit.checkpoint import CheckpointReader
-    from lowbit.discovery import CheckpointNames, skeleton
-    from lowbit.folders.locate import load_config, resolve
-    from lowbit.hf.foreign import StoredModel
+    with heavy_imports():
+        from lowbit.checkpoint import CheckpointReader
+        from lowbit.discovery import CheckpointNames, skeleton
+        from lowbit.folders.locate import load_config, resolve
+        from lowbit.hf.foreign import StoredModel
 
-    quiet_transformers()
     folder = resolve(model, revision)
     config = load_config(folder, trust_remote_code)
     if CheckpointReader(folder).quantization_config is None:

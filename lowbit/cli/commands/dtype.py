@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from pathlib import Path
 
-from lowbit.cli.common import quiet_transformers, size
+from lowbit.cli.common import size
 from lowbit.cli.options import spelled
 from lowbit.cli.terminal import console, print_json, progress, show_names, table
 from lowbit.errors import UsageError
@@ -18,11 +18,11 @@ def only_converts(scheme: object, *groups: object, clamp: bool = False) -> bool:
 
     Raises UsageError for an option that goes with the other kind of scheme only.
     """
-    from lowbit.numerics.dtypes import DTYPES, is_dtype
+    from lowbit.numerics.scheme import DTYPE_NAMES, is_dtype
 
     if not is_dtype(scheme):
         if clamp:
-            raise UsageError(f"--clamp goes with --scheme {' or '.join(DTYPES)} only: other schemes clamp nothing")
+            raise UsageError(f"--clamp goes with --scheme {' or '.join(DTYPE_NAMES)} only: other schemes clamp nothing")
         return False
     for each in changed(*groups):
         if each.name not in _OF_EITHER:
@@ -34,7 +34,6 @@ def preview_dtype(model: str, scheme: str, json: bool, **options) -> None:
     """Print what `lowbit.plan_dtype` finds."""
     from lowbit.conversion.dtype import plan_dtype
 
-    quiet_transformers()
     found = plan_dtype(model, scheme, **options)
     if json:
         print_json(found.to_dict())

@@ -12,8 +12,8 @@ from lowbit.cli.common import (
     ModelOption,
     checked_dtype,
     default_device_map,
+    heavy_imports,
     one_model,
-    quiet_transformers,
 )
 from lowbit.cli.terminal import console, print_json, progress, table
 from lowbit.errors import UsageError
@@ -53,15 +53,15 @@ def evaluate(
     """
     name = one_model(model, model_option)
     checked_dtype(device.dtype)
-    from lowbit.checkpoint.report_file import load_report, save_report
-    from lowbit.eval import evaluate as measure
-    from lowbit.eval.compare import starts_with_bos
-    from lowbit.folders.locate import resolve
-    from lowbit.generation.stream import load_tokenizer
-    from lowbit.system.machine import now
-    from lowbit.text.datasets import token_stream
+    with heavy_imports():
+        from lowbit.checkpoint.report_file import load_report, save_report
+        from lowbit.eval import evaluate as measure
+        from lowbit.eval.compare import starts_with_bos
+        from lowbit.folders.locate import resolve
+        from lowbit.generation.stream import load_tokenizer
+        from lowbit.system.machine import now
+        from lowbit.text.datasets import token_stream
 
-    quiet_transformers()
     if save:
         load_report(_own_folder(name))  # what cannot be recorded is said before it is measured
     folder, trust = resolve(name, source.revision), source.trust_remote_code

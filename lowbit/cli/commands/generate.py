@@ -16,8 +16,8 @@ from lowbit.cli.common import (
     checked_dtype,
     checked_kv_cache,
     default_device_map,
+    heavy_imports,
     one_model,
-    quiet_transformers,
 )
 from lowbit.cli.terminal import console, notes, print_json, table
 from lowbit.errors import InputError, UsageError
@@ -62,9 +62,9 @@ class RunningOptions(SourceOptions, DeviceOptions, SessionOptions):
 
     def start(self, model: str, head: str | None):
         """The session of a model, whose output embedding is quantized by the scheme `head` if that is given."""
-        from lowbit.generation import open_session
+        with heavy_imports():
+            from lowbit.generation import open_session
 
-        quiet_transformers()
         how = {name: value for name, value in keywords(self).items() if name != "prefill_chunk"}
         return open_session(model, **{**how, "device_map": default_device_map(self.device_map)}, lm_head=head)
 

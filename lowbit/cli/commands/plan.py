@@ -9,8 +9,8 @@ from lowbit.cli.common import (
     ModelArgument,
     ModelOption,
     check_known,
+    heavy_imports,
     one_model,
-    quiet_transformers,
     size,
 )
 from lowbit.cli.terminal import console, print_json, show_names, table
@@ -51,9 +51,9 @@ def preview_any(
 
 def preview(model: str, arguments: dict, json: bool) -> None:
     """Print what `lowbit.plan(model, **arguments)` finds."""
-    from lowbit.quantization.preview import plan as find
+    with heavy_imports():
+        from lowbit.quantization.preview import plan as find
 
-    quiet_transformers()
     found = find(model, **arguments)
     if json:
         print_json(found.to_dict())

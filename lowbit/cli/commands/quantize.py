@@ -15,9 +15,9 @@ from lowbit.cli.common import (
     ModelOption,
     OutputOption,
     check_known,
+    heavy_imports,
     one_model,
     one_output,
-    quiet_transformers,
     size,
 )
 from lowbit.cli.ending import ignore_signals, interrupted_once
@@ -67,7 +67,6 @@ def quantize(
         if not json:
             console.print("dry run: nothing was written")
         return
-    quiet_transformers()
     if half:
         with interrupted_once():
             convert_to_dtype(
@@ -87,7 +86,8 @@ def quantize(
 
 def _run(model: str, target: Path, json: bool, options: dict):
     """The report of `lowbit.quantize`. A signal that comes when the output is in place already is too late."""
-    from lowbit.quantization.run import quantize as run
+    with heavy_imports():
+        from lowbit.quantization.run import quantize as run
 
     before = _place(target)
     try:

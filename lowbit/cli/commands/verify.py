@@ -9,8 +9,8 @@ from lowbit.cli.common import (
     ModelArgument,
     ModelOption,
     default_device_map,
+    heavy_imports,
     one_model,
-    quiet_transformers,
 )
 from lowbit.cli.ending import interrupted_once
 from lowbit.cli.terminal import console, print_json, progress, table
@@ -38,9 +38,9 @@ def verify(
     name = one_model(model, model_option)
     if checks.device_map is not None and not checks.run:
         raise UsageError("--device-map says where the model runs, and --no-run that it does not: pass one of them")
-    from lowbit.eval import verify as run_checks
+    with heavy_imports():
+        from lowbit.eval import verify as run_checks
 
-    quiet_transformers()
     options = {**keywords(checks, source), "device_map": default_device_map(checks.device_map)}
     with interrupted_once(), progress("verifying", 1, quiet=json) as advance:
         done = run_checks(name, reference, **options, on_tensor=lambda _, total: advance(1 / total))
