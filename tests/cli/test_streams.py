@@ -15,7 +15,7 @@ from lowbit.cli import streams
 from lowbit.cli.ending import one_line_errors
 from lowbit.errors import OutputError
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX streams")
+pytestmark = [pytest.mark.skipif(os.name == "nt", reason="POSIX streams"), pytest.mark.slow]
 COMMAND = [sys.executable, "-m", "lowbit"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 

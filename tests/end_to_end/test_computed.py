@@ -29,7 +29,10 @@ assert "lowbit" not in sys.modules
 """
 # A linear attention whose queries, keys, values and gates are rows of one matrix, split by unequal sizes
 SPLIT = "lara_mini"
-pytestmark = pytest.mark.skipif(SPLIT not in CONFIG_MAPPING, reason=f"this transformers has no {SPLIT}")
+pytestmark = [
+    pytest.mark.skipif(SPLIT not in CONFIG_MAPPING, reason=f"this transformers has no {SPLIT}"),
+    pytest.mark.slow,
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from lowbit.errors import InputError, LowbitError
 from lowbit.folders.opened import summarize
 from lowbit.layers.linear import LowbitLinear
 
+pytestmark = pytest.mark.slow
+
 UP, ATTENTION = "model.layers.0.mlp.up_proj", "model.layers.0.self_attn"
 
 

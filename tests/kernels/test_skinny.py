@@ -9,6 +9,8 @@ from packed import DTYPES, EXACT, ROUNDING, Case, codes_and_grid, error, inputs,
 from lowbit_kernels import launching, skinny
 from lowbit_kernels import layout as layouts
 
+pytestmark = pytest.mark.slow
+
 # one entry per scheme; rows, shapes and splits take turns, their periods chosen to mix
 INPUTS = {
     32: (224, 416),

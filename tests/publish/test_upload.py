@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, constants
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.publish import push
 
+pytestmark = pytest.mark.slow
+
 NAME = "me/Tiny-W4A16-G32-GPTQ"
 
 

@@ -14,6 +14,8 @@ import lowbit
 from lowbit.checkpoint.report_file import load_report, save_report
 from lowbit.errors import InputError, OutputError
 
+pytestmark = pytest.mark.slow
+
 KEYS = [
     "source", "source_revision", "recipe", "format", "command", "source_bytes", "output_bytes", "parameters",
     "quantized_tensors", "quantized_share", "bits_per_weight", "fallbacks", "left_alone", "parts", "lowbit", "date",
