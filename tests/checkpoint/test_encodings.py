@@ -2,10 +2,12 @@
 
 import json
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
 from encoded import COMPRESSED, FP8, compressed, fp8_blocks
+from packaging.version import Version
 from safetensors.torch import save_file
 
 from lowbit.checkpoint import CheckpointReader
@@ -74,6 +76,8 @@ def test_packed_experts_of_block_fp8_are_what_transformers_decodes(tmp_path):
 @pytest.mark.parametrize("kind", COMPRESSED)
 @pytest.mark.parametrize("shape", [(128, 256), (130, 320), (3, 32)], ids=str)
 def test_floats_of_compressed_tensors_are_what_it_decodes(tmp_path, kind, shape):
+    if kind == "block" and shape == (130, 320) and Version(version("compressed-tensors")) < Version("0.20"):
+        pytest.skip("compressed-tensors before 0.20 does not decode cut blocks itself")
     weight = correlated(*shape)
     stored, read, config = compressed(weight, kind)
     got = decode(tmp_path, stored | {"x.input_scale": torch.ones(1)}, config)
