@@ -207,10 +207,11 @@ def _is_beside(name: str) -> bool:
     return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name
 
 
-def quantization_in(config: dict):
-    """The `quantization_config` of a config.json: its own, or that of the language model in it."""
+def quantization_in(config: dict) -> dict | None:
+    """The `quantization_config` of a config.json: its own, or that of the language model in it. Raises InputError."""
     parts = [part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)]
-    return next((said for part in (config, *parts) if (said := part.get("quantization_config")) is not None), None)
+    said = next((said for part in (config, *parts) if (said := part.get("quantization_config")) is not None), None)
+    return record(dict | None, said, "quantization_config in config.json")  # type: ignore[arg-type]  # a union is a kind
 
 
 def unquantized(headers: Headers, tensors: Iterable[TensorInfo]) -> Headers:

@@ -1,7 +1,6 @@
 """SASS as data: instructions, branches and loops of one compiled kernel, read from the text `nvdisasm -c` prints."""
 
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -132,7 +131,3 @@ def moved(code: list[Instruction], *names: str) -> int:
 
 def tensor_core(code: list[Instruction]) -> int:
     return count(code, *TENSOR_CORE)
-
-
-def families(code: list[Instruction]) -> Counter[str]:
-    return Counter(instruction.op.split(".")[0] for instruction in code)

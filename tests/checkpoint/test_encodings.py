@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.decoded import decoded
+from lowbit.checkpoint.encodings import blocks
 from lowbit.errors import InputError
 
 SHAPES = [(256, 256), (130, 320), (1, 32), (128, 96)]
@@ -184,6 +185,64 @@ def test_damage_is_refused_by_the_name_of_its_tensor(tmp_path, kind, damage, mes
     stored, _, config = compressed(correlated(128, 256), kind)
     with pytest.raises(InputError, match=message):
         decode(tmp_path, damage(stored), config)
+
+
+def four_bits(**changes) -> dict[str, torch.Tensor]:
+    """A weight [4, 64] as bitsandbytes stores it with double quantization, and what its state says otherwise."""
+    said = {"shape": [4, 64], "blocksize": 64, "nested_blocksize": 256, "nested_offset": 0.5, "dtype": "bfloat16"}
+    state = torch.tensor(list(json.dumps(said | changes).encode()), dtype=torch.uint8)
+    return {
+        "x.weight": torch.arange(128, dtype=torch.uint8).view(-1, 1),
+        "x.weight.absmax": torch.arange(4, dtype=torch.uint8),
+        "x.weight.quant_map": torch.linspace(-1, 1, 16),
+        "x.weight.nested_absmax": torch.ones(1),
+        "x.weight.nested_quant_map": torch.linspace(-1, 1, 256),
+        "x.weight.quant_state.bitsandbytes__nf4": state,
+    }
+
+
+def test_four_bits_by_their_definition(tmp_path):
+    """Without bitsandbytes: the first code of a byte is in its high bits, and scales are double quantized."""
+    stored = four_bits()
+    scales = stored["x.weight.nested_quant_map"][:4] + 0.5
+    codes = [nibble for byte in range(128) for nibble in (byte >> 4, byte & 15)]
+    wanted = (stored["x.weight.quant_map"][codes].view(4, 64) * scales.view(4, 1)).bfloat16()
+    assert torch.equal(decode(tmp_path, stored, {"quant_method": "bitsandbytes"}), wanted)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"blocksize": 2**40}, {"nested_blocksize": 2**40}, {"blocksize": 63}, {"blocksize": 0},
+                {"nested_blocksize": 0}, {"shape": [4, 2**40]}, {"shape": [256]}, {"shape": [-4, -64]}], ids=str
+)  # fmt: skip
+def test_sizes_that_no_weight_has_are_refused(tmp_path, changes):
+    with pytest.raises(InputError, match=r"says shape|has \d+ numbers, expected"):
+        opened(tmp_path, four_bits(**changes), {"quant_method": "bitsandbytes"})
+
+
+def test_scales_of_scales_have_to_be_bytes(tmp_path):
+    stored = four_bits() | {"x.weight.absmax": torch.full((4,), 1e9)}
+    with pytest.raises(InputError, match=r"x\.weight\.absmax is float32, expected uint8"):
+        opened(tmp_path, stored, {"quant_method": "bitsandbytes"})
+
+
+def test_blocks_larger_than_the_weight_are_all_of_it(tmp_path):
+    codes = correlated(6, 64).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, 2.0]])
+    got = decode(tmp_path, {"x.weight": codes, "x.weight_scale_inv": scales}, FP8 | {"weight_block_size": [2**40, 32]})
+    assert torch.equal(got, (codes.float() * scales.repeat_interleave(32, 1)).bfloat16())
+
+
+@pytest.mark.parametrize("grid", [(), (3, 5), (37, 1), (1, 80)], ids=str)
+def test_slices_of_rows_change_nothing(tmp_path, grid, monkeypatch):
+    codes, scales = (
+        correlated(37, 80).to(torch.float8_e4m3fn),
+        torch.rand(grid, generator=torch.Generator().manual_seed(0)),
+    )
+    config = FP8 | {"weight_block_size": [16, 16] if grid == (3, 5) else None}
+    tensors = {"x.weight": codes, "x.weight_scale_inv": scales}
+    whole = decode(tmp_path / "whole", tensors, config)
+    monkeypatch.setattr(blocks, "_AT_ONCE", 200)  # two rows
+    assert torch.equal(decode(tmp_path / "sliced", tensors, config), whole)
 
 
 def test_other_methods_and_plain_checkpoints_are_left_as_they_are(tmp_path):

@@ -138,6 +138,14 @@ def test_infinities_that_cancel(quantize, source):
     quantize(source, says=[BAD, " 2 "])
 
 
+@pytest.mark.parametrize("said", ["x", 5, [1], True], ids=str)
+@pytest.mark.parametrize("command", ["quantize", "plan"])
+def test_a_quantization_config_that_is_no_object(refused, source, tmp_path, command, said):
+    edit_config(source, text_config={"model_type": "llama", "quantization_config": said})
+    refused(1, command, source, *(["-o", tmp_path / "out"] if command == "quantize" else []),
+            says=["quantization_config", "expected an object"])  # fmt: skip
+
+
 def test_quantized_by_a_method_that_nothing_here_reads(quantize, source):
     edit_config(source, quantization_config={"quant_method": "hqq"})
     quantize(source, says=["quantized already", "hqq", str(source)])

@@ -122,6 +122,17 @@ def test_integers_on_the_grid_that_is_asked_for_are_kept(tmp_path):
     assert relative_error(lowbit.load(other)(token_ids()).logits, wanted) < 0.05
 
 
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_integers_of_other_formats(tmp_path, format):
+    lowbit.quantize(save_tiny(tmp_path / "plain"), tmp_path / "first", scheme="W4A16_ASYM-G32")
+    source = tmp_path / format
+    lowbit.convert(tmp_path / "first", source, format=format)
+    lowbit.quantize(source, tmp_path / "made", scheme="W8A16-G32")
+    assert lowbit.verify(tmp_path / "made", reference=source).ok
+    wanted = lowbit.load(source)(token_ids()).logits
+    assert relative_error(lowbit.load(tmp_path / "made")(token_ids()).logits, wanted) < 0.05
+
+
 def test_a_calibrated_run_takes_them_too(tmp_path):
     source = encoded_model("fp8", "llama", tmp_path)
     ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))

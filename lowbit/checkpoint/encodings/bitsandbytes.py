@@ -23,7 +23,8 @@ from lowbit.guards.records import record
 _STATE = ".quant_state.bitsandbytes__"
 _PER_CODE = 7.874015718698502e-3  # 1 / 127, as bitsandbytes multiplies by it
 _LONGEST_STATE = 10_000  # bytes of JSON; real ones have about 150
-_AT_ONCE = 2**16  # blocks that are decoded at a time
+_AT_ONCE = 2**22  # elements that are decoded at a time, in whole blocks
+_LONGEST_BLOCK = 2**16  # codes; bitsandbytes has 32 to 4096, and 256 scales to a nested one
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def _four_bits(
     parts = {part: companion(tensors, codes, f"{name}.{part}") for part in ("absmax", "quant_map", *nested)}
     parts = {"codes": codes} | parts
     require_dtype(codes, torch.uint8)
+    if nested:
+        require_dtype(parts["absmax"], torch.uint8)
     count = state.shape[0] * state.shape[1]
     blocks = -(-count // state.blocksize)
     expected = {
@@ -86,11 +89,12 @@ def _four_bits(
     def decode(read: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         scales, values = _absmax(read, state, parts), scale_values(read["quant_map"], parts["quant_map"].name)
         packed, made = read["codes"].view(-1), torch.empty(count, dtype=dtype)
-        for first in range(0, blocks, _AT_ONCE):
-            start, stop = first * state.blocksize, min((first + _AT_ONCE) * state.blocksize, count)
+        at_once = max(1, _AT_ONCE // state.blocksize)
+        for first in range(0, blocks, at_once):
+            start, stop = first * state.blocksize, min((first + at_once) * state.blocksize, count)
             pairs = packed[start // 2 : -(-stop // 2)]
             codes = torch.stack([pairs >> 4, pairs & 0xF], dim=-1).view(-1)[: stop - start]
-            wide = scales[first : first + _AT_ONCE].repeat_interleave(state.blocksize)[: stop - start]
+            wide = scales[first : first + at_once].repeat_interleave(state.blocksize)[: stop - start]
             made[start:stop] = values[codes.int()].mul_(wide)
         return made.view(state.shape)
 
@@ -115,10 +119,10 @@ def _read_state(info: TensorInfo) -> _State:
     if info.numel > _LONGEST_STATE:
         raise InputError(f"{info.name} has {info.numel} bytes, expected a short JSON object: the checkpoint is damaged")
     state = record(_State, parse_json(bytes(info.read().tolist()), info.name), info.name)
-    sizes = (*state.shape, state.blocksize, state.nested_blocksize or 1)
-    if len(state.shape) != 2 or min(sizes) < 1 or state.blocksize % 2:
+    blocks = (state.blocksize, state.blocksize if state.nested_blocksize is None else state.nested_blocksize)
+    if len(state.shape) != 2 or min(*state.shape, *blocks) < 1 or max(blocks) > _LONGEST_BLOCK or state.blocksize % 2:
         raise InputError(
-            f"{info.name} says shape {list(state.shape)} in blocks of {state.blocksize}: expected a matrix, "
-            "and an even number of codes in a block"
+            f"{info.name} says shape {list(state.shape)} in blocks of {blocks[0]} and {blocks[1]}: expected a matrix, "
+            f"and an even number of codes in a block, {_LONGEST_BLOCK} at most"
         )
     return state

@@ -70,7 +70,7 @@ def block_of(
     grid = scales.shape[-2:]
     for block in blocks:
         if min(block) > 0 and (-(-rows // block[0]), -(-columns // block[1])) == grid:
-            return block
+            return min(block[0], rows), min(block[1], columns)
     if 0 in grid or rows % grid[0] or columns % grid[1]:
         raise _misfit(codes, shape, scales)
     return rows // grid[0], columns // grid[1]
@@ -158,12 +158,13 @@ def scaled(
             made[expert] = scaled(matrix, scales if scales.numel() == 1 else scales[expert], block, packed, dtype)
         return made
     grid = scales.reshape(1, 1) if scales.numel() == 1 else scales
-    at_once = max(1, _AT_ONCE // max(1, block[0] * columns))  # blocks of rows
-    for first in range(0, len(grid), at_once):
-        rows = slice(first * block[0], (first + at_once) * block[0])
-        values = float4(codes[rows]) if packed else codes[rows].float()
-        by_column = grid[first : first + at_once].repeat_interleave(block[1], 1)[:, :columns]
-        made[rows] = values.mul_(by_column.repeat_interleave(block[0], 0)[: len(values)])
+    at_once = max(1, _AT_ONCE // max(1, columns))  # rows
+    for start in range(0, len(codes), at_once):
+        rows = codes[start : start + at_once]
+        values = float4(rows) if packed else rows.float()
+        of_rows = grid[torch.arange(start, start + len(rows)) // block[0]]
+        wide = of_rows if of_rows.shape[1] == 1 else of_rows.repeat_interleave(block[1], 1)[:, :columns]
+        made[start : start + at_once] = values.mul_(wide)
     return made
 
 

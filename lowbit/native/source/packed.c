@@ -38,10 +38,12 @@ void KERNEL(lowbit_pack)(const Weight *w, const uint8_t *codes, void *packed) {
 }
 
 /* Rows [start, stop): their codes [stop - start, in_features], or, with weights, (code - zero) * scale */
-void KERNEL(lowbit_unpack)(const Weight *w, int64_t start, int64_t stop, uint8_t *codes, float *weights) {
-    const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
+void KERNEL(lowbit_unpack)(const Weight *given, int64_t start, int64_t stop, uint8_t *codes, float *weights) {
 #pragma omp parallel for schedule(static)
-    for (int64_t n = start; n < stop; n++)
+    for (int64_t n = start; n < stop; n++) {
+        /* a copy that no store of bytes can change: what is computed of it is computed once a row */
+        const Weight weight = *given, *w = &weight;
+        const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
         for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
             const uint16_t *word = (const uint16_t *)((const words *)w->codes + vector_of(w, n, v * LANES / chunk_size));
             const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
@@ -55,4 +57,5 @@ void KERNEL(lowbit_unpack)(const Weight *w, int64_t start, int64_t stop, uint8_t
                     weights[to + lane] = ((float)(word[lane] >> shift & mask) - zero) * scale;
             }
         }
+    }
 }
