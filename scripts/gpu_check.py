@@ -124,8 +124,12 @@ def ceilings(device: torch.device) -> dict:
     return {"copy_bytes_per_s": 2 * source.numel() / copy_us * 1e6, "bf16_flops": 2 * size**3 / product_us * 1e6}
 
 
-def correctness_cases(tiny: bool, most_warps: int):
-    """(layout, rows, kernel, config): odd sizes, every width, group, symmetry and dtype, every kernel."""
+def correctness_cases(tiny: bool, capability: tuple[int, int]):
+    """(layout, rows, kernel, config): odd sizes, every width, group, symmetry and dtype, every kernel.
+
+    capability: of the GPU.
+    """
+    most_warps = launching.most_warps(capability)
     shape = (72, 256) if tiny else (1000, 4096)
     for bits in (4,) if tiny else (4, 2, 3, 8):
         for group_size in (128,) if tiny else (128, 32, 64, 256, -1):
@@ -134,7 +138,7 @@ def correctness_cases(tiny: bool, most_warps: int):
                     layout = Layout(bits, group_size, sym, dtype, *shape)
                     for rows in (1,) if tiny else (1, 7, 16, 17, 32):
                         for programs in (512, 16) if bits == 2 else (512,):  # few of two bits have long iterations
-                            yield layout, rows, "skinny", skinny.default_config(layout, rows, programs)
+                            yield layout, rows, "skinny", skinny.default_config(layout, rows, programs, capability)
                     for rows in (33,) if tiny else (33, 129, 512):
                         yield layout, rows, "gemm", gemm.default_config(layout, rows, most_warps)
                         yield layout, rows, "dense", select.Dense(2**20)
@@ -172,7 +176,7 @@ def check_in_parts(out: Path, tiny: bool, seconds: float) -> list[dict]:
 def check_all(device: torch.device, tiny: bool, part: int) -> list[dict]:
     """Every PARTS-th case."""
     results = []
-    cases = list(correctness_cases(tiny, launching.most_warps(select.gpu_of(device).capability)))
+    cases = list(correctness_cases(tiny, select.gpu_of(device).capability))
     for layout, rows, kernel, config in cases[part :: 1 if tiny else PARTS]:
         weight = random_weight(layout, device)
         packed = packed_as(weight, layout)

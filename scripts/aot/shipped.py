@@ -85,9 +85,15 @@ SHIPPED = (
     Shipped("skinny", 3, 128, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
     Shipped("skinny", 3, 128, False, "bf16", 8, 64, 4, 2, 3),
     Shipped("skinny", 3, 128, True, "bf16", 16, 64, 4, 2, 3, also=AMD),
+    Shipped("skinny", 3, 128, True, "bf16", 32, 64, 4, 4, 3, targets=("sm_90",)),
+    Shipped("skinny", 3, 64, False, "bf16", 32, 64, 4, 4, 3, targets=("sm_90",)),
+    Shipped("skinny", 3, 128, True, "bf16", 32, 32, 4, 2, 3, targets=("sm_90",)),
     Shipped("skinny", 2, 128, True, "bf16", 8, 64, 4, 2, 3, also=NVIDIA),
     Shipped("skinny", 2, 128, False, "bf16", 8, 64, 4, 2, 3),
     Shipped("skinny", 2, 128, True, "bf16", 16, 64, 4, 2, 3),
+    Shipped("skinny", 2, 64, True, "bf16", 8, 64, 4, 2, 3, targets=("sm_90",)),
+    Shipped("skinny", 2, 64, True, "bf16", 16, 128, 4, 2, 2, targets=("sm_90",)),
+    Shipped("skinny", 2, 64, False, "bf16", 16, 128, 4, 2, 2, targets=("sm_90",)),
     Shipped("skinny", 8, 128, False, "bf16", 16, 64, 4, 2, 3, targets=(), also=AMD),
     Shipped("skinny", 2, 128, False, "fp16", 16, 64, 4, 2, 3, targets=(), also=AMD),
     Shipped("gemm", 4, 128, True, "bf16", 64, 128, 1, 4, 3, also=ANY),
@@ -149,7 +155,7 @@ def skinny(shipped: Shipped) -> Call:
     constants = {
         "BITS": shipped.bits, "GROUP_SIZE": shipped.group, "SYM": shipped.sym, "GATE_UP": False, "EVEN_K": True,
         "BN": shipped.block_n, "BM": shipped.block_m, "SPLIT": shipped.split,
-        "TILES": long_tiles(shipped.bits, shipped.block_m),
+        "TILES": long_tiles(shipped.bits, shipped.block_m, shipped.block_n),
     }  # fmt: skip
     options = {"num_warps": shipped.warps, "num_stages": shipped.stages, "enable_fp_fusion": True}
     return Call(skinny_kernel, types, constants, options)

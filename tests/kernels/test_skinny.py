@@ -1,5 +1,6 @@
 """The decode kernel against float64: every width, group size and dtype, rows and shapes that do not fit its blocks."""
 
+from dataclasses import replace
 from itertools import cycle, product
 
 import pytest
@@ -201,6 +202,24 @@ def test_long_iterations_cost_no_program():
     small, large = (skinny.default_config(layout, 1) for layout in layouts_of.values())
     assert (small.tiles, small.split) == (1, 8) and (large.tiles, large.split) == (2, 1)
     assert skinny.default_config(layouts_of[28672], 32).tiles == 1
+
+
+def test_hopper_has_configurations_that_keep_to_its_registers_and_slots(monkeypatch):
+    """Those of scripts/aot/shipped.py, whose counts tests/kernels/aot_report.json has."""
+    two, three = (layouts.Layout(bits, 64, True, DTYPES["bf16"], 28672, 4096) for bits in (2, 3))
+    hopper, ampere = ((capability, 528) for capability in (launching.HOPPER, launching.AMPERE))
+
+    def config(layout, rows, capability, programs):
+        chosen = skinny.default_config(layout, rows, programs, capability)
+        return chosen.block_n, chosen.block_m, chosen.tiles, chosen.warps, chosen.stages
+
+    assert config(two, 16, *hopper) == (128, 16, 1, 2, 2) and config(two, 16, *ampere) == (64, 16, 2, 2, 3)
+    assert config(two, 8, *hopper) == (64, 8, 2, 2, 3) and config(replace(two, group_size=128), 16, *hopper)[0] == 64
+    assert config(replace(two, out_features=4096), 16, *hopper)[0] == 64  # half the programs would be missing
+    assert config(three, 32, *ampere) == (64, 32, 1, 2, 3)
+    for fenced, expected in ((True, (64, 32, 1, 4, 3)), (False, (32, 32, 1, 2, 3))):
+        monkeypatch.setattr(launching, "FENCED", fenced)
+        assert config(three, 32, *hopper) == expected
 
 
 def test_default_config_fits():

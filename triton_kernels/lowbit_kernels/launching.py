@@ -27,6 +27,9 @@ FENCED = TRITON >= (3, 7, 1)
 # Four warps and more make triton pick those instructions; two use mma.sync, which reads registers
 _MOST_WARPS, _MOST_WARPS_UNFENCED = 8, 2
 
+# Compute capabilities
+AMPERE, HOPPER = (8, 0), (9, 0)
+
 # Rows of x that a matrix instruction takes at least: fewer would be multiplied without one, far slower
 FEWEST_ROWS = 16 if AMD else 8
 # Programs that share a tile add that many partial sums, more than which cost more than they bring
@@ -182,9 +185,14 @@ class Workspace:
 _workspaces: dict[tuple[torch.device, int], Workspace] = {}
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device; CPUs have one."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 def workspace_of(device: torch.device) -> Workspace:
     """The workspace of the current stream: launches on one stream follow each other, those on two must not share."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    key = (device, stream_of(device))
     if key not in _workspaces:
         _workspaces[key] = Workspace(device)
     return _workspaces[key]

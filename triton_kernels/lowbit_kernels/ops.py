@@ -85,7 +85,8 @@ def _gate_up(x, weight, meta, bits, group_size, sym, dtype, out_features):
     layout = Layout(bits, group_size, sym, dtype, out_features, x.shape[-1])
     rows = _rows(x, layout)
     if len(rows) <= select.SKINNY_ROWS:
-        config = skinny.default_config(layout, len(rows), 4 * select.gpu_of(x.device).processors)
+        gpu = select.gpu_of(x.device)
+        config = skinny.default_config(layout, len(rows), 4 * gpu.processors, gpu.capability)
         y = skinny.launch(rows, weight, meta, layout, config, gate_up=True)
     else:
         config = gemm.default_config(layout, len(rows), launching.most_warps(select.gpu_of(x.device).capability))

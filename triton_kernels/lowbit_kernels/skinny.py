@@ -36,6 +36,7 @@ import triton.language as tl
 
 from lowbit_kernels import launching
 from lowbit_kernels.decode import (
+    AMD,
     PTX,
     as_matrix,
     dot,
@@ -78,22 +79,44 @@ def default_tiles(layout: Layout) -> int:
     return launching.tiles_per_iteration(layout.tiles, most=_MOST_TILES.get(layout.bits, 1))
 
 
-def long_tiles(bits: int, block_m: int) -> int:
+def long_tiles(bits: int, block_m: int, block_n: int = 64) -> int:
     """K tiles of a loop iteration of a large weight: of two bits 512 inputs, since reading them leaves the least time
-    for instructions, and this saves 6 % of those; more rows have no registers for it."""
-    return 2 if bits == 2 and block_m <= 16 else _MOST_TILES.get(bits, 1)
+    for instructions, and this saves 6 % of those; more rows, of x or of W, have no registers for it."""
+    return 2 if bits == 2 and block_m <= 16 and block_n <= 64 else _MOST_TILES.get(bits, 1)
 
 
-def default_config(layout: Layout, rows: int, programs: int = 528) -> Config:
+def default_config(
+    layout: Layout, rows: int, programs: int = 528, capability: tuple[int, int] = launching.AMPERE
+) -> Config:
     """A start: iterations of 256 inputs where the K tiles allow it, and about `programs` programs by splitting; longer
-    iterations where they cost no program."""
+    iterations where they cost no program. capability: of the GPU, where there is one."""
     block_m = max(launching.FEWEST_ROWS, 8 if rows <= 8 else 16 if rows <= 16 else 32)
-    column_tiles = layout.padded_out // 64 * -(-rows // block_m)
+    row_tiles = -(-rows // block_m)
+    if _wide_pays(layout, block_m, row_tiles, programs, capability):
+        split = launching.split_of_inputs(layout.tiles, layout.padded_out // 128 * row_tiles, programs)
+        return Config(block_n=128, block_m=block_m, split=split, stages=2)
+    block_n, warps = 64, 2
+    if layout.bits == 3 and block_m == 32 and capability == launching.HOPPER and not AMD:
+        # a K tile of 64 rows and three bits takes 96 registers of each thread of two warps: ptxas spilled some of them
+        block_n, warps = (64, 4) if launching.most_warps(capability) >= 4 else (32, 2)
+    column_tiles = layout.padded_out // block_n * row_tiles
     tiles = launching.tiles_per_iteration(layout.tiles, most=long_tiles(layout.bits, block_m))
     if launching.split_of_inputs(layout.tiles // tiles, column_tiles, programs) < programs // column_tiles:
         tiles = default_tiles(layout)
     split = launching.split_of_inputs(layout.tiles // tiles, column_tiles, programs)
-    return Config(block_m=block_m, split=split, tiles=tiles)
+    return Config(block_n=block_n, block_m=block_m, split=split, tiles=tiles, warps=warps)
+
+
+def _wide_pays(layout: Layout, block_m: int, row_tiles: int, programs: int, capability: tuple[int, int]) -> bool:
+    """Whether a program takes 128 rows of W: of two bits in groups of 64, 9 to 16 rows of x, and where it costs no
+    program. A Hopper GPU reads such a weight faster than 64 rows a time are decoded (by 1 to 4 %); two warps have the
+    registers for twice as many there, which share each load of x. On Ampere ptxas spills some, and reading is slower.
+    """
+    here = (layout.bits, layout.group_size, block_m, capability) == (2, 64, 16, launching.HOPPER) and not AMD
+    if not here or layout.padded_out % 128:
+        return False
+    column_tiles = layout.padded_out // 128 * row_tiles
+    return launching.split_of_inputs(layout.tiles, column_tiles, programs) >= programs // column_tiles
 
 
 @triton.jit

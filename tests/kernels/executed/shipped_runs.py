@@ -133,7 +133,7 @@ def tiles(shipped: Shipped) -> int:
     from lowbit_kernels.skinny import long_tiles
 
     if shipped.kernel == "skinny":
-        return long_tiles(shipped.bits, shipped.block_m)
+        return long_tiles(shipped.bits, shipped.block_m, shipped.block_n)
     return 2 if shipped.kernel == "int8" and shipped.split > 1 else 1
 
 

@@ -116,7 +116,8 @@ def choose_for_experts(layout: Layout, rows: int, experts: int, device: torch.de
 @lru_cache(maxsize=4096)
 def _choose_for_experts(layout: Layout, rows: int, device: torch.device) -> Choice:
     gpu = gpu_of(device)
-    choice = Choice("skinny", skinny.default_config(layout, rows, programs=4 * gpu.processors), "by rule for experts")
+    config = skinny.default_config(layout, rows, 4 * gpu.processors, gpu.capability)
+    choice = Choice("skinny", config, "by rule for experts")
     _log(layout, rows, gpu, choice)
     return choice
 
@@ -144,7 +145,7 @@ def rule(layout: Layout | Int8Layout, rows: int, gpu: Gpu, without: tuple[str, .
     if isinstance(layout, Int8Layout):
         return "int8", int8.default_config(layout, rows, programs=4 * gpu.processors, most_warps=most_warps)
     if rows <= SKINNY_ROWS:
-        return "skinny", skinny.default_config(layout, rows, programs=4 * gpu.processors)
+        return "skinny", skinny.default_config(layout, rows, 4 * gpu.processors, gpu.capability)
     if rows >= DENSE_ROWS:
         return "dense", Dense()
     if gpu.capability == (9, 0) and "hopper" not in without and ("hopper", gpu) not in _distrusted:
