@@ -61,6 +61,8 @@ class CudaGraphs:
         """What a replay does the step has to do: `step` may neither read a tensor on the host nor change anything in
         Python. Raises RuntimeError where it does. The step has been made a few times when this returns."""
         with torch.cuda.device(self.device):
+            # one stream, of this graph alone, for both: what kernels keep for a stream (the workspace of split inputs)
+            # is there before the capture, and no two graphs write to it
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -69,7 +71,7 @@ class CudaGraphs:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             graph.register_generator_state(generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=side):
                 step()
         return graph.replay
 

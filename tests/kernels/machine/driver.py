@@ -57,12 +57,13 @@ class Driver:
 
 @dataclass
 class Executed:
-    """A launch that has run. fault: what stopped it, if anything."""
+    """A launch that has run. fault: what stopped it, if anything; tensors: its arguments, in the order of memory."""
 
     kernel: str
     grid: tuple[int, int, int]
     launch: Launch
     fault: str | None
+    tensors: list[torch.Tensor]
 
     def problems(self) -> list[str]:
         return [f"{self.kernel} {self.grid}: {problem}" for problem in [self.fault, *self.launch.findings] if problem]
@@ -175,7 +176,7 @@ class Session:
             fault = str(error)
         for n, tensor in enumerate(arguments.tensors):
             self.write_back(tensor, memory, memory.piece(n))
-        self.executed.append(Executed(function.__name__, grid, launch, fault))
+        self.executed.append(Executed(function.__name__, grid, launch, fault, arguments.tensors))
         return kernel
 
     def write_back(self, tensor: torch.Tensor, memory: GlobalMemory, piece: slice) -> None:
@@ -204,11 +205,15 @@ class Session:
     def empty(self, make: Callable[..., torch.Tensor], *args, **kwargs) -> torch.Tensor:
         """torch.empty, whose bytes are 0xFF (NaN) and count as unwritten until a launch has written them."""
         tensor = make(*args, **kwargs)
+        self.forget(tensor)
+        return tensor
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Let a tensor that has its storage for itself be as `empty` makes it."""
         if tensor.numel() and tensor.ndim:
             bytes_of(tensor)[:] = 0xFF
             storage = tensor.untyped_storage()
             self.uninitialised[storage.data_ptr()] = (tensor, np.zeros(len(storage), bool))
-        return tensor
 
     def problems(self) -> list[str]:
         return [problem for one in self.executed for problem in one.problems()]
