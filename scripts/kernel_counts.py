@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""What kernels execute for each weight, counted on the machine of tests/kernels/machine (PTX, before ptxas).
+"""What kernels execute for each weight, counted on the machine of tests/kernels/machine: PTX, memory, and the machine
+code that ptxas makes of it, as often as that was executed. The predictions of the kernels' README rest on it.
 
     python scripts/kernel_counts.py [--only skinny] [--write]
 
@@ -27,7 +28,12 @@ INPUTS = 4096
 COUNTED = (
     *((f"skinny-w{bits}-{group}-sym-bf16-m8-n64", rows)
       for bits, group in ((4, "g128"), (3, "g128"), (2, "g128"), (8, "channel")) for rows in (1, 4)),
-    ("skinny-w4-g128-sym-bf16-m16-n64", 16),
+    *((f"skinny-w{bits}-g128-asym-bf16-m8-n64", 1) for bits in (4, 3, 2)),
+    *((f"skinny-w{bits}-g128-sym-bf16-m16-n64", 16) for bits in (4, 3, 2)),
+    ("skinny-w2-g64-sym-bf16-m8", 1),
+    ("skinny-w2-g64-sym-bf16-m16", 16),
+    ("skinny-w2-g64-asym-bf16-m16", 16),
+    ("skinny-w3-g128-sym-bf16-m32-n64", 32),
     ("gemm-w4-g128-sym-bf16-m64", 64),
     ("gemm-w4-g128-sym-bf16-m128", 128),
     ("gemm-w8-channel-sym-bf16-m128", 128),

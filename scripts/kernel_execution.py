@@ -9,9 +9,9 @@
     ... --write                                           into scripts/benchmarks/results/kernel_execution.json,
                                                           where rows that were not run stay
 
-Runs every shipped configuration on its smallest telling shape, shapes that are drawn, and tests/kernels on the machine
-of tests/kernels/machine. TRITON_CACHE_DIR keeps what is compiled. `python scripts/benchmarks/tables.py` then renders
-the table of triton_kernels/README.md.
+Runs every shipped configuration on its smallest telling shape, shapes that are drawn, the decode loop, and
+tests/kernels on the machine of tests/kernels/machine. TRITON_CACHE_DIR keeps what is compiled.
+`python scripts/benchmarks/tables.py` then renders the table of triton_kernels/README.md.
 Exits with 1 if anything is wrong but what a release of triton is known to get wrong.
 """
 
@@ -32,14 +32,14 @@ RESULT = ROOT / "scripts" / "benchmarks" / "results" / "kernel_execution.json"
 # The order of rows
 KERNELS = [
     "skinny", "gemm", "hopper", "int8", "quantize", "quantize_normed", "dequantize", "gptq_columns", "gptq_descend",
-    "drawn", "tests",
+    "drawn", "decode", "tests",
 ]  # fmt: skip
 TESTS = ("test_skinny.py", "test_gemm.py", "test_int8.py", "test_quantize_rows.py")
 GPUS = ("sm_80", "sm_90")
-PARTS = ("shipped", "drawn", "tests")
+PARTS = ("shipped", "drawn", "decode", "tests")
 sys.path[:0] = PATHS
 
-from executed import drawn_runs, process, shipped_runs  # noqa: E402
+from executed import decode_runs, drawn_runs, process, shipped_runs  # noqa: E402
 from executed.known_faults import known_fault, version_of  # noqa: E402
 from executed.shipped_runs import Result  # noqa: E402
 
@@ -85,6 +85,7 @@ def run_with(folder: str | None, options: argparse.Namespace) -> tuple[str, dict
             version = pool.submit(process.triton_version).result()
             rows = shipped(pool, version, options) if "shipped" in options.parts else []
             rows += drawn(pool, version, options) if "drawn" in options.parts else []
+            rows += decode(pool, options) if "decode" in options.parts else []
         rows += [tests(gpu, folder, cache) for gpu in options.gpu] if "tests" in options.parts else []
     import numpy
     import torch
@@ -117,6 +118,25 @@ def drawn(pool: ProcessPoolExecutor, version: str, options: argparse.Namespace) 
     jobs = [pool.submit(drawn_runs.run_drawn, gpu, seed) for gpu in options.gpu for seed in range(options.drawn)]
     results = collected(jobs)
     return [row("drawn", gpu, [r for r in results if r.gpu == gpu], version) for gpu in options.gpu]
+
+
+def decode(pool: ProcessPoolExecutor, options: argparse.Namespace) -> list[dict]:
+    """A step with every operator, captured and replayed."""
+    jobs = {
+        gpu: [pool.submit(decode_runs.run_decode, gpu, seed) for seed in range(options.seeds)] for gpu in options.gpu
+    }
+    rows = []
+    for gpu, of_gpu in jobs.items():
+        results = [job.result() for job in of_gpu]
+        for problem in [problem for result in results for problem in result.problems][:10]:
+            print(f"decode loop on {gpu}: {problem}", flush=True)
+        rows.append({
+            "kernel": "decode", "gpu": gpu, "runs": len(results), "operators": results[0].operators,
+            "launches": sum(r.launches for r in results), "instructions": sum(r.instructions for r in results),
+            "unknown": sum(bool(r.problems) for r in results),
+            "cpu_seconds": round(sum(r.cpu_seconds for r in results), 1),
+        })  # fmt: skip
+    return rows
 
 
 def collected(jobs: list) -> list[Result]:

@@ -2,7 +2,7 @@
 
 from rendering import markdown, measured, result
 
-NAMES = {"drawn": "drawn shapes, all kernels", "tests": "tests/kernels"}
+NAMES = {"drawn": "drawn shapes, all kernels", "decode": "decode loop, all operators", "tests": "tests/kernels"}
 
 
 def kernel_execution() -> str:
@@ -22,6 +22,9 @@ def kernel_execution() -> str:
                 f"{row['configurations']} in {row['runs']} runs", f"{row['instructions'] / 1e6:.1f}",
                 f"{100 * row['covered']:.0f} %", f"{row['worst']:.2f}",
             ]  # fmt: skip
+        elif "launches" in row:
+            executed = f"{row['operators']} operators in {row['launches']} launches"
+            cells = [executed, f"{row['instructions'] / 1e6:.1f}", "-", "equal to the bit"]
         name = NAMES.get(row["kernel"]) or f"`{row['kernel']}`"
         rows.append([f"{name}, {row['gpu']}", *cells, *(_verdict(of.get(place)) for of in places.values())])
     header = [
@@ -67,9 +70,24 @@ def kernel_mutations() -> str:
         "of it listed: no change",
         "the rest: noticed",
     ]
-    return markdown(header, rows) + (
-        f"\n\n{data['date']}, triton {data['triton']}; `python scripts/kernel_mutations.py --write`"
+    return (
+        markdown(header, rows)
+        + _sources(data.get("sources"))
+        + (f"\n\n{data['date']}, triton {data['triton']}; `python scripts/kernel_mutations.py --write`")
     )
+
+
+def _sources(data: dict | None) -> str:
+    """The same of damaged sources, by file."""
+    if data is None:
+        return ""
+    rows = [
+        [f"`{row['file']}`", f"{row['synchronisation_noticed']} of {row['synchronisation']}", str(row["equivalent"]),
+         f"{row['other_noticed']} of {row['other']}"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    header = ["source damaged in one place", "synchronisation: noticed", "listed: no change", "the rest: noticed"]
+    return "\n\n" + markdown(header, rows)
 
 
 _KINDS = ("integer", "float", "tensor core", "global memory", "shared memory")

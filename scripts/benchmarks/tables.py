@@ -11,6 +11,7 @@ import sys
 
 from kernel_tables import kernel_counts, kernel_execution, kernel_mutations
 from ladder_tables import int8_linear, ladder, ladder_speed
+from prediction_tables import gpu_predictions, issue_budget
 from rendering import ROOT, markdown, measured, result, source
 
 DOCUMENTS = (
@@ -279,69 +280,6 @@ def gpu_end_to_end() -> str:
 
 def _rows(number: int) -> str:
     return f"{number} row{'s' * (number > 1)}"
-
-
-# Bytes per second that a copy reads and writes, as seen on such cards; both multiply bf16 at about this rate, and issue
-# instructions for so many lanes per second
-_COPIES = {"H100": 3.0e12, "H200": 4.3e12}
-_FLOPS, _LANES = 790e12, 132 * 128 * 1.755e9
-# Part of those that a good kernel reaches
-_REACHED = 0.85
-_LINEARS = {
-    "8B qkv": (6144, 4096), "8B o": (4096, 4096), "8B gate_up": (28672, 4096), "8B down": (4096, 14336),
-    "70B qkv": (10240, 8192), "70B o": (8192, 8192), "70B gate_up": (57344, 8192), "70B down": (8192, 28672),
-}  # fmt: skip
-_KERNEL_OF_ROWS = {
-    1: "skinny-w4-g128-sym-bf16-m8-n64-split4-warps2-stages3",
-    64: "gemm-w4-g128-sym-bf16-m64-n128-split1-warps4-stages3",
-    128: "gemm-w4-g128-sym-bf16-m128-n128-split1-warps8-stages3",
-}
-
-
-def _predicted(n: int, k: int, rows: int, bits: float, instructions: float, copies: float) -> str:
-    """Microseconds of a weight [n, k] of so many stored bits and instructions per weight, and over ideal bf16."""
-    weights, activations = n * k, n + k
-    multiplying = 2 * rows * weights / _FLOPS
-    reading = (weights * bits / 8 + 2 * rows * activations) / copies
-    ours = max(max(reading, multiplying) / _REACHED, weights * instructions / _LANES)
-    dense = max((2 * weights + 2 * rows * activations) / copies, multiplying)
-    return f"{ours * 1e6:.1f} ({dense / ours:.1f}x)"
-
-
-def gpu_predictions() -> str:
-    """W4, groups of 128: the slowest of moving bytes, multiplying, and issuing the instructions of the machine code."""
-    report = json.loads((ROOT / "tests" / "kernels" / "aot_report.json").read_text())["3.6.0"]
-    instructions = {m: report[name]["sm_90"]["instructions_per_weight"] for m, name in _KERNEL_OF_ROWS.items()}
-
-    rows = [
-        [f"{name} {n}x{k}", *(_predicted(n, k, m, 4 + 16 / 128, instructions[m], copies)
-                              for copies in _COPIES.values() for m in instructions)]
-        for name, (n, k) in _LINEARS.items()
-    ]  # fmt: skip
-    columns = [f"{gpu}, {_rows(m)}" for gpu in _COPIES for m in instructions]
-    return markdown(["**predicted** us (over ideal bf16)", *columns], rows)
-
-
-_INTEGER_LANES = _LANES / 2  # of the pipe that shifts and masks
-_SKINNY = "skinny-w{}-g128-{}-bf16-m{}-n64-split4-warps2-stages3"
-_SKINNY_SCHEMES = [(bits, sym, m) for bits in (4, 3, 2) for sym, m in (("sym", 8), ("asym", 8), ("sym", 16))]
-
-
-def issue_budget() -> str:
-    """What the loop of few rows issues for a weight, and what an H200 can while it reads one at full bandwidth."""
-    report = json.loads((ROOT / "tests" / "kernels" / "aot_report.json").read_text())["3.6.0"]
-    n, k = _LINEARS["8B gate_up"]
-    rows = []
-    for bits, sym, m in _SKINNY_SCHEMES:
-        record, stored = report[_SKINNY.format(bits, sym, m)]["sm_90"], bits + (16 if sym == "sym" else 32) / 128
-        shares = []
-        for count, lanes in (("instructions_per_weight", _LANES), ("logic_per_weight", _INTEGER_LANES)):
-            most = stored / 8 / _COPIES["H200"] * lanes
-            shares.append(f"{record[count]:.2f} of {most:.2f}: {100 * record[count] / most:.0f} %")
-        predicted = _predicted(n, k, 1 if m == 8 else m, stored, record["instructions_per_weight"], _COPIES["H200"])
-        rows.append([f"W{bits} {sym}", "1 to 8" if m == 8 else str(m), *shares, predicted])
-    predicted = f"**predicted** us, 8B gate_up {n}x{k} (over ideal bf16)"
-    return markdown(["groups of 128", "rows", "instructions", "shifts and masks", predicted], rows)
 
 
 _TASKS = {

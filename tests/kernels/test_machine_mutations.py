@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import kernel_mutations
 import triton
-from executed import mutations, process, shipped_runs
+from executed import mutations, process, shipped_runs, source_mutations
 from executed.equivalents import EQUIVALENT, TRITON
+from executed.source_damage import DAMAGE
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,19 @@ def test_damage_is_noticed(name, gpu, compiling):
     verdicts = compiling.submit(mutations.damage, name, gpu, 1, 0).result()
     assert len(verdicts) >= 4
     assert not [v.mutant for v in verdicts if v.noticed is None and v.equivalent is None]
+
+
+@pytest.mark.parametrize("damage", source_mutations.sample(4, seed=1), ids=lambda damage: damage.name)
+def test_damaged_sources_are_noticed(damage, compiling):
+    """scripts/kernel_mutations.py compiles all of them."""
+    assert compiling.submit(source_mutations.run, damage).result().noticed
+
+
+def test_sources_hold_what_is_damaged():
+    for damage in DAMAGE:
+        assert source_mutations.damaged(damage) and source_mutations.configuration(damage)
+        assert damage.equivalent is None or len(damage.equivalent) > 20
+    assert len({damage.name for damage in DAMAGE}) == len(DAMAGE)
 
 
 def test_every_equivalent_has_a_configuration_and_a_reason():

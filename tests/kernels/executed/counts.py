@@ -1,12 +1,16 @@
 """What a kernel executes for each weight: instructions by kind, sectors of global memory, bank conflicts."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from machine.global_memory import TENSOR_BITS
 from machine.program import Instruction
 from machine.threads import LANES, Array
+
+if TYPE_CHECKING:
+    from aot.shipped import Shipped
 
 SECTOR = 32  # bytes of global memory that are moved together
 BANKS, BANK_BYTES = 32, 4
@@ -72,7 +76,9 @@ class Accesses:
 class Counted:
     """instructions: of threads, for each weight that a row tile multiplies, by kind. By tensor: sectors, touched over
     what instructions ask for; repeats, how often a word is asked for. wavefronts: of shared memory, over the fewest
-    possible."""
+    possible. bits: moved for a weight, of codes and meta words. issued, integer: of ptxas's machine code for a weight,
+    start and end of the programs included, and the part that shifts and masks; loop, loop_integer: of the loop alone.
+    None where warps run different code."""
 
     configuration: str
     gpu: str
@@ -81,17 +87,23 @@ class Counted:
     sectors: dict[str, float]
     repeats: dict[str, float]
     wavefronts: float
+    bits: float
+    issued: float | None = None
+    integer: float | None = None
+    loop: float | None = None
+    loop_integer: float | None = None
 
 
 def count(name: str, gpu: str, rows: int, in_features: int) -> Counted:
-    """A shipped configuration on a weight of one block of rows. In a process of process.py."""
+    """A shipped configuration on a weight of one block of rows, whose inputs one program has, as of a large weight.
+    In a process of process.py."""
     import torch
     from machine.driver import on_machine
 
     from executed import problems
     from executed.shipped_runs import configured, find
 
-    shipped, accesses = find(name), Accesses()
+    shipped, accesses = replace(find(name), split=1), Accesses()
     out_features = max(shipped.block_n, 64)
     weight = problems.Weight(
         shipped.bits, shipped.group, shipped.sym, shipped.dtype, rows, out_features, in_features,
@@ -108,9 +120,30 @@ def count(name: str, gpu: str, rows: int, in_features: int) -> Counted:
         for instruction in executed.launch.compiled.instructions(segment):
             kinds[kind_of(instruction.opcode)] += threads
     names = {n: executed.launch.memory.tensors[n - 1].name for n in accesses.touched}
+    stored = sum(accesses.touched[n] for n, name in names.items() if name in ("weight", "meta", "scales"))
+    threads = executed.launch.program.threads * int(np.prod(executed.grid))
     return Counted(
         name, gpu, rows, {kind: round(number / weights, 4) for kind, number in kinds.most_common()},
         {names[n]: round(accesses.touched[n] * SECTOR / accesses.bytes[n], 3) for n in names},
         {names[n]: round(accesses.bytes[n] / accesses.words(n) / 4, 3) for n in names},
-        round(accesses.wavefronts / max(accesses.ideal, 1), 3),
+        round(accesses.wavefronts / max(accesses.ideal, 1), 3), round(stored * SECTOR * 8 / weights, 3),
+        **({} if shipped.kernel == "hopper" else issued(shipped, gpu, threads / weights)),
     )  # fmt: skip
+
+
+def issued(shipped: "Shipped", gpu: str, threads: float) -> dict[str, float]:
+    """Instructions of the machine code for a weight. threads: of a launch for each weight, as it was executed; each is
+    once at the start and the end, and in the loop for as long as there are weights."""
+    from aot import measure, sass
+    from aot.shipped import call
+
+    result = measure.compiled(call(shipped), gpu)
+    program = sass.parse(measure.tool("nvdisasm", "-c", cubin=result.asm["cubin"]))
+    loop, code = program.hot_loop(), [one for one in program.code if one.op != "NOP"]  # they lie behind the end
+    weights = measure.weights_per_thread(loop, shipped.block_m)
+    found = {}
+    for all_of_it, of_the_loop, names in (("issued", "loop", ("",)), ("integer", "loop_integer", sass.LOGIC)):
+        once = sass.count(code, *names) - sass.count(loop, *names)
+        passed = sass.count(loop, *names) / weights
+        found[of_the_loop], found[all_of_it] = round(passed, 3), round(passed + once * threads, 3)
+    return found
