@@ -58,6 +58,7 @@ class Report(RunFacts, _Planned):
     measured since.
     """
 
+    adapter: str | None = None  # that was merged into the source before
     expected_peak: int | None = None
     calibration: dict | None = None
     quality: dict | None = None
