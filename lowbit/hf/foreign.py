@@ -49,8 +49,8 @@ class StoredModel:
         for name, reason in judge(reader, alike)[1].items():
             raise InputError(f"{name} is unknown to the model: {reason}")
         # in the order of the model, which is that of the parameters of experts when they are dense again
-        found = self._by_parameter(sites)
-        self.sites = {name: _combined(site, found[name]) for name, site in sites.items() if name in found}
+        several = self._by_parameter(sites)
+        self.sites = {name: _combined(site, several[name]) for name, site in sites.items() if name in several}
         for name, found in self.sites.items():
             if found.site.kind == "experts" and found.scheme.activations is not None:
                 raise InputError(

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-from lowbit.cli.commands.dtype import only_converts, preview_dtype
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -13,6 +12,7 @@ from lowbit.cli.common import (
     one_model,
     size,
 )
+from lowbit.cli.dtype import only_converts, preview_dtype
 from lowbit.cli.terminal import console, print_json, show_names, table
 from lowbit.options import FileOptions, RecipeOptions, SampleOptions, SourceOptions, keywords
 

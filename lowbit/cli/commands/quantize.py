@@ -6,7 +6,6 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from lowbit.cli.commands.dtype import convert_to_dtype, only_converts
 from lowbit.cli.commands.plan import preview_any
 from lowbit.cli.common import (
     HeadFlags,
@@ -20,6 +19,7 @@ from lowbit.cli.common import (
     one_output,
     size,
 )
+from lowbit.cli.dtype import convert_to_dtype, only_converts
 from lowbit.cli.ending import ignore_signals, interrupted_once
 from lowbit.cli.options import flag
 from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
