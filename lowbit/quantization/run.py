@@ -112,6 +112,11 @@ def quantize_dense(
     for tensor, reason in list(plan.unknown.items())[:1]:
         more = f" (and {len(plan.unknown) - 1} more such tensors)" if len(plan.unknown) > 1 else ""
         logger.warning("%s of %s is left out%s: %s", tensor, reader.folder, more, reason)
+    if plan.converted:
+        logger.warning(
+            "%d of %d weights are integers that their schemes hold: they are converted exactly, not rounded again",
+            len(plan.converted), len(plan.quantized),
+        )  # fmt: skip
     report = replace(Report.of(plan, name, reader.folder, run.command), **facts)
     if run.dry_run:
         if run.on_plan:

@@ -137,6 +137,8 @@ def _show(report, output_dir: Path) -> None:
         f"{report.quantized_tensors} weight tensors quantized, {report.quantized_share:.1%} of the bytes; "
         f"{_error(report)}; {report.seconds:.1f} s"
     )
+    if report.converted:
+        console.print(f"{report.converted} of them converted exactly: the integers of the source, not rounded again")
     if report.calibration:
         _show_calibration(report)
     show_names("other group size, because theirs does not divide in_features:", report.fallbacks)
