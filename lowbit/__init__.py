@@ -1,7 +1,7 @@
 """lowbit: quantize, run, check and publish LLMs with low-bit weights.
 
-Public names: `plan`, `quantize`, `convert`, `convert_dtype`, `dequantize`, `verify`, `load`, `resolve`, `LowbitConfig`,
-`Scheme`, `Recipe`, `LowbitError`. Each is imported on first use, so that `import lowbit` stays cheap.
+Public names: `plan`, `quantize`, `convert`, `convert_dtype`, `dequantize`, `merge`, `verify`, `load`, `resolve`,
+`LowbitConfig`, `Scheme`, `Recipe`, `LowbitError`. Each is imported on first use, so that `import lowbit` stays cheap.
 """
 
 from importlib import import_module
@@ -19,6 +19,7 @@ _PUBLIC = {
     "convert": "lowbit.conversion.formats:convert",
     "convert_dtype": "lowbit.conversion.dtype:convert_dtype",
     "dequantize": "lowbit.conversion.formats:dequantize",
+    "merge": "lowbit.merging.run:merge",
     "verify": "lowbit.eval:verify",
     "resolve": "lowbit.folders.locate:resolve",
 }

@@ -12,6 +12,7 @@ from lowbit.bench.random_model import check_memory, dense_model, quantized_model
 from lowbit.bench.repeats import Side
 from lowbit.bench.shapes import config_of
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.decoded import decoded
 from lowbit.conversion.formats import dequantize
 from lowbit.discovery import require_language_head
 from lowbit.errors import InputError, UsageError
@@ -122,8 +123,14 @@ class Checkpoint:
         return resolve(self.model, self.setting.revision)
 
     @cached_property
+    def is_encoded(self) -> bool:
+        """Whether its weights are in an encoding of others, which are decoded when they are read."""
+        reader = CheckpointReader(self.folder)
+        return decoded(reader) is not reader
+
+    @cached_property
     def is_quantized(self) -> bool:
-        return CheckpointReader(self.folder).quantization_config is not None
+        return CheckpointReader(self.folder).quantization_config is not None and not self.is_encoded
 
     @property
     def describes(self) -> str:
@@ -137,7 +144,7 @@ class Checkpoint:
         return Side(LOWBIT, origin + self.setting.head_origin, self._load_quantized)
 
     def others(self, unquantized: bool, peers: list[str]) -> list[Side]:
-        origin = self.source or ("dequantized" if self.is_quantized else self.model)
+        origin = self.source or ("dequantized" if self.is_quantized or self.is_encoded else self.model)
         sides = [Side(UNQUANTIZED, origin, lambda: self._load(self._unquantized()))] if unquantized else []
         return sides + _peers(peers, self.setting, self._scheme(), self._dtype(), self._unquantized)
 
@@ -155,7 +162,7 @@ class Checkpoint:
         return self._load(folder, backend=self.setting.backend, lm_head=self.setting.lm_head)
 
     def _unquantized(self) -> Path:
-        if self.source is not None or not self.is_quantized:
+        if self.source is not None or not (self.is_quantized or self.is_encoded):
             return self.folder if self.source is None else resolve(self.source)
         folder = self.setting.work / "unquantized"
         if not folder.exists():

@@ -132,7 +132,7 @@ class CheckpointReader:
         if (self.folder / _ADAPTER_NAME).is_file():
             raise InputError(
                 f"{self.folder} holds an adapter of PEFT beside the model ({_ADAPTER_NAME}): merge it into the model "
-                "(model.merge_and_unload()), or move it to another folder"
+                "(`lowbit merge`), or move it to another folder"
             )
         named = self.config.get(_WEIGHTS_KEY)
         if named is not None:

@@ -14,6 +14,7 @@ COMMANDS = {
     ),
     "convert": ("lowbit.cli.commands.convert:convert", "Write a quantized model in another format, the same numbers."),
     "dequantize": ("lowbit.cli.commands.dequantize:dequantize", "Write a quantized model as a plain one."),
+    "merge": ("lowbit.cli.commands.merge:merge", "Merge a LoRA adapter into a model, quantized or not."),
     "verify": ("lowbit.cli.commands.verify:verify", "Check a quantized folder before it is published."),
     "inspect": ("lowbit.cli.commands.inspect:inspect", "Show what is quantized and how, from headers alone."),
     "eval": ("lowbit.cli.commands.eval:evaluate", "Measure perplexity, and KL divergence to a reference model."),

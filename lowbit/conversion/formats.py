@@ -6,26 +6,23 @@ again and compared before it appears.
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lowbit.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from lowbit.checkpoint.checked import read_checked
+from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.configs import write_configs
-from lowbit.checkpoint.manifest import write_manifest
-from lowbit.checkpoint.names import output_name
-from lowbit.checkpoint.side_files import copy_side_files
-from lowbit.checkpoint.writer import StagedFolder, parse_size
+from lowbit.checkpoint.writer import parse_size
 from lowbit.conversion.export import export_source
 from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
 from lowbit.conversion.options import DenseOptions, ExportOptions
+from lowbit.conversion.rewrite import OnStart, Part, in_order, packed_config, packed_part, plain_part, rewrite
 from lowbit.errors import InputError, OutputError, UsageError
-from lowbit.folders.dense import cast_checked, dequantized
+from lowbit.folders.dense import dequantized
 from lowbit.folders.locate import check_apart
 from lowbit.folders.quantized import QuantizedFolder
 from lowbit.folders.stored import StoredWeight, StoredWeights
@@ -37,9 +34,6 @@ from lowbit.options import OutputOptions, SourceOptions, takes_options
 
 # Formats of other tools, which lowbit writes and does not read
 EXPORTS = ("mlx", "gguf")
-
-# Called with the number of weights in all, may return what is called with the name of each that is done
-OnStart = Callable[[int], Callable[[str], None] | None]
 
 
 @dataclass(frozen=True)
@@ -56,15 +50,6 @@ class Conversion:
 
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some tensors of the output, and what reads and computes them."""
-
-    name: str
-    outputs: tuple[TensorInfo, ...]
-    make: Callable[[], dict[str, torch.Tensor]]
 
 
 @takes_options
@@ -119,20 +104,18 @@ def convert(
         write_configs(written, folder.reader.plain_config, get_format(format), config)
         _compare(folder.stored, StoredWeights(CheckpointReader(written)))
 
-    return _rewrite(folder, parts, output_dir, format, shard_bytes, output.overwrite, on_start, finish)
+    return _rewrite(folder, parts, output_dir, format, output, on_start, finish)
 
 
-def _packed_parts(source: QuantizedFolder, format: str) -> tuple[list[_Part], dict]:
+def _packed_parts(source: QuantizedFolder, format: str) -> tuple[list[Part], dict]:
     """The output in another format, and its config. Raises InputError for a weight that the format cannot hold."""
     fmt, weights = get_format(format), source.stored.weights
-    usual, _ = Counter(weight.scheme for weight in weights.values()).most_common(1)[0]
     for weight in weights.values():
-        if reason := _refusal(weight, fmt, usual):
+        if reason := _refusal(weight, fmt, source.usual):
             raise InputError(f"{weight.base} cannot be stored as {format}: {reason}")
-    act_order = {"act_order": True} if any(weight.act_order for weight in weights.values()) else {}
-    config = fmt.config(usual, *source.in_config(usual), **act_order)
-    parts = [_packed_part(source.stored, weight, fmt) for weight in weights.values()]
-    parts += [_plain_part(source.reader, info) for info in source.kept]
+    config = packed_config(source, fmt)
+    parts = [packed_part(weight, fmt, partial(source.stored.quantized, weight)) for weight in weights.values()]
+    parts += [plain_part(source.reader, info) for info in source.kept]
     return parts, config
 
 
@@ -196,12 +179,12 @@ def dequantize(
         InputError: The model is not quantized, or a value is too large for the dtype.
         OutputError: The folder cannot be written.
     """
-    shard_bytes = parse_size(output.max_shard_size)
+    parse_size(output.max_shard_size)  # what cannot be done is said before the folder is opened
     wanted = _dtype(dense.dtype)
     folder = QuantizedFolder(model, source.revision, source.trust_remote_code)
     check_apart(folder.folder, Path(os.path.abspath(output_dir)))
     parts = [_dense_part(folder, weight, wanted) for weight in folder.stored.weights.values()]
-    parts += [_plain_part(folder.reader, info, wanted) for info in folder.kept]
+    parts += [plain_part(folder.reader, info, wanted) for info in folder.kept]
     config = folder.reader.plain_config
     if wanted is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}
@@ -210,7 +193,7 @@ def dequantize(
     def finish(written: Path) -> None:
         write_whole(written / "config.json", json.dumps(config, indent=2) + "\n")
 
-    return _rewrite(folder, parts, output_dir, "plain", shard_bytes, output.overwrite, on_start, finish)
+    return _rewrite(folder, parts, output_dir, "plain", output, on_start, finish)
 
 
 def _dtype(name) -> torch.dtype | None:
@@ -229,79 +212,20 @@ def _refusal(weight: StoredWeight, fmt, usual: Scheme) -> str | None:
     return fmt.refuse(weight.scheme, weight.shape, usual)
 
 
-def _packed_part(stored: StoredWeights, weight: StoredWeight, fmt) -> _Part:
-    lead = (weight.experts,) if weight.experts else ()
-    meta = fmt.pack(QuantWeight.meta(*weight.shape, weight.scheme, weight.dtype))
-    outputs = tuple(
-        TensorInfo(_name(weight, suffix), tensor.dtype, (*lead, *tensor.shape)) for suffix, tensor in meta.items()
-    )
-
-    def make():
-        packed = [fmt.pack(qweight) for qweight in stored.quantized(weight)]
-        return {
-            _name(weight, suffix): torch.stack([one[suffix] for one in packed]) if lead else packed[0][suffix]
-            for suffix in packed[0]
-        }
-
-    return _Part(weight.base, outputs, make)
-
-
-def _name(weight: StoredWeight, suffix: str) -> str:
-    return output_name(weight.base if weight.experts else f"{weight.base}.weight", suffix)
-
-
-def _plain_part(reader: CheckpointReader, info: TensorInfo, dtype: torch.dtype | None = None) -> _Part:
-    kept = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-
-    def make():
-        return {info.name: cast_checked(read_checked(reader, info.name), kept, info.name)}
-
-    return _Part(info.name, (TensorInfo(info.name, kept, info.shape),), make)
-
-
-def _dense_part(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtype | None) -> _Part:
+def _dense_part(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtype | None) -> Part:
     dense = dequantized(source, weight, dtype)
-    return _Part(weight.base, (dense,), lambda: {dense.name: dense.read()})
+    return Part(weight.base, (dense,), lambda: {dense.name: dense.read()})
 
 
 def _rewrite(
-    source: QuantizedFolder,
-    parts: Iterable[_Part],
-    output_dir,
-    format: str,
-    shard_bytes: int,
-    overwrite: bool,
-    on_start: OnStart | None,
-    finish: Callable[[Path], None],
-) -> Conversion:
-    target = Path(os.path.abspath(output_dir))
-    # in the order of the source, so that the tensors of a layer stay together
-    place = {name: number for number, name in enumerate(source.reader.tensors)}
-    first = {w.base: min(place[t.name] for t in w.tensors.values()) for w in source.stored.weights.values()}
-    parts = sorted(parts, key=lambda part: first.get(part.name, place.get(part.name)))
-    outputs = [info for part in parts for info in part.outputs]
-    with StagedFolder(target, overwrite) as staged:
-        done = on_start(len(parts)) if on_start else None
-        try:
-            with CheckpointWriter(staged.path, outputs, shard_bytes, {}) as writer:
-                copy_side_files(source.folder, staged.path)
-                for part in parts:
-                    for name, tensor in part.make().items():
-                        writer.write(name, tensor)
-                    if done:
-                        done(part.name)
-                writer.finish(_parameters(source))
-            finish(staged.path)
-            write_manifest(staged.path, writer.digests)
-        except OSError as error:
-            raise OutputError(f"cannot write to {target}: {error.strerror or error}") from None
-        staged.commit()
-    return _conversion(source, format, sum(info.nbytes for info in outputs), output_dir)
-
-
-def _parameters(source: QuantizedFolder) -> int:
-    quantized = sum(w.shape[0] * w.shape[1] * max(w.experts, 1) for w in source.stored.weights.values())
-    return quantized + sum(info.numel for info in source.kept)
+    source: QuantizedFolder, parts: Iterable[Part], output_dir, format: str, output: OutputOptions,
+    on_start: OnStart | None, finish: Callable[[Path], None],
+) -> Conversion:  # fmt: skip
+    ordered, shard_bytes = in_order(parts, source.reader, source.stored), parse_size(output.max_shard_size)
+    written = rewrite(
+        source.folder, output_dir, ordered, shard_bytes, output.overwrite, on_start, source.parameters, finish
+    )
+    return _conversion(source, format, written, output_dir)
 
 
 def _compare(source: StoredWeights, written: StoredWeights) -> None:

@@ -110,7 +110,7 @@ def _running_checks(path: Path, source: Path | None, device_map, trust_remote_co
     if source is None:
         yield Check("near the reference", None, "no --reference was given")
         return
-    ids, bos = _some_tokens(path, model, trust_remote_code)
+    ids, bos = some_tokens(path, model, trust_remote_code)
     quality = evaluate(model, ids, reference=load(source, **options), bos=bos)
     weights = stored_weights(path).weights.values()
     limit = _LARGEST_KL[min((weight.scheme.bits for weight in weights), default=16)]
@@ -137,14 +137,20 @@ def _canary(model) -> Check:
     return Check("generates", True, f"{made.shape[1] - start.shape[1]} greedy tokens")
 
 
-def _some_tokens(path: Path, model, trust_remote_code: bool) -> tuple[torch.Tensor, int | None]:
-    """Held-out text where the folder has a tokenizer; else tokens at random, which compare two models as well."""
+def some_tokens(
+    path: Path, model, trust_remote_code: bool, dataset: str = "stdlib", count: int = _TOKENS
+) -> tuple[torch.Tensor, int | None]:
+    """Held-out text where the folder has a tokenizer; else tokens at random, which compare two models as well.
+
+    Returns:
+        int64 [count], and the token that windows of it start with, None for none.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception:  # static_checks has said what is wrong with a tokenizer that is there
         vocabulary = model.get_input_embeddings().num_embeddings
-        return torch.randint(vocabulary, (_TOKENS,), generator=torch.Generator().manual_seed(0)), None
+        return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(0)), None
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
-    return token_stream(tokenizer, "stdlib", _TOKENS), bos
+    return token_stream(tokenizer, dataset, count), bos

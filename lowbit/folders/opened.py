@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.checkpoint.decoded import DecodedTensor, decoded
 from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, also_named, find_sites, skeleton
 from lowbit.errors import InputError
@@ -112,19 +113,21 @@ def without_parameter(model, names: CheckpointNames, tensors: Iterable[TensorInf
 
 
 def stored_weights(path: Path) -> StoredWeights:
-    """The quantized weights of a folder. The model is built only where the names of the files do not tell by which
-    scheme a weight is quantized: a config may know it by that of its module. Raises InputError."""
+    """The quantized weights of a folder, those in floating point of fewer bits decoded. The model is built only where
+    the names of the files do not tell by which scheme a weight is quantized: a config may know it by that of its
+    module. Raises InputError."""
     try:
-        return StoredWeights(CheckpointReader(path))
+        return StoredWeights(decoded(CheckpointReader(path)))
     except InputError:
-        return OpenedFolder(path).stored
+        return OpenedFolder(path, read=decoded).stored
 
 
 def summarize(folder: Path) -> dict:
-    """Parts of a checkpoint (each scheme, and what is not quantized) with parameters, bytes and bits per weight."""
+    """Parts of a checkpoint (each scheme, and what is not quantized) with parameters, bytes and bits per weight.
+    encoded: the weights in floating point of eight or four bits, or of another tool's own kind."""
     stored = stored_weights(folder)
     reader = stored.reader
-    parts, layers = defaultdict(lambda: [0, 0, 0]), []
+    parts, layers, encoded = defaultdict(lambda: [0, 0, 0]), [], []
 
     def add(part: str, parameters: int, nbytes: int) -> None:
         parts[part] = [a + b for a, b in zip(parts[part], (1, parameters, nbytes), strict=True)]
@@ -135,11 +138,15 @@ def summarize(folder: Path) -> dict:
         layers.append({"name": base, "scheme": scheme, "shape": shape, "bytes": weight.nbytes})
         add(scheme + order, math.prod(shape), weight.nbytes)
     for tensor in stored.plain:
-        add(str(tensor.dtype).removeprefix("torch."), tensor.numel, tensor.nbytes)
+        kind = tensor.encoded.kind if isinstance(tensor, DecodedTensor) else str(tensor.dtype).removeprefix("torch.")
+        if isinstance(tensor, DecodedTensor):
+            name, shape = tensor.name.removesuffix(".weight"), list(tensor.shape)
+            encoded.append({"name": name, "scheme": kind, "shape": shape, "bytes": tensor.stored_bytes})
+        add(kind, tensor.numel, tensor.stored_bytes)
     totals = [sum(column) for column in zip(*parts.values(), strict=True)]
     return {
         "architecture": (reader.config.get("architectures") or [reader.config.get("model_type") or "unknown"])[0],
-        "format": stored.format,
+        "format": stored.format or CheckpointReader(folder).method,
         "files": len(reader.files),
         "parameters": totals[1],
         "bytes": totals[2],
@@ -150,4 +157,5 @@ def summarize(folder: Path) -> dict:
             for name, (count, parameters, nbytes) in sorted(parts.items())
         ],
         "layers": layers,
+        "encoded": encoded,
     }  # fmt: skip

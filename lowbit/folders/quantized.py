@@ -1,5 +1,6 @@
 """A quantized model folder, as conversions read it."""
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -35,6 +36,17 @@ class QuantizedFolder(OpenedFolder):
     def count(self) -> int:
         """How many weights are quantized."""
         return len(self.stored.weights) + len(self.encoded)
+
+    @property
+    def usual(self) -> Scheme:
+        """The scheme of most weights in a format of lowbit."""
+        return Counter(weight.scheme for weight in self.stored.weights.values()).most_common(1)[0][0]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has, those of quantized weights counted once."""
+        quantized = sum(math.prod(w.shape) * max(w.experts, 1) for w in self.stored.weights.values())
+        return quantized + sum(info.numel for info in self.kept)
 
     @property
     def format(self) -> str:

@@ -48,7 +48,9 @@ class StoredModel:
         alike = [info.name for info in self.stored.plain if info.name.endswith(_IDLE)]
         for name, reason in judge(reader, alike)[1].items():
             raise InputError(f"{name} is unknown to the model: {reason}")
-        self.sites = {name: _combined(sites[name], several) for name, several in self._by_parameter(sites).items()}
+        # in the order of the model, which is that of the parameters of experts when they are dense again
+        several = self._by_parameter(sites)
+        self.sites = {name: _combined(site, several[name]) for name, site in sites.items() if name in several}
         for name, found in self.sites.items():
             if found.site.kind == "experts" and found.scheme.activations is not None:
                 raise InputError(

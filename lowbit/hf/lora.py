@@ -5,7 +5,7 @@ from lowbit.hf.modules import dense_layer
 from lowbit.layers.linear import LowbitLinear
 
 # Ways to start an adapter that leave the base weight what it is; all others subtract what the adapter starts with
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def enable_lora(config):
@@ -17,7 +17,7 @@ def enable_lora(config):
     UsageError for a config whose adapters would change the quantized weights when they are made.
     """
     start = config.init_lora_weights
-    if start not in _STARTS or getattr(config, "kasa_config", None) is not None:
+    if start not in PLAIN_STARTS or getattr(config, "kasa_config", None) is not None:
         raise UsageError(
             f"init_lora_weights={start!r} changes the weights that an adapter is put on, and quantized ones stay as "
             "they are: use True, 'gaussian', 'orthogonal' or 'eva'"

@@ -2,6 +2,7 @@
 
 from lowbit.options.generation import SamplingOptions, SessionOptions, TokenOptions
 from lowbit.options.keywords import changed, keywords, like, option, shows_options, takes_options
+from lowbit.options.merging import ComparisonOptions, MergeOptions
 from lowbit.options.model import DeviceOptions, LoadOptions, OutputOptions, RevisionOptions, ShardOptions, SourceOptions
 from lowbit.options.publishing import PushOptions
 from lowbit.options.recipe import (
@@ -17,8 +18,9 @@ from lowbit.options.recipe import (
 from lowbit.options.verification import VerifyOptions
 
 __all__ = [
-    "CalibrationOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption", "LoadOptions",
-    "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions", "RunOptions",
-    "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "TokenOptions",
-    "VerifyOptions", "changed", "keywords", "like", "option", "shows_options", "takes_options",
+    "CalibrationOptions", "ComparisonOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption",
+    "LoadOptions", "MergeOptions", "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions",
+    "RevisionOptions", "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions",
+    "SourceOptions", "TokenOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options",
+    "takes_options",
 ]  # fmt: skip

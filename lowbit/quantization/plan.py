@@ -13,8 +13,10 @@ from lowbit.checkpoint.extras import judge
 from lowbit.checkpoint.names import output_name
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError
+from lowbit.folders.dense import DequantizedTensor
 from lowbit.folders.opened import without_parameter
 from lowbit.formats import get_format
+from lowbit.numerics.exact import holds
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.quantizers import get_quantizer
@@ -37,6 +39,14 @@ class Step:
     def transposed(self) -> bool:
         """Whether the source holds its matrices as [in_features, out_features]."""
         return self.site.transposed != self.transposed_on_load
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the source holds integers that are on the grid that is asked for: they need no rounding."""
+        source = self.source
+        if self.scheme is None or not isinstance(source, DequantizedTensor) or source.weight.act_order:
+            return False
+        return holds(self.scheme, source.weight.scheme, source.weight.shape[1])
 
     @property
     def base(self) -> str:
@@ -65,6 +75,12 @@ class Plan:
     @cached_property
     def quantized(self) -> list[Step]:
         return [step for step in self.steps if step.scheme is not None]
+
+    @cached_property
+    def converted(self) -> list[Step]:
+        """What is converted exactly, as its source holds integers: of runs without data."""
+        with_data = statistics(self.recipe) or self.recipe.smooth is not None
+        return [] if with_data else [step for step in self.quantized if step.is_exact]
 
     @cached_property
     def outputs(self) -> list[TensorInfo]:

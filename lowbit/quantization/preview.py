@@ -22,8 +22,9 @@ class Preview:
     """output_bytes: of all tensors that will be written, as in the report of the run; file_bytes: of the weight files,
     headers and all. Both are exact. bits_per_weight: of the quantized weights, with scales and zeros.
 
-    modules: {"name", "scheme", "shape" [out_features, in_features], "bytes"} of what will be quantized. fallbacks: name
-    -> scheme, where the group that was asked for does not divide in_features. skipped: name -> why it stays as it is.
+    modules: {"name", "scheme", "shape" [out_features, in_features], "bytes"} of what will be quantized. converted: how
+    many of them are integers already, which their schemes hold: they are not rounded again. fallbacks: name -> scheme,
+    where the group that was asked for does not divide in_features. skipped: name -> why it stays as it is.
     peak_ram_bytes, disk_bytes, seconds: of the run, on this machine; seconds are good to a factor of two.
     engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`.
     """
@@ -40,6 +41,7 @@ class Preview:
     disk_bytes: int
     seconds: float
     modules: list[dict]
+    converted: int
     fallbacks: dict[str, str]
     skipped: dict[str, str]
     engines: list[dict]
@@ -93,6 +95,7 @@ def plan(
         disk_bytes=ahead.disk_bytes,
         seconds=ahead.seconds,
         modules=[_module(step) for step in planned.quantized],
+        converted=len(planned.converted),
         fallbacks={step.source.name: step.scheme.name for step in planned.fallbacks},
         skipped={step.source.name: step.reason for step in planned.steps if step.site and not step.scheme}
         | {name: f"left out: {reason}" for name, reason in planned.unknown.items()},

@@ -31,7 +31,8 @@ def layer_entry(step: Step, expert: int | None = None) -> dict:
 @dataclass
 class _Planned:
     """What is known before anything is quantized, sizes in bytes. quantized_share: of the source bytes. parts: bytes
-    before and after by the last part of the module name, everything in the checkpoint."""
+    before and after by the last part of the module name, everything in the checkpoint. converted: how many of the
+    quantized tensors were integers before, on grids that hold them: exactly the same numbers."""
 
     source: str
     source_revision: str | None
@@ -42,6 +43,7 @@ class _Planned:
     output_bytes: int
     parameters: int
     quantized_tensors: int
+    converted: int
     quantized_share: float
     bits_per_weight: float
     fallbacks: dict[str, str]
@@ -58,6 +60,7 @@ class Report(RunFacts, _Planned):
     measured since.
     """
 
+    adapter: str | None = None  # that was merged into the source before
     expected_peak: int | None = None
     calibration: dict | None = None
     quality: dict | None = None
@@ -78,6 +81,7 @@ class Report(RunFacts, _Planned):
             output_bytes=plan.output_bytes,
             parameters=plan.total_parameters,
             quantized_tensors=len(plan.quantized),
+            converted=len(plan.converted),
             quantized_share=plan.quantized_share,
             bits_per_weight=plan.bits_per_weight,
             fallbacks={step.source.name: step.scheme.name for step in plan.fallbacks},

@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader
@@ -12,6 +13,7 @@ from lowbit.checkpoint.writer import StagedFolder, parse_size
 from lowbit.discovery import skeleton
 from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
+from lowbit.numerics.scheme import Recipe
 from lowbit.options import (
     CalibrationOptions,
     FileOptions,
@@ -72,26 +74,56 @@ def quantize(
         OutputError: The output folder cannot be written.
     """
     asked = make_recipe(recipe, head)
-    require_data_method(asked, calibration)
-    memory = None if calibration.max_memory is None else parse_size(calibration.max_memory)
-    data = Calibration(**{**keywords(calibration), "max_memory": memory}, trust_remote_code=source.trust_remote_code)
-    shard_bytes = parse_size(files.max_shard_size)
-    started = time.perf_counter()
+    data = checked_calibration(asked, calibration, source.trust_remote_code)
+    parse_size(files.max_shard_size)  # what cannot be done is said before the model is opened
     folder, target = resolve(model, source.revision), Path(os.path.abspath(output_dir))
     check_apart(folder, target)
-    reader = read_dense(folder, source.trust_remote_code)
-    config = load_config(folder, source.trust_remote_code)
-    built = skeleton(config, source.trust_remote_code, tensors=reader.tensors.values())
-    plan = make_plan(reader, built, asked, files.format)
-    for name, reason in list(plan.unknown.items())[:1]:
+    dense = read_dense(folder, source.trust_remote_code), load_config(folder, source.trust_remote_code)
+    return quantize_dense(recorded_name(model), *dense, target, asked, data, files, run)
+
+
+def checked_calibration(recipe: Recipe, asked: CalibrationOptions, trust_remote_code: bool) -> Calibration:
+    """What a recipe is calibrated with. Raises UsageError."""
+    require_data_method(recipe, asked)
+    memory = None if asked.max_memory is None else parse_size(asked.max_memory)
+    return Calibration(**{**keywords(asked), "max_memory": memory}, trust_remote_code=trust_remote_code)
+
+
+def quantize_dense(
+    name: str, reader: CheckpointReader, config, target: Path, recipe: Recipe, data: Calibration, files: FileOptions,
+    run: RunOptions, **facts,
+) -> Report:  # fmt: skip  # many parameters: the model by two, the output by two, what is done by the others
+    """Quantize a checkpoint of plain weights.
+
+    Args:
+        name: What the report calls it.
+        reader, config: The checkpoint, and the transformers config of its model.
+        target: The folder to write.
+        recipe, data: How, and what it is calibrated with.
+        files, run: As of `quantize`.
+        **facts: Further fields of the report.
+
+    Returns, Raises:
+        As `quantize`.
+    """
+    started = time.perf_counter()
+    built = skeleton(config, data.trust_remote_code, tensors=reader.tensors.values())
+    plan = make_plan(reader, built, recipe, files.format)
+    for tensor, reason in list(plan.unknown.items())[:1]:
         more = f" (and {len(plan.unknown) - 1} more such tensors)" if len(plan.unknown) > 1 else ""
-        logger.warning("%s of %s is left out%s: %s", name, folder, more, reason)
-    report = Report.of(plan, recorded_name(model), folder, run.command)
+        logger.warning("%s of %s is left out%s: %s", tensor, reader.folder, more, reason)
+    if plan.converted:
+        logger.warning(
+            "%d of %d weights are integers that their schemes hold: they are converted exactly, not rounded again",
+            len(plan.converted), len(plan.quantized),
+        )  # fmt: skip
+    report = replace(Report.of(plan, name, reader.folder, run.command), **facts)
     if run.dry_run:
         if run.on_plan:
             run.on_plan(plan)
         return report
     report.seconds = time.perf_counter() - started
+    shard_bytes = parse_size(files.max_shard_size)
     _write(reader.with_tensors(plan.sources), config, plan, target, shard_bytes, data, run, report)
     return report
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -15,9 +16,10 @@ from lowbit.checkpoint.writer import StagedFolder
 from lowbit.errors import OutputError
 from lowbit.folders.dense import DequantizedTensor
 from lowbit.formats import get_format
+from lowbit.numerics.exact import converted
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.reference import weight_error
-from lowbit.numerics.scheme import Recipe
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.quantization.plan import Plan, Step
 from lowbit.quantization.report import Report
 from lowbit.quantizers import get_quantizer
@@ -104,8 +106,8 @@ def _matrices(tensor: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
 
 
 def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> tuple[dict[str, torch.Tensor], float]:
-    if (kept := _kept_integers(step)) is not None:
-        packed = [fmt.pack(qweight) for qweight in kept]
+    if step.is_exact:
+        packed = [fmt.pack(qweight) for qweight in _converted(step)]
         return _stacked(packed, tensor.ndim), 0.0
     quantizer, options = get_quantizer(recipe.method), recipe.options
     if quantizer.needs(options):  # there are no statistics here
@@ -126,9 +128,10 @@ def _stacked(packed: list[dict[str, torch.Tensor]], dimensions: int) -> dict[str
     return {suffix: torch.stack([part[suffix] for part in packed]) for suffix in packed[0]}
 
 
-def _kept_integers(step: Step) -> list[QuantWeight] | None:
-    """The integers of a source that has them on the very grid that is asked for: they are copied, not rounded again."""
-    source = step.source
-    if not isinstance(source, DequantizedTensor) or source.weight.act_order or source.weight.scheme != step.scheme:
-        return None
-    return source.source.stored.quantized(source.weight)
+def _converted(step: Step) -> list[QuantWeight]:
+    """The integers of a source, on the grid that is asked for, which holds them: nothing is rounded again."""
+    source, scheme = cast(DequantizedTensor, step.source), cast(Scheme, step.scheme)
+    stored = source.source.stored.quantized(source.weight)
+    if source.weight.scheme == scheme:
+        return stored
+    return [converted(weight, scheme.weight_only).with_inputs(scheme) for weight in stored]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lowbit.checkpoint.decoded import DecodedTensor
 from lowbit.checkpoint.manifest import file_digest
 from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visible
@@ -51,9 +52,9 @@ def static_checks(
     except InputError as error:
         yield Check("opens", False, str(error))
         return
-    kind = folder.stored.format or folder.dtype or "not quantized"
-    yield Check("opens", True, f"{len(folder.reader.files)} weight file(s), {kind}")
-    if not folder.stored.weights and folder.dtype is None:
+    kind = folder.stored.format or folder.dtype or folder.files.method or "not quantized"
+    yield Check("opens", True, f"{len(folder.files.files)} weight file(s), {kind}")
+    if not folder.stored.weights and not folder.encoded and folder.dtype is None:
         yield Check("quantized", False, f"{path} holds no quantized weights: nothing to verify")
         return
     yield _index(folder)
@@ -69,20 +70,20 @@ def static_checks(
 def _index(folder: Folder) -> Check:
     """The index says what the headers say, and no weight file lies beside those it names."""
     problems = Problems()
-    used = {file.name for file in folder.reader.files}
+    used = {file.name for file in folder.files.files}
     for file in sorted(folder.path.glob("*.safetensors")):
         if file.name not in used:
             problems.add(f"{file.name} is in the folder, but no index names it")
-    if folder.reader.index is None and (folder.path / INDEX_NAME).is_file():
+    if folder.files.index is None and (folder.path / INDEX_NAME).is_file():
         problems.add(f"{INDEX_NAME} is in the folder, but lies beside the single file that is read in its place")
-    unlisted = folder.reader.unlisted
+    unlisted = folder.files.unlisted
     for name in unlisted:
-        problems.add(f"{name} is in {folder.reader.tensors[name].file.name}, but not in {folder.reader.index}")
-    size = sum(tensor.nbytes for tensor in folder.reader.tensors.values())
-    said = folder.reader.index_size
+        problems.add(f"{name} is in {folder.files.tensors[name].file.name}, but not in {folder.files.index}")
+    size = sum(tensor.nbytes for tensor in folder.files.tensors.values())
+    said = folder.files.index_size
     if said is not None and said != size:
-        problems.add(f"{folder.reader.index} says {said:,} bytes of tensors, the files hold {size:,}")
-    return problems.check("index", f"{len(folder.reader.tensors)} tensors, {size:,} bytes")
+        problems.add(f"{folder.files.index} says {said:,} bytes of tensors, the files hold {size:,}")
+    return problems.check("index", f"{len(folder.files.tensors)} tensors, {size:,} bytes")
 
 
 def _tensors(folder: Folder) -> Check:
@@ -140,7 +141,10 @@ def _budget(folder: Folder, max_unquantized: float) -> Check:
     total, left, largest = 0, 0, ("", 0)
     for weight in folder.stored.weights.values():
         total += math.prod(weight.shape) * max(weight.experts, 1)
+    total += sum(info.numel for info in folder.encoded)
     for info in folder.stored.plain:
+        if isinstance(info, DecodedTensor):
+            continue
         if folder.parameter_of(info.name) in wanted and info.name not in asked:
             total, left = total + info.numel, left + info.numel
             largest = max(largest, (info.name, info.numel), key=lambda entry: entry[1])

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.decoded import DecodedTensor, decoded
 from lowbit.checkpoint.manifest import Manifest, read_manifest
 from lowbit.checkpoint.report_file import converted_dtype, load_report
 from lowbit.errors import InputError
@@ -36,10 +38,17 @@ class Problems:
 
 
 class Folder(OpenedFolder):
-    """A saved folder, opened once for all checks. Raises InputError if it cannot be opened at all."""
+    """A saved folder, opened once for all checks.
+
+    files: as it is stored. encoded: its weights in floating point of fewer bits, which all checks see decoded.
+
+    Raises InputError if it cannot be opened at all.
+    """
 
     def __init__(self, path: Path, trust_remote_code: bool = False):
-        super().__init__(path, trust_remote_code)
+        super().__init__(path, trust_remote_code, decoded)
+        self.files = CheckpointReader(path)
+        self.encoded = [info for info in self.stored.plain if isinstance(info, DecodedTensor)]
         self.trust_remote_code = trust_remote_code
         self.manifest: Manifest | None = read_manifest(path)
         self.dtype = None if self.stored.weights else converted_dtype(path)  # of a plain model that was converted to it

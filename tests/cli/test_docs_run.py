@@ -24,6 +24,7 @@ FOLDERS = ("reference-W4A16-G128", "model-W4A16", "DIR", "folder")
 SMALLER = {
     "calibrated": ("--num-samples", "2", "--seqlen", "32"),
     "eval": ("--num-tokens", "2000"),
+    "merge": ("--heldout-tokens", "256"),
     "bench": (
         "--rounds",
         "1",
@@ -70,7 +71,7 @@ def typed(done, monkeypatch):
         name, *words = shlex.split(command)[1:]
         words = [MODELS.get(word, word) for word in words]
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-        kind = "calibrated" if name == "quantize" and {"gptq", "--dataset"} & {*words} else name
+        kind = "calibrated" if name in ("quantize", "merge") and {"gptq", "--dataset"} & {*words} else name
         outcome = done(name, *words, *(() if "--help" in words else SMALLER.get(kind, ())))
         if name in ("generate", "chat"):
             drafts = any(option in words for option in ("--assistant", "--prompt-lookup"))

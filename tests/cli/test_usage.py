@@ -45,6 +45,8 @@ WRONG = {
     "convert": ("convert", "MODEL", "-o", "x", "--format", "foo"),
     "convert to nowhere": ("convert", "MODEL"),
     "dequantize": ("dequantize", "MODEL"),
+    "merge": ("merge", "MODEL", "MODEL"),
+    "method of merge": ("merge", "MODEL", "MODEL", "-o", "x", "--method", "foo"),
     "stop": ("generate", "MODEL", "-p", "x", "--stop", ""),
     "chat stop": ("chat", "MODEL", "--stop", ""),
     "dtype": ("eval", "MODEL", "--dtype", "int4"),

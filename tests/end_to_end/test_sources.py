@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoded import FP8, compressed, fp8_blocks
+from encoded import COMPRESSED, FP8, compressed, fp8_blocks
 from folders import edit_config, stored_tensors
 from models import relative_error, save_tiny, token_ids
 from safetensors.torch import save_file
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lowbit
 from lowbit.errors import InputError
+from lowbit.folders.opened import summarize
 
 # All experts are used: which are chosen would change with the smallest error
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts_per_tok": 4}
@@ -36,9 +37,35 @@ def as_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: codes, f"{name}_scale_inv": scales}
 
 
-def as_nvfp4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def as_compressed(kind: str):
+    """What compressed-tensors writes."""
+
+    def encode(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        stored, _, _ = compressed(weight, kind)
+        return {name.removesuffix("weight") + key.removeprefix("x."): part for key, part in stored.items()}
+
+    return encode
+
+
+def as_nvfp4_of_modelopt(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     stored, _, _ = compressed(weight, "nvfp4")
-    return {name.removesuffix("weight") + key.removeprefix("x."): part for key, part in stored.items()}
+    return {
+        name: stored["x.weight_packed"],
+        f"{name}_scale": stored["x.weight_scale"],
+        f"{name}_scale_2": 1 / stored["x.weight_global_scale"].view(()),
+        f"{name.removesuffix('weight')}input_scale": torch.ones(()),
+    }
+
+
+def as_fp8_of_modelopt(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scale = weight.float().abs().max() / 448
+    return {name: (weight.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+
+
+def as_four_bits_of_bitsandbytes(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    functional = pytest.importorskip("bitsandbytes").functional
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
+    return {name: packed} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
 
 
 def as_int8_of_rows(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -68,22 +95,31 @@ def gpt_oss_in_mxfp4(tmp_path: Path) -> Path:
 
 
 def encoded_model(kind: str, architecture: str, tmp_path: Path) -> Path:
-    if kind == "mxfp4":
+    if (kind, architecture) == ("mxfp4", "gpt_oss"):
         return gpt_oss_in_mxfp4(tmp_path)
     folder = save_tiny(tmp_path / "plain", architecture, torch.bfloat16, **SIZES)
     config, encode = {
         "fp8": (FP8 | {"weight_block_size": [64, 64]}, as_fp8),
-        "nvfp4": (compressed(torch.ones(16, 16).bfloat16(), "nvfp4")[2], as_nvfp4),
+        **{each: (compressed(torch.ones(128, 128).bfloat16(), each)[2], as_compressed(each)) for each in COMPRESSED},
+        "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, as_fp8_of_modelopt),
+        "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, as_nvfp4_of_modelopt),
         "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, as_int8_of_rows),
+        "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, as_four_bits_of_bitsandbytes),
     }[kind]
     return rewritten(folder, config, encode)
 
 
 CASES = [("fp8", "llama"), ("fp8", "qwen3_moe"), ("nvfp4", "llama"), ("nvfp4", "qwen3_moe"), ("int8", "llama"),
-         ("mxfp4", "gpt_oss")]  # fmt: skip
+         ("int8", "qwen3_moe"), ("mxfp4", "gpt_oss")]  # fmt: skip
+# Of the same code as those above, each dense and with experts
+OTHERS = [(kind, architecture) for kind in ("tensor", "channel", "block", "mxfp8", "mxfp4",
+                                            "modelopt fp8", "modelopt nvfp4", "nf4")
+          for architecture in ("llama", "qwen3_moe")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "architecture"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "architecture"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS]
+)
 def test_quantize_verify_load(kind, architecture, tmp_path, caplog):
     source, plain, made = encoded_model(kind, architecture, tmp_path), tmp_path / "dense", tmp_path / "made"
     done = lowbit.dequantize(source, plain)
@@ -110,15 +146,43 @@ def test_what_transformers_decodes_itself_is_the_same(kind, architecture, tmp_pa
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_integers_on_the_grid_that_is_asked_for_are_kept(tmp_path):
+def test_integers_on_the_grid_that_is_asked_for_are_kept(tmp_path, caplog):
     source = save_tiny(tmp_path / "plain", dtype=torch.bfloat16)
     first, again, other = (tmp_path / name for name in ("first", "again", "other"))
-    lowbit.quantize(source, first, scheme="W4A16-G32")
-    lowbit.quantize(first, again, scheme="W4A16-G32")
+    assert lowbit.quantize(source, first, scheme="W4A16-G32").converted == 0
+    assert lowbit.plan(first, scheme="W4A16-G32").converted == 14
+    assert lowbit.quantize(first, again, scheme="W4A16-G32").converted == 14
+    assert "14 of 14 weights are integers that their schemes hold: they are converted exactly" in caplog.text
     assert all(torch.equal(tensor, stored_tensors(again)[name]) for name, tensor in stored_tensors(first).items())
-    lowbit.quantize(first, other, scheme="W8A16-G32")
-    assert lowbit.verify(other, reference=first).ok
-    wanted = lowbit.load(first)(token_ids()).logits
+    assert lowbit.quantize(first, other, scheme="W2A16-G32").converted == 0
+
+
+EXACT = [("W4A16-G32", "W8A16-G32"), ("W4A16-G32", "W4A16_ASYM-G16"), ("W3A16_ASYM-G32", "W4A16-G32"),
+         ("W4A16-CHANNEL", "W4A8-G32"), ("W2A16_ASYM-G32", "W2A16_ASYM-G16")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "asked"), EXACT)
+def test_grids_that_hold_the_numbers_of_others(stored, asked, tmp_path):
+    lowbit.quantize(save_tiny(tmp_path / "plain"), tmp_path / "first", scheme=stored)
+    report = lowbit.quantize(tmp_path / "first", tmp_path / "made", scheme=asked)
+    assert report.converted == 14 and report.mean_error == 0
+    for name in ("first", "made"):
+        lowbit.dequantize(tmp_path / name, tmp_path / f"{name} dense")
+    first, made = stored_tensors(tmp_path / "first dense"), stored_tensors(tmp_path / "made dense")
+    assert first.keys() == made.keys() and all(torch.equal(first[name], made[name]) for name in first)
+    assert lowbit.verify(tmp_path / "made", reference=tmp_path / "first").ok
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("W4A16_ASYM-G32", "W4A16-G32"), ("W4A16-G16", "W4A16-G32"),
+                                               ("W8A16-G32", "W4A16-G32")])  # fmt: skip
+def test_grids_that_do_not(stored, asked, tmp_path):
+    lowbit.quantize(save_tiny(tmp_path / "plain"), tmp_path / "first", scheme=stored)
+    report = lowbit.quantize(tmp_path / "first", tmp_path / "made", scheme=asked)
+    assert report.converted == 0 and report.mean_error > 0
+    other = tmp_path / "other"
+    lowbit.quantize(tmp_path / "first", other, scheme="W8A16-G32")
+    assert lowbit.verify(other, reference=tmp_path / "first").ok
+    wanted = lowbit.load(tmp_path / "first")(token_ids()).logits
     assert relative_error(lowbit.load(other)(token_ids()).logits, wanted) < 0.05
 
 
@@ -131,6 +195,47 @@ def test_integers_of_other_formats(tmp_path, format):
     assert lowbit.verify(tmp_path / "made", reference=source).ok
     wanted = lowbit.load(source)(token_ids()).logits
     assert relative_error(lowbit.load(tmp_path / "made")(token_ids()).logits, wanted) < 0.05
+
+
+def test_what_is_stored_is_shown_and_verified(tmp_path):
+    source = encoded_model("fp8", "llama", tmp_path)
+    shown = summarize(source)
+    parts = {part["name"]: part for part in shown["parts"]}
+    assert shown["format"] == "fp8" and len(shown["encoded"]) == parts["FP8 E4M3"]["tensors"] == 14
+    assert 8 < parts["FP8 E4M3"]["bits_per_weight"] < 8.1 and not shown["layers"]
+    assert shown["bytes"] == sum(tensor.nbytes for tensor in stored_tensors(source).values())
+    checks = {check.name: check for check in lowbit.verify(source, reference=tmp_path / "plain").checks}
+    assert all(check.ok is not False for check in checks.values()) and checks["generates"].ok
+    assert "14 weights in fp8 decode" in checks["codes"].detail and "14 in fp8 are not" in checks["source"].detail
+
+
+_SCALES = "model.layers.1.mlp.down_proj.weight_scale_inv"
+_EXPERT = "model.layers.1.mlp.experts.2.up_proj"
+DAMAGES = {
+    "no scales": ("fp8", "llama", _SCALES, lambda tensor: None, "its scales, is not in the checkpoint"),
+    "other blocks": ("fp8", "llama", _SCALES, lambda tensor: tensor[:, :3].repeat(1, 2), "is no grid of blocks"),
+    "NaN": ("fp8", "llama", _SCALES, lambda tensor: tensor.fill_(torch.nan), "NaN or infinite scales"),
+    "an expert's scales": ("nvfp4", "qwen3_moe", f"{_EXPERT}.weight_scale", lambda tensor: None, "its scales, is not"),
+    "an expert's blocks": ("nvfp4", "qwen3_moe", f"{_EXPERT}.weight_scale", lambda tensor: tensor[:, :3], "no grid of"),
+    "rows": ("int8", "llama", "model.layers.0.self_attn.q_proj.SCB", lambda tensor: tensor[1:], "expected one number"),
+    "fused experts": ("mxfp4", "gpt_oss", "model.layers.0.mlp.experts.down_proj_scales",
+                      lambda tensor: tensor.fill_(255), "NaN or infinite scales"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_by_the_name_of_the_tensor(damage, tmp_path):
+    kind, architecture, name, change, said = DAMAGES[damage]
+    source = encoded_model(kind, architecture, tmp_path)
+    tensors = stored_tensors(source)
+    changed = change(tensors.pop(name))
+    save_file(tensors if changed is None else tensors | {name: changed.contiguous()}, source / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(InputError) as error:
+        lowbit.quantize(source, tmp_path / "made", scheme="W8A16-G32")
+    assert name in str(error.value) and said in str(error.value)
+    assert not (tmp_path / "made").exists()
+    assert any(name in failure for failure in lowbit.verify(source).failures)
 
 
 def test_a_calibrated_run_takes_them_too(tmp_path):

@@ -18,7 +18,7 @@ from lowbit.options.keywords import option_groups
 # Commands, and the functions of Python that they run
 COMMANDS = {
     "quantize": lowbit.quantize, "plan": lowbit.plan, "convert": lowbit.convert, "dequantize": lowbit.dequantize,
-    "verify": lowbit.verify, "generate": open_session, "chat": open_session,
+    "merge": lowbit.merge, "verify": lowbit.verify, "generate": open_session, "chat": open_session,
 }  # fmt: skip
 # More functions that take options
 OTHERS = [lowbit.load, lowbit.convert_dtype, lowbit.LowbitConfig]

@@ -34,6 +34,7 @@ class EncodedWeight:
         parts: What each stored tensor is ("codes", "scales", ...) -> the tensor.
         decode: (those tensors by what they are, a dtype) -> the weight, rounded once to that dtype.
         unused: Names of tensors that belong to it and say nothing of the weight: the scales of its inputs.
+        kind: What its codes are, for people.
     """
 
     name: str
@@ -41,6 +42,7 @@ class EncodedWeight:
     parts: Mapping[str, TensorInfo]
     decode: Callable[[dict[str, torch.Tensor], torch.dtype], torch.Tensor]
     unused: tuple[str, ...] = ()
+    kind: str = ""
 
 
 class Encoding(Protocol):

@@ -57,7 +57,8 @@ def _eight_bits(name: str, codes: TensorInfo, tensors: Mapping[str, TensorInfo])
         scales = scale_values(read["scales"], rows.name).view(-1, 1)
         return read["codes"].float().mul_(scales).mul_(_PER_CODE).to(dtype)
 
-    return EncodedWeight(name, codes.shape, {"codes": codes, "scales": rows}, decode, (f"{base}weight_format",))
+    parts = {"codes": codes, "scales": rows}
+    return EncodedWeight(name, codes.shape, parts, decode, (f"{base}weight_format",), "LLM.int8")
 
 
 def _four_bits(
@@ -98,7 +99,8 @@ def _four_bits(
             made[start:stop] = values[codes.int()].mul_(wide)
         return made.view(state.shape)
 
-    return EncodedWeight(name, state.shape, parts, decode, (state_info.name,))
+    kind = state_info.name.rpartition("__")[2].upper()
+    return EncodedWeight(name, state.shape, parts, decode, (state_info.name,), kind)
 
 
 def _absmax(read: dict[str, torch.Tensor], state: _State, parts: Mapping[str, TensorInfo]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from lowbit.checkpoint.encodings import EncodedWeight
 from lowbit.checkpoint.layout import TensorInfo
 from lowbit.errors import InputError
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOAT8 = {torch.float8_e4m3fn: "FP8 E4M3", torch.float8_e5m2: "FP8 E5M2"}
 # E2M1: a sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # E8M0: a power of two with a bias of 127; this byte is NaN (the same, section 5.4.1)
@@ -132,7 +132,7 @@ def block_scaled(
         return made
 
     parameter = (shape[0], shape[2], shape[1]) if transposed else shape
-    return EncodedWeight(name, parameter, parts, decode, tuple(unused))
+    return EncodedWeight(name, parameter, parts, decode, tuple(unused), FLOAT8.get(codes.dtype, "FP4 E2M1"))
 
 
 def _per_row(shape: tuple[int, ...], scales: TensorInfo) -> tuple[int, ...]:

@@ -156,14 +156,18 @@ def _layers(model: str, revision: str | None, trust_remote_code: bool) -> tuple[
     """Distinct (Scheme, shape) of the quantized layers as they are once loaded, and the dtype they run in."""
     with heavy_imports():
         from lowbit.checkpoint import CheckpointReader
+        from lowbit.checkpoint.decoded import decoded
         from lowbit.discovery import CheckpointNames, skeleton
         from lowbit.folders.locate import load_config, resolve
         from lowbit.hf.foreign import StoredModel
 
     folder = resolve(model, revision)
     config = load_config(folder, trust_remote_code)
-    if CheckpointReader(folder).quantization_config is None:
+    reader = CheckpointReader(folder)
+    if reader.quantization_config is None:
         raise UsageError(f"{model} is not quantized: kernels are chosen for quantized layers")
+    if decoded(reader) is not reader:
+        raise UsageError(f"{model} is stored in {reader.method}, which is decoded when it is loaded: quantize it first")
     built = skeleton(config, trust_remote_code)
     layers = {}
     for found in StoredModel(built, CheckpointNames(built), folder).sites.values():

@@ -41,6 +41,6 @@ def inspect(
     console.print(parts)
     if layers:
         rows = table("module", "scheme", "shape", "bytes")
-        for layer in summary["layers"]:
+        for layer in (*summary["layers"], *summary["encoded"]):
             rows.add_row(layer["name"], layer["scheme"], str(layer["shape"]), size(layer["bytes"]))
         console.print(rows)

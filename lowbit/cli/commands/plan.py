@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-from lowbit.cli.commands.dtype import only_converts, preview_dtype
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -13,6 +12,7 @@ from lowbit.cli.common import (
     one_model,
     size,
 )
+from lowbit.cli.dtype import only_converts, preview_dtype
 from lowbit.cli.terminal import console, print_json, show_names, table
 from lowbit.options import FileOptions, RecipeOptions, SampleOptions, SourceOptions, keywords
 
@@ -69,6 +69,8 @@ def _show(found) -> None:
     schemes = Counter(module["scheme"] for module in found.modules)
     parts = ", ".join(f"{count} as {scheme}" for scheme, count in schemes.most_common())
     console.print(f"{len(found.modules)} weight tensors quantized, {found.quantized_share:.1%} of the bytes: {parts}")
+    if found.converted:
+        console.print(f"{found.converted} of them are converted exactly: the integers of the source, not rounded again")
     console.print(
         f"the run: about {_duration(found.seconds)} on this machine, peak memory {size(found.peak_ram_bytes)}, "
         f"disk {size(found.disk_bytes)}"

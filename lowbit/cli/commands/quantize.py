@@ -6,7 +6,6 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from lowbit.cli.commands.dtype import convert_to_dtype, only_converts
 from lowbit.cli.commands.plan import preview_any
 from lowbit.cli.common import (
     HeadFlags,
@@ -20,6 +19,7 @@ from lowbit.cli.common import (
     one_output,
     size,
 )
+from lowbit.cli.dtype import convert_to_dtype, only_converts
 from lowbit.cli.ending import ignore_signals, interrupted_once
 from lowbit.cli.options import flag
 from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
@@ -137,6 +137,8 @@ def _show(report, output_dir: Path) -> None:
         f"{report.quantized_tensors} weight tensors quantized, {report.quantized_share:.1%} of the bytes; "
         f"{_error(report)}; {report.seconds:.1f} s"
     )
+    if report.converted:
+        console.print(f"{report.converted} of them converted exactly: the integers of the source, not rounded again")
     if report.calibration:
         _show_calibration(report)
     show_names("other group size, because theirs does not divide in_features:", report.fallbacks)
