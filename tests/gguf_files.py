@@ -29,7 +29,8 @@ SIZES = {
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     """`LlamaModel.permute` of the converter."""
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def stored(model, name: str) -> dict[str, np.ndarray]:
@@ -42,7 +43,9 @@ def stored(model, name: str) -> dict[str, np.ndarray]:
         values = tensor.float().numpy()
         if key == "lm_head.weight" and tied:
             continue
-        base, suffix = (key.rpartition(".")[0], f".{key.rpartition('.')[2]}") if re.search(r"(weight|bias)$", key) else (key, ".weight")
+        base, dot, suffix = key.rpartition(".")
+        if suffix not in ("weight", "bias"):  # the experts of a layer
+            base, dot, suffix = key, ".", "weight"
         if name == "llama" and re.search(r"[qk]_proj", key):
             values = permuted(values, config.num_attention_heads if "q_proj" in key else config.num_key_value_heads)
         if name == "gemma3" and key.endswith("norm.weight"):
@@ -55,7 +58,7 @@ def stored(model, name: str) -> dict[str, np.ndarray]:
             continue
         if key.endswith("shared_expert_gate.weight"):
             values = values[0]
-        made[names.get_name(base) + suffix] = np.ascontiguousarray(values)
+        made[names.get_name(base) + dot + suffix] = np.ascontiguousarray(values)
     return made
 
 
@@ -125,12 +128,16 @@ def quantized(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray
         return random_blocks(values, kind)
 
 
+# Where types of blocks have float16 numbers
+_SCALES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0]}
+
+
 def random_blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     rng = np.random.default_rng(len(values))
     count, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (values.size // count, size), dtype=np.uint8)
     scale = np.frombuffer(np.float16(2e-4).tobytes(), np.uint8)
-    for at in {"Q6_K": [208], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q3_K": [108], "Q2_K": [80, 82], "IQ4_NL": [0]}[kind.name]:
+    for at in _SCALES[kind.name]:
         blocks[:, at : at + 2] = scale
     return blocks.reshape(*values.shape[:-1], -1)
 

@@ -34,6 +34,10 @@ class DecodedTensor(TensorInfo):
         return sum(info.nbytes for info in self.encoded.parts.values())
 
     @property
+    def stored_as(self) -> str:
+        return next(iter(self.encoded.parts.values())).stored_as
+
+    @property
     def is_encoded(self) -> bool:
         return True
 

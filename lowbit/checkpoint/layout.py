@@ -57,6 +57,11 @@ class TensorInfo:
         return self.nbytes
 
     @property
+    def stored_as(self) -> str:
+        """What its numbers are in the file, for people."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def is_encoded(self) -> bool:
         """Whether it is stored as codes, and its numbers are computed while it is read."""
         return False

@@ -92,7 +92,7 @@ class CheckpointReader:
         if self._gguf is not None:
             from lowbit.checkpoint.gguf.tensors import gguf_tensors  # which decodes, on what is here
 
-            self.tensors |= gguf_tensors(self.folder, self._gguf, self.config)
+            self.tensors = gguf_tensors(self.folder, self._gguf, self.config)
             return
         for file in self.files:
             if not file.is_file():
@@ -127,11 +127,16 @@ class CheckpointReader:
 
     @property
     def method(self) -> str | None:
-        """The `quant_method` that the folder says, "gguf" where that is the kind of its files; None where it says none."""
+        """The `quant_method` that the folder says, "gguf" for blocks of such a file; None for plain numbers."""
         said = self.quantization_config
         if self._gguf is not None:
             return "gguf" if said is not None or any(info.is_encoded for info in self.tensors.values()) else None
         return None if said is None else str(said.get("quant_method"))
+
+    @property
+    def place(self) -> Path:
+        """Where it is, for people: the folder, or the GGUF file that was opened."""
+        return self.folder if self._gguf is None else self.files[0].resolve()
 
     @property
     def plain_config(self) -> dict:

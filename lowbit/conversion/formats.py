@@ -107,7 +107,8 @@ def convert(
     check_apart(folder.folder, Path(os.path.abspath(output_dir)))
     if folder.encoded:
         raise InputError(
-            f"{folder.folder} is stored in {folder.format}, which no format here holds: quantize it, or dequantize it"
+            f"{folder.encoded[0].name} of {folder.reader.place} is stored in {folder.format} as "
+            f"{folder.encoded[0].stored_as}, which no format here holds: quantize it, or dequantize it"
         )
     if format == "gguf":
         return _to_gguf(folder, Path(output_dir), export.pre, output.overwrite, on_start)

@@ -68,4 +68,6 @@ def _llama3(config, factors: torch.Tensor):
         frequencies = ROPE_INIT_FUNCTIONS["llama3"](tried, "cpu")[0].double()
         if len(frequencies) == count and torch.allclose(plain / factors.double(), frequencies, rtol=_TOLERANCE, atol=0):
             return tried
-    raise InputError("rope_freqs.weight scales its rotary positions in another way than Llama 3 does, which no config says")
+    raise InputError(
+        "rope_freqs.weight scales its rotary positions in another way than Llama 3 does, which no config says"
+    )

@@ -1,4 +1,4 @@
-"""Which folder does MODEL mean: the embedded reference model, a folder here, a GGUF file, or a repository on the Hub."""
+"""Which folder does MODEL mean: the embedded reference model, a folder, a GGUF file, or a repository on the Hub."""
 
 import os
 from collections.abc import Iterable, Iterator

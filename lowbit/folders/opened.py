@@ -135,11 +135,11 @@ def summarize(folder: Path) -> dict:
         layers.append({"name": base, "scheme": scheme, "shape": shape, "bytes": weight.nbytes})
         add(scheme + order, math.prod(shape), weight.nbytes)
     for tensor in stored.plain:
-        add(str(tensor.dtype).removeprefix("torch."), tensor.numel, tensor.nbytes)
+        add(tensor.stored_as, tensor.numel, tensor.stored_bytes)
     totals = [sum(column) for column in zip(*parts.values(), strict=True)]
     return {
         "architecture": (reader.config.get("architectures") or [reader.config.get("model_type") or "unknown"])[0],
-        "format": stored.format,
+        "format": reader.method,
         "files": len(reader.files),
         "parameters": totals[1],
         "bytes": totals[2],

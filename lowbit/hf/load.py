@@ -92,7 +92,10 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     weights = None  # transformers reads those of the folder
     if not all(isinstance(info, StoredTensor) for info in reader.tensors.values()):
         if kwargs.get("quantization_config") is not None:
-            raise UsageError(f"{folder} is stored as {reader.method}: `lowbit quantize` it, or leave quantization_config out")
+            raise UsageError(
+                f"{reader.place} is none of safetensors in plain numbers: `lowbit quantize` it, or leave "
+                "quantization_config out"
+            )
         weights = _decoded(reader, config, dtype)
     build = no_larger_than(reader.tensors.values())(model_class(config, source.trust_remote_code).from_pretrained)
     try:

@@ -100,8 +100,8 @@ def read_dense(folder: Path, trust_remote_code: bool) -> CheckpointReader:
     """The checkpoint in a folder as one of plain weights, with a WARNING where they are not what was trained."""
     stored = CheckpointReader(folder)
     dense = as_dense(stored, trust_remote_code)
-    if dense is not stored:
-        logger.warning("%s is quantized already (%s): the error of that stays", folder, stored.method)
+    if dense is not stored or any(info.is_encoded for info in stored.tensors.values()):
+        logger.warning("%s is quantized already (%s): the error of that stays", stored.place, stored.method)
     return dense
 
 

@@ -46,6 +46,10 @@ class Blocks(StoredTensor):
     width: int
 
     @property
+    def stored_as(self) -> str:
+        return self.kind
+
+    @property
     def values(self) -> tuple[int, ...]:
         """The shape of what it stands for."""
         return (*self.shape[:-1], self.width)
@@ -122,7 +126,7 @@ class _Reader:
         return Head(metadata, placed)
 
     def _damaged(self, reason: str) -> InputError:
-        return InputError(f"{self._path.name} is a damaged GGUF file: {reason}: download it again")
+        return InputError(f"{self._path.name} is a damaged GGUF file ({reason}): download it again")
 
     def _skip(self, count: int, what: str) -> None:
         if count > self._end - self._file.tell():
@@ -173,7 +177,7 @@ class _Reader:
             raise self._damaged(f"it names a tensor {shown(name)}")
         (dimensions,) = self._numbers("I", name)
         if not 1 <= dimensions <= _MOST_DIMENSIONS:
-            raise self._damaged(f"{name} has {dimensions} dimensions")
+            raise self._damaged(f"{name} has {dimensions:,} dimensions, expected 1 to {_MOST_DIMENSIONS}")
         *shape, kind, offset = self._numbers(f"{dimensions}QIQ", name)
         if not 0 < math.prod(shape) < 2**63:
             raise self._damaged(f"{name} has shape {shape[::-1]}")
@@ -190,14 +194,13 @@ class _Reader:
             ) from None
         values, size = gguf.GGML_QUANT_SIZES[known]
         if shape[-1] % values:
-            raise self._damaged(f"{name} has {shape[-1]} values in a row, no multiple of {values} as {known.name} takes")
+            raise self._damaged(
+                f"{name} has {shape[-1]} values in a row, no multiple of {values} as {known.name} takes"
+            )
         row = shape[-1] // values * size
-        stored = Blocks(
-            name, torch.uint8, (*shape[:-1], row), self._path, start + offset, known.name, shape[-1]
-        )
+        stored = Blocks(name, torch.uint8, (*shape[:-1], row), self._path, start + offset, known.name, shape[-1])
         if offset % alignment or stored.offset + stored.nbytes > self._size:
             raise self._damaged(
                 f"{name} is said to be at {stored.offset:,} with {stored.nbytes:,} bytes, of {self._size:,} in all"
             )
         return stored
-

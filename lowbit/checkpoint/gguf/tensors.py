@@ -49,6 +49,10 @@ class GgufTensor(TensorInfo):
         return sum(blocks.nbytes for blocks in self.stored)
 
     @property
+    def stored_as(self) -> str:
+        return self.stored[0].kind
+
+    @property
     def is_encoded(self) -> bool:
         return any(blocks.kind not in PLAIN for blocks in self.stored)
 
@@ -87,7 +91,7 @@ class GgufMatrix(GgufTensor):
 
 
 def read_blocks(paths: Sequence[Path]) -> dict[str, Blocks]:
-    """The tensors of GGUF files by their names there. Raises InputError for a file that is damaged, and a name twice."""
+    """The tensors of GGUF files by their names there. Raises InputError for a damaged file, and a name twice."""
     found: dict[str, Blocks] = {}
     for path in paths:
         for blocks in read_head(path).tensors:
