@@ -81,7 +81,7 @@ def convert(
     """Write a quantized model again in another format: the same numbers, exactly.
 
     Args:
-        model: A folder, a Hub id, or "reference".
+        model: A folder, a GGUF file, a Hub id, or "reference".
         output_dir: The folder to write, or the file of gguf: itself if it ends in .gguf, else named after the model in
             it, never split.
         format: "compressed-tensors", "gptq" or "awq", which lowbit reads too; or an export, "mlx" (a folder for mlx-lm)
@@ -185,7 +185,7 @@ def dequantize(
     Where the dtype is as stored, weights get that of their scales.
 
     Args:
-        model: A folder, a Hub id, or "reference".
+        model: A folder, a GGUF file, a Hub id, or "reference".
         output_dir: The folder to write.
         on_start: Called with the number of weights, may return what is called with the name of each that is done.
 

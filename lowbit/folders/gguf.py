@@ -34,7 +34,7 @@ from lowbit.guards.records import shown
 from lowbit.guards.safe_files import link, write_whole
 from lowbit.numerics.scheme import HEAD_SCHEME, Recipe, Scheme
 from lowbit.system.cache import cache_root
-from lowbit.transformers_api import ignored_if_missing, tied_weights, use
+from lowbit.transformers_api import ignored_if_missing, tied_weights
 
 logger = logging.getLogger("lowbit")
 
@@ -107,6 +107,8 @@ class _Maker:
 
     def _architecture(self) -> str:
         """Raises InputError for a count that the file does not bear out: transformers makes lists as long as it."""
+        from lowbit.transformers_api import is_gguf_arch_supported
+
         architecture = self._head.metadata.get("general.architecture")
         if not isinstance(architecture, str):
             raise InputError(f"{self._file.name} does not say its architecture: it holds no model")
@@ -116,7 +118,7 @@ class _Maker:
                 f"{self._file.name} says that it has {shown(layers)} layers, and holds {len(self._blocks)} tensors: it "
                 "is damaged, download it again"
             )
-        if use("is_gguf_arch_supported")(architecture):
+        if is_gguf_arch_supported(architecture):
             raise InputError(
                 f"{self._file.name} is of architecture {shown(architecture)}, which transformers reads by rules that "
                 "lowbit does not follow: load it with transformers, or take the original model"

@@ -63,7 +63,7 @@ def _llama3(config, factors: torch.Tensor):
     count = len(factors)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(count).double() / count)
     for length in _LENGTHS:
-        changes = {"factor": float(factors.max()), "original_max_position_embeddings": length}
+        changes = {"factor": float(f"{factors.max():.6g}"), "original_max_position_embeddings": length}
         tried = _with_rope(copy.deepcopy(config), _LLAMA3 | changes)
         frequencies = ROPE_INIT_FUNCTIONS["llama3"](tried, "cpu")[0].double()
         if len(frequencies) == count and torch.allclose(plain / factors.double(), frequencies, rtol=_TOLERANCE, atol=0):

@@ -25,7 +25,7 @@ from lowbit.system.read_ahead import read_ahead
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
 _ELSEWHERE = {
     "config": "edit config.json, or pass config=lowbit.loading_config(path) to from_pretrained",
-    "gguf_file": "use from_pretrained of transformers",
+    "gguf_file": "pass the file itself",
     "state_dict": "use from_pretrained of transformers",
     "subfolder": "pass the folder itself",
     "variant": "name the files as transformers expects those of no variant: model.safetensors",
@@ -63,10 +63,10 @@ def loading_config(
 @takes_options
 @quiet_transformers()  # `_check` says it in one line
 def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs):
-    """A transformers model from a folder, a Hub id or "reference", on lowbit's kernels where it is quantized.
+    """A transformers model from a folder, GGUF file, Hub id or "reference", on lowbit's kernels where it is quantized.
 
     Args:
-        path: The folder, Hub id, or "reference".
+        path: The folder, GGUF file, Hub id, GGUF file of a repository ("org/name:file.gguf"), or "reference".
         **kwargs: Those of `from_pretrained`. quantization_config= quantizes a dense model while it is loaded.
 
     Returns:

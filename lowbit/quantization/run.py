@@ -60,7 +60,7 @@ def quantize(
     `torchrun` all processes call this, share the work, and get the report; the first one writes.
 
     Args:
-        model: A folder, a Hub id, or "reference" (the embedded model).
+        model: A folder, a GGUF file, a Hub id, or "reference" (the embedded model).
         output_dir: The folder to write, which appears whole or not at all.
 
     Returns:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from lowbit.checkpoint.gguf.header import Blocks
-from lowbit.transformers_api import use
 
 
 class Rules:
@@ -26,13 +25,17 @@ class Rules:
     """
 
     def __init__(self, architecture: str, config: Mapping, names: Mapping[str, str]):
-        rules = use("TENSOR_PROCESSORS").get(architecture, use("TensorProcessor"))
+        from lowbit.transformers_api import TENSOR_PROCESSORS, TensorProcessor
+
+        rules = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._rules, self._names = rules(config=dict(config)), dict(names)
         self._orders: dict[tuple, np.ndarray | None] = {}
 
     def names_of(self, model: nn.Module) -> dict[str, str]:
         """What `names` is for a model on the meta device. Raises whatever transformers raises."""
-        return use("get_gguf_hf_weights_map")(model, self._rules)
+        from lowbit.transformers_api import get_gguf_hf_weights_map
+
+        return get_gguf_hf_weights_map(model, self._rules)
 
     def parameter_of(self, name: str) -> str | None:
         """The parameter that a tensor of the file is part of; None where transformers has no use for it."""
