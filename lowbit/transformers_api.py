@@ -402,6 +402,15 @@ class CheckpointNames:
         """How many checkpoint tensors of one expert are concatenated in a fused parameter (1: stored alone)."""
         return next((len(c.source_patterns) for c in self._merging if parameter.endswith(c.target_patterns[0])), 1)
 
+    def parts_of_experts(self, parameter: str) -> list[str]:
+        """What the tensors of one expert are called from which a fused parameter is merged, with {} for its number, in
+        the order in which they lie in it; none, where it is stored as it is."""
+        for converter in self._merging:
+            if parameter.endswith(target := converter.target_patterns[0]):
+                owner = parameter.removesuffix(target)
+                return [owner + source.replace("*", "{}") for source in converter.source_patterns]
+        return []
+
     def by_expert(self, parameter: str) -> bool:
         """Whether a fused parameter is stored as tensors of each expert, not as it is."""
         return any(parameter.endswith(converter.target_patterns[0]) for converter in self._merging)

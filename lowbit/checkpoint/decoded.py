@@ -3,8 +3,8 @@
 Each of them is decoded when it is read, and at no other time: memory is that of the weight and of what it is stored in.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -33,10 +33,22 @@ class DecodedTensor(TensorInfo):
     def stored_bytes(self) -> int:
         return sum(info.nbytes for info in self.encoded.parts.values())
 
+    @property
+    def stored_as(self) -> str:
+        return self.encoded.kind or next(iter(self.encoded.parts.values())).stored_as
+
+    @property
+    def is_encoded(self) -> bool:
+        return True
+
     def read(self) -> torch.Tensor:
         """Its data in memory of its own. Raises InputError if a part cannot be read, or a scale is no number."""
         parts = {what: cast(StoredTensor, info).read() for what, info in self.encoded.parts.items()}
         return self.encoded.decode(parts, self.dtype)
+
+    def read_rows(self, indices: Sequence[int]) -> torch.Tensor:
+        """Some rows (of the first dimension), one after the other."""
+        return self.read()[list(indices)]
 
 
 def decoded(reader: Headers) -> Headers:
@@ -57,7 +69,7 @@ def decoded(reader: Headers) -> Headers:
     weights = list(encoding.weights(reader.tensors, config)) if encoding is not None and config is not None else []
     if not weights:
         return reader
-    dtype, codes, others = _dtype(reader.config), dict[str, EncodedWeight](), set[str]()
+    dtype, codes, others = model_dtype(reader.config), dict[str, EncodedWeight](), set[str]()
     for weight in weights:
         first, *rest = (info.name for info in weight.parts.values())
         codes[first] = weight
@@ -66,8 +78,15 @@ def decoded(reader: Headers) -> Headers:
     return unquantized(reader, (made.get(name, info) for name, info in reader.tensors.items() if name not in others))
 
 
-def _dtype(config: Mapping) -> torch.dtype:
-    """The dtype of the model: as config.json, or that of a model in it, says it."""
+def decoded_to(reader: Headers, dtype: torch.dtype) -> Headers:
+    """The same checkpoint, what is decoded of it in another dtype."""
+    return reader.with_tensors(
+        {name: replace(info, dtype=dtype) if info.is_encoded else info for name, info in reader.tensors.items()}
+    )
+
+
+def model_dtype(config: Mapping) -> torch.dtype:
+    """The dtype of the model: as config.json, or that of a model in it, says it. Raises InputError."""
     parts = [config, *(part for name, part in config.items() if name.endswith("_config") and isinstance(part, dict))]
     said = (part.get("dtype", part.get("torch_dtype")) for part in parts)
     name = next((name for name in said if isinstance(name, str)), "bfloat16")

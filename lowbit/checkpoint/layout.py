@@ -8,7 +8,8 @@ reads are plain file reads (the pages of a memory map count as memory of the pro
 import json
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ _LONGEST_HEADER = 100_000_000
 MOST_TENSORS = 500_000
 # A tensor of a header is an object with two lists, and some ten commas
 _MOST_VALUES = 16 * MOST_TENSORS
-_LONGEST_NAME = 512  # characters
+LONGEST_NAME = 512  # characters
 _MOST_DIMENSIONS = 16  # torch stops at 64, in some operations earlier
 
 
@@ -54,6 +55,16 @@ class TensorInfo:
     def stored_bytes(self) -> int:
         """What it takes in a file: less than its data, where it is decoded while it is read."""
         return self.nbytes
+
+    @property
+    def stored_as(self) -> str:
+        """What its numbers are in the file, for people."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether it is stored as codes, and its numbers are computed while it is read."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,11 @@ class StoredTensor(TensorInfo):
         except OSError as error:
             raise InputError(f"cannot read {self.name} from {self.file}: {error.strerror}") from None
         return data.view(self.dtype).view(self.shape)
+
+    def read_rows(self, indices: Sequence[int]) -> torch.Tensor:
+        """Some rows (of the first dimension), one after the other."""
+        row = replace(self, shape=self.shape[1:])
+        return torch.stack([replace(row, offset=self.offset + i * row.nbytes).read() for i in indices])
 
 
 def read_header(path: Path) -> list[StoredTensor]:
@@ -131,9 +147,9 @@ def _stored(path: Path, start: int, name: str, entry) -> StoredTensor:
         # int64 is what torch counts in; beyond it no product below means anything
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
-    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+    if not name or len(name) > LONGEST_NAME or not name.isprintable():
         raise InputError(
-            f"{path.name} names a tensor {shown(name)}; expected 1 to {_LONGEST_NAME} characters that can be printed"
+            f"{path.name} names a tensor {shown(name)}; expected 1 to {LONGEST_NAME} characters that can be printed"
         )
     if not isinstance(entry, dict) or not is_counts(entry.get("shape")) or not is_counts(entry.get("data_offsets")):
         raise _damaged(path, f"{name} lacks a proper shape or data_offsets")

@@ -6,12 +6,14 @@ that `transformers_weights` in config.json names, else `model.safetensors`, else
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from lowbit.checkpoint.gguf.index import INDEX_NAME as GGUF_INDEX_NAME
+from lowbit.checkpoint.gguf.index import Index, read_index
 from lowbit.checkpoint.layout import MOST_TENSORS, StoredTensor, TensorInfo, read_header
 from lowbit.errors import InputError
 from lowbit.guards.reading import check_regular_files, read_json
@@ -82,10 +84,16 @@ class CheckpointReader:
         self.index: str | None = None
         self.index_size: float | None = None
         self._weight_map: dict | None = None
+        self._gguf: Index | None = None
         if files is None:
             files = [self.folder / name for name in self._weight_files()]
         self.files = [Path(file) for file in files]
         self.tensors: dict[str, StoredTensor] = {}
+        if self._gguf is not None:
+            from lowbit.checkpoint.gguf.tensors import gguf_tensors  # which decodes, on what is here
+
+            self.tensors = gguf_tensors(self.folder, self._gguf, self.config)
+            return
         for file in self.files:
             if not file.is_file():
                 raise InputError(
@@ -119,9 +127,16 @@ class CheckpointReader:
 
     @property
     def method(self) -> str | None:
-        """The `quant_method` that the folder says; None where it says none."""
+        """The `quant_method` that the folder says, "gguf" for blocks of such a file; None for plain numbers."""
         said = self.quantization_config
+        if self._gguf is not None:
+            return "gguf" if said is not None or any(info.is_encoded for info in self.tensors.values()) else None
         return None if said is None else str(said.get("quant_method"))
+
+    @property
+    def place(self) -> Path:
+        """Where it is, for people: the folder, or the GGUF file that was opened."""
+        return self.folder if self._gguf is None else self.files[0].resolve()
 
     @property
     def plain_config(self) -> dict:
@@ -149,6 +164,9 @@ class CheckpointReader:
             return [SINGLE_NAME]
         if (self.folder / INDEX_NAME).is_file():
             return self._shard_names(INDEX_NAME)
+        if (self.folder / GGUF_INDEX_NAME).is_file():
+            self._gguf = read_index(self.folder)
+            return list(self._gguf.files)
         pickles = [p.name for p in sorted(self.folder.iterdir()) if p.suffix in PICKLE_SUFFIXES]
         if pickles:
             raise InputError(
@@ -198,8 +216,7 @@ class CheckpointReader:
         for index in indices:
             if not info.shape or not 0 <= index < info.shape[0]:
                 raise InputError(f"{name} in {info.file.name} has shape {list(info.shape)}, and no row {index}")
-        row = replace(info, shape=info.shape[1:])
-        return torch.stack([replace(row, offset=info.offset + i * row.nbytes).read() for i in indices])
+        return info.read_rows(indices)
 
 
 def _is_beside(name: str) -> bool:

@@ -20,7 +20,9 @@ from lowbit.options import SourceOptions, option
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help="A folder, a Hub id, or 'reference' for the embedded model.", show_default=False
+        metavar="MODEL",
+        help="A folder, a GGUF file, a Hub id, or 'reference' for the embedded model.",
+        show_default=False,
     ),
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", "-m", help="MODEL as an option.", show_default=False)]

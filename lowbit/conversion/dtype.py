@@ -67,7 +67,7 @@ def plan_dtype(
     """What `convert_dtype` would write, from headers alone.
 
     Args:
-        model: A folder, a Hub id, or "reference". A model on the Hub is not downloaded.
+        model: A folder, a GGUF file, a Hub id, or "reference". A model on the Hub is not downloaded.
         dtype: "FP16" or "BF16".
     """
     headers = open_headers(model, source.revision)[0]
@@ -88,7 +88,7 @@ def convert_dtype(
     """Write a model with every floating tensor in "FP16" or "BF16"; it is loaded like any model, nothing is quantized.
 
     Args:
-        model: A folder, a Hub id, or "reference".
+        model: A folder, a GGUF file, a Hub id, or "reference".
         output_dir: The folder to write.
         dtype: "FP16" or "BF16".
         on_plan: Called with what is planned, returns what is called with each tensor that is done.

@@ -66,7 +66,7 @@ def convert(
     """Write a quantized model again in another format: the same numbers, exactly.
 
     Args:
-        model: A folder, a Hub id, or "reference".
+        model: A folder, a GGUF file, a Hub id, or "reference".
         output_dir: The folder to write, or the file of gguf: itself if it ends in .gguf, else named after the model in
             it, never split.
         format: "compressed-tensors", "gptq" or "awq", which lowbit reads too; or an export, "mlx" (a folder for mlx-lm)
@@ -92,7 +92,8 @@ def convert(
     check_apart(folder.folder, Path(os.path.abspath(output_dir)))
     if folder.encoded:
         raise InputError(
-            f"{folder.folder} is stored in {folder.format}, which no format here holds: quantize it, or dequantize it"
+            f"{folder.encoded[0].name} of {folder.reader.place} is stored in {folder.format} as "
+            f"{folder.encoded[0].stored_as}, which no format here holds: quantize it, or dequantize it"
         )
     if format == "gguf":
         return _to_gguf(folder, Path(output_dir), export.pre, output.overwrite, on_start)
@@ -167,7 +168,7 @@ def dequantize(
     Where the dtype is as stored, weights get that of their scales.
 
     Args:
-        model: A folder, a Hub id, or "reference".
+        model: A folder, a GGUF file, a Hub id, or "reference".
         output_dir: The folder to write.
         on_start: Called with the number of weights, may return what is called with the name of each that is done.
 

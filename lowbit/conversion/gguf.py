@@ -14,7 +14,7 @@ import torch
 
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.conversion.export import Entry, ExportSource, OnPlan, entries, refuse_transposed
-from lowbit.conversion.gguf_architecture import Architecture, Arrangement, import_gguf
+from lowbit.conversion.gguf_architecture import Architecture, Arrangement
 from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.errors import InputError, OutputError
 from lowbit.formats import gguf as blocks
@@ -104,7 +104,7 @@ def _named(module: str, function, *args):
 def _write(
     source: ExportSource, architecture: Architecture, tensors, path: Path, title: str, pre, progress
 ) -> list[str]:
-    gguf = import_gguf()
+    gguf = blocks.import_gguf()
     writer = gguf.GGUFWriter(path, architecture.name)
     try:
         _add_metadata(gguf, writer, architecture, tensors, title)

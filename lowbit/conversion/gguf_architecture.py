@@ -16,17 +16,9 @@ import torch
 
 from lowbit.conversion.export import Entry, ExportSource
 from lowbit.discovery import skeleton
-from lowbit.errors import InputError, UsageError, first_line
+from lowbit.errors import InputError, first_line
+from lowbit.formats.gguf import GENERAL_KEYS, import_gguf
 
-# Metadata that llama.cpp's own converter derives from a config whatever its architecture, as transformers calls it
-_GENERAL_KEYS = {
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
 # The gguf package's table has `rope_freqs` for more, whose loaders in llama.cpp stop at a tensor that they do not know
 _TAKES_ROPE_FACTORS = "llama"
 # Settings that no file says: llama.cpp takes them for equal to another one
@@ -36,15 +28,6 @@ _HARMLESS = re.compile(
     r".*dropout.*|.*_token_id|initializer_range|use_cache|pretraining_tp|router_aux_loss_coef|output_router_logits"
     r"|max_window_layers|use_sliding_window|num_local_experts|original_max_position_embeddings"
 )
-
-
-def import_gguf():
-    """The gguf package. Raises UsageError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise UsageError("GGUF files need the gguf package: pip install 'lowbit[gguf]'") from None
-    return gguf
 
 
 @dataclass(frozen=True)
@@ -133,7 +116,7 @@ class Architecture:
 
     @property
     def _general(self) -> dict[str, str]:
-        return {key: attribute for key, attribute in _GENERAL_KEYS.items() if hasattr(self.config, attribute)}
+        return {key: attribute for key, attribute in GENERAL_KEYS.items() if hasattr(self.config, attribute)}
 
     @property
     def _rope(self) -> dict:

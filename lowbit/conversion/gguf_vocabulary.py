@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowbit.conversion.gguf_architecture import import_gguf
 from lowbit.errors import InputError, first_line
+from lowbit.formats.gguf import import_gguf
 from lowbit.guards.reading import read_json
 from lowbit.guards.records import record
 from lowbit.upstream import MissingNameError

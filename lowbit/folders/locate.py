@@ -1,4 +1,4 @@
-"""Which folder does MODEL mean: the embedded reference model, a local folder, or a repository on the Hub."""
+"""Which folder does MODEL mean: the embedded reference model, a folder, a GGUF file, or a repository on the Hub."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -6,9 +6,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
+from lowbit.checkpoint.gguf.header import is_gguf
 from lowbit.checkpoint.reader import read_config
 from lowbit.checkpoint.remote import RemoteHeaders
 from lowbit.errors import InputError, OutputError, UsageError, first_line
+from lowbit.folders.gguf import all_files, gguf_folder
 from lowbit.guards.model_size import check_counts
 
 REFERENCE = "reference"
@@ -17,11 +19,11 @@ _UNWANTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "
 
 
 def resolve(model: str | Path, revision: str | None = None, **hub) -> Path:
-    """The folder of a model, downloaded if MODEL is a Hub id. `reference` is the model that lowbit embeds; a folder of
-    that name is reached as ./reference.
+    """The folder of a model, downloaded if MODEL is of the Hub. `reference` is the model that lowbit embeds; a folder
+    of that name is reached as ./reference. Of a GGUF file it is one that `lowbit.folders.gguf` makes.
 
     Args:
-        model: The folder, Hub id, or "reference".
+        model: The folder, GGUF file, Hub id, GGUF file of a repository as "org/name:file.gguf", or "reference".
         revision: Of a Hub id.
         **hub: Keywords of `huggingface_hub.snapshot_download`, such as token.
 
@@ -40,6 +42,8 @@ def open_headers(model: str | Path, revision: str | None = None, trust_remote_co
     """(the config and tensor headers of a model, its transformers config): of a folder, or read from the Hub without
     a download; of the local cache, where the Hub cannot be reached. Raises as `resolve` does."""
     folder = _local(model)
+    if folder is None and is_gguf(Path(model)):
+        folder = _download(str(model), revision)  # its head is longer than some models
     if folder is None:
         try:
             headers = RemoteHeaders(str(model), revision)
@@ -77,37 +81,48 @@ def _local(model: str | Path) -> Path | None:
         folder = Path(model).expanduser()
         if folder.is_dir():
             return folder
+        if is_gguf(folder) and folder.is_file():
+            return gguf_folder(folder)
         if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists():
             return None
     except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is locked, no such home
         raise InputError(
             f"no such model folder: {name} ({getattr(error, 'strerror', None) or first_line(error)})"
         ) from None
-    raise InputError(f"no such model folder: {name} (expected a folder, a Hub id such as org/name, or '{REFERENCE}')")
+    raise InputError(
+        f"no such model folder: {name} (expected a folder, a GGUF file, a Hub id such as org/name, or '{REFERENCE}')"
+    )
 
 
 def _require_hub(model: str | Path, revision: str | None) -> None:
     if revision is not None:
-        raise UsageError(f"a revision is of a model on the Hub, {model} is a folder here: leave out {revision!r}")
+        raise UsageError(f"a revision is of a model on the Hub, {model} is here: leave out {revision!r}")
 
 
 def _download(name: str, revision: str | None, **hub) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
+    repository, _, file = name.partition(":")
     try:
+        if file:
+            parts = [Path(hf_hub_download(repository, part, revision=revision, **hub)) for part in all_files(file)]
+            return gguf_folder(parts[0])
         return Path(snapshot_download(name, revision=revision, ignore_patterns=list(_UNWANTED), **hub))
     except RepositoryNotFoundError:
         raise InputError(
-            f"{name} is neither a folder nor a model on the Hub (private models need `hf auth login`)"
+            f"{repository} is neither a folder nor a model on the Hub (private models need `hf auth login`)"
         ) from None
     except LocalEntryNotFoundError:
         raise InputError(f"{name} is not a folder, not in the local cache, and the Hub cannot be reached") from None
+    except EntryNotFoundError:
+        raise InputError(f"{repository} on the Hub has no file {file}, or not all that it is split into") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"cannot download {name}: {first_line(error)}") from None
 
@@ -133,6 +148,8 @@ def _stored(folder: Path) -> Iterator[TensorInfo]:
 
 def check_apart(source: Path, target: Path) -> None:
     """Raise OutputError if writing to `target` could touch the model that is read."""
-    source, target = source.resolve(), Path(os.path.realpath(target))
-    if source == target or source.is_relative_to(target) or target.is_relative_to(source):
-        raise OutputError(f"the output folder {target} and the model {source} overlap: choose another output folder")
+    target = Path(os.path.realpath(target))
+    linked = [file.resolve() for file in source.glob("*.gguf") if file.is_symlink()]
+    for place in (source.resolve(), *linked):
+        if place == target or place.is_relative_to(target) or target.is_relative_to(place):
+            raise OutputError(f"the output folder {target} and the model {place} overlap: choose another output folder")

@@ -138,15 +138,14 @@ def summarize(folder: Path) -> dict:
         layers.append({"name": base, "scheme": scheme, "shape": shape, "bytes": weight.nbytes})
         add(scheme + order, math.prod(shape), weight.nbytes)
     for tensor in stored.plain:
-        kind = tensor.encoded.kind if isinstance(tensor, DecodedTensor) else str(tensor.dtype).removeprefix("torch.")
-        if isinstance(tensor, DecodedTensor):
+        add(tensor.stored_as, tensor.numel, tensor.stored_bytes)
+        if tensor.is_encoded:
             name, shape = tensor.name.removesuffix(".weight"), list(tensor.shape)
-            encoded.append({"name": name, "scheme": kind, "shape": shape, "bytes": tensor.stored_bytes})
-        add(kind, tensor.numel, tensor.stored_bytes)
+            encoded.append({"name": name, "scheme": tensor.stored_as, "shape": shape, "bytes": tensor.stored_bytes})
     totals = [sum(column) for column in zip(*parts.values(), strict=True)]
     return {
         "architecture": (reader.config.get("architectures") or [reader.config.get("model_type") or "unknown"])[0],
-        "format": stored.format or CheckpointReader(folder).method,
+        "format": CheckpointReader(folder).method,
         "files": len(reader.files),
         "parameters": totals[1],
         "bytes": totals[2],

@@ -51,7 +51,7 @@ class QuantizedFolder(OpenedFolder):
     @property
     def format(self) -> str:
         """What they are stored in, for people."""
-        return self.stored.format or f"{CheckpointReader(self.path).method} (floating point)"
+        return self.reader.method or f"{CheckpointReader(self.path).method} (floating point)"
 
     @property
     def kept(self) -> list[TensorInfo]:

@@ -1,4 +1,4 @@
-"""GGML blocks of 32 weights: Q4_0, Q4_1 and Q8_0, the types of a GGUF file that can hold our numbers. Write only.
+"""GGML blocks of 32 weights: Q4_0, Q4_1 and Q8_0, the types of a GGUF file that can hold our numbers.
 
 Each block is an fp16 scale d and 32 integers q of consecutive inputs:
 Q4_0, 18 bytes:  w = (q - 8) * d;   Q4_1, 20 bytes:  w = q * d + m with an fp16 minimum m;   Q8_0, 34 bytes:  w = q * d
@@ -10,11 +10,32 @@ bytes and change no number. Which type holds an asymmetric weight is for its num
 
 import torch
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, UsageError
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 
 BLOCK = 32
+# Types of symmetric blocks -> the scheme of the weight that they are
+SCHEMES = {"Q4_0": Scheme(4, BLOCK), "Q8_0": Scheme(8, BLOCK)}
+
+# Metadata that llama.cpp's own converter derives from a config whatever its architecture, as transformers calls it
+GENERAL_KEYS = {
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+
+
+def import_gguf():
+    """The gguf package. Raises UsageError where it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise UsageError("GGUF files need the gguf package: pip install 'lowbit[gguf]'") from None
+    return gguf
 
 
 def refuse(scheme: Scheme, in_features: int) -> str | None:
@@ -58,6 +79,25 @@ def pack(qweight: QuantWeight, block: str) -> torch.Tensor:
         low, high = _blocks(codes).chunk(2, dim=-1)
         parts.append(low | high << 4)
     return torch.cat(parts, dim=-1).flatten(1)
+
+
+def unpack(blocks: torch.Tensor, block: str) -> QuantWeight:
+    """The weight that symmetric blocks are, exactly; a block whose scale is 0 becomes one of zeros with scale 1.
+
+    Args:
+        blocks: uint8 [N, K / 32 * bytes of a block].
+        block: One of `SCHEMES`.
+    """
+    scheme = SCHEMES[block]
+    parts = blocks.view(len(blocks), -1, 2 + BLOCK * scheme.bits // 8)
+    scales = parts[..., :2].contiguous().view(torch.float16).squeeze(-1)
+    stored = parts[..., 2:]
+    codes = torch.cat([stored & 0xF, stored >> 4], dim=-1) if scheme.bits == 4 else stored ^ scheme.middle
+    empty = scales == 0
+    if empty.any():
+        codes = codes.masked_fill(empty.unsqueeze(-1), scheme.middle)
+        scales = scales.masked_fill(empty, 1)
+    return QuantWeight(codes.reshape(len(blocks), -1), scales, scheme)
 
 
 def _values(qweight: QuantWeight) -> torch.Tensor:

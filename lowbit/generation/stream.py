@@ -139,7 +139,7 @@ def open_session(model: str | Path, *, session: SessionOptions, source: SourceOp
     Drafts come from another model, which is loaded the same way, or from the text so far (see `Draft`).
 
     Args:
-        model: A folder, a Hub id, or "reference".
+        model: A folder, a GGUF file, a Hub id, or "reference".
         **kwargs: Those of `lowbit.load`.
 
     Raises:

@@ -81,6 +81,11 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(opened, made, 2**20)
 
 
+def link(path: Path, target: Path) -> None:
+    """Make a link to a file. Raises OSError, FileExistsError for anything there."""
+    path.symlink_to(target)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link (not what it leads to) or a folder with all that is in it. What cannot be removed stays."""
     try:

@@ -1,5 +1,7 @@
 """LowbitConfig: what a user passes to `from_pretrained`, and what `save_pretrained` writes from it."""
 
+from pathlib import Path
+
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -32,6 +34,7 @@ class LowbitConfig(QuantizationConfigMixin):
             include_vision=options.include_vision,
         )
         self.backend, self.fuse, self.source = options.backend, options.fuse, options.source
+        self.folder: Path | None = None  # where integers are that `from_pretrained` is handed as a state_dict
 
     def to_dict(self) -> dict:
         if self.source is not None:

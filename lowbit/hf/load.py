@@ -2,16 +2,20 @@
 
 from pathlib import Path
 
+import torch
+
 from lowbit.backends import get_backend
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.checked import read_checked
-from lowbit.checkpoint.decoded import DecodedTensor, decoded
+from lowbit.checkpoint.decoded import decoded, decoded_to
+from lowbit.checkpoint.layout import StoredTensor
 from lowbit.discovery import model_class
 from lowbit.errors import InputError, LowbitError, UsageError, first_line
 from lowbit.folders.locate import load_config, resolve
 from lowbit.folders.opened import OpenedFolder
 from lowbit.formats import detect_format
 from lowbit.guards.model_size import no_larger_than
+from lowbit.hf.config import LowbitConfig
 from lowbit.hf.head import quantize_head
 from lowbit.hf.quiet import quiet_transformers
 from lowbit.numerics.scheme import Scheme
@@ -21,7 +25,7 @@ from lowbit.system.read_ahead import read_ahead
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
 _ELSEWHERE = {
     "config": "edit config.json, or pass config=lowbit.loading_config(path) to from_pretrained",
-    "gguf_file": "use from_pretrained of transformers",
+    "gguf_file": "pass the file itself",
     "state_dict": "use from_pretrained of transformers",
     "subfolder": "pass the folder itself",
     "variant": "name the files as transformers expects those of no variant: model.safetensors",
@@ -59,10 +63,10 @@ def loading_config(
 @takes_options
 @quiet_transformers()  # `_check` says it in one line
 def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs):
-    """A transformers model from a folder, a Hub id or "reference", on lowbit's kernels where it is quantized.
+    """A transformers model from a folder, GGUF file, Hub id or "reference", on lowbit's kernels where it is quantized.
 
     Args:
-        path: The folder, Hub id, or "reference".
+        path: The folder, GGUF file, Hub id, GGUF file of a repository ("org/name:file.gguf"), or "reference".
         **kwargs: Those of `from_pretrained`. quantization_config= quantizes a dense model while it is loaded.
 
     Returns:
@@ -86,10 +90,13 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
         setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
     weights = None  # transformers reads those of the folder
-    if any(isinstance(info, DecodedTensor) for info in reader.tensors.values()):
+    if not all(isinstance(info, StoredTensor) for info in reader.tensors.values()):
         if kwargs.get("quantization_config") is not None:
-            raise UsageError(f"{folder} is quantized already: `lowbit quantize` it, or leave quantization_config out")
-        weights = {name: read_checked(reader, name) for name in reader.tensors}
+            raise UsageError(
+                f"{reader.place} is none of safetensors in plain numbers: `lowbit quantize` it, or leave "
+                "quantization_config out"
+            )
+        weights = _decoded(reader, config, dtype)
     build = no_larger_than(reader.tensors.values())(model_class(config, source.trust_remote_code).from_pretrained)
     try:
         model, info = build(
@@ -112,6 +119,18 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     if head_scheme is not None:
         quantize_head(model, head_scheme, folder, run.backend)
     return (model, info) if wants_info else model
+
+
+def _decoded(reader: CheckpointReader, config, dtype) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that transformers cannot read, in the dtype that is asked for; `config` is told where
+    its integers are."""
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(wanted, torch.dtype):
+        reader = decoded_to(reader, wanted)
+    if hasattr(config, "quantization_config"):
+        config.quantization_config = LowbitConfig.from_dict(config.quantization_config)
+        config.quantization_config.folder = reader.folder
+    return {name: read_checked(reader, name) for name in reader.tensors}
 
 
 def _keywords(given: dict, dtype) -> tuple[dict, object, dict, bool]:

@@ -58,13 +58,13 @@ class LowbitQuantizer(HfQuantizer):
         )
         self._expected = expected_of(model)
 
-    def _open(self, model: nn.Module, names: CheckpointNames, files: list[str]) -> DenseModel | StoredModel:
+    def _open(self, model: nn.Module, names: CheckpointNames, files: list[str] | None) -> DenseModel | StoredModel:
         if self.pre_quantized:
             with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
-                return StoredModel(model, names, files)
+                return StoredModel(model, names, self.quantization_config.folder or files or ())
         recipe = self.quantization_config.recipe
         chosen, _ = choose(model, recipe)
-        return DenseModel(names, files, {name: QuantizedSite(*of) for name, of in chosen.items()}, recipe)
+        return DenseModel(names, files or (), {name: QuantizedSite(*of) for name, of in chosen.items()}, recipe)
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         return not self.pre_quantized and param_name in self.packed.schemes

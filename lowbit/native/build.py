@@ -24,10 +24,11 @@ import torch
 from lowbit.errors import first_line
 from lowbit.guards.safe_files import distrust, make_private, open_existing
 from lowbit.native.abi import AbiError, Library
+from lowbit.system.cache import CACHE_VARIABLE as CACHE_VARIABLE
+from lowbit.system.cache import cache_root
 
 logger = logging.getLogger("lowbit")
 
-CACHE_VARIABLE = "LOWBIT_CACHE"
 # Names the level of instructions to use (doctor shows which there are); or ALL: the best one, of all of them
 LEVEL_VARIABLE, ALL_LEVELS = "LOWBIT_CPU_LEVEL", "all"
 _FOLDER = Path(__file__).parent / "source"
@@ -57,9 +58,7 @@ _SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
-    if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder) / "native"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit" / "native"
+    return cache_root() / "native"
 
 
 @cache

@@ -63,7 +63,7 @@ def plan(
     """What `lowbit.quantize` with these arguments would write and need.
 
     Args:
-        model: A folder, a Hub id, or "reference". A model on the Hub is not downloaded.
+        model: A folder, a GGUF file, a Hub id, or "reference". A model on the Hub is not downloaded.
 
     Returns:
         Sizes, schemes, memory, time, and the engines that take the result.

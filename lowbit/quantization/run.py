@@ -62,7 +62,7 @@ def quantize(
     `torchrun` all processes call this, share the work, and get the report; the first one writes.
 
     Args:
-        model: A folder, a Hub id, or "reference" (the embedded model).
+        model: A folder, a GGUF file, a Hub id, or "reference" (the embedded model).
         output_dir: The folder to write, which appears whole or not at all.
 
     Returns:
@@ -132,8 +132,8 @@ def read_dense(folder: Path, trust_remote_code: bool) -> CheckpointReader:
     """The checkpoint in a folder as one of plain weights, with a WARNING where they are not what was trained."""
     stored = CheckpointReader(folder)
     dense = as_dense(stored, trust_remote_code)
-    if dense is not stored:
-        logger.warning("%s is quantized already (%s): the error of that stays", folder, stored.method)
+    if dense is not stored or any(info.is_encoded for info in stored.tensors.values()):
+        logger.warning("%s is quantized already (%s): the error of that stays", stored.place, stored.method)
     return dense
 
 

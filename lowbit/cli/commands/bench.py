@@ -63,7 +63,9 @@ def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A folder, a Hub id, or 'reference'; quantized or not.", show_default=False
+            metavar="[MODEL]",
+            help="A folder, a GGUF file, a Hub id, or 'reference'; quantized or not.",
+            show_default=False,
         ),
     ] = None,
     model_option: ModelOption = None,

@@ -1,0 +1,90 @@
+"""What transformers does to the tensors of a GGUF file on their way into a model, found by trying it.
+
+Its rules are those of each architecture: rows of queries and keys in another order, norms that are shifted, experts
+that are laid side by side. Some only move rows, which can be done to rows of packed blocks as well. Which, is seen from
+what becomes of a tensor whose rows are numbered.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowbit.checkpoint.gguf.header import Blocks
+
+
+class Rules:
+    """The rules for one file.
+
+    Args:
+        architecture: What the file calls its architecture.
+        config: The config of the model, as config.json has it.
+        names: Names of its tensors, as transformers knows them -> of the parameters that are made of them.
+    """
+
+    def __init__(self, architecture: str, config: Mapping, names: Mapping[str, str]):
+        from lowbit.transformers_api import TENSOR_PROCESSORS, TensorProcessor
+
+        rules = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._rules, self._names = rules(config=dict(config)), dict(names)
+        self._orders: dict[tuple, np.ndarray | None] = {}
+
+    def names_of(self, model: nn.Module) -> dict[str, str]:
+        """What `names` is for a model on the meta device. Raises whatever transformers raises."""
+        from lowbit.transformers_api import get_gguf_hf_weights_map
+
+        return get_gguf_hf_weights_map(model, self._rules)
+
+    def parameter_of(self, name: str) -> str | None:
+        """The parameter that a tensor of the file is part of; None where transformers has no use for it."""
+        return self._names.get(name, self._names.get(name.removesuffix(".weight")))
+
+    def applied(self, tensors: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """The parameters that transformers makes of tensors of the file. Raises whatever its rules raise."""
+        made: dict[str, torch.Tensor] = {}
+        for name, values in tensors.items():
+            result = self._rules.process(
+                weights=values, name=name, tensor_key_mapping=self._names, parsed_parameters={"tensors": made}
+            )
+            if result.name is not None and (parameter := self.parameter_of(result.name)) is not None:
+                made[parameter] = torch.from_numpy(np.ascontiguousarray(result.weights))
+        return made
+
+    def order(self, parameter: str, sources: Sequence[Blocks], shape: tuple[int, ...]) -> np.ndarray | None:
+        """Which rows of the file a parameter consists of.
+
+        Args:
+            parameter: Its name.
+            sources: All that it is made of.
+            shape: Its own, [..., values of a row].
+
+        Returns:
+            For each of its rows, its number among the rows of the sources one after the other; None where it is more
+            than rows of them in some order.
+        """
+        if len(shape) < 2 or any(len(source.shape) < 2 or source.width != shape[-1] for source in sources):
+            return None
+        key = (re.sub(r"\d+", "#", parameter), shape, *(source.values for source in sources))
+        if key not in self._orders:  # the same for all layers
+            self._orders[key] = self._order(parameter, sources, shape)
+        return self._orders[key]
+
+    def _order(self, parameter: str, sources: Sequence[Blocks], shape: tuple[int, ...]) -> np.ndarray | None:
+        numbered, total = {}, 0
+        for source in sources:
+            # from 1 on: what a rule adds, or leaves at 0, shows
+            numbers = np.arange(total + 1, total + source.rows + 1, dtype=np.float64)
+            numbered[source.name], total = numbers.reshape(*source.shape[:-1], 1), total + source.rows
+        try:
+            with np.errstate(all="ignore"):
+                found = self.applied(numbered)[parameter]
+        except Exception:  # a rule for tensors of one shape only
+            return None
+        if tuple(found.shape) != (*shape[:-1], 1):
+            return None
+        order = found.numpy().reshape(-1) - 1
+        if not np.array_equal(np.sort(order), np.arange(total)):
+            return None
+        return order.astype(np.int64)
