@@ -198,6 +198,8 @@ class CheckpointReader:
         for index in indices:
             if not info.shape or not 0 <= index < info.shape[0]:
                 raise InputError(f"{name} in {info.file.name} has shape {list(info.shape)}, and no row {index}")
+        if not isinstance(info, StoredTensor):  # one that is computed as a whole
+            return self.tensor(name)[indices]
         row = replace(info, shape=info.shape[1:])
         return torch.stack([replace(row, offset=info.offset + i * row.nbytes).read() for i in indices])
 

@@ -24,9 +24,11 @@ from lowbit.conversion.export import export_source
 from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
 from lowbit.conversion.options import DenseOptions, ExportOptions
+from lowbit.discovery import Site
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.folders.dense import cast_checked, dequantized
 from lowbit.folders.locate import check_apart
+from lowbit.folders.opened import stored_weights
 from lowbit.folders.quantized import QuantizedFolder
 from lowbit.folders.stored import StoredWeight, StoredWeights
 from lowbit.formats import FORMATS, get_format
@@ -117,7 +119,7 @@ def convert(
 
     def finish(written: Path) -> None:
         write_configs(written, folder.reader.plain_config, get_format(format), config)
-        _compare(folder.stored, StoredWeights(CheckpointReader(written)))
+        _compare(folder.stored, stored_weights(written))
 
     return _rewrite(folder, parts, output_dir, format, shard_bytes, output.overwrite, on_start, finish)
 
@@ -127,7 +129,7 @@ def _packed_parts(source: QuantizedFolder, format: str) -> tuple[list[_Part], di
     fmt, weights = get_format(format), source.stored.weights
     usual, _ = Counter(weight.scheme for weight in weights.values()).most_common(1)[0]
     for weight in weights.values():
-        if reason := _refusal(weight, fmt, usual):
+        if reason := _refusal(weight, source.site(weight.base), fmt, usual):
             raise InputError(f"{weight.base} cannot be stored as {format}: {reason}")
     act_order = {"act_order": True} if any(weight.act_order for weight in weights.values()) else {}
     config = fmt.config(usual, *source.in_config(usual), **act_order)
@@ -221,7 +223,9 @@ def _dtype(name) -> torch.dtype | None:
     return None if name is None else allowed[short]
 
 
-def _refusal(weight: StoredWeight, fmt, usual: Scheme) -> str | None:
+def _refusal(weight: StoredWeight, site: Site | None, fmt, usual: Scheme) -> str | None:
+    if site is not None and site.kind == "embedding" and not fmt.EMBEDDINGS:
+        return f"it is an embedding, which {fmt.METHOD} cannot hold quantized"
     if weight.act_order and not fmt.ACT_ORDER:
         return f"its inputs are in act-order (a g_idx), which {fmt.METHOD} has no place for"
     if weight.experts and not fmt.FUSED_EXPERTS:
