@@ -142,7 +142,13 @@ def tied_weights(model) -> dict[str, str]:
 
 def untie(model) -> None:
     """What is saved or moved from here on has no tied weights."""
-    model.all_tied_weights_keys = {}
+    tie(model, {})
+
+
+def tie(model, names: dict[str, str]) -> None:
+    """Let the parameters `names` be those that they stand for, and no others be tied: a checkpoint that is loaded next
+    may hold one of the two alone."""
+    model.all_tied_weights_keys = dict(names)
 
 
 def tensor_parallel_plan(model) -> dict[str, str]:

@@ -14,6 +14,7 @@ from lowbit.serving import COLUMN, ROW, RULES, Module, fused_units, modules_of, 
 
 G128 = Scheme()
 PLAIN = Module(G128, 4096, 4096)
+TABLE = Module(G128, 50000, 4096, embedding=True)
 EXPERT = Module(G128, 4096, 2048, split=COLUMN, merged=2, expert=True)
 
 
@@ -71,6 +72,12 @@ CT, GPTQ, AWQ = "compressed-tensors", "gptq", "awq"
         ("vLLM", CT, replace(EXPERT, scheme=scheme("W8A8")), "symmetric dynamic inputs, needed: inputs in floating"),
         ("lowbit", CT, replace(EXPERT, scheme=scheme("W8A8-STATIC")), "asymmetric static inputs, needed: inputs in"),
         ("SGLang", CT, replace(PLAIN, scheme=scheme("W4A8")), "W8A8Int8 needs 8 bits"),
+        ("vLLM", CT, replace(TABLE, scheme=scheme("W3A16")), "EmbeddingWNA16Int needs 2 or 4 or 8 bits"),
+        ("vLLM", CT, replace(TABLE, scheme=scheme("W4A16_ASYM")), "needs weights that are not asymmetric"),
+        ("vLLM", CT, replace(TABLE, scheme=scheme("W4A16-CHANNEL"), in_features=4100), "4100 codes of 4 bits"),
+        ("vLLM", CT, replace(TABLE, tied=True), "the table of the output embedding too, needed: a head of its own"),
+        ("SGLang", CT, TABLE, "is an embedding, needed: a dense one"),
+        ("transformers", CT, replace(TABLE, scheme=scheme("W8A16")), "fine is W4A16-G128, needed: one scheme for all"),
     ],
 )  # fmt: skip
 def test_refused(engine, format, module, needed):
@@ -98,6 +105,9 @@ def test_refused(engine, format, module, needed):
         ("SGLang", CT, replace(PLAIN, scheme=scheme("W8A8-STATIC_SYM"))),
         ("SGLang", GPTQ, replace(PLAIN, act_order=True)),
         ("GPTQModel", GPTQ, replace(PLAIN, scheme=scheme("W2A16_ASYM-G1024"), act_order=True)),
+        ("lowbit", CT, replace(TABLE, scheme=scheme("W3A16_ASYM"), tied=True)),
+        ("transformers", CT, replace(TABLE, scheme=scheme("W3A16_ASYM"), tied=True)),
+        ("vLLM", CT, replace(TABLE, scheme=scheme("W2A16-CHANNEL"), in_features=4112)),
     ],
 )
 def test_taken(engine, format, module):

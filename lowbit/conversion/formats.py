@@ -21,9 +21,11 @@ from lowbit.conversion.gguf import export_gguf
 from lowbit.conversion.mlx import export_mlx
 from lowbit.conversion.options import DenseOptions, ExportOptions
 from lowbit.conversion.rewrite import OnStart, Part, in_order, packed_config, packed_part, plain_part, rewrite
+from lowbit.discovery import Site
 from lowbit.errors import InputError, OutputError, UsageError
 from lowbit.folders.dense import dequantized
 from lowbit.folders.locate import check_apart
+from lowbit.folders.opened import stored_weights
 from lowbit.folders.quantized import QuantizedFolder
 from lowbit.folders.stored import StoredWeight, StoredWeights
 from lowbit.formats import FORMATS, get_format
@@ -103,7 +105,7 @@ def convert(
 
     def finish(written: Path) -> None:
         write_configs(written, folder.reader.plain_config, get_format(format), config)
-        _compare(folder.stored, StoredWeights(CheckpointReader(written)))
+        _compare(folder.stored, stored_weights(written))
 
     return _rewrite(folder, parts, output_dir, format, output, on_start, finish)
 
@@ -112,7 +114,7 @@ def _packed_parts(source: QuantizedFolder, format: str) -> tuple[list[Part], dic
     """The output in another format, and its config. Raises InputError for a weight that the format cannot hold."""
     fmt, weights = get_format(format), source.stored.weights
     for weight in weights.values():
-        if reason := _refusal(weight, fmt, source.usual):
+        if reason := _refusal(weight, source.site(weight.base), fmt, source.usual):
             raise InputError(f"{weight.base} cannot be stored as {format}: {reason}")
     config = packed_config(source, fmt)
     parts = [packed_part(weight, fmt, partial(source.stored.quantized, weight)) for weight in weights.values()]
@@ -205,7 +207,9 @@ def _dtype(name) -> torch.dtype | None:
     return None if name is None else allowed[short]
 
 
-def _refusal(weight: StoredWeight, fmt, usual: Scheme) -> str | None:
+def _refusal(weight: StoredWeight, site: Site | None, fmt, usual: Scheme) -> str | None:
+    if site is not None and site.kind == "embedding" and not fmt.EMBEDDINGS:
+        return f"it is an embedding, which {fmt.METHOD} cannot hold quantized"
     if weight.act_order and not fmt.ACT_ORDER:
         return f"its inputs are in act-order (a g_idx), which {fmt.METHOD} has no place for"
     if weight.experts and not fmt.FUSED_EXPERTS:

@@ -23,15 +23,18 @@ def choose(model: nn.Module, recipe: Recipe) -> tuple[dict[str, tuple[Site, Sche
     default_reasons = _left_alone(model, sites, recipe)
     chosen, left = {}, {}
     for name, site in sites.items():
+        if site.kind == "embedding" and recipe.embeddings is None:
+            continue  # nobody asks for it, and no reader expects it
         pattern = recipe.ignored_by(*site.names)
         if pattern is not None:
             left[name] = (site, f"ignored by {pattern!r}")
         elif name in default_reasons:
             left[name] = (site, default_reasons[name])
         else:
-            scheme = recipe.asked_for(*site.names, is_head=site.is_head).fitted(site.in_features)
-            # the inputs of fused experts stay as they are: no kernel of ours multiplies integers by a stack of matrices
-            chosen[name] = (site, scheme.weight_only if site.kind == "experts" else scheme)
+            scheme = recipe.asked_for(*site.names, **site.part).fitted(site.in_features)
+            # inputs of fused experts stay as they are: no kernel of ours multiplies integers by a stack of matrices;
+            # an embedding has none
+            chosen[name] = (site, scheme.weight_only if site.kind in ("experts", "embedding") else scheme)
     _check_patterns(model, recipe, [site for site, _ in chosen.values()], left)
     return chosen, left
 

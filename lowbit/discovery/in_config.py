@@ -9,12 +9,13 @@ from lowbit.numerics.scheme import Scheme
 from lowbit.transformers_api import CheckpointNames
 
 
-def also_named(names: CheckpointNames, sites: dict[str, Site]) -> Callable[[str], tuple[str, ...]]:
-    """What finds the names that a config may know a stored weight by, besides the one it is stored under."""
+def known_as(names: CheckpointNames, sites: dict[str, Site]) -> Callable[[str], tuple[tuple[str, ...], str]]:
+    """What finds the names that a config may know a stored weight by, besides the one it is stored under, and the class
+    of its module."""
 
-    def find(base: str) -> tuple[str, ...]:
+    def find(base: str) -> tuple[tuple[str, ...], str]:
         found = (sites.get(names.locate(name)[0]) for name in (f"{base}.weight", base))
-        return next(((site.module,) for site in found if site is not None), ())
+        return next((((site.module,), site.class_name) for site in found if site is not None), ((), "Linear"))
 
     return find
 
@@ -34,7 +35,12 @@ def exceptions_and_ignored(
     for site, base, scheme in named:
         # a module may have another name in the checkpoint than in memory, and readers look for either
         names = [site.module] if base is None else [site.module, base]
-        if scheme is None:
+        if site.kind == "embedding":
+            if scheme is not None:
+                # by their class, as llm-compressor writes it: vLLM gives most embeddings no name to look for
+                exceptions[site.class_name] = scheme
+                ignored.update(dict.fromkeys(sorted(embeddings - {site.module})))
+        elif scheme is None:
             ignored.update(dict.fromkeys(names))
         elif scheme != default or model.get_submodule(_owner(site)) is head:  # servers find a head by its name only
             exceptions.update(dict.fromkeys(names, scheme))

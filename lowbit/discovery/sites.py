@@ -1,8 +1,9 @@
 """The weight matrices of a model, found from its modules: no table of architectures.
 
-A `Site` is one weight matrix: that of an `nn.Linear`, of GPT-2's `Conv1D` (stored transposed), or a fused 3-D
-parameter of an experts module (one matrix per expert). Sites are found on a model without data and then matched to
-checkpoint names through the same renaming rules that transformers applies when it loads.
+A `Site` is one weight matrix: that of an `nn.Linear`, of GPT-2's `Conv1D` (stored transposed), of the input embedding
+(a row for each token), or a fused 3-D parameter of an experts module (one matrix per expert). Sites are found on a
+model without data and then matched to checkpoint names through the same renaming rules that transformers applies when
+it loads.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ class Site:
     """A weight matrix of a model: `parameter` is its name in the model, `module` the name that configs know it by."""
 
     parameter: str
-    kind: str  # "linear", "conv1d" or "experts"
-    out_features: int
+    kind: str  # "linear", "conv1d", "experts" or "embedding"
+    out_features: int  # of an embedding, its rows
     in_features: int
     transposed: bool = False  # stored as [in_features, out_features]
     experts: int = 0
@@ -28,6 +29,16 @@ class Site:
     @property
     def module(self) -> str:
         return self.parameter.removesuffix(".weight")
+
+    @property
+    def part(self) -> dict[str, bool]:
+        """What `Recipe.asked_for` has to know of it."""
+        return {"is_head": self.is_head, "is_embedding": self.kind == "embedding"}
+
+    @property
+    def class_name(self) -> str:
+        """The class of modules by which a config means it."""
+        return "Embedding" if self.kind == "embedding" else "Linear"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -43,13 +54,16 @@ def find_sites(model: nn.Module) -> dict[str, Site]:
     """Every weight matrix of the model that a format could hold, by parameter name, in module order."""
     from transformers import Conv1D
 
-    sites, head = {}, head_of(model)
+    sites, head, embedding = {}, head_of(model), embedding_of(model)
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if _is_linear(module):
             sites[prefix + "weight"] = Site(
                 prefix + "weight", "linear", module.out_features, module.in_features, is_head=module is head
             )
+        elif module is embedding:
+            rows, columns = module.weight.shape
+            sites[prefix + "weight"] = Site(prefix + "weight", "embedding", rows, columns)
         elif isinstance(module, Conv1D):
             rows, columns = module.weight.shape
             sites[prefix + "weight"] = Site(prefix + "weight", "conv1d", columns, rows, transposed=True)
@@ -96,3 +110,12 @@ def _is_transposed(module: nn.Module, parameters: list[nn.Parameter]) -> bool:
 
 def head_of(module: nn.Module) -> nn.Module | None:
     return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+
+
+def embedding_of(model: nn.Module) -> nn.Embedding | None:
+    """The input embedding: what turns token ids into hidden states. None, where a model has none that is a table."""
+    try:
+        found = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # what transformers raises for a model that it does not know them of
+        return None
+    return found if isinstance(found, nn.Embedding) else None

@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
-from lowbit.checkpoint.decoded import DecodedTensor, decoded
+from lowbit.checkpoint.decoded import decoded
 from lowbit.checkpoint.extras import judge
-from lowbit.discovery import CheckpointNames, also_named, find_sites, skeleton
+from lowbit.discovery import CheckpointNames, find_sites, known_as, skeleton
 from lowbit.errors import InputError
 from lowbit.folders.locate import load_config
 from lowbit.folders.stored import StoredWeights
@@ -49,7 +49,7 @@ class OpenedFolder:
         self.config = load_config(path, trust_remote_code, self.reader.tensors.values())
         self.model = skeleton(self.config, trust_remote_code, tensors=self.reader.tensors.values())
         self.names, self.sites = CheckpointNames(self.model), find_sites(self.model)
-        self.stored = StoredWeights(self.reader, also_named(self.names, self.sites))
+        self.stored = StoredWeights(self.reader, known_as(self.names, self.sites))
 
     @property
     def state(self) -> dict:
@@ -114,12 +114,13 @@ def without_parameter(model, names: CheckpointNames, tensors: Iterable[TensorInf
 
 def stored_weights(path: Path) -> StoredWeights:
     """The quantized weights of a folder, those in floating point of fewer bits decoded. The model is built only where
-    the names of the files do not tell by which scheme a weight is quantized: a config may know it by that of its
-    module. Raises InputError."""
+    the names of the files do not tell by which scheme a weight is quantized: a config may know it by the name or the
+    class of its module. Raises InputError."""
     try:
-        return StoredWeights(decoded(CheckpointReader(path)))
+        found = StoredWeights(decoded(CheckpointReader(path)))
     except InputError:
         return OpenedFolder(path, read=decoded).stored
+    return OpenedFolder(path, read=decoded).stored if found.tells_classes_apart else found
 
 
 def summarize(folder: Path) -> dict:

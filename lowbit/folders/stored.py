@@ -52,14 +52,18 @@ class StoredWeight:
 class StoredWeights:
     """format: its name, None if nothing is quantized. weights: base name -> StoredWeight. plain: all other tensors.
 
-    What is stored quantized is; the config says by which scheme. also_named: what finds other names that the config may
-    know a weight by: those of its module in memory.
+    What is stored quantized is; the config says by which scheme. known_as: what finds other names that the config may
+    know a weight by, those of its module in memory, and the class of that.
 
     Raises InputError for tensors that are missing or fit neither each other nor the config.
     """
 
-    def __init__(self, reader: CheckpointReader, also_named: Callable[[str], Iterable[str]] = lambda base: ()):
-        self.reader, self._also_named = reader, also_named
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        known_as: Callable[[str], tuple[Iterable[str], str]] = lambda base: ((), "Linear"),
+    ):
+        self.reader, self._known_as = reader, known_as
         config = reader.quantization_config
         self.format = detect_format(config) if config else None
         self.weights: dict[str, StoredWeight] = {}
@@ -77,6 +81,11 @@ class StoredWeights:
         for base, tensors in grouped.items():
             self.weights[base] = self._weight(base, tensors)
         self._believe_zeros()
+
+    @property
+    def tells_classes_apart(self) -> bool:
+        """Whether the config has schemes of modules that are no linears: only the model tells which these are."""
+        return self.format is not None and self.config.exhaustive and "Embedding" in self.config.targets
 
     @property
     def fmt(self):
@@ -106,7 +115,8 @@ class StoredWeights:
     def _weight(self, base: str, tensors: dict[str, TensorInfo]) -> StoredWeight:
         """Of the scheme that the config names; where its tensors are of another one, of the only other that fits: names
         of modules change from one version of transformers to the next, tensors do not."""
-        scheme = self.config.lookup([base, *self._also_named(base)], "Linear") or self.config.lookup([base], "Linear")
+        names, class_name = self._known_as(base)
+        scheme = self.config.lookup([base, *names], class_name) or self.config.lookup([base], class_name)
         others = {other for other in self.config.targets.values() if other != scheme} if self.config.exhaustive else {}
         try:
             if scheme is None:

@@ -64,12 +64,14 @@ class Format(Protocol):
         SUFFIXES: The tensor names that replace `weight`, in the order they are written.
         ACT_ORDER: Whether it can hold a g_idx.
         FUSED_EXPERTS: Whether it can hold fused 3-D expert parameters.
+        EMBEDDINGS: Whether its readers look up rows of quantized weights.
     """
 
     METHOD: str
     SUFFIXES: tuple[str, ...]
     ACT_ORDER: bool
     FUSED_EXPERTS: bool
+    EMBEDDINGS: bool
 
     def refuse(self, scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
         """Why it cannot hold a weight of `shape` (out_features, in_features) in a checkpoint whose main scheme is
@@ -79,7 +81,8 @@ class Format(Protocol):
         """The tensors of a weight by suffix; also of one on the meta device."""
 
     def config(self, default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str]) -> dict:
-        """The `quantization_config`: modules that have another scheme than `default`, and that are not quantized."""
+        """The `quantization_config`: modules (or classes of them) that have another scheme than `default`, the one of
+        linears, and modules that are not quantized."""
 
     def companions(self, quantization_config: dict) -> dict[str, dict]:
         """JSON files that readers look for beside config.json."""

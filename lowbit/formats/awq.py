@@ -20,7 +20,7 @@ from lowbit.numerics.scheme import Scheme
 
 METHOD = "awq"
 SUFFIXES = ("qweight", "qzeros", "scales")
-ACT_ORDER, FUSED_EXPERTS = False, False
+ACT_ORDER, FUSED_EXPERTS, EMBEDDINGS = False, False, False
 _PACKED = dict(zip(SUFFIXES, ("weight_packed", "weight_zero_point", "weight_scale"), strict=True))
 _BITS = 4
 # The column of a word's eight that lies at each nibble

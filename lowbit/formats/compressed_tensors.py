@@ -23,7 +23,7 @@ from lowbit.numerics.scheme import PER_CHANNEL, Activations, Scheme
 
 METHOD = "compressed-tensors"
 # Codes and scales of fused experts are stored as they are in memory where a family stores them fused
-ACT_ORDER, FUSED_EXPERTS = False, True
+ACT_ORDER, FUSED_EXPERTS, EMBEDDINGS = False, True, True
 PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 SUFFIXES = ("weight", *PACKED_SUFFIXES, "input_scale", "input_zero_point")
 _PACK, _INT, _MIXED = "pack-quantized", "int-quantized", "mixed-precision"
@@ -155,8 +155,9 @@ def _activation_args(scheme: Scheme) -> dict | None:
 def config(default: Scheme, exceptions: Mapping[str, Scheme], ignored: Iterable[str]) -> dict:
     """The `quantization_config` of a checkpoint.
 
-    exceptions: module name -> Scheme where it differs from `default`. They become config groups that list exact names:
-    compressed-tensors sorts overlapping regexes alphabetically while vLLM keeps their order; exact names win in both.
+    exceptions: module name -> Scheme where it differs from `default`, or name of a class that is not nn.Linear. They
+    become config groups that list exact names: compressed-tensors sorts overlapping regexes alphabetically while vLLM
+    keeps their order; exact names win in both.
     """
 
     def group(group_targets, scheme):

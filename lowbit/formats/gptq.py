@@ -24,7 +24,7 @@ from lowbit.numerics.scheme import Scheme
 
 METHOD = "gptq"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
-ACT_ORDER, FUSED_EXPERTS = True, False
+ACT_ORDER, FUSED_EXPERTS, EMBEDDINGS = True, False, False
 _PACKED = dict(zip(SUFFIXES, ("weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"), strict=True))
 
 

@@ -47,7 +47,7 @@ def _difference(model: PreTrainedModel, step: Step) -> str | None:
     """What is wrong with the logits of a fresh `Step` of two rows, None if they are those of the model alone: for a
     prompt in two chunks, one row of it padded, and for steps after it."""
     length = _PROMPT + 2 * _STEPS
-    vocabulary = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+    vocabulary = cast(int, model.get_input_embeddings().num_embeddings)
     ids = torch.arange(_ROWS * length, device=model.device).view(_ROWS, length) * 7 % max(vocabulary // 2, 1) + 1
     mask = torch.ones_like(ids)
     mask[1, :_PADDING] = 0

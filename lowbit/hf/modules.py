@@ -4,6 +4,7 @@ made dense again."""
 import logging
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from accelerate.utils import has_offloaded_params
@@ -14,6 +15,7 @@ from lowbit.discovery import CheckpointNames
 from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.hf.packed import QuantizedSite
+from lowbit.layers.embedding import QuantizedEmbedding, quantize_embedding, restore_embedding
 from lowbit.layers.experts import (
     QuantizedExperts,
     expert_weights,
@@ -53,6 +55,8 @@ def replace_modules(
             quantize_experts(module, leaf, found.scheme, dtype, names.merged(found.site.parameter))
             if not placeholders:
                 finish_experts(module, leaf)
+        elif found.site.kind == "embedding":
+            quantize_embedding(cast(nn.Embedding, module), found.scheme, dtype)
         else:
             model.set_submodule(found.site.module, _empty_linear(found, module, dtype, backend, placeholders))
     if any(found.site.kind == "experts" for found in sites.values()):
@@ -97,7 +101,7 @@ def check_loaded(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if has_offloaded_params(module):
             continue
-        packed = list(module.packed_shapes) if isinstance(module, LowbitLinear) else []
+        packed = list(module.packed_shapes) if isinstance(module, LowbitLinear | QuantizedEmbedding) else []
         for parameter, weights in expert_weights(module).items():
             packed += [packed_name(parameter, suffix) for suffix in packed_format.suffixes(weights.scheme)]
         if packed:
@@ -128,6 +132,8 @@ def prepare_modules(model: nn.Module, backend: str | None, fuse: bool) -> None:
             offloaded = True
         elif isinstance(module, LowbitLinear):
             linears.append(module)
+        elif isinstance(module, QuantizedEmbedding):
+            module.prepare()
         elif isinstance(module, QuantizedExperts):
             unpacked += sum(math.prod(weights.shape) for weights in expert_weights(module).values())
             module.prepare(backend)
@@ -149,6 +155,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
     """Put dense modules back, of the weights that the codes stand for."""
     for name, module in list(model.named_modules()):
         restore_experts(module, dtype)
+        restore_embedding(module, dtype)
         if isinstance(module, LowbitLinear):
             model.set_submodule(name, dense_layer(module, dtype))
 

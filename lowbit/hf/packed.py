@@ -8,6 +8,7 @@ from torch import nn
 
 from lowbit.discovery import CheckpointNames, Site, named_in_config
 from lowbit.formats import compressed_tensors as packed_format
+from lowbit.layers.embedding import QuantizedEmbedding
 from lowbit.layers.experts import expert_weights
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
@@ -85,7 +86,7 @@ def _quantized(model: nn.Module) -> Mapping[str, Scheme]:
     found = {}
     for name, module in model.named_modules():
         name = name.removesuffix(".base_layer")
-        if isinstance(module, LowbitLinear):
+        if isinstance(module, LowbitLinear | QuantizedEmbedding):
             found[f"{name}.weight"] = module.scheme
         found |= {f"{name}.{parameter}": weights.scheme for parameter, weights in expert_weights(module).items()}
     return found

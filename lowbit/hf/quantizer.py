@@ -24,6 +24,7 @@ from lowbit.hf.modules import (
     replace_modules,
 )
 from lowbit.hf.packed import PackedNames, QuantizedSite
+from lowbit.hf.tied import tied_to_quantized, untie_quantized
 from lowbit.layers.linear import LowbitLinear
 from lowbit.transformers_api import ignore_unexpected
 
@@ -51,6 +52,8 @@ class LowbitQuantizer(HfQuantizer):
         chosen = self.source.sites
         if not chosen:
             raise InputError("nothing is quantized: no linear layer of the model matches the config")
+        if isinstance(self.source, StoredModel):
+            chosen |= tied_to_quantized(model, self.source, sites)
         self.packed = PackedNames(names, sites, self.source.tensors, {p: found.scheme for p, found in chosen.items()})
         ignore_unexpected(model, self.source.idle)
         replace_modules(
@@ -90,6 +93,7 @@ class LowbitQuantizer(HfQuantizer):
         if self.source.damaged:
             raise InputError(f"{self.source.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         check_loaded(model)
+        untie_quantized(model, self.source.sites)
         prepare_modules(model, config.backend, config.fuse)
         if not self.source.is_native:
             # what is saved is compressed-tensors, whatever was loaded

@@ -205,7 +205,8 @@ class Recipe:
     overrides: (pattern, Scheme) pairs, or a dict of them, of schemes or their names; the first one that names a module
     (`names_module`) wins over `scheme`.
     ignore: patterns of modules that stay in the source dtype.
-    options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone.
+    options: of the method, by name. lm_head: the scheme of the output embedding, None to leave it alone. embeddings:
+    the same of the input embedding, whose rows are looked up, so that nothing but the weight can be quantized.
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
     activation_range: how static schemes find the range of their inputs, "mse", "minmax" or "percentile"
@@ -221,9 +222,15 @@ class Recipe:
     include_vision: bool = False
     smooth: float | str | None = None
     activation_range: str = ACTIVATION_RANGES[0]
+    embeddings: Scheme | None = None
 
     def __post_init__(self):
         _one_of("activation_range", self.activation_range, ACTIVATION_RANGES)
+        if self.embeddings is not None and self.embeddings.activations is not None:
+            raise UsageError(
+                f"embeddings is {self.embeddings.name}; expected W<bits>A16[_ASYM][-G<group>|-CHANNEL]: a row is "
+                "looked up, it has no inputs to quantize"
+            )
         object.__setattr__(self, "options", dict(self.options))
         object.__setattr__(self, "smooth", _alpha(self.smooth))
         # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
@@ -246,10 +253,11 @@ class Recipe:
         """The pattern of the override that means a module known by `names`, else None."""
         return next((p for p, _ in self.overrides for name in names if names_module(p, name)), None)
 
-    def asked_for(self, *names: str, is_head: bool = False) -> Scheme:
+    def asked_for(self, *names: str, is_head: bool = False, is_embedding: bool = False) -> Scheme:
         """The scheme of a module known by `names`, whether it fits its in_features or not. is_head: the output
-        embedding."""
-        usual = self.lm_head if is_head and self.lm_head is not None else self.scheme
+        embedding. is_embedding: the input embedding."""
+        of_kind = self.lm_head if is_head else self.embeddings if is_embedding else None
+        usual = self.scheme if of_kind is None else of_kind
         pattern = self.overridden_by(*names)
         return usual if pattern is None else dict(reversed(self.overrides))[pattern]
 
@@ -270,6 +278,7 @@ class Recipe:
             "ignore": list(self.ignore),
             "lm_head": None if self.lm_head is None else self.lm_head.to_dict(),
             "include_vision": self.include_vision,
+            **({} if self.embeddings is None else {"embeddings": self.embeddings.to_dict()}),
             **({} if self.smooth is None else {"smooth": self.smooth}),
             **ranges,
         }
@@ -277,7 +286,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping) -> "Recipe":
         overrides = [(pattern, Scheme.from_dict(scheme)) for pattern, scheme in data.get("overrides", ())]
-        head = data.get("lm_head")
+        head, embeddings = data.get("lm_head"), data.get("embeddings")
         if head is True:  # of a report from before heads had a scheme of their own
             head = data["scheme"]
         return cls(
@@ -290,6 +299,7 @@ class Recipe:
             data.get("include_vision", False),
             smooth=data.get("smooth"),
             activation_range=data.get("activation_range", ACTIVATION_RANGES[0]),
+            embeddings=Scheme.from_dict(embeddings) if embeddings else None,
         )
 
 

@@ -71,6 +71,12 @@ class RecipeOptions:
     include_vision: bool = option(
         False, "Of a model that sees or hears, quantize all of it, not its language model alone."
     )
+    embeddings: str | Scheme | None = option(
+        None,
+        "Quantize the input embedding too, to a scheme such as W8A16-G128. An output embedding that is tied to it gets "
+        "a table of its own, in the scheme of lm_head, or else in this one.",
+        typed=str | None,
+    )
     smooth: float | str | None = option(
         None,
         "auto, which searches it by module, or a SmoothQuant alpha from 0 to 1: scale the inputs of linears, and fold "
@@ -85,6 +91,8 @@ class RecipeOptions:
         if self.scheme is not None and self.bits is not None:
             raise UsageError("--scheme and --bits say the same thing: pass one of them")
         _check_name(self.base)
+        if isinstance(self.embeddings, str):
+            Scheme.parse(self.embeddings)
 
     @property
     def base(self) -> str | Scheme:

@@ -12,7 +12,7 @@ from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.extras import judge
 from lowbit.checkpoint.names import output_name
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
-from lowbit.errors import InputError
+from lowbit.errors import InputError, UsageError
 from lowbit.folders.dense import DequantizedTensor
 from lowbit.folders.opened import without_parameter
 from lowbit.formats import get_format
@@ -94,7 +94,7 @@ class Plan:
     @property
     def fallbacks(self) -> list[Step]:
         """Quantized with another group size than asked, because theirs does not divide in_features."""
-        asked = ((step, self.recipe.asked_for(*step.site.names, is_head=step.site.is_head)) for step in self.quantized)
+        asked = ((step, self.recipe.asked_for(*step.site.names, **step.site.part)) for step in self.quantized)
         return [step for step, scheme in asked if step.scheme.group_size != scheme.group_size]
 
     @property
@@ -131,6 +131,10 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
         method = stored.get("quant_method") if isinstance(stored, dict) else stored
         raise InputError(f"{reader.folder} is quantized already ({method}): quantize the original model instead")
     fmt = get_format(format_name)
+    if recipe.embeddings is not None and not fmt.EMBEDDINGS:
+        raise UsageError(
+            f"{format_name} has no quantized embeddings: leave --embeddings out, or write --format compressed-tensors"
+        )
     chosen, left = choose(model, recipe)
     checkpoint_names = CheckpointNames(model)
     steps, fulfilled, elsewhere = [], {}, set()

@@ -12,6 +12,7 @@ from lowbit.folders.locate import open_headers
 from lowbit.options import FileOptions, HeadOption, RecipeOptions, SampleOptions, SourceOptions, takes_options
 from lowbit.quantization.calibrated.options import require_data_method
 from lowbit.quantization.forecast import forecast
+from lowbit.quantization.opened import opened
 from lowbit.quantization.plan import Plan, make_plan
 from lowbit.quantization.recipe import make_recipe
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
@@ -76,11 +77,11 @@ def plan(
     shard_bytes = parse_size(files.max_shard_size)
     stored, config = open_headers(model, source.revision, source.trust_remote_code)
     headers = as_dense(stored, source.trust_remote_code)
-    built = skeleton(config, source.trust_remote_code, tensors=headers.tensors.values())
-    planned = make_plan(headers, built, asked, files.format)
+    start = opened(headers, config, asked, source.trust_remote_code)
+    planned = make_plan(start.reader, start.model, start.recipe, files.format)
     size = file_bytes(planned.outputs, shard_bytes)
     # engines are asked about a model that can run without numbers
-    runnable = skeleton(config, source.trust_remote_code, dtype=torch.bfloat16)
+    runnable = skeleton(start.config, source.trust_remote_code, dtype=torch.bfloat16)
     ahead = forecast(planned, runnable, size, samples.num_samples, samples.seqlen)
     return Preview(
         source=str(model),

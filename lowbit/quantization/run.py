@@ -10,7 +10,6 @@ from pathlib import Path
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.report_file import save_report
 from lowbit.checkpoint.writer import StagedFolder, parse_size
-from lowbit.discovery import skeleton
 from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
 from lowbit.numerics.scheme import Recipe
@@ -29,6 +28,7 @@ from lowbit.quantization.calibrated.options import Calibration, needs_data, requ
 from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import Reporting, silent
 from lowbit.quantization.calibrated.run import calibrate
+from lowbit.quantization.opened import opened
 from lowbit.quantization.plan import Plan, make_plan
 from lowbit.quantization.recipe import make_recipe
 from lowbit.quantization.report import Report
@@ -55,6 +55,8 @@ def quantize(
 
     A pattern of ignore or overrides that changes nothing is an error. Routers are always left alone, the output
     embedding unless lm_head, and what a model sees, hears or projects with unless include_vision.
+
+    An input embedding is rounded to nearest, whatever the method.
 
     Methods and schemes that need data ("gptq", "W8A8-STATIC"), and all of them with smooth, go through the model layer
     by layer with the calibration samples; dataset may be token ids too, a tensor [samples, seqlen]. What they have
@@ -107,8 +109,8 @@ def quantize_dense(
         As `quantize`.
     """
     started = time.perf_counter()
-    built = skeleton(config, data.trust_remote_code, tensors=reader.tensors.values())
-    plan = make_plan(reader, built, recipe, files.format)
+    start = opened(reader, config, recipe, data.trust_remote_code)
+    plan = make_plan(start.reader, start.model, start.recipe, files.format)
     for tensor, reason in list(plan.unknown.items())[:1]:
         more = f" (and {len(plan.unknown) - 1} more such tensors)" if len(plan.unknown) > 1 else ""
         logger.warning("%s of %s is left out%s: %s", tensor, reader.folder, more, reason)
@@ -124,7 +126,8 @@ def quantize_dense(
         return report
     report.seconds = time.perf_counter() - started
     shard_bytes = parse_size(files.max_shard_size)
-    _write(reader.with_tensors(plan.sources), config, plan, target, shard_bytes, data, run, report)
+    reader = start.reader.with_tensors(plan.sources)
+    _write(reader, start.config, plan, target, shard_bytes, data, run, report)
     return report
 
 

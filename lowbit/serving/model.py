@@ -14,7 +14,7 @@ from lowbit.discovery import CheckpointNames, Site, find_sites
 from lowbit.discovery.shared_inputs import Products, SharedInputs, with_versions
 from lowbit.numerics.scheme import Scheme
 from lowbit.serving.rules import COLUMN, ROW, Module
-from lowbit.transformers_api import tensor_parallel_plan
+from lowbit.transformers_api import tensor_parallel_plan, tied_weights
 from lowbit.upstream import MissingNameError
 
 logger = logging.getLogger("lowbit")
@@ -65,6 +65,8 @@ def splits(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str | None]
     found: dict[str, str | None] = {}
     parents: dict[str, list[str]] = {}
     for site in sites.values():
+        if site.kind == "embedding":
+            continue  # a part of its rows is on each rank, and no product is made of it
         found[site.module] = next((split for pattern, split in plan.items() if pattern.fullmatch(site.module)), None)
         parents.setdefault(_parent(site.module), []).append(site.module)
     for names in parents.values():
@@ -75,11 +77,14 @@ def splits(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str | None]
 
 def modules_of(model: nn.Module, chosen: Mapping[str, tuple[Site, Scheme]]) -> dict[str, Module]:
     """What `discovery.choose` has chosen, as engines see it: module name -> Module. model: of `discovery.skeleton`."""
-    names = CheckpointNames(model)
+    names, ties = CheckpointNames(model), tied_weights(model)
+    tied = {*ties, *ties.values()}
     split = splits(model, find_sites(model))
     modules = {}
     for name, (site, scheme) in chosen.items():
-        module = Module(scheme, site.out_features, site.in_features, split=split[site.module])
+        module = Module(scheme, site.out_features, site.in_features, split=split.get(site.module))
+        if site.kind == "embedding":
+            module = replace(module, embedding=True, tied=name in tied)
         if site.kind == "experts":
             module = replace(module, expert=True, merged=names.merged(name), fused=not names.by_expert(name))
         modules[site.module] = module

@@ -14,7 +14,8 @@ class Module:
 
     split: what tensor parallelism divides, COLUMN (out_features) or ROW (in_features); None: each rank holds it whole.
     merged: how many equal linears lie one below the other in it (gate and up of experts: 2). fused: it is stored as one
-    3-D tensor of all experts of a layer.
+    3-D tensor of all experts of a layer. embedding: rows of it are looked up; tied: and the output embedding has no
+    table but this one.
     """
 
     scheme: Scheme
@@ -25,12 +26,15 @@ class Module:
     merged: int = 1
     expert: bool = False
     fused: bool = False
+    embedding: bool = False
+    tied: bool = False
 
 
 @dataclass(frozen=True)
 class Kernel:
     """What a kernel multiplies: bits by symmetry, group sizes (None: each that divides in_features), multiples that the
     sides of a rank's matrix have to be of; hidden: the same of that side of an expert which ranks do not divide.
+    whole_words: the codes of a row have to fill int32 words.
     activations: what inputs it takes, None for those in floating point."""
 
     name: str
@@ -40,6 +44,7 @@ class Kernel:
     in_multiple: int = 1
     out_multiple: int = 1
     hidden: int = 1
+    whole_words: bool = False
     activations: tuple[Activations | None, ...] = (None,)
     capability: tuple[int, int] | None = None  # of the GPU, at least; None: runs without one
 
@@ -51,6 +56,8 @@ class Rule:
     fuses: linears that multiply the same input become one, so they need one scheme, or all stay dense; so do the
     experts of a layer. fused_experts: reads experts that are stored as one tensor. ranks: sizes of tensor parallelism.
     run: it was run by this project; otherwise its source was read.
+    embeddings: kernels of input embeddings, none if it reads these dense only. tied_embeddings: a head may share the
+    table. one_scheme: where an embedding is quantized, all is to be quantized as it is.
     """
 
     engine: str
@@ -65,6 +72,9 @@ class Rule:
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     run: bool = False
     note: str = ""
+    embeddings: tuple[Kernel, ...] = ()
+    tied_embeddings: bool = False
+    one_scheme: bool = False
 
 
 _TOKEN, _STATIC = Activations(), Activations(strategy=TENSOR)
@@ -76,6 +86,9 @@ _ALL, _MARLIN_GROUPS = (2, 3, 4, 8), (PER_CHANNEL, 32, 64, 128)
 # capability: layers/quantization/compressed_tensors/schemes/compressed_tensors_wNa16.py
 _VLLM_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, capability=(7, 5))
 _VLLM_HUMMING = Kernel("Humming", _ALL, _ALL, capability=(7, 5))
+# layers/quantization/compressed_tensors/compressed_tensors_embedding.py: it has no zero points, and takes codes out of
+# single words; `tie_weights` of layers/quantization/base_config.py looks for a dense table
+_VLLM_EMBEDDING = Kernel("EmbeddingWNA16Int", (2, 4, 8), (), whole_words=True)
 # layers/quantization/compressed_tensors/compressed_tensors.py `_is_dynamic_token_w8a8`, `_is_static_tensor_w8a8` and
 # schemes/compressed_tensors_w8a8_int8.py there: one scale for each output; schemes/compressed_tensors_wNa8.py: inputs
 # by token, around zero
@@ -108,13 +121,14 @@ _GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_mul
 
 RULES = (
     Rule("lowbit", "this", "compressed-tensors", _ANY_INPUTS, _ANY, fuses=False, fused_experts=True, ranks=(1,),
-         dtypes=("float16", "bfloat16", "float32"), run=True),
+         dtypes=("float16", "bfloat16", "float32"), run=True, embeddings=_ANY, tied_embeddings=True),
     Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS,
          _TRANSFORMERS_EXPERTS, fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
          note="dequantizes the whole model at its first call; asymmetric linears of one scheme load with "
-              "quantization_config=CompressedTensorsConfig(dequantize=True)"),
+              "quantization_config=CompressedTensorsConfig(dequantize=True), and so do quantized embeddings",
+         embeddings=_ANY, tied_embeddings=True, one_scheme=True),
     Rule("vLLM", "0.33", "compressed-tensors", (_VLLM_MARLIN, _VLLM_HUMMING, _VLLM_INT8, _VLLM_WNA8),
-         (_VLLM_MARLIN_EXPERTS, _VLLM_HUMMING_EXPERTS)),
+         (_VLLM_MARLIN_EXPERTS, _VLLM_HUMMING_EXPERTS), embeddings=(_VLLM_EMBEDDING,)),
     # compressed_tensors/schemes/compressed_tensors_wNa16.py and compressed_tensors_wNa16_moe.py, whose zero points of
     # experts are laid out wrongly (pull request 39510)
     Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN, _SGLANG_INT8),

@@ -99,6 +99,8 @@ def _kernel(rule, name, joined, modules, size, capability) -> tuple[Kernel | Non
         return None, f"{where} has groups in the order of activations, needed: the natural order, g_idx[k] = k // group"
     if module.fused and not rule.fused_experts:
         return None, f"{where} is stored as one tensor of all experts, needed: tensors of each expert"
+    if module.embedding:
+        return _of_embedding(rule, where, module, modules)
     parts = [_on_rank(modules[other], size) for other in joined]
     part, problem = parts[joined.index(name)]
     problem = problem or _partial_words(rule, module, part, len(joined) > 1)
@@ -116,6 +118,23 @@ def _kernel(rule, name, joined, modules, size, capability) -> tuple[Kernel | Non
             return kernel, None
         reasons.append(f"{kernel.name} needs {reason}".lstrip())
     return None, f"{where}{f' on each of {size} ranks' if size > 1 else ''}: {'; '.join(reasons)}"
+
+
+def _of_embedding(rule: Rule, where: str, module: Module, modules) -> tuple[Kernel | None, str | None]:
+    """The kernel that looks up rows of an embedding, or why none does. Ranks share the rows, padded as they need it."""
+    if not rule.embeddings:
+        return None, f"{where} is an embedding, needed: a dense one"
+    if module.tied and not rule.tied_embeddings:
+        return None, f"{where} is the table of the output embedding too, needed: a head of its own"
+    other = next((name for name, each in modules.items() if each.scheme != module.scheme), None)
+    if rule.one_scheme and other is not None:
+        return None, f"{where} is an embedding and {other} is {modules[other].scheme.name}, needed: one scheme for all"
+    reasons = []
+    for kernel in rule.embeddings:
+        if (reason := _unfit(kernel, module, None)) is None:
+            return kernel, None
+        reasons.append(f"{kernel.name} needs {reason}".lstrip())
+    return None, f"{where}: {'; '.join(reasons)}"
 
 
 def _inputs(activations: Activations | None) -> str:
@@ -168,6 +187,8 @@ def _unfit(kernel: Kernel, part: Module, capability) -> str | None:
     for side, multiple in (("in_features", kernel.in_multiple), ("out_features", kernel.out_multiple)):
         if getattr(part, side) % multiple:
             return f"{side} a multiple of {multiple}, found {getattr(part, side)}"
+    if kernel.whole_words and part.in_features * scheme.bits % 32:
+        return f"rows of whole int32 words, found {part.in_features} codes of {scheme.bits} bits"
     hidden = part.out_features if part.split == ROW else part.in_features
     if part.expert and hidden % kernel.hidden:
         return f"a hidden size that is a multiple of {kernel.hidden}, found {hidden}"

@@ -126,12 +126,18 @@ def _missing(folder: Folder, found: set[str]) -> list[str]:
 
 
 def _ties(folder: Folder) -> Check:
+    """Nothing is tied that is quantized, but an output embedding to a table that is stored once for both."""
     tied = tied_weights(folder.model)
     quantized = {folder.parameter_of(base): base for base in folder.stored.weights}
-    for name in (*tied, *tied.values()):
-        if name in quantized:
-            return Check("ties", False, f"{quantized[name]} is quantized, but tied to another weight of the model")
+    for name, target in tied.items():
+        if name in quantized or (target in quantized and not _shared(folder, name, target)):
+            base = quantized.get(name) or quantized[target]
+            return Check("ties", False, f"{base} is quantized, but tied to another weight of the model")
     return Check("ties", True, f"{len(tied)} tied weights" if tied else "no tied weights")
+
+
+def _shared(folder: Folder, head: str, table: str) -> bool:
+    return folder.sites[table].kind == "embedding" and head in folder.sites and folder.sites[head].is_head
 
 
 def _budget(folder: Folder, max_unquantized: float) -> Check:

@@ -6,17 +6,19 @@ from pathlib import Path
 import torch
 
 from lowbit.calibration.recorded import recorded_edits, scaled
-from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.computed import as_loaded
 from lowbit.checkpoint.decoded import DecodedTensor
 from lowbit.checkpoint.layout import StoredTensor
 from lowbit.checkpoint.manifest import digest
+from lowbit.checkpoint.untied import untied
 from lowbit.errors import InputError, UsageError
 from lowbit.folders.dense import as_dense
 from lowbit.folders.opened import without_parameter
 from lowbit.folders.stored import StoredWeight
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.numerics.dtypes import cast
+from lowbit.transformers_api import tied_weights
 from lowbit.verification.folder import Check, Folder, Problems, report_of
 from lowbit.verification.tolerance import difference
 
@@ -114,7 +116,8 @@ def compared_with_source(folder: Folder, reference: Path) -> Check:
         layers = report_of(folder.path).get("decoder_layers", ())
         unknown = without_parameter(folder.model, folder.names, source.tensors.values())
         quantized = {folder.parameter_of(base) for base in folder.stored.weights}
-        source = source.with_tensors(as_loaded(source.tensors, folder.names, quantized))
+        tensors = as_loaded(source.tensors, folder.names, quantized)
+        source = source.with_tensors(_with_head(tensors, folder))
         edits = recorded_edits(layers, folder.names, source.tensors, source.tensor)
     except InputError as error:
         return Check("source", False, str(error))
@@ -147,6 +150,17 @@ def compared_with_source(folder: Folder, reference: Path) -> Check:
     if encoded:
         found += f"; {len(encoded)} in {folder.files.method} are not compared: no grid says how near they should be"
     return problems.check("source", found)
+
+
+def _with_head(tensors: dict[str, TensorInfo], folder: Folder) -> dict[str, TensorInfo]:
+    """The tensors of a source, whose output embedding may be tied to the input embedding where that of the folder is
+    not."""
+    heads = [site.parameter for site in folder.sites.values() if site.is_head]
+    tables = [site.parameter for site in folder.sites.values() if site.kind == "embedding"]
+    names = {folder.names.locate(name)[0]: name for name in tensors}
+    if not heads or not tables or heads[0] in names or tables[0] not in names or heads[0] in tied_weights(folder.model):
+        return tensors
+    return untied(tensors, names[tables[0]], heads[0])
 
 
 def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str | None:

@@ -54,6 +54,22 @@ def test_transformers_reads_the_same_model(name, tmp_path):
     assert lost == (name in ("qwen3", "qwen2_moe", "qwen3_moe"))
 
 
+@pytest.mark.parametrize(
+    ("name", "embeddings", "tied", "type"),
+    [("llama", "W8A16-G64", True, "Q8_0"), ("gemma3", "W4A16-G32", False, "Q4_0")],
+)
+def test_embeddings_stay_quantized(name, embeddings, tied, type, tmp_path):
+    changes = {**ARCHITECTURES[name], "tie_word_embeddings": tied}
+    source = quantized_source(tmp_path, name, options={"embeddings": embeddings}, **changes)
+    export_gguf(source, tmp_path / "model.gguf")
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types["token_embd.weight"] == type
+    assert types["output.weight"] == (type if tied else "BF16")  # of its own, both ways
+    expected = dense_model(source, tmp_path / "reference").state_dict()
+    actual = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).state_dict()
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_blocks_are_the_dequantized_weights(scheme, tmp_path):
     source = quantized_source(tmp_path, "qwen2", scheme, options={"overrides": [(".*o_proj", "W8A16-G32")]})

@@ -57,6 +57,17 @@ def test_the_folder_holds_the_same_numbers(scheme, tmp_path):
         assert file.metadata() == {"format": "mlx"}
 
 
+def test_embeddings_stay_quantized(tmp_path):
+    source = quantized_source(tmp_path, options={"embeddings": "W8A16-G64"}, tie_word_embeddings=True)
+    export_mlx(source, tmp_path / "mlx")
+    expected, actual = dequantized(source), read_weights(tmp_path / "mlx")
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
+    settings = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    for name in ("model.embed_tokens", "lm_head"):
+        assert settings["quantization"][name] == {"group_size": 64, "bits": 8, "mode": "affine"}
+    assert settings["tie_word_embeddings"] is False
+
+
 @pytest.mark.parametrize(("name", "parts"), [("qwen3_moe", ("mlp", "gate_proj", "up_proj", "down_proj")),
                                              ("mixtral", ("block_sparse_moe", "w1", "w3", "w2"))])  # fmt: skip
 def test_experts_are_stacked_where_mlx_keeps_them(name, parts, tmp_path):

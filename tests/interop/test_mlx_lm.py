@@ -29,9 +29,10 @@ def to_mlx(tensor: torch.Tensor):
     return mx.array(tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy())
 
 
-def logits_error(name: str, scheme: str, dtype: torch.dtype, folder) -> float:
+def logits_error(name: str, scheme: str, dtype: torch.dtype, folder, **options) -> float:
     """Relative error of mlx-lm's logits of an exported tiny model to transformers' of the dequantized one, float32."""
-    source = quantized_source(folder, name, scheme, dtype, options={"overrides": [(".*0.*down_proj", "W8A16-G32")]})
+    options = {"overrides": [(".*0.*down_proj", "W8A16-G32")], **options}
+    source = quantized_source(folder, name, scheme, dtype, options=options)
     export_mlx(source, folder / "mlx")
     model, _ = mlx_lm.load_model(folder / "mlx")
     model.set_dtype(mx.float32)
@@ -43,6 +44,11 @@ def logits_error(name: str, scheme: str, dtype: torch.dtype, folder) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_mlx_lm_computes_the_dequantized_model(case, tmp_path):
     assert logits_error(*case, tmp_path) < 2e-6
+
+
+@pytest.mark.parametrize(("name", "embeddings"), [("llama", "W8A16-G64"), ("qwen3", "W4A16_ASYM-G32")])
+def test_mlx_lm_looks_up_quantized_embeddings(name, embeddings, tmp_path):
+    assert logits_error(name, "W4A16-G32", torch.bfloat16, tmp_path, embeddings=embeddings) < 2e-6
 
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
