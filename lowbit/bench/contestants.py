@@ -29,7 +29,7 @@ LOWBIT = "lowbit"
 @dataclass(frozen=True)
 class Setting:
     """What all sides have in common. work: a folder for files that some of them need; dtype: "auto" or a name.
-    backend, lm_head: as in `lowbit.load`, of lowbit's side."""
+    backend, lm_head, exact: as in `lowbit.load`, of lowbit's side."""
 
     work: Path
     device: str = "cpu"
@@ -38,6 +38,7 @@ class Setting:
     lm_head: Scheme | None = None
     revision: str | None = None  # of a model on the Hub
     trust_remote_code: bool = False
+    exact: bool | None = None
 
     @property
     def head_origin(self) -> str:
@@ -87,7 +88,7 @@ class Shapes:
         check_memory(self.config, self.scheme, self.dtype, available_memory())
         made = partial(
             quantized_model, self.config, self.scheme, dtype=self.dtype, device=self.setting.device,
-            backend=self.setting.backend, lm_head=self.setting.lm_head,
+            backend=self.setting.backend, lm_head=self.setting.lm_head, exact=self.setting.exact,
         )  # fmt: skip
         return Side(LOWBIT, f"{self.scheme.name}{self.setting.head_origin}, random codes", made)
 
@@ -152,7 +153,8 @@ class Checkpoint:
             folder = self.setting.work / "quantized"
             trust = self.setting.trust_remote_code
             quantize(self.folder, folder, scheme=self.scheme, method=self.method, trust_remote_code=trust)
-        return self._load(folder, backend=self.setting.backend, lm_head=self.setting.lm_head)
+        setting = self.setting
+        return self._load(folder, backend=setting.backend, lm_head=setting.lm_head, exact=setting.exact)
 
     def _unquantized(self) -> Path:
         if self.source is not None or not self.is_quantized:

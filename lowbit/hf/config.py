@@ -32,6 +32,7 @@ class LowbitConfig(QuantizationConfigMixin):
             include_vision=options.include_vision,
         )
         self.backend, self.fuse, self.source = options.backend, options.fuse, options.source
+        self.exact = options.exact
 
     def to_dict(self) -> dict:
         if self.source is not None:

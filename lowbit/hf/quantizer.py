@@ -24,6 +24,7 @@ from lowbit.hf.modules import (
     replace_modules,
 )
 from lowbit.hf.packed import PackedNames, QuantizedSite
+from lowbit.layers.inputs import choose_inputs
 from lowbit.layers.linear import LowbitLinear
 from lowbit.transformers_api import ignore_unexpected
 
@@ -91,6 +92,7 @@ class LowbitQuantizer(HfQuantizer):
             raise InputError(f"{self.source.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         check_loaded(model)
         prepare_modules(model, config.backend, config.fuse)
+        choose_inputs(model, config.exact)
         if not self.source.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self.packed.save_merged(model, self.source.computed_from)

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from lowbit.backends import choose_for_experts, get_backend
+from lowbit.backends import EXACT, choose_for_experts, get_backend, inputs_of, product_of
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
@@ -56,6 +56,14 @@ class ExpertWeights:
         mark_loaded(self)  # transformers leaves what it takes for loaded out of its weight initialisation
         self.parameter, self.scheme, self.transposed, self.shape = parameter, scheme, transposed, shape
         self.backend: str | None = None
+        self.inputs = EXACT
+
+    def choose_inputs(self, exact: bool | None) -> None:
+        """See `LowbitLinear.choose_inputs`."""
+        if self.backend is not None:
+            self.inputs = inputs_of(self.backend, self.scheme, exact)
+            # looked up once: torch.compile does not trace imports
+            self.multiply = product_of(self.backend, self.inputs, "experts")
 
     def packed(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint by suffix, [experts, ...]."""
@@ -107,6 +115,7 @@ class QuantizedExperts(nn.Module):
 
     _expert_weights: dict[str, ExpertWeights]
     wanted_backend: str | None = None
+    exact: bool | None = True
     loaded = False  # whether `prepare` was called: before, loaders look for the packed parameters
 
     @property
@@ -143,7 +152,13 @@ class QuantizedExperts(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(f"{weights.parameter}_{name}", buffer, persistent=False)
         weights.backend, weights.buffer_names = backend, tuple(buffers)
-        weights.multiply = run.experts  # looked up once: torch.compile does not trace imports
+        weights.choose_inputs(self.exact)
+
+    def choose_inputs(self, exact: bool | None) -> None:
+        """See `LowbitLinear.choose_inputs`."""
+        self.exact = exact
+        for weights in self._expert_weights.values():
+            weights.choose_inputs(exact)
 
     def unprepare(self) -> "QuantizedExperts":
         """Back to the packed state."""

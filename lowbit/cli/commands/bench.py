@@ -100,7 +100,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
         setting = Setting(
             Path(work), place, device.dtype, device.backend, head_scheme and Scheme.parse(head_scheme),
-            origin.revision, origin.trust_remote_code,
+            origin.revision, origin.trust_remote_code, device.exact,
         )  # fmt: skip
         if subject.shapes is None:
             name = model if model is not None else model_option
@@ -209,5 +209,6 @@ def _rows_of(batch: int, rows: list[dict]):
 def _kernel_names(kernels: list[dict]) -> str:
     names = {}
     for found in kernels:
-        names.update(dict.fromkeys(found["kernels"].values() or [found["backend"] or "dequantized"]))
+        rounded = "" if found["inputs"] == "exact" else f" ({found['inputs']})"
+        names.update(dict.fromkeys(found["kernels"].values() or [(found["backend"] or "dequantized") + rounded]))
     return ", ".join(names)

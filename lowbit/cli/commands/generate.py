@@ -96,6 +96,7 @@ def show_stats(stats) -> None:
         share = 100 * stats.accepted_tokens / stats.drafted_tokens
         notes.print(f"accepted {stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens ({share:.0f} %)")
     notes.print(f"by {stats.path}{f': {stats.why}' if stats.why else ''}")
+    notes.print(f"inputs of products: {stats.inputs}")
 
 
 def generate(

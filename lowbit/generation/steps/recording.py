@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowbit.generation.steps.graph import RepeatableStep
 from lowbit.native import attention, elementwise, matmul
-from lowbit.native.linear import replay
+from lowbit.native.operators import replay
 from lowbit.torch_api import (
     COPY_TO,
     TorchDispatchMode,
