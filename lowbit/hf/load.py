@@ -12,10 +12,9 @@ from lowbit.folders.locate import load_config, resolve
 from lowbit.folders.opened import OpenedFolder
 from lowbit.formats import detect_format
 from lowbit.guards.model_size import no_larger_than
-from lowbit.hf.head import quantize_head
+from lowbit.hf.head import set_head, wanted_head
 from lowbit.hf.quiet import quiet_transformers
 from lowbit.layers.inputs import choose_inputs, wanted_exactness
-from lowbit.numerics.scheme import Scheme
 from lowbit.options import LoadOptions, SourceOptions, takes_options
 from lowbit.system.read_ahead import read_ahead
 
@@ -79,7 +78,7 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     if run.backend is not None:
         get_backend(run.backend)  # also where nothing is quantized: a name that does not exist is a mistake
     wanted_exactness(run.exact)  # a variable that nothing understands is a mistake, too
-    head_scheme = Scheme.parse(run.lm_head) if isinstance(run.lm_head, str) else run.lm_head
+    head = wanted_head(run.lm_head)
     kwargs, dtype, hub, wants_info = _keywords(kwargs, run.dtype)
     folder = resolve(path, source.revision, **hub)
     # headers only: transformers follows an index anywhere and trips over damaged files
@@ -116,8 +115,8 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
     _check(folder, info, source.trust_remote_code)
-    if head_scheme is not None:
-        quantize_head(model, head_scheme, folder, run.backend)
+    if head is not None:
+        set_head(model, head, folder, run.backend)
         choose_inputs(model, run.exact)
     return (model, info) if wants_info else model
 

@@ -26,12 +26,14 @@ from lowbit.hf.modules import (
 from lowbit.hf.packed import PackedNames, QuantizedSite
 from lowbit.layers.inputs import choose_inputs
 from lowbit.layers.linear import LowbitLinear
+from lowbit.numerics.scheme import Scheme
 from lowbit.transformers_api import ignore_unexpected
 
 
 @register_quantizer("lowbit")
 class LowbitQuantizer(HfQuantizer):
-    """source: while a model loads, the checkpoint. packed: the names of what is quantized, which saving needs too."""
+    """source: while a model loads, the checkpoint. packed: the names of what is quantized, which saving needs too.
+    added_head: the scheme of an output embedding that was quantized after loading."""
 
     requires_calibration = False
     quantization_config: LowbitConfig
@@ -40,6 +42,7 @@ class LowbitQuantizer(HfQuantizer):
     source: DenseModel | StoredModel
     packed: PackedNames
     dtype: torch.dtype
+    added_head: Scheme | None = None
 
     def validate_environment(self, *args, **kwargs):
         if self.pre_quantized and self.quantization_config.source is None:

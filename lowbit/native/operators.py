@@ -6,13 +6,14 @@ activations the kernel multiplies int8 by int8 at every number of rows.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
 
 from lowbit.native import gemm
-from lowbit.native.abi import Weight
+from lowbit.native.abi import Experts, Weight
+from lowbit.native.build import constant, library
 from lowbit.native.linear import DTYPES, PIECES, dense_blocks, product, weight_of_tensors
 from lowbit.numerics import dense
 from lowbit.numerics.activations import quantize_input
@@ -25,16 +26,6 @@ ROUNDED_ROWS = 8
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 128
 # Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
 _ROWS_OF_INTEGERS = 64
-
-
-def _experts(x, codes, scales, zeros, input_scale, input_zero, bias, expert_start, scheme, out_features, exact=True):
-    bounds, tensors = expert_start.tolist(), (codes, scales, zeros, input_scale, input_zero, bias)
-    y = x.new_zeros(x.shape[0], out_features)  # for the rows behind the last expert's
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        if start < stop:
-            of_expert = (None if tensor is None else tensor[expert] for tensor in tensors)
-            y[start:stop] = _linear(x[start:stop], *of_expert, scheme, out_features, exact)
-    return y
 
 
 def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_features, exact=True):
@@ -86,6 +77,67 @@ def replay(
     call = gemm.product(weight, x, y, bias, "int8") if rounded else product(weight, x, y, bias, PIECES[x.dtype])
     call.keeps += (codes, scales, zeros)
     return call
+
+
+def _experts(x, codes, scales, zeros, input_scale, input_zero, bias, expert_start, scheme, out_features, exact=True):
+    parsed = _parse(scheme)
+    if parsed.activations is None:
+        stored = x.dtype if x.dtype in DTYPES else torch.float32
+        made = torch.empty(len(x), out_features, dtype=stored)
+        bias = None if bias is None else bias.to(stored).contiguous()
+        wide, start = x.to(stored).contiguous(), expert_start.int().contiguous()
+        tensors = (tensor if tensor is None else tensor.contiguous() for tensor in (codes, scales, zeros))
+        _product_of_experts(made, wide, *tensors, bias, start, parsed, PIECES[x.dtype], exact)()
+        return made.to(x.dtype)
+    tensors = codes, scales, zeros, input_scale, input_zero, bias
+    y = x.new_zeros(x.shape[0], out_features)  # for the rows behind the last expert's
+    for expert, (start, stop) in enumerate(pairwise(expert_start.tolist())):
+        if start < stop:
+            of_expert = (None if tensor is None else tensor[expert] for tensor in tensors)
+            y[start:stop] = _linear(x[start:stop], *of_expert, scheme, out_features, exact)
+    return y
+
+
+def _product_of_experts(y, x, codes, scales, zeros, bias, start, scheme: Scheme, pieces: int, exact: bool) -> Callable:
+    """The call that computes y, with zeros in rows behind the last expert's; all tensors contiguous, x, y and the bias
+    of one dtype of DTYPES. Experts with few rows and those with many are two calls, in which threads pass from one
+    expert to the next without waiting for each other."""
+    kernels, threads = library(), torch.get_num_threads()
+    weight = weight_of_tensors(codes, scales, zeros, scheme, (y.shape[1], x.shape[1]))
+    rounded = not exact and gemm.refuse(scheme, "int8", x.dtype) is None
+    operands = x.data_ptr(), constant(DTYPES[x.dtype]), None if bias is None else bias.data_ptr(), y.data_ptr(), len(x)
+    scratch = torch.empty(kernels.lowbit_linear_scratch(weight, len(x)), dtype=torch.uint8)
+    few = Experts(start.data_ptr(), len(start) - 1, 1, ROUNDED_ROWS - 1 if rounded else len(x))
+    calls = [partial(kernels.lowbit_linear_experts, weight, few, *operands, pieces, scratch.data_ptr())]
+    keeps = [y, x, codes, scales, zeros, bias, start, scratch]
+    if rounded and len(x) >= ROUNDED_ROWS:
+        arithmetic, many = constant("INT8"), Experts(start.data_ptr(), len(start) - 1, ROUNDED_ROWS, len(x))
+        tiles = torch.empty(kernels.lowbit_gemm_scratch(weight, arithmetic, len(x), threads), dtype=torch.uint8)
+        calls.append(
+            partial(kernels.lowbit_gemm_experts, weight, many, arithmetic, *operands, threads, tiles.data_ptr())
+        )
+        keeps.append(tiles)
+    call = partial(_each, calls)
+    call.keeps = keeps
+    return call
+
+
+def _each(calls: list[Callable]) -> None:
+    for call in calls:
+        call()
+
+
+def replay_experts(
+    y, x, codes, scales, zeros, input_scale, input_zero, bias, expert_start, scheme, out_features, exact=True
+) -> Callable | None:
+    """The same for `experts_native`, whose rows may belong to others each time."""
+    parsed, tensors = _parse(scheme), (y, x, codes, scales, zeros, bias, expert_start)
+    alike = bias is None or bias.dtype == x.dtype
+    contiguous = all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    known = x.dtype in DTYPES and expert_start.dtype == torch.int32
+    if parsed.activations is not None or not (known and alike and contiguous):
+        return None
+    return _product_of_experts(*tensors, parsed, PIECES[x.dtype], exact)
 
 
 def _grad_input(grad, codes, scales, zeros, scheme, in_features):

@@ -63,5 +63,7 @@ class LoadOptions(DeviceOptions):
 
     fuse: bool = option(True, "Linears that share an input share one product: fewer launches, the same result.")
     lm_head: str | Scheme | None = option(
-        None, 'A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.'
+        None,
+        'A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not; "auto": '
+        "that one on CPUs, where it is large.",
     )

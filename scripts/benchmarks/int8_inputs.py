@@ -28,7 +28,7 @@ SCHEMES = [Scheme(bits, group, sym) for bits in (2, 3, 4, 8) for group in (32, 6
 WINDOW = 512
 
 
-def measure(model: str, text: str, count: int) -> list[dict]:
+def measure(model: str, text: str, count: int, schemes: list[Scheme]) -> list[dict]:
     """A row for each scheme that fits the model."""
     folder = resolve(model)
     tokenizer = load_tokenizer(folder)
@@ -36,7 +36,7 @@ def measure(model: str, text: str, count: int) -> list[dict]:
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
     dense = lowbit.load(folder, dtype=torch.bfloat16)
     rows = []
-    for scheme in SCHEMES:
+    for scheme in schemes:
         with tempfile.TemporaryDirectory() as work:
             try:
                 lowbit.quantize(folder, Path(work) / "quantized", scheme=scheme)
@@ -62,10 +62,15 @@ def measure(model: str, text: str, count: int) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs=2, action="append", metavar=("MODEL", "TEXT"), default=None)
+    parser.add_argument("--schemes", nargs="+", type=Scheme.parse, default=SCHEMES)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--name", default="int8_inputs", help="of the file in results/")
     options = parser.parse_args()
-    rows = [row for given in options.model or [["reference", "stdlib"]] for row in measure(*given, options.tokens)]
+    rows = [
+        row
+        for given in options.model or [["reference", "stdlib"]]
+        for row in measure(*given, options.tokens, options.schemes)
+    ]
     save(options.name, {"window": WINDOW, "rows": rows})
 
 

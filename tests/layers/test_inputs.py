@@ -15,7 +15,7 @@ from lowbit.layers.inputs import EXACT_VARIABLE, choose_inputs, inputs_of_model
 from lowbit.layers.linear import LowbitLinear
 from lowbit.native import gemm
 from lowbit.native.build import library
-from lowbit.native.operators import ROUNDED_ROWS, replay
+from lowbit.native.operators import ROUNDED_ROWS, replay, replay_experts
 from lowbit.numerics.scheme import Scheme
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -90,6 +90,30 @@ def test_a_repeated_product_of_many_rows(rows):
         x.copy_(torch.randn(rows, 96))
         call()
         assert torch.equal(y, native.linear_rounded(x, buffers, scheme, shape))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_repeated_product_of_experts(dtype, exact):
+    """The routing may be another each time; rows of nobody are zeros each time."""
+    scheme, shape = Scheme(4, 32, False), (3, 21, 96)
+    each = [native.prepare(random_quantized(scheme, 21, 96, dtype, seed=seed)) for seed in range(3)]
+    buffers = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    x, y, bias = torch.randn(40, 96).to(dtype), torch.empty(40, 21, dtype=dtype), torch.randn(3, 21).to(dtype)
+    start = torch.empty(4, dtype=torch.int32)
+    stored = buffers["codes"], buffers["scales"], buffers["zeros"]
+    call = replay_experts(y, x, *stored, None, None, bias, start, scheme.name, 21, exact)
+    for bounds in ((0, 13, 13, 40), (0, 0, 7, 9), (0, 40, 40, 40)):
+        start.copy_(torch.tensor(bounds))
+        call()
+        assert torch.equal(y, native.experts(x, buffers, start, scheme, shape, bias, exact))
+        for number in range(3):
+            rows = slice(bounds[number], bounds[number + 1])
+            truth = x[rows].double() @ matrix(random_quantized(scheme, 21, 96, dtype, seed=number)).T + bias[number]
+            assert (y[rows] - truth).norm() <= (2**-6 if not exact else 2**-8) * truth.norm()
+        assert not y[bounds[-1] :].any()
+    assert replay_experts(y, x, *stored, None, None, bias, start.long(), scheme.name, 21) is None
+    assert replay_experts(y, x, *stored, None, None, bias, start, "W4A8-G32", 21) is None
 
 
 def test_what_is_not_rounded(measured):

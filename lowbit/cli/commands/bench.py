@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.common import (
-    HeadFlags,
+    HeadChoice,
     JsonOption,
     ModelOption,
     check_known,
@@ -71,7 +71,7 @@ def bench(
     subject: SubjectOptions,
     runs: RunsOptions,
     device: DeviceOptions,
-    head: HeadFlags,
+    head: HeadChoice,
     origin: SourceOptions,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here too.", show_default=False)] = None,
     json: JsonOption = False,
@@ -95,11 +95,12 @@ def bench(
         from lowbit.bench.peers import parse_against
         from lowbit.bench.repeats import Bench
         from lowbit.guards.safe_files import write_whole
+        from lowbit.hf.head import wanted_head
 
     wanted, place = parse_against(runs.against), _device(default_device_map(device.device_map))
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
         setting = Setting(
-            Path(work), place, device.dtype, device.backend, head_scheme and Scheme.parse(head_scheme),
+            Path(work), place, device.dtype, device.backend, wanted_head(head_scheme),
             origin.revision, origin.trust_remote_code, device.exact,
         )  # fmt: skip
         if subject.shapes is None:

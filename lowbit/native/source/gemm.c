@@ -260,29 +260,51 @@ INLINE void multiply_rows(const Weight *w, int arithmetic, int bits, Tile tile, 
     for (; m < rows; m++) multiply(w, arithmetic, bits, 1, tile, x, n, m, to);
 }
 
-/* y [rows, out_features] = x W^T + bias, which may be NULL; all three of `dtype`, which is bfloat16 for BF16. GEMM_GROUP
-   divides the group size. scratch has lowbit_gemm_scratch bytes, aligned to 64. */
-void KERNEL(lowbit_gemm)(const Weight *w, int64_t arithmetic, const void *x, int64_t dtype, const void *bias, void *y,
-                         int64_t rows, int64_t threads, void *scratch) {
-    const Outputs outputs = {y, bias, (int)dtype};
+/* All rows of x that a weight has, which are those from `first` on of x and y */
+INLINE void multiply_weight(const Weight *w, int arithmetic, Tile tile, Inputs x, int64_t first, int64_t rows, Outputs to) {
+    x.codes += first * x.row_bytes, x.scales += first * x.blocks, x.sums += first * x.steps;
+    to.y = row_at(to.y, to.dtype, first, w->out_features);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t n = 0; n < w->out_features; n += TILE) {
+        unpack_tile(w, arithmetic, n, tile);
+        if (arithmetic == BF16)
+            multiply_rows(w, BF16, 0, tile, x, n, rows, to);
+        else if (w->bits <= 4)
+            multiply_rows(w, INT8, 4, tile, x, n, rows, to);
+        else
+            multiply_rows(w, INT8, 8, tile, x, n, rows, to);
+    }
+}
+
+/* For several weights, whose rows of y are written; bias [e->count, out_features] or NULL; otherwise as lowbit_gemm */
+void KERNEL(lowbit_gemm_experts)(const Weight *w, const Experts *e, int64_t arithmetic, const void *x, int64_t dtype,
+                                 const void *bias, void *y, int64_t rows, int64_t threads, void *scratch) {
     Inputs inputs;
     char *tiles = (char *)scratch + place_inputs(w, arithmetic, rows, scratch, &inputs);
-#pragma omp parallel num_threads((int)threads)
+#pragma omp parallel num_threads((int)smaller(threads, omp_get_max_threads())) /* fewer, where cores are taken */
     {
         Tile tile;
         const int64_t bytes = place_tile(w, arithmetic, 0, &tile);
         place_tile(w, arithmetic, tiles + omp_get_thread_num() * bytes, &tile);
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; m++) to_inputs(w, arithmetic, x, (int)dtype, m, inputs);
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < w->out_features; n += TILE) {
-            unpack_tile(w, (int)arithmetic, n, tile);
-            if (arithmetic == BF16)
-                multiply_rows(w, BF16, 0, tile, inputs, n, rows, outputs);
-            else if (w->bits <= 4)
-                multiply_rows(w, INT8, 4, tile, inputs, n, rows, outputs);
-            else
-                multiply_rows(w, INT8, 8, tile, inputs, n, rows, outputs);
+        for (int64_t i = 0; i < e->count; i++) {
+            const int64_t first = e->start[i], end = first + rows_of(e, i);
+#pragma omp for schedule(static) nowait
+            for (int64_t m = first; m < end; m++) to_inputs(w, arithmetic, x, (int)dtype, m, inputs);
+        }
+#pragma omp barrier
+        for (int64_t i = 0; i < e->count; i++) {
+            const Weight one = weight_of(w, i);
+            const Outputs to = {y, bias ? row_at(bias, (int)dtype, i, w->out_features) : 0, (int)dtype};
+            if (rows_of(e, i)) multiply_weight(&one, (int)arithmetic, tile, inputs, e->start[i], rows_of(e, i), to);
         }
     }
+}
+
+/* y [rows, out_features] = x W^T + bias, which may be NULL; all three of `dtype`, which is bfloat16 for BF16. GEMM_GROUP
+   divides the group size. scratch has lowbit_gemm_scratch bytes, aligned to 64. */
+void KERNEL(lowbit_gemm)(const Weight *w, int64_t arithmetic, const void *x, int64_t dtype, const void *bias, void *y,
+                         int64_t rows, int64_t threads, void *scratch) {
+    const int32_t start[2] = {0, (int32_t)rows};
+    const Experts one = {start, 1, 1, rows};
+    KERNEL(lowbit_gemm_experts)(w, &one, arithmetic, x, dtype, bias, y, rows, threads, scratch);
 }
