@@ -18,8 +18,8 @@
 #elif defined(__ARM_FEATURE_DOTPROD) && !defined(NO_INTRINSICS) /* the rest is plain C, which compilers know how to vectorize */
 #include <arm_neon.h>
 #define NEON
-#define PARTS (VECTOR / 16)
-#define EACH_PART _Pragma("GCC unroll 4") for (int part = 0; part < PARTS; part++)
+#define NEON_PARTS (VECTOR / 16)
+#define EACH_PART _Pragma("GCC unroll 4") for (int part = 0; part < NEON_PARTS; part++)
 #endif
 #ifndef VECTOR
 #if !defined(PLAIN_C) && defined(__AVX512VNNI__)
@@ -63,7 +63,7 @@ typedef __m256 register_float;
 #ifdef NEON
 typedef union {
     vector_u8 whole;
-    uint8x16_t parts[PARTS];
+    uint8x16_t parts[NEON_PARTS];
 } Parts;
 #define PARTS_OF(VALUE) ((Parts){.whole = (vector_u8)(VALUE)})
 #endif
