@@ -26,7 +26,7 @@ AUTO = "auto"
 # Weights of an output embedding from which on reading it takes time: fewer stay in a cache
 _LARGE = 2**23
 # What HEAD_SCHEME changes at most in the models of scripts/benchmarks/int8_head.py, in nats
-AUTO_KL = 0.001
+AUTO_KL = 0.002
 
 
 def added_scheme(model: PreTrainedModel) -> Scheme | None:

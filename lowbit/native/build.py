@@ -50,13 +50,7 @@ _X86_LEVELS = {
 # What Linux says of a processor that has them
 _FLAGS_OF_LEVELS = {
     "avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "avx512bf16": "avx512_bf16",
-    "neon_dot": "asimddp", "i8mm": "i8mm",
 }  # fmt: skip
-_ARM_LEVELS = {
-    "portable": ("-O1",),
-    "neon_dot": ("-march=armv8.2-a+dotprod",),
-    "i8mm": ("-march=armv8.2-a+dotprod+i8mm",),
-}
 _OTHER_LEVELS = {"portable": ("-march=native",)}  # whose vectors the compiler makes of plain C
 _SECONDS = 300  # for a file, on a machine that is busy
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -186,14 +180,13 @@ def _processor() -> str:
 def _levels() -> dict[str, tuple[str, ...]]:
     """What is compiled: the best level of this processor, and the portable one. All of them, which takes three times as
     long, where one is asked for by its name, or nothing is known of the processor."""
-    machine, features = platform.machine().lower(), _processor().split()
-    known = {"x86_64": _X86_LEVELS, "amd64": _X86_LEVELS, "aarch64": _ARM_LEVELS}.get(machine)
-    if known is None or (known is _ARM_LEVELS and "asimddp" not in features):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
         return _OTHER_LEVELS
-    if os.environ.get(LEVEL_VARIABLE) or not {"sse2", "asimddp"} & {*features}:
-        return known
-    *_, best = (level for level in known if level == "portable" or _FLAGS_OF_LEVELS[level] in features)
-    return {level: flags for level, flags in known.items() if level in ("portable", best)}
+    features = _processor().split()
+    if os.environ.get(LEVEL_VARIABLE) or "sse2" not in features:
+        return _X86_LEVELS
+    *_, best = (level for level in _X86_LEVELS if level == "portable" or _FLAGS_OF_LEVELS[level] in features)
+    return {level: flags for level, flags in _X86_LEVELS.items() if level in ("portable", best)}
 
 
 def _takes(compiler: str, level: str, flags: tuple[str, ...]) -> bool:

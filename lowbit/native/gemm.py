@@ -17,7 +17,7 @@ from lowbit.numerics.scheme import PER_CHANNEL, Scheme
 # Names of the operator's arithmetics -> of abi.h
 ARITHMETICS = {"int8": "INT8", "bf16": "BF16"}
 # Where `rounds`: scripts/benchmarks/int8_inputs.py measures the one, cpu_products.py the other
-_ROUNDED_BITS, _ROUNDED_LEVELS = (2, 3, 4), ("avx2",)
+_ROUNDED_BITS, _ROUNDED_LEVELS = (3, 4), ("avx2",)
 
 
 def refuse(scheme: Scheme, arithmetic: str, dtype: torch.dtype) -> str | None:

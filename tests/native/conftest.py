@@ -14,7 +14,7 @@ def on_level(compiler):
     kernels.use(before)
 
 
-@pytest.fixture(params=["portable", "avx2", "avxvnni", "avx512", "avx512bf16", "neon_dot", "i8mm"])
+@pytest.fixture(params=["portable", "avx2", "avxvnni", "avx512", "avx512bf16"])
 def level(request, on_level):
     """The test runs once on each level that this machine has."""
     if request.param not in library().levels:

@@ -27,10 +27,9 @@
     CONSTANT(GEMM_GROUP) CONSTANT(PRIMITIVE_BYTES)
 
 /* Instruction sets, each with all that those before it have, but for AVXVNNI: x86 with 256 or 512 bits, whose names end
-   with what multiplies; and ARM with dot products, of bytes of one sign (NEON) or of both (I8MM). build.py has the flags, levels.c says which a machine runs. */
+   with what multiplies. build.py has the flags, levels.c says which a machine runs. */
 #define LEVELS(ENUMERATOR)                                                                                        \
-    ENUMERATOR(PORTABLE) ENUMERATOR(AVX2) ENUMERATOR(AVXVNNI) ENUMERATOR(AVX512) ENUMERATOR(AVX512BF16) \
-    ENUMERATOR(NEON_DOT) ENUMERATOR(I8MM)
+    ENUMERATOR(PORTABLE) ENUMERATOR(AVX2) ENUMERATOR(AVXVNNI) ENUMERATOR(AVX512) ENUMERATOR(AVX512BF16)
 
 #define DTYPES(ENUMERATOR) ENUMERATOR(FLOAT32) ENUMERATOR(BFLOAT16)
 #define OPERATIONS(ENUMERATOR)                                                                                  \

@@ -36,21 +36,6 @@ int64_t lowbit_runs(int64_t level) {
     default: return 0;
     }
 }
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-
-#define DOTPROD (1UL << 20) /* of AT_HWCAP */
-#define MATMUL (1UL << 13)  /* of AT_HWCAP2 */
-
-int64_t lowbit_runs(int64_t level) {
-    const int dotprod = (getauxval(AT_HWCAP) & DOTPROD) != 0;
-    switch (level) {
-    case PORTABLE: return 1;
-    case NEON_DOT: return dotprod;
-    case I8MM: return dotprod && (getauxval(AT_HWCAP2) & MATMUL) != 0;
-    default: return 0;
-    }
-}
 #else
 int64_t lowbit_runs(int64_t level) { return level == PORTABLE; }
 #endif

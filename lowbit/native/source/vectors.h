@@ -15,11 +15,6 @@
 #endif
 #ifndef PLAIN_C
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD) && !defined(NO_INTRINSICS) /* the rest is plain C, which compilers know how to vectorize */
-#include <arm_neon.h>
-#define NEON
-#define NEON_PARTS (VECTOR / 16)
-#define EACH_PART _Pragma("GCC unroll 4") for (int part = 0; part < NEON_PARTS; part++)
 #endif
 #ifndef VECTOR
 #if !defined(PLAIN_C) && defined(__AVX512VNNI__)
@@ -60,25 +55,10 @@ typedef __m256 register_float;
 #endif
 #endif
 
-#ifdef NEON
-typedef union {
-    vector_u8 whole;
-    uint8x16_t parts[NEON_PARTS];
-} Parts;
-#define PARTS_OF(VALUE) ((Parts){.whole = (vector_u8)(VALUE)})
-#endif
-
 /* a * b + c, rounded once */
 #ifndef PLAIN_C
 INLINE vector_f32 fma_f32(vector_f32 a, vector_f32 b, vector_f32 c) {
     return (vector_f32)MM(fmadd_ps)((register_float)a, (register_float)b, (register_float)c);
-}
-#elif defined(NEON)
-INLINE vector_f32 fma_f32(vector_f32 a, vector_f32 b, vector_f32 c) {
-    Parts x = PARTS_OF(a), y = PARTS_OF(b), to = PARTS_OF(c);
-    EACH_PART to.parts[part] = (uint8x16_t)vfmaq_f32((float32x4_t)to.parts[part], (float32x4_t)x.parts[part],
-                                                     (float32x4_t)y.parts[part]);
-    return (vector_f32)to.whole;
 }
 #else /* a function of its own: without an instruction for it, each lane is a call */
 static __attribute__((noinline, unused)) vector_f32 fma_f32(vector_f32 a, vector_f32 b, vector_f32 c) {
@@ -101,14 +81,6 @@ INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
     sums += (vector_s32)MM(madd_epi16)((register_int)a, (register_int)b);
     IN_REGISTER(sums);
     return sums;
-#elif defined(NEON)
-    Parts all = PARTS_OF(a), others = PARTS_OF(b), to = PARTS_OF(sums);
-    EACH_PART {
-        const int16x8_t x = (int16x8_t)all.parts[part], y = (int16x8_t)others.parts[part];
-        const int32x4_t pairs = vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
-        to.parts[part] = (uint8x16_t)vaddq_s32((int32x4_t)to.parts[part], pairs);
-    }
-    return (vector_s32)to.whole;
 #else
     const vector_s32 even_a = (vector_s32)a << 16 >> 16, even_b = (vector_s32)b << 16 >> 16;
     return sums + even_a * even_b + ((vector_s32)a >> 16) * ((vector_s32)b >> 16);
@@ -146,24 +118,6 @@ INLINE Partial dot_u8s8(Partial partial, vector_u8 codes, vector_s8 x, int bits)
         partial.upper = (vector_s32)((vector_s16)partial.upper + products);
         IN_REGISTER(partial.upper);
     }
-#elif defined(NEON)
-    (void)bits;
-    Parts all = PARTS_OF(codes), others = PARTS_OF(x), to = PARTS_OF(partial.sums);
-    EACH_PART {
-        const int8x16_t y = (int8x16_t)others.parts[part];
-        int32x4_t sum = (int32x4_t)to.parts[part];
-#ifdef __ARM_FEATURE_MATMUL_INT8
-        sum = vusdotq_s32(sum, all.parts[part], y);
-#else /* both are signed: 128 less, and 127 and 1 times x for that */
-        if (bits > 4) {
-            sum = vdotq_s32(vdotq_s32(sum, y, vdupq_n_s8(127)), y, vdupq_n_s8(1));
-            all.parts[part] = veorq_u8(all.parts[part], vdupq_n_u8(128));
-        }
-        sum = vdotq_s32(sum, vreinterpretq_s8_u8(all.parts[part]), y);
-#endif
-        to.parts[part] = (uint8x16_t)sum;
-    }
-    partial.sums = (vector_s32)to.whole;
 #else
     (void)bits;
     for (int byte = 0; byte < 4; byte++)
