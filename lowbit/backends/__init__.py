@@ -1,6 +1,7 @@
 """Backends run a quantized linear. The first in the table that gives no reason against a layer runs it.
 
-`Backend` is what a module in the table has, `ExpertsBackend` what one has that multiplies by several experts at once.
+`Backend` is what a module in the table has, `ExpertsBackend` what one has that multiplies by several experts at once,
+`RoundingBackend` what one has that is faster where it may round the inputs.
 """
 
 import logging
@@ -58,6 +59,38 @@ class ExpertsBackend(Backend, Protocol):
         """x [M, in_features] sorted by expert -> [M, out_features]. Expert e has the rows [expert_start[e],
         expert_start[e + 1]) of it (int32 [E + 1]); rows after the last give zeros. Buffers and bias [E, ...] are as
         `prepare` gives them for each expert."""
+
+
+class RoundingBackend(ExpertsBackend, Protocol):
+    """`linear_rounded` and `experts_rounded` are `linear` and `experts` on inputs that are rounded where they are
+    many."""
+
+    def refuse_rounded(self, scheme: Scheme) -> str | None:
+        """Why it never rounds the inputs of a scheme, None if it can."""
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Whether it does by default: where that was measured to cost little and to gain much."""
+
+    def rounded_inputs(self) -> str:
+        """What inputs become, and of how many rows, in a few words."""
+
+
+EXACT = "exact"  # inputs that are multiplied as they are
+
+
+def inputs_of(name: str, scheme: Scheme, exact: bool | None) -> str:
+    """What a backend does to the inputs of a scheme: EXACT, or in a few words how they are rounded. exact: False where
+    they may be, None where they are if that was measured to cost little."""
+    backend = get_backend(name)
+    if exact or not hasattr(backend, "rounds") or backend.refuse_rounded(scheme) is not None:
+        return EXACT
+    rounded = cast(RoundingBackend, backend)
+    return rounded.rounded_inputs() if exact is False or rounded.rounds(scheme) else EXACT
+
+
+def product_of(name: str, inputs: str, operation: str = "linear"):
+    """The function `linear` or `experts` of a backend that does to inputs what `inputs_of` says."""
+    return getattr(get_backend(name), operation if inputs == EXACT else f"{operation}_rounded")
 
 
 def get_backend(name: str) -> Backend:

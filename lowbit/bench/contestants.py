@@ -20,7 +20,8 @@ from lowbit.folders.locate import REFERENCE, load_config, resolve
 from lowbit.folders.opened import summarize
 from lowbit.guards.safe_files import copy_file
 from lowbit.hf import load
-from lowbit.numerics.scheme import Scheme
+from lowbit.hf.head import large_head
+from lowbit.numerics.scheme import HEAD_SCHEME, Scheme
 from lowbit.quantization.run import quantize
 from lowbit.system.memory import available_memory
 
@@ -30,19 +31,27 @@ LOWBIT = "lowbit"
 @dataclass(frozen=True)
 class Setting:
     """What all sides have in common. work: a folder for files that some of them need; dtype: "auto" or a name.
-    backend, lm_head: as in `lowbit.load`, of lowbit's side."""
+    backend, lm_head, exact: as in `lowbit.load`, of lowbit's side."""
 
     work: Path
     device: str = "cpu"
     dtype: str = "auto"
     backend: str | None = None
-    lm_head: Scheme | None = None
+    lm_head: str | Scheme | None = None
     revision: str | None = None  # of a model on the Hub
     trust_remote_code: bool = False
+    exact: bool | None = None
 
-    @property
-    def head_origin(self) -> str:
-        return "" if self.lm_head is None else f", head {self.lm_head.name}"
+    def head_origin(self, config) -> str:
+        """What becomes of the output embedding, for a model of this config."""
+        scheme = self.head_scheme(config)
+        return "" if scheme is None else f", head {scheme.name}"
+
+    def head_scheme(self, config) -> Scheme | None:
+        """Of the output embedding, where that is dense."""
+        if isinstance(self.lm_head, Scheme | None):
+            return self.lm_head
+        return HEAD_SCHEME if self.device == "cpu" and large_head(config) else None
 
 
 def _peers(names: list[str], setting: Setting, scheme: Scheme, dtype, folder: Callable[[], Path]) -> list[Side]:
@@ -88,9 +97,9 @@ class Shapes:
         check_memory(self.config, self.scheme, self.dtype, available_memory())
         made = partial(
             quantized_model, self.config, self.scheme, dtype=self.dtype, device=self.setting.device,
-            backend=self.setting.backend, lm_head=self.setting.lm_head,
+            backend=self.setting.backend, lm_head=self.setting.head_scheme(self.config), exact=self.setting.exact,
         )  # fmt: skip
-        return Side(LOWBIT, f"{self.scheme.name}{self.setting.head_origin}, random codes", made)
+        return Side(LOWBIT, f"{self.scheme.name}{self.setting.head_origin(self.config)}, random codes", made)
 
     def others(self, unquantized: bool, peers: list[str]) -> list[Side]:
         sides = [Side(UNQUANTIZED, "random weights", self._dense)] if unquantized else []
@@ -141,7 +150,10 @@ class Checkpoint:
         if not self.is_quantized and self.source is not None:
             raise UsageError(f"--source is for a quantized MODEL, and {self.model} is not quantized")
         origin = "as stored" if self.is_quantized else f"{self.scheme.name}, {self.method}"
-        return Side(LOWBIT, origin + self.setting.head_origin, self._load_quantized)
+        asked = self.setting.lm_head
+        if isinstance(asked, Scheme):  # what "auto" does depends on what is stored: `kernels` shows it
+            origin += f", head {asked.name}"
+        return Side(LOWBIT, origin, self._load_quantized)
 
     def others(self, unquantized: bool, peers: list[str]) -> list[Side]:
         origin = self.source or ("dequantized" if self.is_quantized or self.is_encoded else self.model)
@@ -159,7 +171,8 @@ class Checkpoint:
             folder = self.setting.work / "quantized"
             trust = self.setting.trust_remote_code
             quantize(self.folder, folder, scheme=self.scheme, method=self.method, trust_remote_code=trust)
-        return self._load(folder, backend=self.setting.backend, lm_head=self.setting.lm_head)
+        setting = self.setting
+        return self._load(folder, backend=setting.backend, lm_head=setting.lm_head, exact=setting.exact)
 
     def _unquantized(self) -> Path:
         if self.source is not None or not (self.is_quantized or self.is_encoded):

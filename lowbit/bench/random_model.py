@@ -8,6 +8,7 @@ from lowbit.discovery import choose, skeleton
 from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.layers.experts import QuantizedExperts, finish_experts, quantize_experts
+from lowbit.layers.inputs import choose_inputs
 from lowbit.layers.linear import LowbitLinear
 from lowbit.layers.shared_product import share_products
 from lowbit.numerics.scheme import Recipe, Scheme
@@ -29,10 +30,11 @@ def quantized_model(
     device: str | torch.device = "cpu",
     backend: str | None = None,
     lm_head: Scheme | None = None,
+    exact: bool | None = None,
 ) -> nn.Module:
     """The same with random codes in what a Recipe of `scheme` quantizes, prepared for `backend` or the first that can.
-    lm_head: of the output embedding, which is not tied then; by default it stays dense. As `lowbit.load` does, linears
-    that share an input share a product.
+    lm_head: of the output embedding, which is not tied then; by default it stays dense. exact: see `choose_inputs`. As
+    `lowbit.load` does, linears that share an input share a product.
 
     Raises BackendError where `backend` cannot run a layer.
     """
@@ -60,6 +62,7 @@ def quantized_model(
             module.prepare()
         elif isinstance(module, QuantizedExperts):
             module.prepare(backend)
+    choose_inputs(model, exact)
     return model
 
 

@@ -180,20 +180,21 @@ class Bench:
 
 
 def kernels(model: torch.nn.Module, rows: tuple[int, ...]) -> list[dict]:
-    """{"scheme", "shape", "count", "backend", "kernels"} of each kind of quantized layer: what runs it, and where the
-    backend has several kernels, which one for each number of rows. The shape is that of the product a layer is in."""
+    """{"scheme", "shape", "count", "backend", "inputs", "kernels"} of each kind of quantized layer: what runs it, what
+    becomes of its inputs, and where the backend has several kernels, which one for each number of rows. The shape is
+    that of the product a layer is in."""
     kinds = Counter()
     for module in model.modules():
         if isinstance(module, LowbitLinear):
-            kinds[module.scheme, module.prepared_shape, module.backend, module.dtype] += 1
+            kinds[module.scheme, module.prepared_shape, module.backend, module.dtype, module.inputs] += 1
         for weights in expert_weights(module).values():
-            kinds[weights.scheme, weights.shape, weights.backend, model.dtype] += 1
+            kinds[weights.scheme, weights.shape, weights.backend, model.dtype, weights.inputs] += 1
     found = []
-    for (scheme, shape, backend, dtype), count in kinds.items():
+    for (scheme, shape, backend, dtype, inputs), count in kinds.items():
         explain = getattr(get_backend(backend), "explain", None) if backend else None
         chosen = {} if explain is None else {m: explain(scheme, shape, dtype, m, model.device)["kernel"] for m in rows}
         found.append({"scheme": scheme.name, "shape": list(shape), "count": count, "backend": backend,
-                      "kernels": chosen})  # fmt: skip
+                      "inputs": inputs, "kernels": chosen})  # fmt: skip
     return found
 
 

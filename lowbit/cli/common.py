@@ -48,6 +48,32 @@ class HeadFlags:
         return (self.lm_head_scheme or HEAD_SCHEME.name) if self.lm_head else None
 
 
+@dataclass(frozen=True)
+class HeadChoice:
+    """What becomes of an output embedding that a model holds dense."""
+
+    lm_head: str = option(
+        "auto",
+        "Scheme of an output embedding that MODEL holds dense; none leaves it so, auto is W8A16-G128 on CPUs where it "
+        "is large.",
+    )
+
+    def scheme(self) -> str | None:
+        """As `lowbit.load` has it. Raises UsageError for what is no scheme."""
+        from lowbit.numerics.scheme import Scheme
+
+        if self.lm_head in ("auto", "none"):
+            return None if self.lm_head == "none" else self.lm_head
+        return Scheme.parse(self.lm_head).name
+
+    def tell(self, model, say) -> None:
+        """Say a line about one that is quantized without having been asked for."""
+        from lowbit.hf.head import AUTO_KL, added_scheme
+
+        if self.lm_head == "auto" and (scheme := added_scheme(model)) is not None:
+            say(f"the output embedding runs in {scheme.name} (KL {AUTO_KL} or less): --lm-head none leaves it dense")
+
+
 _KV_CACHES = ("full", "int8")
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 

@@ -20,6 +20,7 @@ from lowbit.generation.sampling import Sampling
 from lowbit.generation.stats import Stats
 from lowbit.generation.steps.graph import Graphs, Pipeline
 from lowbit.generation.steps.runner import MakeCache, StepRunner
+from lowbit.layers.inputs import inputs_of_model
 from lowbit.options import TokenOptions, takes_options
 
 
@@ -144,7 +145,7 @@ class Decoder:
                 self.fallback.run(request, answer, refusal)
         finally:
             path, why = (self.runner.path, self.runner.why) if refusal is None else (self.fallback.path, refusal.reason)
-            self.stats = answer.metrics.stats(request.mask, answer.lengths, path, why)
+            self.stats = answer.metrics.stats(request.mask, answer.lengths, path, why, inputs_of_model(self.model))
         return Result(answer.tokens(), answer.lengths, self.stats)
 
     def _start(self, request: Request, answer: Answer) -> Refusal | None:

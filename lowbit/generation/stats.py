@@ -10,8 +10,9 @@ import torch
 class Stats:
     """prompt_tokens and new_tokens count all rows of the batch, padding not. reused_tokens: those of the prompt that
     were in the cache already. path: what made the tokens; why: what kept a faster one from it, if anything did.
-    accepted_tokens are those of the drafted_tokens that the model would have given itself. first_tokens came with the
-    prefill: one of each row, and what a draft added to it.
+    inputs: what products did to their inputs: "exact", or how they were rounded. accepted_tokens are those of the
+    drafted_tokens that the model would have given itself. first_tokens came with the prefill: one of each row, and what
+    a draft added to it.
 
     prefill_seconds end with the first token, setup_seconds (capturing or compiling the step) lie between that and
     decode_seconds.
@@ -28,6 +29,7 @@ class Stats:
     first_tokens: int = 1
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    inputs: str = "exact"
 
     @property
     def seconds(self) -> float:
@@ -82,7 +84,7 @@ class RunMetrics:
     def end_decode(self) -> None:
         self.decode_seconds = self._lap()
 
-    def stats(self, mask: torch.Tensor, lengths: list[int], path: str, why: str | None) -> Stats:
+    def stats(self, mask: torch.Tensor, lengths: list[int], path: str, why: str | None, inputs: str = "exact") -> Stats:
         """Of a prompt with this mask [B, T], and of so many new tokens in each row."""
         return Stats(
             prompt_tokens=int(mask.sum()),
@@ -96,6 +98,7 @@ class RunMetrics:
             first_tokens=len(lengths) + self.drafts.early,
             drafted_tokens=self.drafts.drafted,
             accepted_tokens=self.drafts.accepted,
+            inputs=inputs,
         )
 
     def _lap(self) -> float:

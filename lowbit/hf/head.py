@@ -1,5 +1,6 @@
 """Quantizing the output embedding of a loaded model, whose checkpoint left it dense."""
 
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -15,9 +16,48 @@ from lowbit.hf.dense import DenseModel
 from lowbit.hf.packed import PackedNames
 from lowbit.hf.quantizer import LowbitQuantizer
 from lowbit.layers.linear import LowbitLinear
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import HEAD_SCHEME, Scheme
 from lowbit.quantizers import get_quantizer
 from lowbit.transformers_api import tied_weights, untie
+
+logger = logging.getLogger("lowbit")
+
+AUTO = "auto"
+# Weights of an output embedding from which on reading it takes time: fewer stay in a cache
+_LARGE = 2**23
+# What HEAD_SCHEME changes at most in the models of scripts/benchmarks/int8_head.py, in nats
+AUTO_KL = 0.002
+
+
+def added_scheme(model: PreTrainedModel) -> Scheme | None:
+    """Of an output embedding that was quantized after loading."""
+    return getattr(getattr(model, "hf_quantizer", None), "added_head", None)
+
+
+def wanted_head(lm_head: str | Scheme | None) -> str | Scheme | None:
+    """AUTO, a scheme, or None to leave it alone. Raises UsageError for what is no scheme."""
+    return Scheme.parse(lm_head) if isinstance(lm_head, str) and lm_head != AUTO else lm_head
+
+
+def set_head(model: PreTrainedModel, wanted: str | Scheme | None, folder: Path, backend: str | None = None) -> None:
+    """See `quantize_head`; AUTO is HEAD_SCHEME for one on a CPU that is large, dense and can be quantized."""
+    if isinstance(wanted, Scheme):
+        quantize_head(model, wanted, folder, backend)
+    elif wanted == AUTO and _is_large(model.get_output_embeddings()):
+        try:
+            quantize_head(model, HEAD_SCHEME, folder, backend)
+        except UsageError as error:
+            logger.info("the output embedding stays dense: %s", error)
+
+
+def _is_large(head: nn.Module | None) -> bool:
+    return type(head) is nn.Linear and head.weight.device.type == "cpu" and head.weight.numel() >= _LARGE
+
+
+def large_head(config) -> bool:
+    """Whether the output embedding of a model of these shapes is large: see `set_head`."""
+    text = config.get_text_config()
+    return text.vocab_size * text.hidden_size >= _LARGE
 
 
 def quantize_head(model: PreTrainedModel, scheme: Scheme, folder: Path, backend: str | None = None) -> None:
@@ -37,7 +77,7 @@ def quantize_head(model: PreTrainedModel, scheme: Scheme, folder: Path, backend:
     scheme = scheme.fitted(head.in_features)
     qweight, _ = get_quantizer("rtn").quantize(weight, {}, scheme, {"scale_search": "minmax"})
     model.set_submodule(name, LowbitLinear.from_quantized(qweight, head.bias, backend))
-    quantizer.packed.schemes[f"{name}.weight"] = scheme
+    quantizer.packed.schemes[f"{name}.weight"] = quantizer.added_head = scheme
     quantizer.quantization_config.source = quantizer.packed.config(model)
     model.hf_quantizer = quantizer  # type: ignore[assignment]  # a module has tensors and modules
     model.config.quantization_config = quantizer.quantization_config

@@ -16,9 +16,9 @@ from lowbit.folders.opened import OpenedFolder
 from lowbit.formats import detect_format
 from lowbit.guards.model_size import no_larger_than
 from lowbit.hf.config import LowbitConfig
-from lowbit.hf.head import quantize_head
+from lowbit.hf.head import set_head, wanted_head
 from lowbit.hf.quiet import quiet_transformers
-from lowbit.numerics.scheme import Scheme
+from lowbit.layers.inputs import choose_inputs, wanted_exactness
 from lowbit.options import LoadOptions, SourceOptions, takes_options
 from lowbit.system.read_ahead import read_ahead
 
@@ -40,6 +40,7 @@ def loading_config(
     revision: str | None = None,
     trust_remote_code: bool = False,
     fuse: bool = True,
+    exact: bool | None = None,
 ):
     """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
 
@@ -53,7 +54,9 @@ def loading_config(
         del config.quantization_config
     elif source is not None:
         detect_format(source)
-        config.quantization_config = {"quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse}
+        config.quantization_config = {
+            "quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse, "exact": exact,
+        }  # fmt: skip
         text = config.get_text_config()
         if text is not config and hasattr(text, "quantization_config"):
             del text.quantization_config
@@ -78,12 +81,15 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     """
     if run.backend is not None:
         get_backend(run.backend)  # also where nothing is quantized: a name that does not exist is a mistake
-    head_scheme = Scheme.parse(run.lm_head) if isinstance(run.lm_head, str) else run.lm_head
+    wanted_exactness(run.exact)  # a variable that nothing understands is a mistake, too
+    head = wanted_head(run.lm_head)
     kwargs, dtype, hub, wants_info = _keywords(kwargs, run.dtype)
     folder = resolve(path, source.revision, **hub)
     # headers only: transformers follows an index anywhere and trips over damaged files
     reader = decoded(CheckpointReader(folder))
-    config = loading_config(folder, run.backend, trust_remote_code=source.trust_remote_code, fuse=run.fuse)
+    config = loading_config(
+        folder, run.backend, trust_remote_code=source.trust_remote_code, fuse=run.fuse, exact=run.exact
+    )
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
@@ -116,8 +122,9 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
     _check(folder, info, source.trust_remote_code)
-    if head_scheme is not None:
-        quantize_head(model, head_scheme, folder, run.backend)
+    if head is not None:
+        set_head(model, head, folder, run.backend)
+        choose_inputs(model, run.exact)
     return (model, info) if wants_info else model
 
 

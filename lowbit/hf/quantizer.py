@@ -25,13 +25,16 @@ from lowbit.hf.modules import (
 )
 from lowbit.hf.packed import PackedNames, QuantizedSite
 from lowbit.hf.tied import tied_to_quantized, untie_quantized
+from lowbit.layers.inputs import choose_inputs
 from lowbit.layers.linear import LowbitLinear
+from lowbit.numerics.scheme import Scheme
 from lowbit.transformers_api import ignore_unexpected
 
 
 @register_quantizer("lowbit")
 class LowbitQuantizer(HfQuantizer):
-    """source: while a model loads, the checkpoint. packed: the names of what is quantized, which saving needs too."""
+    """source: while a model loads, the checkpoint. packed: the names of what is quantized, which saving needs too.
+    added_head: the scheme of an output embedding that was quantized after loading."""
 
     requires_calibration = False
     quantization_config: LowbitConfig
@@ -40,6 +43,7 @@ class LowbitQuantizer(HfQuantizer):
     source: DenseModel | StoredModel
     packed: PackedNames
     dtype: torch.dtype
+    added_head: Scheme | None = None
 
     def validate_environment(self, *args, **kwargs):
         if self.pre_quantized and self.quantization_config.source is None:
@@ -95,6 +99,7 @@ class LowbitQuantizer(HfQuantizer):
         check_loaded(model)
         untie_quantized(model, self.source.sites)
         prepare_modules(model, config.backend, config.fuse)
+        choose_inputs(model, config.exact)
         if not self.source.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self.packed.save_merged(model, self.source.computed_from)

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from lowbit.backends import choose_for_experts, get_backend
+from lowbit.backends import EXACT, choose_for_experts, get_backend, inputs_of, product_of
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
@@ -31,15 +31,15 @@ def packed_name(parameter: str, suffix: str) -> str:
     return parameter + suffix.removeprefix("weight")
 
 
-def _stacked(parts: Iterable[dict[str, torch.Tensor]], count: int) -> dict[str, torch.Tensor]:
+def stacked(parts: Iterable[dict[str, torch.Tensor]], count: int) -> dict[str, torch.Tensor]:
     """[count, ...] of each tensor. Beside the result there is one part at a time, if `parts` is lazy."""
-    stacked = {}
+    made: dict[str, torch.Tensor] = {}
     for number, part in enumerate(parts):
         for name, tensor in part.items():
-            if name not in stacked:
-                stacked[name] = tensor.new_empty(count, *tensor.shape)
-            stacked[name][number] = tensor
-    return stacked
+            if name not in made:
+                made[name] = tensor.new_empty(count, *tensor.shape)
+            made[name][number] = tensor
+    return made
 
 
 class ExpertWeights:
@@ -56,6 +56,14 @@ class ExpertWeights:
         mark_loaded(self)  # transformers leaves what it takes for loaded out of its weight initialisation
         self.parameter, self.scheme, self.transposed, self.shape = parameter, scheme, transposed, shape
         self.backend: str | None = None
+        self.inputs = EXACT
+
+    def choose_inputs(self, exact: bool | None) -> None:
+        """See `LowbitLinear.choose_inputs`."""
+        if self.backend is not None:
+            self.inputs = inputs_of(self.backend, self.scheme, exact)
+            # looked up once: torch.compile does not trace imports
+            self.multiply = product_of(self.backend, self.inputs, "experts")
 
     def packed(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint by suffix, [experts, ...]."""
@@ -64,7 +72,7 @@ class ExpertWeights:
             return {suffix: self._parameters[packed_name(self.parameter, suffix)] for suffix in suffixes}
         parts = (packed_format.pack(self.quantized(expert)) for expert in range(len(self)))
         # the shapes of what was merged were kept
-        return _stacked(parts, len(self)) | {"weight_shape": self._parameters[f"{self.parameter}_shape"]}
+        return stacked(parts, len(self)) | {"weight_shape": self._parameters[f"{self.parameter}_shape"]}
 
     def prepared(self) -> dict[str, torch.Tensor]:
         """The buffers of the backend, [experts, ...]."""
@@ -107,6 +115,7 @@ class QuantizedExperts(nn.Module):
 
     _expert_weights: dict[str, ExpertWeights]
     wanted_backend: str | None = None
+    exact: bool | None = True
     loaded = False  # whether `prepare` was called: before, loaders look for the packed parameters
 
     @property
@@ -136,14 +145,20 @@ class QuantizedExperts(nn.Module):
 
     def _prepare(self, weights: ExpertWeights, backend: str) -> None:
         run = get_backend(backend)
-        buffers = _stacked((run.prepare(weights.quantized(expert)) for expert in range(len(weights))), len(weights))
+        buffers = stacked((run.prepare(weights.quantized(expert)) for expert in range(len(weights))), len(weights))
         for suffix in packed_format.suffixes(weights.scheme):
             if suffix != "weight_shape":
                 delattr(self, packed_name(weights.parameter, suffix))
         for name, buffer in buffers.items():
             self.register_buffer(f"{weights.parameter}_{name}", buffer, persistent=False)
         weights.backend, weights.buffer_names = backend, tuple(buffers)
-        weights.multiply = run.experts  # looked up once: torch.compile does not trace imports
+        weights.choose_inputs(self.exact)
+
+    def choose_inputs(self, exact: bool | None) -> None:
+        """See `LowbitLinear.choose_inputs`."""
+        self.exact = exact
+        for weights in self._expert_weights.values():
+            weights.choose_inputs(exact)
 
     def unprepare(self) -> "QuantizedExperts":
         """Back to the packed state."""
@@ -241,11 +256,11 @@ def pack_experts(
 ) -> dict[str, torch.Tensor]:
     """Quantize a dense 3-D parameter with `quantize(matrix [N, K]) -> QuantWeight`; packed tensors by suffix."""
     parts = (packed_format.pack(quantize(w.T.contiguous() if transposed else w)) for w in weights)
-    stacked = _stacked(parts, len(weights))
-    shapes = stacked["weight_shape"].clone()
+    merged_parts = stacked(parts, len(weights))
+    shapes = merged_parts["weight_shape"].clone()
     shapes[:, 0] //= merged
-    stacked["weight_shape"] = shapes.repeat(1, merged)
-    return stacked
+    merged_parts["weight_shape"] = shapes.repeat(1, merged)
+    return merged_parts
 
 
 def finish_experts(module: nn.Module, parameter: str) -> None:

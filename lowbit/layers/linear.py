@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lowbit.backends import choose, get_backend
+from lowbit.backends import EXACT, choose, get_backend, inputs_of, product_of
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.layers.workspace import Workspace
 from lowbit.numerics.grid import dequantize
@@ -41,6 +41,8 @@ class LowbitLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme, self.dtype = in_features, out_features, scheme, dtype
         self.wanted_backend = backend
+        self.exact: bool | None = True  # False: inputs may be rounded, None: where that was measured to cost little
+        self.inputs = EXACT  # what `inputs_of` says, once it is prepared
         self.transposed = False  # stands in for a Conv1D
         self.backend: str | None = None
         self.shared = None  # the product that it has in common with others (lowbit.layers.shared_product)
@@ -145,7 +147,15 @@ class LowbitLinear(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self._prepared_names, self.backend = tuple(buffers), backend
         self.prepared_shape, self.start = shape or self.shape, start
-        self.run = get_backend(backend).linear  # looked up once: torch.compile does not trace imports
+        self.choose_inputs(self.exact)
+
+    def choose_inputs(self, exact: bool | None) -> None:
+        """Say whether inputs are multiplied as they are (True), may be rounded (False), or are rounded where that was
+        measured to cost little (None)."""
+        self.exact = exact
+        if self.backend is not None:
+            self.inputs = inputs_of(self.backend, self.scheme, exact)
+            self.run = product_of(self.backend, self.inputs)  # looked up once: torch.compile does not trace imports
 
     @property
     def device(self) -> torch.device:

@@ -26,6 +26,12 @@ class Weight(ctypes.Structure):
     )
 
 
+class Experts(ctypes.Structure):
+    """`Experts` of abi.h."""
+
+    _fields_ = (("start", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("count", "least", "most")))
+
+
 class Strided(ctypes.Structure):
     """`Strided` of abi.h."""
 
@@ -68,7 +74,7 @@ class Instruction(ctypes.Structure):
     )
 
 
-_STRUCTURES = {cls.__name__: cls for cls in (Weight, Strided, Attention, Operand, Instruction)}
+_STRUCTURES = {cls.__name__: cls for cls in (Weight, Experts, Strided, Attention, Operand, Instruction)}
 _NAMES = {ctypes.c_void_p: "pointer", ctypes.c_int64: "int64_t", ctypes.c_float: "float", _Sizes: "int64_t"}
 _NUMBERS = {"void": None, "int64_t": ctypes.c_int64, "float": ctypes.c_float}
 

@@ -49,6 +49,12 @@ class DeviceOptions:
     )  # fmt: skip
     dtype: "torch.dtype | str | None" = option("auto", "Compute dtype: auto, bfloat16, float16, float32.", typed=str)
     backend: str | None = option(None, "Run on this backend or fail (default: the first that can).")
+    exact: bool | None = option(
+        None,
+        "Multiply inputs as they are; else, on CPUs, as 8-bit integers where they are many rows and that was measured "
+        "to change little (default: as LOWBIT_EXACT says).",
+        flags=("--exact/--no-exact",),
+    )
 
 
 @dataclass(frozen=True)
@@ -57,5 +63,7 @@ class LoadOptions(DeviceOptions):
 
     fuse: bool = option(True, "Linears that share an input share one product: fewer launches, the same result.")
     lm_head: str | Scheme | None = option(
-        None, 'A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not.'
+        None,
+        'A scheme such as "W8A16-G128" for an output embedding that the checkpoint holds dense, tied or not; "auto": '
+        "that one on CPUs, where it is large.",
     )

@@ -175,6 +175,7 @@ class OnLoadOptions:
     scale_search: str = like(RecipeOptions, "scale_search", "minmax", help="minmax or mse.")
     ignore: str | Iterable[str] = like(RecipeOptions, "ignore")
     backend: str | None = like(LoadOptions, "backend")
+    exact: bool | None = like(LoadOptions, "exact")
     source: dict | None = option(None, "The `quantization_config` of a checkpoint that is quantized already.")
     include_vision: bool = like(RecipeOptions, "include_vision")
     fuse: bool = like(LoadOptions, "fuse")

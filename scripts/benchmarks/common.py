@@ -47,6 +47,17 @@ def save(name: str, result: dict) -> None:
     print(text)
 
 
+def read_bandwidth(count: int = 2**26) -> float:
+    """GB/s of a sum over `count` floats, which no cache holds, in all threads: the best of three."""
+    memory = torch.ones(count)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        memory.sum()
+        seconds.append(time.perf_counter() - started)
+    return memory.nbytes / min(seconds) / 1e9
+
+
 def timed(function, repeats: int = 3) -> float:
     """Median seconds of `repeats` calls after one to warm up."""
     function()

@@ -12,7 +12,7 @@ import torch
 from common import save, timed
 
 from lowbit.backends import native, torch_cpu
-from lowbit.native import linear as native_linear
+from lowbit.native import operators as native_linear
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.scheme import Scheme
 

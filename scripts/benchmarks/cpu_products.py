@@ -17,7 +17,7 @@ from collections import defaultdict
 from functools import partial
 
 import torch
-from common import save
+from common import read_bandwidth, save
 
 from lowbit.backends import native
 from lowbit.native import gemm, linear
@@ -29,7 +29,6 @@ from lowbit.numerics.scheme import Scheme
 # of Llama-3.2-1B: [out_features, in_features] as they are fused
 SHAPES = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
 CACHE_BYTES = 2**28  # of weights that are gone through before one is read again
-READ_BYTES = 2**28
 
 
 def arguments() -> argparse.Namespace:
@@ -73,13 +72,6 @@ def variants(levels: list[str]) -> dict[tuple[str, str], object]:
     return made | {("dense", "torch"): dequantized}
 
 
-def read_bandwidth(memory: torch.Tensor) -> float:
-    """GB/s of a sum over memory that no cache holds."""
-    started = time.perf_counter()
-    memory.sum()
-    return READ_BYTES / (time.perf_counter() - started) / 1e9
-
-
 def measure(shape: tuple[int, int], rows: int, scheme: Scheme, levels: list[str], rounds: int) -> list[dict]:
     """A row of the table for each variant."""
     plain = 0.02 * torch.randn(shape, dtype=torch.bfloat16)
@@ -88,11 +80,11 @@ def measure(shape: tuple[int, int], rows: int, scheme: Scheme, levels: list[str]
     copies = [
         {name: tensor.clone() for name, tensor in packed.items()} for _ in range(max(2, CACHE_BYTES // weight_bytes))
     ]
-    x, memory = torch.randn(rows, shape[1], dtype=torch.bfloat16), torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    x = torch.randn(rows, shape[1], dtype=torch.bfloat16)
     seconds, bandwidths = defaultdict(list), []
     calls = variants(levels)
     for count in range(rounds + 1):  # the first one warms up
-        bandwidths.append(read_bandwidth(memory))
+        bandwidths.append(read_bandwidth())
         for number, (name, call) in enumerate(calls.items()):
             weight = copies[(count * len(calls) + number) % len(copies)]
             seconds[name].append(_seconds(call, x, weight, scheme, shape))

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 
+from cpu_tables import cpu_experts, cpu_generation, cpu_products, cpu_quantize, int8_head, int8_inputs
 from kernel_tables import kernel_counts, kernel_execution, kernel_mutations
 from ladder_tables import int8_linear, ladder, ladder_speed
 from prediction_tables import gpu_predictions, issue_budget
@@ -20,6 +21,7 @@ DOCUMENTS = (
     "model_cards/reference.md",
     "docs/architectures.md",
     "docs/benchmarks.md",
+    "docs/cpu.md",
     "docs/kv_cache.md",
     "docs/ladder.md",
     "docs/results.md",
@@ -71,40 +73,6 @@ def quality() -> str:
         "top-1 agreement",
     ]
     return markdown(header, rows) + source(data, "quality")
-
-
-def cpu_quantize() -> str:
-    data = result("cpu_quantize")
-    rows = [["read and rewrite the file", f"{data['rewrite_seconds']:.1f}", "1.0", "", ""]]
-    for name in ("W4A16", "W4A16_ASYM", "W8A16"):
-        run = data[name]
-        rows.append(
-            [f"lowbit quantize, {name}", f"{run['seconds']:.1f}", f"{run['times_rewrite']:.1f}",
-             f"{run['peak_bytes'] / 1e9:.2f}", f"{run['output_bytes'] / 1e9:.2f}"]
-        )  # fmt: skip
-    header = ["2.47 GB of bf16, Llama-3.2-1B shapes", "seconds", "times rewriting", "peak memory GB", "output GB"]
-    return markdown(header, rows) + source(data, "cpu_quantize")
-
-
-def cpu_generation() -> str:
-    if not measured("cpu_generation"):
-        return (
-            "Beside torchao and GPTQModel: not yet measured. `python scripts/benchmarks/cpu_generation.py` measures it."
-        )
-    data = result("cpu_generation")
-    rows = []
-    for row in data["rows"]:
-        cells = []
-        for kind in ("decode", "prefill"):
-            low, high = row[kind]["spread"]
-            cells += [
-                f"{row[kind]['tokens_per_second']:.1f} ({low:.1f} to {high:.1f})",
-                f"{row[kind]['over_baseline']:.2f}x",
-            ]
-        rows.append([row["side"], f"{row['weights_bytes'] / 1e9:.2f}", *cells])
-    header = [f"{data['shapes']} shapes, {data['layers']} layers", "weights GB", "decode tokens/s, batch 1", "",
-              f"prefill tokens/s, {data['prefill_tokens']} tokens", ""]  # fmt: skip
-    return markdown(header, rows) + source(data, "cpu_generation")
 
 
 def kv_cache() -> str:
@@ -315,8 +283,9 @@ TABLES = {
     f.__name__: f
     for f in (
         summary, architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
-        gpu_end_to_end, cpu_generation, kv_cache, speculative, ladder, ladder_speed, int8_linear,
-        gpu_predictions, issue_budget, interop, kernel_counts, kernel_execution, kernel_mutations, reference_training,
+        gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, kv_cache, speculative,
+        ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop, kernel_counts, kernel_execution,
+        kernel_mutations, reference_training,
     )
 }  # fmt: skip
 

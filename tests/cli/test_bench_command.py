@@ -54,7 +54,7 @@ def test_shapes(cli, tmp_path):
 )
 def test_quantized_model(cli, plain, quantized, arguments, origin):
     arguments = [str(plain) if a == "PLAIN" else a for a in arguments]
-    done = cli("bench", quantized, *arguments, *QUICK, "--against", "unquantized", "--lm-head", "--json")
+    done = cli("bench", quantized, *arguments, *QUICK, "--against", "unquantized", "--lm-head", "W8A16-G128", "--json")
     assert done.code == 0, done.err
     sides = json.loads(done.out)["sides"]
     assert sides["lowbit"]["origin"] == "as stored, head W8A16-G128"

@@ -16,7 +16,8 @@ from weights import matrix, random_quantized
 
 from lowbit.backends import native
 from lowbit.native import build
-from lowbit.native.linear import _weight_of, product, replay
+from lowbit.native.linear import _weight_of, product
+from lowbit.native.operators import replay
 from lowbit.numerics.scheme import Scheme
 
 SCHEMES = [Scheme(2, 16), Scheme(3, 32), Scheme(4, 128, False), Scheme(4, -1), Scheme(8, 64), Scheme(8, -1, False)]

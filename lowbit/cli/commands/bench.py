@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.common import (
-    HeadFlags,
+    HeadChoice,
     JsonOption,
     ModelOption,
     check_known,
@@ -73,7 +73,7 @@ def bench(
     subject: SubjectOptions,
     runs: RunsOptions,
     device: DeviceOptions,
-    head: HeadFlags,
+    head: HeadChoice,
     origin: SourceOptions,
     out: Annotated[Path | None, typer.Option(help="Write the result as JSON here too.", show_default=False)] = None,
     json: JsonOption = False,
@@ -97,12 +97,13 @@ def bench(
         from lowbit.bench.peers import parse_against
         from lowbit.bench.repeats import Bench
         from lowbit.guards.safe_files import write_whole
+        from lowbit.hf.head import wanted_head
 
     wanted, place = parse_against(runs.against), _device(default_device_map(device.device_map))
     with tempfile.TemporaryDirectory(prefix="lowbit-bench-") as work, interrupted_once():
         setting = Setting(
-            Path(work), place, device.dtype, device.backend, head_scheme and Scheme.parse(head_scheme),
-            origin.revision, origin.trust_remote_code,
+            Path(work), place, device.dtype, device.backend, wanted_head(head_scheme),
+            origin.revision, origin.trust_remote_code, device.exact,
         )  # fmt: skip
         if subject.shapes is None:
             name = model if model is not None else model_option
@@ -211,5 +212,6 @@ def _rows_of(batch: int, rows: list[dict]):
 def _kernel_names(kernels: list[dict]) -> str:
     names = {}
     for found in kernels:
-        names.update(dict.fromkeys(found["kernels"].values() or [found["backend"] or "dequantized"]))
+        rounded = "" if found["inputs"] == "exact" else f" ({found['inputs']})"
+        names.update(dict.fromkeys(found["kernels"].values() or [(found["backend"] or "dequantized") + rounded]))
     return ", ".join(names)

@@ -15,7 +15,7 @@ from lowbit.cli.commands.generate import (
     sampling_keywords,
     show_stats,
 )
-from lowbit.cli.common import HeadFlags, ModelArgument, ModelOption, one_model
+from lowbit.cli.common import HeadChoice, ModelArgument, ModelOption, one_model
 from lowbit.cli.terminal import console, notes
 from lowbit.errors import LowbitError, OutputError
 from lowbit.guards.safe_files import write_whole
@@ -57,7 +57,7 @@ def chat(
     *,
     sampling: ChatSamplingOptions,
     running: RunningOptions,
-    head: HeadFlags,
+    head: HeadChoice,
     stats: StatsOption = False,
 ):
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
@@ -65,6 +65,7 @@ def chat(
     running.check()
     read_ahead(Path(name))  # while all else is imported
     session = running.start(name, head_scheme)
+    head.tell(session.model, notes.print)
     notes.print(f"{name}: !help for commands, !exit or Ctrl-D to leave")
     options["prefill_chunk"] = running.prefill_chunk or PREFILL_CHUNK
     conversation = Conversation(session, system, options, context is Context.slide, stats)

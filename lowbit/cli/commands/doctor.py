@@ -53,6 +53,9 @@ def doctor(
     if instructions := findings["instructions"]:
         others = ", ".join(instructions["available"])
         console.print(f"the kernels in C run with: {instructions['used']} (of {others})")
+        bits = ", ".join(map(str, instructions["rounded_bits"]))
+        rounded = f"rounded to 8 bits for weights of {bits} bits, but with --exact" if bits else "exact"
+        console.print(f"inputs of products of many rows are: {rounded}")
     path, why = findings["generation"]["path"], findings["generation"]["why"]
     console.print(f"the embedded model generates in: {path}" + (f" ({why})" if why else ""))
     if findings["tables"]:

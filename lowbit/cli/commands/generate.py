@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowbit.cli.common import (
-    HeadFlags,
+    HeadChoice,
     JsonOption,
     ModelArgument,
     ModelOption,
@@ -61,7 +61,7 @@ class RunningOptions(SourceOptions, DeviceOptions, SessionOptions):
                 )
 
     def start(self, model: str, head: str | None):
-        """The session of a model, whose output embedding is quantized by the scheme `head` if that is given."""
+        """The session of a model, with its output embedding as `lowbit.load` has lm_head=head."""
         with heavy_imports():
             from lowbit.generation import open_session
 
@@ -96,6 +96,7 @@ def show_stats(stats) -> None:
         share = 100 * stats.accepted_tokens / stats.drafted_tokens
         notes.print(f"accepted {stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens ({share:.0f} %)")
     notes.print(f"by {stats.path}{f': {stats.why}' if stats.why else ''}")
+    notes.print(f"inputs of products: {stats.inputs}")
 
 
 def generate(
@@ -108,7 +109,7 @@ def generate(
     *,
     sampling: SamplingOptions,
     running: RunningOptions,
-    head: HeadFlags,
+    head: HeadChoice,
     stats: StatsOption = False,
     json: JsonOption = False,
 ):
@@ -118,6 +119,8 @@ def generate(
     read_ahead(Path(name))  # while all else is imported
     prompt = _text_of(prompt)
     session = running.start(name, head_scheme)
+    if not json:
+        head.tell(session.model, notes.print)
     ids = session.encode(prompt)
     with nullcontext(lambda text: None) if json else console.prose() as show:
         show(prompt)

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from lowbit.generation.steps.graph import RepeatableStep
 from lowbit.native import attention, elementwise, matmul
-from lowbit.native.linear import replay
+from lowbit.native.operators import replay, replay_experts
+from lowbit.system.cores import FreeCores
 from lowbit.torch_api import (
     COPY_TO,
     TorchDispatchMode,
@@ -33,6 +34,7 @@ _LISTS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
 # What is computed by one call of a kernel: operator -> (its result, its arguments) -> that call
 _CALLS: dict[object, Callable[..., Callable[[], object] | None]] = {
     torch.ops.lowbit.linear_native.default: replay,
+    torch.ops.lowbit.experts_native.default: replay_experts,
     torch.ops.aten.mm.default: matmul.replay,
     torch.ops.aten.scaled_dot_product_attention.default: attention.replay,
 }
@@ -58,6 +60,7 @@ class Recordings:
 class _Recorded:
     def __init__(self, step: RepeatableStep):
         self.step, self.sees = step, 0
+        self.cores = FreeCores()
         self.calls: list[Callable[[], object]] = []
 
     def record(self) -> None:
@@ -73,6 +76,18 @@ class _Recorded:
             self.record()
             return
         self.step.filled += 1
+        threads = torch.get_num_threads()
+        free = self.cores.limit(threads)
+        if free == threads:
+            self._repeat()
+            return
+        torch.set_num_threads(free)
+        try:
+            self._repeat()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _repeat(self) -> None:
         for call in self.calls:
             call()
 

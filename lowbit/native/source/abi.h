@@ -28,7 +28,7 @@
 
 /* Instruction sets, each with all that those before it have, but for AVXVNNI: x86 with 256 or 512 bits, whose names end
    with what multiplies. build.py has the flags, levels.c says which a machine runs. */
-#define LEVELS(ENUMERATOR) \
+#define LEVELS(ENUMERATOR)                                                                                        \
     ENUMERATOR(PORTABLE) ENUMERATOR(AVX2) ENUMERATOR(AVXVNNI) ENUMERATOR(AVX512) ENUMERATOR(AVX512BF16)
 
 #define DTYPES(ENUMERATOR) ENUMERATOR(FLOAT32) ENUMERATOR(BFLOAT16)
@@ -51,6 +51,14 @@
     FIELD(Weight, int64_t, in_features)                                                         \
     FIELD(Weight, int64_t, group_size)                                                          \
     FIELD(Weight, int64_t, integer_inputs)
+
+/* Which rows of x belong to which of several weights of one form, that lie one behind the other: those of weight i are
+   [start[i], start[i + 1]). Only weights that have `least` rows to `most` are multiplied. */
+#define EXPERTS(FIELD)                       \
+    FIELD(Experts, const int32_t *, start)   \
+    FIELD(Experts, int64_t, count)           \
+    FIELD(Experts, int64_t, least)           \
+    FIELD(Experts, int64_t, most)
 
 /* A tensor of four dimensions, whose numbers lie one behind the other in the last one; strides of the others */
 #define STRIDED(FIELD)                   \
@@ -98,7 +106,8 @@
 
 /* Each behind those that are fields of it */
 #define STRUCTURES(STRUCTURE)                                                                          \
-    STRUCTURE(Weight, WEIGHT) STRUCTURE(Strided, STRIDED) STRUCTURE(Attention, ATTENTION)              \
+    STRUCTURE(Weight, WEIGHT) STRUCTURE(Experts, EXPERTS) STRUCTURE(Strided, STRIDED)                  \
+    STRUCTURE(Attention, ATTENTION)                                                                    \
     STRUCTURE(Operand, OPERAND) STRUCTURE(Instruction, INSTRUCTION)
 
 /* One of each for every level, with its name behind their own: KERNEL(lowbit_linear) is lowbit_linear_avx2 */
@@ -106,10 +115,14 @@
     FUNCTION(int64_t, lowbit_linear_scratch, const Weight *w, int64_t rows)                                         \
     FUNCTION(void, lowbit_linear, const Weight *w, const void *x, int64_t dtype, const void *bias, void *y,         \
              int64_t rows, int64_t pieces, void *scratch)                                                           \
+    FUNCTION(void, lowbit_linear_experts, const Weight *w, const Experts *e, const void *x, int64_t dtype,         \
+             const void *bias, void *y, int64_t rows, int64_t pieces, void *scratch)                                \
     FUNCTION(int64_t, lowbit_linear_knows, const Weight *w)                                                         \
     FUNCTION(int64_t, lowbit_gemm_scratch, const Weight *w, int64_t arithmetic, int64_t rows, int64_t threads)      \
     FUNCTION(void, lowbit_gemm, const Weight *w, int64_t arithmetic, const void *x, int64_t dtype, const void *bias, \
              void *y, int64_t rows, int64_t threads, void *scratch)                                                 \
+    FUNCTION(void, lowbit_gemm_experts, const Weight *w, const Experts *e, int64_t arithmetic, const void *x,       \
+             int64_t dtype, const void *bias, void *y, int64_t rows, int64_t threads, void *scratch)                \
     FUNCTION(void, lowbit_pack, const Weight *w, const uint8_t *codes, void *packed)                             \
     FUNCTION(void, lowbit_unpack, const Weight *w, int64_t start, int64_t stop, uint8_t *codes, float *weights)     \
     FUNCTION(void, lowbit_matmul, const void *x, const void *weight, void *y, int64_t dtype, int64_t rows,          \

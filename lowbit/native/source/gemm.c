@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/* y = x W^T for many rows of x: a tile of W, WIDE rows of it, is unpacked once and multiplied by all rows of x.
+/* y = x W^T for many rows of x: a tile of W, TILE rows of it, is unpacked once and multiplied by all rows of x.
 
    INT8: BLOCK inputs share a scale, x = x_scale * x_code with codes from -127 to 127, and
        y[m, n] = sum over steps of  scale[n] * (of_codes - zero[n] * of_inputs)
@@ -13,10 +13,12 @@
    in float32: neither x nor W is rounded.
 
    A lane of a vector is a row of W, so no sum runs across lanes. A tile has for each part of K, four inputs of a byte or
-   two of bfloat16, one vector; that part of a row of x, 32 bits, is repeated in all lanes:
+   two of bfloat16, VECTORS vectors; that part of a row of x, 32 bits, is repeated in all lanes:
 
-       part 0   row 0 | row 1 | ... | row WIDE - 1          times   x[m, part 0] | x[m, part 0] | ...
-       part 1   row 0 | row 1 | ...                           */
+       part 0   row 0 | row 1 | ... | row TILE - 1          times   x[m, part 0] | x[m, part 0] | ...
+       part 1   row 0 | row 1 | ...
+
+   The sums of a tile and of COLUMNS rows of x are in registers: a part of x is repeated once for all vectors. */
 
 #include <math.h>
 #include <omp.h>
@@ -28,6 +30,8 @@
 #define STEP 256 /* 256 * 255 * 127 < 2^24 */
 #define BLOCK 32 /* inputs that share a scale; GEMM_GROUP of abi.h divides a group for it to have one of W */
 #define COLUMNS (VECTOR == 64 ? 8 : 4) /* rows of x whose sums are in registers */
+#define VECTORS (VECTOR == 64 ? 1 : 2) /* of rows of W, the same */
+#define TILE (VECTORS * WIDE)
 #define SMALLEST 0x1p-80f /* the largest input of a block, or its inverse would not be finite */
 #define ALIGNMENT 64
 
@@ -41,7 +45,7 @@ typedef struct {
 
 typedef struct {
     vector_u32 *parts;
-    vector_f32 *scales, *zeros; /* [groups] */
+    vector_f32 *scales, *zeros; /* [groups][VECTORS] */
 } Tile;
 
 INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
@@ -62,7 +66,8 @@ static int64_t place_inputs(const Weight *w, int64_t arithmetic, int64_t rows, c
 
 /* The same for the tile of one thread */
 static int64_t place_tile(const Weight *w, int64_t arithmetic, char *scratch, Tile *to) {
-    const int64_t parts = width_of(w) * size_of(arithmetic) / 4 * VECTOR, numbers = groups_of(w) * VECTOR;
+    const int64_t parts = width_of(w) * size_of(arithmetic) / 4 * VECTORS * VECTOR;
+    const int64_t numbers = groups_of(w) * VECTORS * VECTOR;
     *to = (Tile){(vector_u32 *)scratch, (vector_f32 *)(scratch + parts), (vector_f32 *)(scratch + parts + numbers)};
     return aligned(parts + 2 * numbers);
 }
@@ -124,7 +129,7 @@ INLINE void unpack_chunk(const Weight *w, int arithmetic, int bits, int64_t n, i
     const void *from = (const words *)w->codes + vector_of(w, n, chunk);
     uint32_t codes[PARTS][ROWS];
     if (arithmetic == INT8) {
-        unpack_bytes(from, bits, lanes + chunk * parts * WIDE, WIDE);
+        unpack_bytes(from, bits, lanes + chunk * parts * TILE, TILE);
         return;
     }
     unpack_bytes(from, bits, codes[0], ROWS);
@@ -134,27 +139,27 @@ INLINE void unpack_chunk(const Weight *w, int arithmetic, int bits, int64_t n, i
             for (int i = 0; i < 4 * ROWS; i++) group->zeros[i] = (int32_t)zero_of(w, group->next + i / 4);
             group->next += ROWS;
         }
-        to_bf16((const uint8_t *)codes[part], group->zeros, lanes + (chunk * parts + part) * 2 * WIDE, WIDE);
+        to_bf16((const uint8_t *)codes[part], group->zeros, lanes + (chunk * parts + part) * 2 * TILE, TILE);
     }
 }
 
 /* The codes of rows [n, n + rows) of W, chunk by chunk: a part of a tile is written while it is in the cache */
 INLINE void unpack_codes(const Weight *w, int arithmetic, int bits, int64_t n, int64_t rows, Tile to) {
     const int64_t chunks = chunks_of(w);
-    Group groups[WIDE / ROWS];
+    Group groups[TILE / ROWS];
     for (int64_t r = 0; r < rows; r += ROWS) groups[r / ROWS] = (Group){.next = scale_of(w, n + r, 0)};
     for (int64_t chunk = 0; chunk < chunks; chunk++)
         for (int64_t r = 0; r < rows; r += ROWS)
             unpack_chunk(w, arithmetic, bits, n + r, chunk, groups + r / ROWS, (uint32_t *)to.parts + r);
 }
 
-/* Rows [n, n + WIDE) of W; zeros where there are none */
+/* Rows [n, n + TILE) of W; zeros where there are none */
 static void unpack_tile(const Weight *w, int arithmetic, int64_t n, Tile to) {
-    const int64_t groups = groups_of(w), rows = smaller(WIDE, blocks_of(w) * ROWS - n);
-    if (rows < WIDE) {
-        memset(to.parts, 0, (size_t)(width_of(w) * size_of(arithmetic) / 4 * VECTOR));
-        memset(to.scales, 0, (size_t)(groups * VECTOR));
-        memset(to.zeros, 0, (size_t)(groups * VECTOR));
+    const int64_t groups = groups_of(w), rows = smaller(TILE, blocks_of(w) * ROWS - n);
+    if (rows < TILE) {
+        memset(to.parts, 0, (size_t)(width_of(w) * size_of(arithmetic) / 4 * VECTORS * VECTOR));
+        memset(to.scales, 0, (size_t)(groups * VECTORS * VECTOR));
+        memset(to.zeros, 0, (size_t)(groups * VECTORS * VECTOR));
     }
 #define CASE(ARITHMETIC, BITS) \
     if (arithmetic == ARITHMETIC && w->bits == BITS) unpack_codes(w, ARITHMETIC, BITS, n, rows, to);
@@ -163,56 +168,62 @@ static void unpack_tile(const Weight *w, int arithmetic, int64_t n, Tile to) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t group = 0; group < groups; group++) {
             const int64_t from = scale_of(w, n + r, group * w->group_size);
-            ((float *)(to.scales + group))[r] = w->scales[from];
-            ((float *)(to.zeros + group))[r] = zero_of(w, from);
+            ((float *)(to.scales + group * VECTORS))[r] = w->scales[from];
+            ((float *)(to.zeros + group * VECTORS))[r] = zero_of(w, from);
         }
 }
 
-/* The tile times `columns` rows of x. bits is a constant, which stands for all that are not more. */
-INLINE void multiply_int8(const Weight *w, int bits, int columns, Tile tile, Inputs x, vector_f32 *total) {
-    const int64_t step_blocks = step_of(w) / BLOCK;
-    for (int64_t step = 0; step < x.steps; step++) {
-        const int64_t group = step * step_of(w) / w->group_size;
-        const vector_f32 scale = tile.scales[group], zero = tile.zeros[group];
-        vector_f32 of_step[COLUMNS];
+typedef vector_f32 Totals[COLUMNS][VECTORS];
+
+/* For each row of x and vector of the tile */
+#define EACH_SUM _Pragma("GCC unroll 8") for (int m = 0; m < columns; m++) _Pragma("GCC unroll 2") for (int v = 0; v < VECTORS; v++)
+
+/* A block of the tile times `columns` rows of x, added to `of_step`. bits is a constant, which stands for all that are
+   not more. */
+INLINE void multiply_block(int bits, int columns, const vector_u32 *parts, Inputs x, int64_t block, Totals of_step) {
+    Partial sums[COLUMNS][VECTORS];
+    EACH_SUM sums[m][v] = (Partial){0};
 #pragma GCC unroll 8
-        for (int m = 0; m < columns; m++) of_step[m] = zero * x.sums[m * x.steps + step];
-        for (int64_t block = step * step_blocks; block < smaller((step + 1) * step_blocks, x.blocks); block++) {
-            Partial sums[COLUMNS];
+    for (int part = 0; part < BLOCK / 4; part++)
 #pragma GCC unroll 8
-            for (int m = 0; m < columns; m++) sums[m] = (Partial){0};
-#pragma GCC unroll 8
-            for (int part = 0; part < BLOCK / 4; part++) {
-                const vector_u8 codes = (vector_u8)tile.parts[block * (BLOCK / 4) + part];
-#pragma GCC unroll 8
-                for (int m = 0; m < columns; m++) {
-                    const char *inputs = x.codes + m * x.row_bytes + block * BLOCK + part * 4;
-                    sums[m] = dot_u8s8(sums[m], codes, (vector_s8)everywhere(inputs), bits);
-                }
-            }
-#pragma GCC unroll 8
-            for (int m = 0; m < columns; m++) {
-                const vector_f32 exact = __builtin_convertvector(sums_of(sums[m], bits), vector_f32);
-                of_step[m] = fma_f32(exact, (vector_f32)everywhere(x.scales + m * x.blocks + block), of_step[m]);
-            }
+        for (int m = 0; m < columns; m++) {
+            const vector_s8 inputs = (vector_s8)everywhere(x.codes + m * x.row_bytes + block * BLOCK + part * 4);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++)
+                sums[m][v] = dot_u8s8(sums[m][v], (vector_u8)parts[part * VECTORS + v], inputs, bits);
         }
-#pragma GCC unroll 8
-        for (int m = 0; m < columns; m++) total[m] = fma_f32(of_step[m], scale, total[m]);
+    EACH_SUM {
+        const vector_f32 exact = __builtin_convertvector(sums_of(sums[m][v], bits), vector_f32);
+        of_step[m][v] = fma_f32(exact, (vector_f32)everywhere(x.scales + m * x.blocks + block), of_step[m][v]);
     }
 }
 
-INLINE void multiply_bf16(const Weight *w, int columns, Tile tile, Inputs x, vector_f32 *total) {
+INLINE void multiply_int8(const Weight *w, int bits, int columns, Tile tile, Inputs x, Totals total) {
+    const int64_t step_blocks = step_of(w) / BLOCK;
+    for (int64_t step = 0; step < x.steps; step++) {
+        const int64_t group = step * step_of(w) / w->group_size;
+        const vector_f32 *scale = tile.scales + group * VECTORS, *zero = tile.zeros + group * VECTORS;
+        Totals of_step;
+        EACH_SUM of_step[m][v] = zero[v] * x.sums[m * x.steps + step];
+        for (int64_t block = step * step_blocks; block < smaller((step + 1) * step_blocks, x.blocks); block++)
+            multiply_block(bits, columns, tile.parts + block * (BLOCK / 4) * VECTORS, x, block, of_step);
+        EACH_SUM total[m][v] = fma_f32(of_step[m][v], scale[v], total[m][v]);
+    }
+}
+
+INLINE void multiply_bf16(const Weight *w, int columns, Tile tile, Inputs x, Totals total) {
     const int64_t parts = width_of(w) / 2, group_parts = w->group_size / 2, groups = groups_of(w);
     for (int64_t group = 0; group < groups; group++) {
-        vector_f32 sums[COLUMNS];
-#pragma GCC unroll 8
-        for (int m = 0; m < columns; m++) sums[m] = (vector_f32){0};
+        Totals sums;
+        EACH_SUM sums[m][v] = (vector_f32){0};
         for (int64_t part = group * group_parts; part < smaller((group + 1) * group_parts, parts); part++)
 #pragma GCC unroll 8
-            for (int m = 0; m < columns; m++)
-                sums[m] = dot_bf16(sums[m], tile.parts[part], (vector_u32)everywhere(x.codes + m * x.row_bytes + part * 4));
-#pragma GCC unroll 8
-        for (int m = 0; m < columns; m++) total[m] = fma_f32(sums[m], tile.scales[group], total[m]);
+            for (int m = 0; m < columns; m++) {
+                const vector_u32 inputs = (vector_u32)everywhere(x.codes + m * x.row_bytes + part * 4);
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; v++) sums[m][v] = dot_bf16(sums[m][v], tile.parts[part * VECTORS + v], inputs);
+            }
+        EACH_SUM total[m][v] = fma_f32(sums[m][v], tile.scales[group * VECTORS + v], total[m][v]);
     }
 }
 
@@ -222,56 +233,78 @@ typedef struct {
     int dtype;
 } Outputs;
 
-/* Rows [m, m + columns) of x times the tile of the rows of W from n on */
-INLINE void multiply(const Weight *w, int arithmetic, int bits, int columns, Tile tile, Inputs x, int64_t n, int64_t m,
+/* Rows [first, first + columns) of x times the tile of the rows of W from n on */
+INLINE void multiply(const Weight *w, int arithmetic, int bits, int columns, Tile tile, Inputs x, int64_t n, int64_t first,
                      Outputs to) {
-    vector_f32 total[COLUMNS];
-#pragma GCC unroll 8
-    for (int i = 0; i < columns; i++) total[i] = (vector_f32){0};
-    x.codes += m * x.row_bytes, x.scales += m * x.blocks, x.sums += m * x.steps;
+    Totals total;
+    EACH_SUM total[m][v] = (vector_f32){0};
+    x.codes += first * x.row_bytes, x.scales += first * x.blocks, x.sums += first * x.steps;
     if (arithmetic == INT8)
         multiply_int8(w, bits, columns, tile, x, total);
     else
         multiply_bf16(w, columns, tile, x, total);
-    const int64_t there = smaller(WIDE, w->out_features - n);
-    for (int i = 0; i < columns; i++)
+    const int64_t there = smaller(TILE, w->out_features - n);
+    for (int m = 0; m < columns; m++)
         for (int64_t r = 0; r < there; r++)
-            store(to.y, to.dtype, (m + i) * w->out_features + n + r,
-                  total[i][r] + (to.bias ? load(to.bias, to.dtype, n + r) : 0));
+            store(to.y, to.dtype, (first + m) * w->out_features + n + r,
+                  total[m][r / WIDE][r % WIDE] + (to.bias ? load(to.bias, to.dtype, n + r) : 0));
 }
 
 /* All rows of x */
 INLINE void multiply_rows(const Weight *w, int arithmetic, int bits, Tile tile, Inputs x, int64_t n, int64_t rows,
                           Outputs to) {
     int64_t m = 0;
-    for (; m + COLUMNS <= rows; m += COLUMNS) multiply(w, arithmetic, bits, COLUMNS, tile, x, n, m, to);
+    if (arithmetic != INT8 || sums_for(bits) == 1) /* others have no registers for more than two rows */
+        for (; m + COLUMNS <= rows; m += COLUMNS) multiply(w, arithmetic, bits, COLUMNS, tile, x, n, m, to);
     for (; m + 2 <= rows; m += 2) multiply(w, arithmetic, bits, 2, tile, x, n, m, to);
     for (; m < rows; m++) multiply(w, arithmetic, bits, 1, tile, x, n, m, to);
+}
+
+/* All rows of x that a weight has, which are those from `first` on of x and y */
+INLINE void multiply_weight(const Weight *w, int arithmetic, Tile tile, Inputs x, int64_t first, int64_t rows, Outputs to) {
+    x.codes += first * x.row_bytes, x.scales += first * x.blocks, x.sums += first * x.steps;
+    to.y = row_at(to.y, to.dtype, first, w->out_features);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t n = 0; n < w->out_features; n += TILE) {
+        unpack_tile(w, arithmetic, n, tile);
+        if (arithmetic == BF16)
+            multiply_rows(w, BF16, 0, tile, x, n, rows, to);
+        else if (w->bits <= 4)
+            multiply_rows(w, INT8, 4, tile, x, n, rows, to);
+        else
+            multiply_rows(w, INT8, 8, tile, x, n, rows, to);
+    }
+}
+
+/* For several weights, whose rows of y are written; bias [e->count, out_features] or NULL; otherwise as lowbit_gemm */
+void KERNEL(lowbit_gemm_experts)(const Weight *w, const Experts *e, int64_t arithmetic, const void *x, int64_t dtype,
+                                 const void *bias, void *y, int64_t rows, int64_t threads, void *scratch) {
+    Inputs inputs;
+    char *tiles = (char *)scratch + place_inputs(w, arithmetic, rows, scratch, &inputs);
+#pragma omp parallel num_threads((int)smaller(threads, omp_get_max_threads())) /* fewer, where cores are taken */
+    {
+        Tile tile;
+        const int64_t bytes = place_tile(w, arithmetic, 0, &tile);
+        place_tile(w, arithmetic, tiles + omp_get_thread_num() * bytes, &tile);
+        for (int64_t i = 0; i < e->count; i++) {
+            const int64_t first = e->start[i], end = first + rows_of(e, i);
+#pragma omp for schedule(static) nowait
+            for (int64_t m = first; m < end; m++) to_inputs(w, arithmetic, x, (int)dtype, m, inputs);
+        }
+#pragma omp barrier
+        for (int64_t i = 0; i < e->count; i++) {
+            const Weight one = weight_of(w, i);
+            const Outputs to = {y, bias ? row_at(bias, (int)dtype, i, w->out_features) : 0, (int)dtype};
+            if (rows_of(e, i)) multiply_weight(&one, (int)arithmetic, tile, inputs, e->start[i], rows_of(e, i), to);
+        }
+    }
 }
 
 /* y [rows, out_features] = x W^T + bias, which may be NULL; all three of `dtype`, which is bfloat16 for BF16. GEMM_GROUP
    divides the group size. scratch has lowbit_gemm_scratch bytes, aligned to 64. */
 void KERNEL(lowbit_gemm)(const Weight *w, int64_t arithmetic, const void *x, int64_t dtype, const void *bias, void *y,
                          int64_t rows, int64_t threads, void *scratch) {
-    const Outputs outputs = {y, bias, (int)dtype};
-    Inputs inputs;
-    char *tiles = (char *)scratch + place_inputs(w, arithmetic, rows, scratch, &inputs);
-#pragma omp parallel num_threads((int)threads)
-    {
-        Tile tile;
-        const int64_t bytes = place_tile(w, arithmetic, 0, &tile);
-        place_tile(w, arithmetic, tiles + omp_get_thread_num() * bytes, &tile);
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; m++) to_inputs(w, arithmetic, x, (int)dtype, m, inputs);
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < w->out_features; n += WIDE) {
-            unpack_tile(w, (int)arithmetic, n, tile);
-            if (arithmetic == BF16)
-                multiply_rows(w, BF16, 0, tile, inputs, n, rows, outputs);
-            else if (w->bits <= 4)
-                multiply_rows(w, INT8, 4, tile, inputs, n, rows, outputs);
-            else
-                multiply_rows(w, INT8, 8, tile, inputs, n, rows, outputs);
-        }
-    }
+    const int32_t start[2] = {0, (int32_t)rows};
+    const Experts one = {start, 1, 1, rows};
+    KERNEL(lowbit_gemm_experts)(w, &one, arithmetic, x, dtype, bias, y, rows, threads, scratch);
 }

@@ -162,9 +162,8 @@ INLINE void block(const Weight *w, int bits, int chunk_steps, int vectors, int c
 /* One block times all rows of x */
 INLINE void block_columns(const Weight *w, int bits, int chunk_steps, int64_t index, Inputs x, Outputs to,
                           int64_t columns) {
-    const int64_t size = w->out_features * (to.dtype == FLOAT32 ? 4 : 2);
     int64_t m = 0;
-#define FROM_M of_row(x, m), (Outputs){(char *)to.y + m * size, to.bias, to.dtype, to.second}
+#define FROM_M of_row(x, m), (Outputs){row_at(to.y, to.dtype, m, w->out_features), to.bias, to.dtype, to.second}
     for (; m + COLUMNS <= columns; m += COLUMNS)
         for (int first = 0; first < VECTORS; first += 2) /* as many sums as there are registers */
             block(w, bits, chunk_steps, 2, COLUMNS, index, first, FROM_M);
@@ -231,26 +230,59 @@ int64_t KERNEL(lowbit_linear_scratch)(const Weight *w, int64_t rows) {
     return rows * (codes + steps + w->in_features * (int64_t)sizeof(float));
 }
 
+/* Rows [first, end) of x as integers, in all threads, which do not wait for each other. wide [rows, in_features]: what
+   earlier pieces have left of x, if there were any */
+static void to_rows(const Weight *w, const void *x, int dtype, int first_piece, int64_t first, int64_t end, float *wide,
+                    Inputs to) {
+#pragma omp for schedule(static) nowait
+    for (int64_t m = first; m < end; m++) {
+        float *row = wide + m * w->in_features;
+        if (first_piece)
+            for (int64_t k = 0; k < w->in_features; k++) row[k] = load(x, dtype, m * w->in_features + k);
+        to_integers(w, row, of_row(to, m));
+    }
+}
+
+static Inputs place_inputs(const Weight *w, int64_t rows, void *scratch) {
+    const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w);
+    Inputs to = {scratch, (integers *)scratch + rows * codes, 0, codes, steps};
+    to.scales = (float *)(to.sums + rows * steps);
+    return to;
+}
+
+/* For several weights, whose rows of y are written, and zeros behind those of the last; bias [e->count, out_features] or
+   NULL; otherwise as lowbit_linear */
+void KERNEL(lowbit_linear_experts)(const Weight *w, const Experts *e, const void *x, int64_t dtype, const void *bias,
+                                   void *y, int64_t rows, int64_t pieces, void *scratch) {
+    const Inputs inputs = place_inputs(w, rows, scratch);
+    float *wide = inputs.scales + rows * inputs.steps;
+    Kernel *kernel = kernel_for(w);
+    const int64_t used = e->start[e->count];
+    char *unused = row_at(y, (int)dtype, used, w->out_features);
+    memset(unused, 0, (size_t)(row_at(y, (int)dtype, rows, w->out_features) - unused));
+#pragma omp parallel
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        for (int64_t i = 0; i < e->count; i++)
+            to_rows(w, x, (int)dtype, !piece, e->start[i], e->start[i] + rows_of(e, i), wide, inputs);
+#pragma omp barrier
+        for (int64_t i = 0; i < e->count; i++) {
+            const int64_t first = e->start[i], columns = rows_of(e, i);
+            if (!columns) continue;
+            const Weight one = weight_of(w, i);
+            const void *added = bias ? row_at(bias, (int)dtype, i, w->out_features) : 0;
+            const Outputs to = {row_at(y, (int)dtype, first, w->out_features), added, (int)dtype, piece > 0};
+#pragma omp for schedule(static) nowait
+            for (int64_t index = 0; index < blocks_of(w); index++) kernel(&one, index, of_row(inputs, first), to, columns);
+        }
+#pragma omp barrier
+    }
+}
+
 /* y [rows, out_features] = x W^T + bias, which may be NULL. pieces: 16-bit integers for each of x. scratch is aligned to
    32 bytes. */
 void KERNEL(lowbit_linear)(const Weight *w, const void *x, int64_t dtype, const void *bias, void *y, int64_t rows,
                    int64_t pieces, void *scratch) {
-    const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w), blocks = blocks_of(w);
-    Kernel *kernel = kernel_for(w);
-    Inputs inputs = {scratch, (integers *)scratch + rows * codes, 0, codes, steps};
-    inputs.scales = (float *)(inputs.sums + rows * steps);
-    float *wide = inputs.scales + rows * steps;
-#pragma omp parallel
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        const Outputs outputs = {y, bias, (int)dtype, piece > 0};
-#pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; m++) {
-            float *row = wide + m * w->in_features;
-            if (!piece)
-                for (int64_t k = 0; k < w->in_features; k++) row[k] = load(x, (int)dtype, m * w->in_features + k);
-            to_integers(w, row, of_row(inputs, m));
-        }
-#pragma omp for schedule(static)
-        for (int64_t index = 0; index < blocks; index++) kernel(w, index, inputs, outputs, rows);
-    }
+    const int32_t start[2] = {0, (int32_t)rows};
+    const Experts one = {start, 1, 1, rows};
+    KERNEL(lowbit_linear_experts)(w, &one, x, dtype, bias, y, rows, pieces, scratch);
 }

@@ -19,21 +19,34 @@ static void in_large_pages(char *memory, int64_t bytes) {
 #endif
 }
 
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+
+/* Codes of a row that `lanes` of a field have, the others are zero */
+INLINE words field_of(const uint8_t *from, int64_t lanes) {
+    bytes field = {0};
+    if (lanes >= LANES)
+        memcpy(&field, from, LANES);
+    else
+        memcpy(&field, from, (size_t)(lanes > 0 ? lanes : 0));
+    return __builtin_convertvector(field, words);
+}
+
 /* codes [out_features, in_features] -> packed, which holds nothing yet */
-void KERNEL(lowbit_pack)(const Weight *w, const uint8_t *codes, void *packed) {
-    const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
-    const int64_t blocks = blocks_of(w), bytes = chunks_of(w) * ROWS * (int64_t)sizeof(words);
-    in_large_pages(packed, blocks * bytes);
+void KERNEL(lowbit_pack)(const Weight *given, const uint8_t *codes, void *packed) {
+    const int64_t total = blocks_of(given) * ROWS;
+    in_large_pages(packed, total * chunks_of(given) * (int64_t)sizeof(words));
 #pragma omp parallel for schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
-        memset((char *)packed + block * bytes, 0, (size_t)bytes);
-        for (int64_t n = block * ROWS; n < smaller(block * ROWS + ROWS, w->out_features); n++)
-            for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
-                uint16_t *word = (uint16_t *)((words *)packed + vector_of(w, n, v * LANES / chunk_size));
-                const uint8_t *from = codes + n * w->in_features + v * LANES;
-                const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
-                for (int64_t lane = 0; lane < lanes; lane++) word[lane] |= (uint16_t)(from[lane] << shift);
+    for (int64_t n = 0; n < total; n++) {
+        const Weight weight = *given, *w = &weight; /* as in lowbit_unpack */
+        const int64_t chunk_size = chunk_of(w), fields = fields_of(w), chunks = chunks_of(w);
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            words word = {0};
+            for (int64_t f = 0; f < fields && n < w->out_features; f++) {
+                const int64_t k = chunk * chunk_size + f * LANES;
+                word |= field_of(codes + n * w->in_features + k, w->in_features - k) << (uint16_t)(f * w->bits);
             }
+            memcpy((words *)packed + vector_of(w, n, chunk), &word, sizeof word);
+        }
     }
 }
 

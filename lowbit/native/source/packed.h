@@ -16,6 +16,27 @@ INLINE int64_t chunks_of(const Weight *w) { return ceil_div(w->in_features, chun
 INLINE int64_t groups_of(const Weight *w) { return ceil_div(w->in_features, w->group_size); }
 INLINE int64_t blocks_of(const Weight *w) { return ceil_div(w->out_features, ROWS); }
 
+/* One of several weights, that lie one behind the other */
+INLINE Weight weight_of(const Weight *w, int64_t index) {
+    const int64_t numbers = blocks_of(w) * groups_of(w) * ROWS;
+    Weight one = *w;
+    one.codes = (const words *)w->codes + index * blocks_of(w) * chunks_of(w) * ROWS;
+    one.scales += index * numbers;
+    if (one.zeros) one.zeros += index * numbers;
+    return one;
+}
+
+/* How many rows of x a weight has, 0 if it is not to be multiplied */
+INLINE int64_t rows_of(const Experts *e, int64_t index) {
+    const int64_t rows = e->start[index + 1] - e->start[index];
+    return rows >= e->least && rows <= e->most ? rows : 0;
+}
+
+/* Row m of what has `size` numbers in a row */
+INLINE char *row_at(const void *from, int dtype, int64_t m, int64_t size) {
+    return (char *)from + m * size * (dtype == FLOAT32 ? 4 : 2);
+}
+
 /* The vector of words of row n in a chunk */
 INLINE int64_t vector_of(const Weight *w, int64_t n, int64_t chunk) {
     return (n / ROWS * chunks_of(w) + chunk) * ROWS + n % ROWS;

@@ -67,12 +67,20 @@ static __attribute__((noinline, unused)) vector_f32 fma_f32(vector_f32 a, vector
 }
 #endif
 
+/* Keeps sums where they are: compilers would make all products of a loop that is unrolled first, in registers that they
+   do not have, and add them later. */
+#if !defined(PLAIN_C)
+#define IN_REGISTER(SUMS) __asm__("" : "+x"(SUMS))
+#endif
+
 /* sums[l] + a[2l] b[2l] + a[2l + 1] b[2l + 1] */
 INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
 #if defined(DOTS)
     return (vector_s32)DOTS(dpwssd)((register_int)sums, (register_int)a, (register_int)b);
 #elif !defined(PLAIN_C)
-    return sums + (vector_s32)MM(madd_epi16)((register_int)a, (register_int)b);
+    sums += (vector_s32)MM(madd_epi16)((register_int)a, (register_int)b);
+    IN_REGISTER(sums);
+    return sums;
 #else
     const vector_s32 even_a = (vector_s32)a << 16 >> 16, even_b = (vector_s32)b << 16 >> 16;
     return sums + even_a * even_b + ((vector_s32)a >> 16) * ((vector_s32)b >> 16);
@@ -86,24 +94,36 @@ typedef struct {
     vector_s32 sums, upper;
 } Partial;
 
-INLINE Partial dot_u8s8(Partial part, vector_u8 codes, vector_s8 x, int bits) {
+/* Vectors of a Partial that are in use */
+INLINE int sums_for(int bits) {
+#if !defined(PLAIN_C) && !defined(DOTS)
+    return bits > 4 ? 2 : 1;
+#else
+    (void)bits;
+    return 1;
+#endif
+}
+
+INLINE Partial dot_u8s8(Partial partial, vector_u8 codes, vector_s8 x, int bits) {
 #if defined(DOTS)
     (void)bits;
-    part.sums = (vector_s32)DOTS(dpbusd)((register_int)part.sums, (register_int)codes, (register_int)x);
+    partial.sums = (vector_s32)DOTS(dpbusd)((register_int)partial.sums, (register_int)codes, (register_int)x);
 #elif !defined(PLAIN_C)
     const vector_u8 low = bits > 4 ? codes & 15 : codes;
-    part.sums = (vector_s32)((vector_s16)part.sums + (vector_s16)MM(maddubs_epi16)((register_int)low, (register_int)x));
+    partial.sums = (vector_s32)((vector_s16)partial.sums + (vector_s16)MM(maddubs_epi16)((register_int)low, (register_int)x));
+    IN_REGISTER(partial.sums);
     if (bits > 4) {
         const vector_u8 high = (vector_u8)((vector_u16)codes >> 4) & 15;
         const vector_s16 products = (vector_s16)MM(maddubs_epi16)((register_int)high, (register_int)x);
-        part.upper = (vector_s32)((vector_s16)part.upper + products);
+        partial.upper = (vector_s32)((vector_s16)partial.upper + products);
+        IN_REGISTER(partial.upper);
     }
 #else
     (void)bits;
     for (int byte = 0; byte < 4; byte++)
-        part.sums += ((vector_s32)codes >> 8 * byte & 0xff) * ((vector_s32)x << (24 - 8 * byte) >> 24);
+        partial.sums += ((vector_s32)codes >> 8 * byte & 0xff) * ((vector_s32)x << (24 - 8 * byte) >> 24);
 #endif
-    return part;
+    return partial;
 }
 
 INLINE vector_s32 sums_of(Partial part, int bits) {

@@ -1,0 +1,117 @@
+"""The tables of CPUs."""
+
+from rendering import markdown, measured, result, source
+
+
+def cpu_quantize() -> str:
+    data = result("cpu_quantize")
+    rows = [["read and rewrite the file", f"{data['rewrite_seconds']:.1f}", "1.0", "", ""]]
+    for name in ("W4A16", "W4A16_ASYM", "W8A16"):
+        run = data[name]
+        rows.append(
+            [f"lowbit quantize, {name}", f"{run['seconds']:.1f}", f"{run['times_rewrite']:.1f}",
+             f"{run['peak_bytes'] / 1e9:.2f}", f"{run['output_bytes'] / 1e9:.2f}"]
+        )  # fmt: skip
+    header = ["2.47 GB of bf16, Llama-3.2-1B shapes", "seconds", "times rewriting", "peak memory GB", "output GB"]
+    return markdown(header, rows) + source(data, "cpu_quantize")
+
+
+def cpu_generation() -> str:
+    """A table of rates, and one of what they make of the machine."""
+    if not measured("cpu_generation"):
+        return "Not yet measured: `python scripts/benchmarks/cpu_generation.py` measures it."
+    data = result("cpu_generation")
+    kinds = [
+        kind
+        for kind in data["rows"][0]
+        if isinstance(data["rows"][0][kind], dict) and "spread" in data["rows"][0][kind]
+    ]
+    rows = [
+        [row["side"], f"{row['weights_bytes'] / 1e9:.2f}", *(_rate(row.get(kind)) for kind in kinds), *_machine(row)]
+        for row in data["rows"]
+    ]
+    titles = {"decode": "decode tokens/s, batch 1", "prefill": f"prefill tokens/s, {data['prefill_tokens']} tokens"}
+    header = [f"{data['shapes']} shapes, {data['layers']} layers", "weights GB",
+              *(titles.get(kind, f"{kind.replace('decode', 'batch')}, tokens/s") for kind in kinds),
+              "decode GB/s (of reading)", "prefill Gop/s a core"]  # fmt: skip
+    failed = "".join(f"\n\nNot measured: {side} ({reason})." for side, reason in data["failed"].items())
+    where = f"\n\nInstructions: {data['instructions']}. Reading memory gives {data['read_gb_per_s']:.1f} GB/s here."
+    return markdown(header, rows) + failed + where + source(data, "cpu_generation")
+
+
+def _rate(found: dict | None) -> str:
+    if found is None:
+        return ""
+    low, high = found["spread"]
+    over = f", {found['over_baseline']:.2f}x" if "over_baseline" in found else ""
+    return f"{found['tokens_per_second']:.1f} ({low:.1f} to {high:.1f}){over}"
+
+
+def _machine(row: dict) -> list[str]:
+    decode, prefill = row.get("decode", {}), row.get("prefill", {})
+    read = (
+        f"{decode['gb_per_s']:.1f} ({decode['share_of_reading']:.0%})".replace("%", " %")
+        if "gb_per_s" in decode
+        else ""
+    )
+    return [read, f"{prefill['gop_per_s_per_core']:.0f}" if "gop_per_s_per_core" in prefill else ""]
+
+
+def cpu_products() -> str:
+    """For each number of rows, the best of a variant over the shapes: they differ little."""
+    if not measured("cpu_products"):
+        return "Not yet measured: `python scripts/benchmarks/cpu_products.py --save` measures it."
+    data = result("cpu_products")
+    names = list(dict.fromkeys((row["variant"], row["level"]) for row in data["rows"]))
+    rows = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in data["rows"]):
+        for count in dict.fromkeys(row["rows"] for row in data["rows"]):
+            found = {
+                (row["variant"], row["level"]): row
+                for row in data["rows"]
+                if tuple(row["shape"]) == shape and row["rows"] == count
+            }
+            cells = [f"{found[name]['gop_per_s_per_core']:.0f} ({found[name]['gb_per_s']:.1f})" for name in names]
+            rows.append(["x".join(map(str, shape)), str(count), *cells])
+    header = [f"{data['scheme']}: Gop/s a core (GB/s of weights)", "rows", *(" ".join(name) for name in names)]
+    return markdown(header, rows) + source(data, "cpu_products")
+
+
+def int8_inputs() -> str:
+    data = result("int8_inputs")
+    rows = [
+        [row["model"], row["scheme"], f"{row['kl_quantization']:.5f}", f"{row['kl_inputs']:.5f}",
+         f"{100 * row['share']:.1f} %", f"{100 * row['top1_agreement']:.1f} %"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    header = ["", "scheme", "KL of quantization (nats)", "KL of int8 inputs", "share", "same next token"]
+    return markdown(header, rows) + source(data, "int8_inputs")
+
+
+def int8_head() -> str:
+    if not measured("int8_head"):
+        return "Not yet measured: `python scripts/benchmarks/int8_head.py` measures it."
+    data = result("int8_head")
+    rows = [
+        [row["model"], row["scheme"], "x".join(map(str, row["shape"])), f"{row['kl']:.6f}", f"{row['kl_p99']:.5f}",
+         f"{100 * row['top1_agreement']:.1f} %"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    header = ["output embedding in 8 bits", "scheme", "shape", "mean KL (nats)", "99th percentile", "same next token"]
+    return markdown(header, rows) + source(data, "int8_head")
+
+
+def cpu_experts() -> str:
+    if not measured("cpu_experts"):
+        return "Not yet measured: `python scripts/benchmarks/cpu_experts.py --save` measures it."
+    data = result("cpu_experts")
+    variants = list(dict.fromkeys(row["variant"] for row in data["rows"]))
+    found = {(row["shapes"], row["tokens"], row["variant"]): row for row in data["rows"]}
+    rows = []
+    for shapes, tokens in dict.fromkeys((row["shapes"], row["tokens"]) for row in data["rows"]):
+        of_case = [found[shapes, tokens, variant] for variant in variants]
+        cells = [f"{row['ms']:.1f} ({row['gb_per_s']:.1f}, {row['gop_per_s_per_core']:.0f})" for row in of_case]
+        rows.append([shapes, str(tokens), f"{of_case[0]['used']} of {of_case[0]['experts']}", *cells])
+    header = [f"{data['scheme']}, {data['instructions']}", "tokens", "experts used",
+              *(f"{variant}: ms (GB/s, Gop/s a core)" for variant in variants)]  # fmt: skip
+    return markdown(header, rows) + source(data, "cpu_experts")
