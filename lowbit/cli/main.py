@@ -20,6 +20,7 @@ COMMANDS = {
     "report": ("lowbit.cli.commands.report:report", "Show what a quantize run did as one HTML page."),
     "generate": ("lowbit.cli.commands.generate:generate", "Complete a prompt."),
     "chat": ("lowbit.cli.commands.chat:chat", "Talk to a model."),
+    "serve": ("lowbit.cli.commands.serve:serve", "Serve a model by OpenAI's API."),
     "bench": ("lowbit.cli.commands.bench:bench", "Measure how fast a model runs here, beside others."),
     "push": ("lowbit.cli.commands.push:push", "Write the model card and upload a quantized folder to the Hub."),
     "tune": ("lowbit.cli.commands.tune:tune", "Find the fastest kernels for a model on this GPU."),

@@ -14,11 +14,13 @@ from lowbit.options.recipe import (
     RunOptions,
     SampleOptions,
 )
+from lowbit.options.serving import BatchingOptions, LimitOptions, ListenOptions
 from lowbit.options.verification import VerifyOptions
 
 __all__ = [
-    "CalibrationOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption", "LoadOptions",
-    "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions", "RunOptions",
-    "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "TokenOptions",
-    "VerifyOptions", "changed", "keywords", "like", "option", "shows_options", "takes_options",
+    "BatchingOptions", "CalibrationOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption",
+    "LimitOptions", "ListenOptions", "LoadOptions", "OnLoadOptions", "OutputOptions", "PushOptions",
+    "RecipeOptions", "RevisionOptions", "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions",
+    "ShardOptions", "SourceOptions", "TokenOptions", "VerifyOptions", "changed", "keywords", "like", "option",
+    "shows_options", "takes_options",
 ]  # fmt: skip
