@@ -38,7 +38,7 @@ IMPORTED = {
         ("cli.serving.completion", "serve requests", ("CompletionHandler",)),
         ("cli.serving.response", "serve requests", ("ResponseHandler",)),
         ("cli.serving.utils", "serve requests",
-         ("GenerationState", "Modality", "_StreamError", "response_events_to_chunks")),
+         ("GenerationState", "Modality", "_StreamError", "get_response_template", "response_events_to_chunks")),
         ("integrations.ggml", "know how transformers reads a GGUF file",
          ("GGUF_CONFIG_DEFAULTS_MAPPING", "GGUF_CONFIG_MAPPING")),
         ("integrations.gguf.utils", "know how transformers reads a GGUF file", ("is_gguf_arch_supported",)),

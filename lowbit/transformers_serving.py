@@ -17,6 +17,12 @@ _HANDLERS = {
 }
 
 
+_OTHERS = (
+    "ModelManager", "GenerationState", "Modality", "build_server", "_StreamError", "get_response_template",
+    "response_events_to_chunks",
+)  # fmt: skip
+
+
 class Answers(Protocol):
     """What makes the answers, as the handlers of transformers call it."""
 
@@ -42,7 +48,11 @@ def serving_app(model, processor, name: str, answers: Answers):
     """The FastAPI application of transformers that answers requests for one model, `name`.
 
     processor: what has `apply_chat_template`, `decode` and the like; a tokenizer, or what behaves as one.
+
+    Raises MissingNameError where anything is gone that requests will need.
     """
+    for needed in (*_HANDLERS.values(), *_OTHERS):
+        use(needed)
 
     class Loaded(use("ModelManager")):
         """Of one model: nothing is looked up or downloaded, whatever a request names."""
@@ -97,6 +107,11 @@ def events(parser, text: str | None = None) -> list:
     else:
         found = parser.feed(text) if text else parser.initial_events
     return use("response_events_to_chunks")(found)
+
+
+def parses_answers(processor, model) -> bool:
+    """Whether transformers looks for calls of tools and reasoning in the answers of a model."""
+    return use("get_response_template")(processor, model) is not None
 
 
 def stream_error(words: str):

@@ -14,7 +14,7 @@ from lowbit.hf import check_vocabulary
 from lowbit.options import TokenOptions
 from lowbit.options.serving import LimitOptions
 from lowbit.server.asked import ASKED, Asked, RequestError
-from lowbit.transformers_serving import events, stream_error
+from lowbit.transformers_serving import events, parses_answers, stream_error
 
 
 class AnswerStream:
@@ -59,8 +59,8 @@ class AnswerStream:
 class WholeAnswer:
     """All of an answer at once: its text, and the ids that make it up to where it stops."""
 
-    def __init__(self, asked: Asked, tokenizer):
-        self.asked, self.tokenizer = asked, tokenizer
+    def __init__(self, asked: Asked, model, tokenizer):
+        self.asked, self.model, self.tokenizer = asked, model, tokenizer
         self.ids: list[int] = []
         self._text = TextStream(tokenizer, asked.stop)
 
@@ -69,10 +69,12 @@ class WholeAnswer:
         return self._text.put(token) or self.asked.cancelled.is_set()
 
     def result(self) -> tuple[str, list[int]]:
-        """transformers looks for calls of tools in the ids, and counts them."""
+        """transformers counts the ids. Where the answers of a model are parsed, it takes their text from them too."""
         self._text.finish()
-        text = self._text.text
-        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"] if self._text.stopped else self.ids
+        text, ids = self._text.text, self.ids
+        if self._text.stopped and parses_answers(self.tokenizer, self.model):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text, ids
 
 
 def token_options(asked: Asked, config, prompt_tokens: int, limit: int | None, limits: LimitOptions) -> TokenOptions:
@@ -127,7 +129,7 @@ class LoopAnswers:
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         asked, ids, options = self._checked(inputs, gen_config)
-        answer = WholeAnswer(asked, self.session.tokenizer)
+        answer = WholeAnswer(asked, self.session.model, self.session.tokenizer)
         await asyncio.get_running_loop().run_in_executor(self._thread, self._run, asked, ids, options, answer.put)
         text, made = answer.result()
         return text, ids.shape[1], made

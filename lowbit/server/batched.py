@@ -45,7 +45,10 @@ class BatchedAnswers:
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         asked, ids, options = self._checked(inputs, gen_config)
-        answer, ended = WholeAnswer(asked, self.session.tokenizer), asyncio.get_running_loop().create_future()
+        answer, ended = (
+            WholeAnswer(asked, self.session.model, self.session.tokenizer),
+            asyncio.get_running_loop().create_future(),
+        )
 
         def fail(words: str) -> None:
             ended.set_exception(InputError(words))

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from lowbit.errors import LowbitError, first_line
 from lowbit.guards import escape
@@ -74,9 +73,7 @@ class Guard:
             await self._admit(scope, receive, send)
         except RequestError as error:
             await send.error(error)
-        except LowbitError as error:
-            await send.error(RequestError(str(error)))
-        except Exception as error:
+        except Exception as error:  # of the application, which has answered it
             words = first_line(error)
             log.error("%s %s failed: %s", scope["method"], escape.terminal(scope["path"]), escape.terminal(words))
             await send.error(RequestError(f"the server failed: {words}", status=500))
@@ -177,10 +174,31 @@ class _Once:
         await self({"type": "http.response.body", "body": body})
 
     async def error(self, error: RequestError) -> None:
-        """In the shape of OpenAI's API."""
-        kind = "server_error" if error.status >= 500 else "invalid_request_error"
-        words: dict[str, Any] = {"message": str(error), "type": kind, "param": error.field, "code": error.code}
         headers = [(b"content-type", b"application/json")]
         if error.status == 429:
             headers.append((b"retry-after", b"1"))
-        await self.whole(error.status, json.dumps({"error": words}).encode(), headers)
+        await self.whole(error.status, error_body(error), headers)
+
+
+def error_body(error: RequestError) -> bytes:
+    """In the shape of OpenAI's API."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    words = {"message": str(error), "type": kind, "param": error.field, "code": error.code}
+    return json.dumps({"error": words}).encode()
+
+
+def answer_errors(app) -> None:
+    """Let a FastAPI application answer its own errors in the same way: those that are not expected are logged, too."""
+    from fastapi import HTTPException, Response
+
+    def refuse(request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = RequestError(str(error.detail), status=error.status_code)
+        elif not isinstance(error, RequestError):
+            expected = isinstance(error, LowbitError)
+            words = str(error) if expected else f"the server failed: {first_line(error)}"
+            error = RequestError(words, status=400 if expected else 500)
+        return Response(error_body(error), error.status, media_type="application/json")
+
+    for kind in (LowbitError, HTTPException, Exception):
+        app.add_exception_handler(kind, refuse)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lowbit.errors import InputError, UsageError
 from lowbit.options.serving import BatchingOptions, LimitOptions, ListenOptions
-from lowbit.server.guard import Door, Guard
+from lowbit.server.guard import Door, Guard, answer_errors
 
 KEY_VARIABLE = "LOWBIT_API_KEY"
 _SECONDS_TO_END = 60  # for what runs when the server is told to leave
@@ -82,11 +82,19 @@ def application(session, answers, name: str, listen: ListenOptions, limits: Limi
     from lowbit.transformers_serving import serving_app
 
     app = serving_app(session.model, Processor(session.tokenizer, chat_ids), name, answers)
+    answer_errors(app)
     return Guard(app, name, door, limits, _PAGE.read_bytes() if listen.ui else None)
 
 
 def run(app, bound: socket.socket, limits: LimitOptions, on_ready: Callable[[], None]) -> None:
     """Serve until a signal comes; what runs then is finished, for a minute. A second one ends at once."""
+    server = server_of(app, limits, on_ready)
+    with _ended_by(server):
+        server.run(sockets=[bound])
+
+
+def server_of(app, limits: LimitOptions, on_ready: Callable[[], None]):
+    """The uvicorn server of an application, which calls `on_ready` once it listens."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -94,14 +102,13 @@ def run(app, bound: socket.socket, limits: LimitOptions, on_ready: Callable[[], 
             await super().startup(sockets)
             on_ready()
 
-    config = uvicorn.Config(
-        app, log_level="critical", access_log=False, server_header=False, ws="none", lifespan="on",
-        timeout_graceful_shutdown=_SECONDS_TO_END, limit_concurrency=limits.max_requests + 256,
-    )  # fmt: skip
-    server = Server(config)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what goes wrong is logged by the guard
-    with _ended_by(server):
-        server.run(sockets=[bound])
+    return Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, ws="none", lifespan="on",
+            timeout_graceful_shutdown=_SECONDS_TO_END, limit_concurrency=limits.max_requests + 256,
+        )
+    )  # fmt: skip
 
 
 @contextmanager
