@@ -2,9 +2,9 @@
 
     python examples/finetune.py [MODEL] [-o ADAPTER] [--text FILE] [--steps 60] [--length 128] [--batch 4]
 
-MODEL is a quantized folder; `reference`, or any dense model, is quantized to 4 bits while it is loaded. It trains on the
-standard library of Python, or on FILE, with gradient checkpointing and autocast to bfloat16, prints the loss before and
-after on text that it has not seen, saves the adapter, and loads it again.
+MODEL is a quantized folder; `reference`, or any dense model, is quantized to 4 bits while it is loaded. It trains on
+the standard library of Python, or on FILE, with gradient checkpointing and autocast to bfloat16, prints the loss on
+other text of that kind before and after, saves the adapter, and loads it again.
 """
 
 import argparse

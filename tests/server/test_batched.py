@@ -76,8 +76,8 @@ def test_what_a_batch_cannot_do_for_one_is_refused(batched, given):
 
 
 def test_sizes_of_nothing_are_refused():
-    from lowbit.cli.commands.generate import RunningOptions
-    from lowbit.cli.commands.serve import _check_batching
+    from lowbit.cli.commands.running.generate import RunningOptions
+    from lowbit.cli.commands.running.serve import _check_batching
 
     with pytest.raises(UsageError, match="--cb-max-batch-tokens is a size"):
         _check_batching(BatchingOptions(cb_max_batch_tokens=5), RunningOptions())

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lowbit.cli.commands.generate import PREFILL_CHUNK, RunningOptions
+from lowbit.cli.commands.running.generate import PREFILL_CHUNK, RunningOptions
 from lowbit.cli.common import HeadFlags, ModelArgument, ModelOption, one_model
 from lowbit.cli.terminal import notes
 from lowbit.errors import UsageError
