@@ -29,7 +29,8 @@ if base not in ("oldest", "newest") or not all(re.fullmatch(r"[\w-]+=[\w.+]+", p
     sys.exit(f"error: no cell {sys.argv[1]}; expected oldest or newest, then ,PACKAGE=VERSION as often as needed")
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-wanted = [*project["dependencies"], *extras["test"], *extras["report"]]  # `test` names `report` as lowbit[report]
+named_by_test = [*extras["report"], *extras["serve"]]  # as lowbit[report,serve]
+wanted = [*project["dependencies"], *extras["test"], *named_by_test]
 found = (re.match(r"([\w-]+)[^>]*>=([\w.]+)", each) for each in wanted)
 bounds = dict(each.groups() for each in found if each)
 pins = {name: f"{version}.*" for name, version in bounds.items()} if base == "oldest" else {}

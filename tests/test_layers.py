@@ -29,8 +29,10 @@ KERNEL_USERS = {"lowbit/backends/triton.py", "lowbit/backends/triton_int8.py", "
 KERNEL_IMPORTS = {"lowbit_kernels", "torch", "triton", *sys.stdlib_module_names}
 MAX_LINES = 450
 MOST_FILES, MOST_LINES = 16, 2500  # of a room
-# The one module that may spell the undocumented names of a package; PEFT's are few and documented as extension points
-UPSTREAM = {"lowbit/transformers_api.py", "lowbit/torch_api.py", "lowbit/hf/lora.py"}
+# The modules that may spell the undocumented names of a package; PEFT's are few and documented as extension points
+UPSTREAM = {
+    "lowbit/transformers_api.py", "lowbit/transformers_serving.py", "lowbit/torch_api.py", "lowbit/hf/lora.py",
+}  # fmt: skip
 # Operators of torch that have no documented name, tried out before they are used
 OPERATORS = ("lowbit/backends/torch_cpu.py", re.compile(r"_(convert_)?weight_(to_)?int\d\w*pack\w*"))
 # Hooks of documented base classes that subclasses define and call
@@ -116,7 +118,7 @@ def layer_errors(path, source):
 def _own_names(tree):
     """Names with an underscore that a file defines: functions, classes, variables, attributes of its objects."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id

@@ -268,3 +268,16 @@ def test_a_name_that_was_never_there():
         UpstreamName("torch.no_module:name", "test", "2.11").imported()
     with pytest.raises(AttributeError):
         transformers_api.no_such_name  # noqa: B018
+
+
+SERVING = [name for name, found in IMPORTED.items() if found.path.startswith("transformers.cli.serving")]
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_without_what_serves_there_is_no_server_and_the_reason(name, gone):
+    """Before it listens, in one line."""
+    from lowbit.transformers_serving import serving_app
+
+    gone(name)
+    with pytest.raises(MissingNameError, match=f"gone_{name}, which lowbit needs to serve requests"):
+        serving_app(tiny_model(), None, "tiny", None)

@@ -8,10 +8,16 @@ _CUT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer gives for a character of 
 class TextStream:
     """put(token) hands the text that has become certain to on_text: whole characters, and nothing that may yet turn out
     to be the start of a stop string. `text` is all that was handed out: what the tokenizer gives for all tokens, up to
-    the first stop string."""
+    the first stop string. special: show tokens such as the one that ends an answer."""
 
-    def __init__(self, tokenizer, stop: Sequence[str] = (), on_text: Callable[[str], None] = lambda text: None):
-        self.tokenizer, self.stop, self.on_text = tokenizer, tuple(stop), on_text
+    def __init__(
+        self,
+        tokenizer,
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] = lambda text: None,
+        special: bool = False,
+    ):
+        self.tokenizer, self.stop, self.on_text, self.special = tokenizer, tuple(stop), on_text, special
         self.text, self.stopped = "", False
         self.ids: list[int] = []
         # Text of ids[start:] past that of ids[start:end] is new: what a token adds depends on the ones before it
@@ -56,4 +62,4 @@ class TextStream:
             self.on_text(certain)
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False)

@@ -15,12 +15,13 @@ from lowbit.options.recipe import (
     RunOptions,
     SampleOptions,
 )
+from lowbit.options.serving import BatchingOptions, LimitOptions, ListenOptions
 from lowbit.options.verification import VerifyOptions
 
 __all__ = [
-    "CalibrationOptions", "ComparisonOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption",
-    "LoadOptions", "MergeOptions", "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions",
-    "RevisionOptions", "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions",
-    "SourceOptions", "TokenOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options",
-    "takes_options",
+    "BatchingOptions", "CalibrationOptions", "ComparisonOptions", "DeviceOptions", "DrawnSampleOptions",
+    "FileOptions", "HeadOption", "LimitOptions", "ListenOptions", "LoadOptions", "MergeOptions", "OnLoadOptions",
+    "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions", "RunOptions", "SampleOptions",
+    "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "TokenOptions", "VerifyOptions",
+    "changed", "keywords", "like", "option", "shows_options", "takes_options",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ much it writes is bounded here.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lowbit.errors import InputError, first_line
@@ -22,16 +22,17 @@ class _TooMuchError(Exception):
     """The template does not come to an end in time."""
 
 
-def chat_ids(tokenizer, messages: list[dict], chat: str, *, add_generation_prompt: bool = False) -> list[int]:
-    """Token ids of messages [{"role": ..., "content": ...}]. chat: what an error calls them.
+def chat_ids(tokenizer, messages: list[dict], chat: str, *, threads: bool = False, **given) -> list[int]:
+    """Token ids of messages [{"role": ..., "content": ...}].
+
+    chat: what an error calls them. threads: others of this process allocate memory meanwhile, whose bound would be
+    theirs too. given: what else the template sees, and add_generation_prompt.
 
     Raises InputError where the template refuses them, fails, or does not come to an end.
     """
     try:
-        with _bounded_lines(), _bounded_memory():
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )  # fmt: skip
+        with _bounded_lines(), nullcontext() if threads else _bounded_memory():
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **given)
         if len(text) > _MOST_CHARACTERS + 100 * len(str(messages)):
             raise _TooMuchError(f"it makes {len(text):,} characters of it")
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lowbit.cli.commands.generate import (
+from lowbit.cli.commands.running.generate import (
     PREFILL_CHUNK,
     RunningOptions,
     StatsOption,

@@ -1,0 +1,1 @@
+"""Commands that load a model and let it generate."""
