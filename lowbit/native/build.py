@@ -24,10 +24,10 @@ import torch
 from lowbit.errors import first_line
 from lowbit.guards.safe_files import distrust, make_private, open_existing
 from lowbit.native.abi import AbiError, Library
+from lowbit.system.caches import CACHE_VARIABLE, cache_folder
 
 logger = logging.getLogger("lowbit")
 
-CACHE_VARIABLE = "LOWBIT_CACHE"
 # Names the level of instructions to use (doctor shows which there are); or ALL: the best one, of all of them
 LEVEL_VARIABLE, ALL_LEVELS = "LOWBIT_CPU_LEVEL", "all"
 _FOLDER = Path(__file__).parent / "source"
@@ -54,12 +54,6 @@ _FLAGS_OF_LEVELS = {
 _OTHER_LEVELS = {"portable": ("-march=native",)}  # whose vectors the compiler makes of plain C
 _SECONDS = 300  # for a file, on a machine that is busy
 _SEAL_BYTES = hashlib.sha256().digest_size
-
-
-def cache_folder() -> Path:
-    if folder := os.environ.get(CACHE_VARIABLE):
-        return Path(folder) / "native"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowbit" / "native"
 
 
 @cache
@@ -96,7 +90,7 @@ def constant(name: str) -> int:
 def _cached(compiler: str) -> Library:
     """The library of the cache folder, which is compiled if it is not there, damaged, or perhaps not ours: loading one
     runs code. In a folder that others can change nothing is kept, and nothing that is there is loaded."""
-    folder = Path(os.path.abspath(cache_folder()))
+    folder = Path(os.path.abspath(cache_folder("native")))
     make_private(folder)
     if reason := distrust(folder):
         logger.warning(

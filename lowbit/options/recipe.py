@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import UsageError
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import BITS, Scheme
 from lowbit.options.keywords import like, option
 from lowbit.options.model import LoadOptions, OutputOptions
 
@@ -47,7 +47,11 @@ class RecipeOptions:
         "W4A16, W8A16-G64, W4A16_ASYM, ...; with integer activations W8A8, W8A8-STATIC, W4A8 (default W4A16).",
         spelled="FP16 and BF16 quantize nothing: weights are converted.", typed=str | None,
     )  # fmt: skip
-    bits: int | None = option(None, "2, 3, 4 or 8; instead of a scheme.")
+    bits: float | None = option(
+        None,
+        "2, 3, 4 or 8, instead of a scheme. Any other number, as 3.5, is an average, scales and all: a scheme for each "
+        "part of the model is chosen, for the least KL.",
+    )
     group_size: int | None = option(None, "16 ... 1024, or -1 per channel (default 128).")
     sym: bool | None = option(None, "Symmetric grid, or a zero point per group.", flags=("--sym/--asym",))
     method: str = option("rtn", "rtn (round to nearest, no data), or gptq (error compensation, calibrated).")
@@ -84,11 +88,21 @@ class RecipeOptions:
     def __post_init__(self):
         if self.scheme is not None and self.bits is not None:
             raise UsageError("--scheme and --bits say the same thing: pass one of them")
-        _check_name(self.base)
+        if self.bits in BITS and not isinstance(self.bits, int):  # of a command line
+            object.__setattr__(self, "bits", int(self.bits))
+        if self.average_bits is None:
+            _check_name(self.base)
+
+    @property
+    def average_bits(self) -> float | None:
+        """The average that `bits` is, where it is none of the bits that a scheme has."""
+        return None if self.bits is None or self.bits in BITS else self.bits
 
     @property
     def base(self) -> str | Scheme:
-        """What scheme and bits stand for."""
+        """What scheme and bits stand for; with a budget, what nothing is decided by."""
+        if self.average_bits is not None:
+            return Scheme()
         return self.scheme or ("W4A16" if self.bits is None else f"W{self.bits}A16")
 
 
@@ -117,16 +131,22 @@ class DrawnSampleOptions(SampleOptions):
 
 
 @dataclass(frozen=True)
-class CalibrationOptions(DrawnSampleOptions):
-    """What a run is calibrated with, and how it goes on."""
+class DataOptions(DrawnSampleOptions):
+    """What a run is calibrated with."""
 
     dataset: Any = option(
         None,
-        "What gptq calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl or parquet "
+        "What gptq, and what chooses schemes for a budget, calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl or parquet "
         "file, token ids (.safetensors, .npy), or self: text that the model itself writes. Default: a public data set, "
         "or self where it cannot be reached.",
         typed=str | None,
     )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(DataOptions):
+    """What a run is calibrated with, and how it goes on."""
+
     redo: str | None = option(None, "Regex of modules of an unfinished run: do their layers and all later ones again.")
     max_memory: str | int | None = option(
         None,

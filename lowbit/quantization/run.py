@@ -13,15 +13,20 @@ from lowbit.discovery import skeleton
 from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
 from lowbit.options import (
+    BudgetOptions,
     CalibrationOptions,
     FileOptions,
     HeadOption,
     RecipeOptions,
     RunOptions,
     SourceOptions,
+    asks_for_budget,
     keywords,
     takes_options,
 )
+from lowbit.quantization.allocation.allocate import Source, allocate
+from lowbit.quantization.allocation.budget import Budget
+from lowbit.quantization.allocation.engines import check_engine
 from lowbit.quantization.calibrated.job import clear_finished
 from lowbit.quantization.calibrated.options import Calibration, needs_data, require_data_method
 from lowbit.quantization.calibrated.ranks import Ranks
@@ -44,6 +49,7 @@ def quantize(
     *,
     recipe: RecipeOptions,
     head: HeadOption,
+    budget: BudgetOptions,
     calibration: CalibrationOptions,
     files: FileOptions,
     source: SourceOptions,
@@ -72,7 +78,10 @@ def quantize(
         OutputError: The output folder cannot be written.
     """
     asked = make_recipe(recipe, head)
-    require_data_method(asked, calibration)
+    chooses = asks_for_budget(recipe, budget)
+    check_engine(budget.engine, files.format)
+    if not chooses:
+        require_data_method(asked, calibration)
     memory = None if calibration.max_memory is None else parse_size(calibration.max_memory)
     data = Calibration(**{**keywords(calibration), "max_memory": memory}, trust_remote_code=source.trust_remote_code)
     shard_bytes = parse_size(files.max_shard_size)
@@ -82,11 +91,17 @@ def quantize(
     reader = read_dense(folder, source.trust_remote_code)
     config = load_config(folder, source.trust_remote_code)
     built = skeleton(config, source.trust_remote_code, tensors=reader.tensors.values())
+    allocated = None
+    if chooses:
+        parts = Source(reader, config, built, files.format, shard_bytes, budget.engine)
+        allocated = allocate(parts, asked, Budget.of(recipe, budget), data, run.announce or silent)
+        asked = allocated.recipe
     plan = make_plan(reader, built, asked, files.format)
     for name, reason in list(plan.unknown.items())[:1]:
         more = f" (and {len(plan.unknown) - 1} more such tensors)" if len(plan.unknown) > 1 else ""
         logger.warning("%s of %s is left out%s: %s", name, folder, more, reason)
     report = Report.of(plan, recorded_name(model), folder, run.command)
+    report.allocation = allocated and allocated.facts
     if run.dry_run:
         if run.on_plan:
             run.on_plan(plan)

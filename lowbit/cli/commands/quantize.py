@@ -4,10 +4,11 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 
 from lowbit.cli.commands.dtype import convert_to_dtype, only_converts
-from lowbit.cli.commands.plan import preview_any
+from lowbit.cli.commands.plan import PlanOptions, preview_any, show_allocation
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -25,11 +26,12 @@ from lowbit.cli.options import flag
 from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
 from lowbit.conversion.options import DtypeOptions
 from lowbit.options import (
+    BudgetOptions,
     CalibrationOptions,
+    DataOptions,
     FileOptions,
     RecipeOptions,
     RunOptions,
-    SampleOptions,
     SourceOptions,
     keywords,
 )
@@ -44,6 +46,7 @@ def quantize(
     *,
     recipe: RecipeOptions,
     head: HeadFlags,
+    budget: BudgetOptions,
     calibration: CalibrationOptions,
     files: FileOptions,
     clamp: ClampOption = False,
@@ -60,10 +63,10 @@ def quantize(
     check_known(format=files.format, method=recipe.method)
     lm_head = head.scheme()
     target = None if run.dry_run else one_output(output_dir, run.overwrite)
-    half = only_converts(recipe.base, recipe, head, calibration, files, clamp=clamp)
+    half = only_converts(recipe.base, recipe, head, budget, calibration, files, clamp=clamp)
     if run.dry_run:
-        samples = SampleOptions(calibration.num_samples, calibration.seqlen)
-        preview_any(model, recipe, head, samples, files, source, json)
+        samples = DataOptions(**{each.name: getattr(calibration, each.name) for each in fields(DataOptions)})
+        preview_any(model, PlanOptions(recipe, head, budget, samples, files, source), json)
         if not json:
             console.print("dry run: nothing was written")
         return
@@ -74,7 +77,7 @@ def quantize(
                 max_shard_size=files.max_shard_size, revision=source.revision,
             )  # fmt: skip
         return
-    options = {**keywords(recipe, calibration, files, source), "lm_head": lm_head, "overwrite": run.overwrite}
+    options = {**keywords(recipe, budget, calibration, files, source), "lm_head": lm_head, "overwrite": run.overwrite}
     report = _run(model, target, json, options)
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first one speaks
@@ -137,6 +140,8 @@ def _show(report, output_dir: Path) -> None:
         f"{report.quantized_tensors} weight tensors quantized, {report.quantized_share:.1%} of the bytes; "
         f"{_error(report)}; {report.seconds:.1f} s"
     )
+    if report.allocation:
+        show_allocation(report.allocation)
     if report.calibration:
         _show_calibration(report)
     show_names("other group size, because theirs does not divide in_features:", report.fallbacks)
