@@ -12,7 +12,8 @@ happens, in whatever module; `module_calls` sees modules whose weights are packe
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ def with_versions() -> Iterator[None]:
         yield
 
 
-class Product(NamedTuple):
+@dataclass(frozen=True)
+class Product:
     """An input [..., K], and the weight that it was multiplied with, as it was passed: a matrix, transposed or not."""
 
     name: str

@@ -1,6 +1,5 @@
 """What a user may choose, stated once: frozen dataclasses whose fields are keywords in Python and flags of commands."""
 
-from lowbit.options.budget import BudgetOptions, asks_for_budget
 from lowbit.options.generation import SamplingOptions, SessionOptions, TokenOptions
 from lowbit.options.keywords import changed, keywords, like, option, shows_options, takes_options
 from lowbit.options.model import DeviceOptions, LoadOptions, OutputOptions, RevisionOptions, ShardOptions, SourceOptions
@@ -19,8 +18,8 @@ from lowbit.options.recipe import (
 from lowbit.options.verification import VerifyOptions
 
 __all__ = [
-    "BudgetOptions", "CalibrationOptions", "DataOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions", "HeadOption", "LoadOptions",
-    "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions", "RunOptions",
-    "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "TokenOptions",
-    "VerifyOptions", "asks_for_budget", "changed", "keywords", "like", "option", "shows_options", "takes_options",
+    "CalibrationOptions", "DataOptions", "DeviceOptions", "DrawnSampleOptions", "FileOptions",
+    "HeadOption", "LoadOptions", "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions",
+    "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "TokenOptions",
+    "VerifyOptions", "changed", "keywords", "like", "option", "shows_options", "takes_options",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import BITS, Scheme
-from lowbit.options.keywords import like, option
+from lowbit.options.keywords import changed, like, option
 from lowbit.options.model import LoadOptions, OutputOptions
 
 
@@ -36,6 +36,10 @@ def _overrides(texts: list[str]) -> list[tuple[str, str]]:
         _check_name(scheme)
         found.append((pattern, scheme))
     return found
+
+
+# What else says how a weight is stored, and so cannot be said beside a budget
+_OF_ONE_SCHEME = ("scheme", "group_size", "sym", "smooth", "activation_range")
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,28 @@ class RecipeOptions:
         None, "Of W8A8-STATIC: the range of inputs is mse, minmax or percentile (default mse)."
     )
 
+    size: str | int | None = option(
+        None,
+        "Instead of a scheme: bytes of all weight files at most, or 4.2GB; each part of the model gets a scheme.",
+        typed=str | None,
+    )
+    max_kl: float | None = option(
+        None, "Instead of a scheme: mean KL to the model at most, in nats per token, on text like the data set."
+    )
+    engine: str | None = option(
+        None, "For a budget, choose what this engine takes: vllm, sglang, transformers, gptqmodel, llama.cpp or mlx."
+    )
+
     def __post_init__(self):
         if self.scheme is not None and self.bits is not None:
             raise UsageError("--scheme and --bits say the same thing: pass one of them")
         if self.bits in BITS and not isinstance(self.bits, int):  # of a command line
             object.__setattr__(self, "bits", int(self.bits))
-        if self.average_bits is None:
+        if self.budgets:
+            self._check_budget()
+        elif self.engine is not None:
+            raise UsageError("--engine says which schemes a budget may choose: pass --bits 3.5, --size or --max-kl too")
+        else:
             _check_name(self.base)
 
     @property
@@ -99,9 +119,29 @@ class RecipeOptions:
         return None if self.bits is None or self.bits in BITS else self.bits
 
     @property
+    def budgets(self) -> list[str]:
+        """What was passed to which a scheme is to be chosen for each part of the model, as it is typed."""
+        average = [] if self.average_bits is None else [f"--bits {self.bits}"]
+        given = {"--size": self.size, "--max-kl": self.max_kl}
+        return [name for name, value in given.items() if value is not None] + average
+
+    def _check_budget(self) -> None:
+        """Raise UsageError for several budgets, and for options that do not go with one."""
+        budget, *others = self.budgets
+        if others:
+            raise UsageError(f"{budget} and {others[0]} are two budgets: pass one of them")
+        if self.bits is not None and self.average_bits is None:
+            raise UsageError(f"{budget} chooses the bits of each part: leave --bits {self.bits} out")
+        for each in changed(self):
+            if each.name in _OF_ONE_SCHEME:
+                raise UsageError(f"{budget} chooses a scheme for each part: leave --{each.name.replace('_', '-')} out")
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise UsageError(f"max_kl is {self.max_kl!r}; expected a number above 0, in nats per token")
+
+    @property
     def base(self) -> str | Scheme:
         """What scheme and bits stand for; with a budget, what nothing is decided by."""
-        if self.average_bits is not None:
+        if self.budgets:
             return Scheme()
         return self.scheme or ("W4A16" if self.bits is None else f"W{self.bits}A16")
 
@@ -136,9 +176,9 @@ class DataOptions(DrawnSampleOptions):
 
     dataset: Any = option(
         None,
-        "What gptq, and what chooses schemes for a budget, calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl or parquet "
-        "file, token ids (.safetensors, .npy), or self: text that the model itself writes. Default: a public data set, "
-        "or self where it cannot be reached.",
+        "What gptq calibrates with, and what schemes for a budget are chosen on: a name of `datasets` "
+        "(org/name[:config[:split[:column]]]), a txt, jsonl or parquet file, token ids (.safetensors, .npy), or self: "
+        "text that the model itself writes. Default: a public data set, or self where it cannot be reached.",
         typed=str | None,
     )
 

@@ -10,13 +10,11 @@ from lowbit.discovery import find_sites, skeleton
 from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import open_headers, resolve
 from lowbit.options import (
-    BudgetOptions,
     DataOptions,
     FileOptions,
     HeadOption,
     RecipeOptions,
     SourceOptions,
-    asks_for_budget,
     keywords,
     takes_options,
 )
@@ -39,8 +37,8 @@ class Preview:
     modules: {"name", "scheme", "shape" [out_features, in_features], "bytes"} of what will be quantized. fallbacks: name
     -> scheme, where the group that was asked for does not divide in_features. skipped: name -> why it stays as it is.
     peak_ram_bytes, disk_bytes, seconds: of the run, on this machine; seconds are good to a factor of two.
-    engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`. allocation: how schemes were chosen for a
-    budget, None without one.
+    engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`. allocation: how schemes were chosen for
+    a budget, None without one.
     """
 
     source: str
@@ -70,7 +68,6 @@ def plan(
     *,
     recipe: RecipeOptions,
     head: HeadOption,
-    budget: BudgetOptions,
     samples: DataOptions,
     files: FileOptions,
     source: SourceOptions,
@@ -91,20 +88,19 @@ def plan(
         UsageError, InputError: Where `lowbit.quantize` would raise them before it reads a weight.
     """
     asked = make_recipe(recipe, head)
-    chooses = asks_for_budget(recipe, budget)
-    check_engine(budget.engine, files.format)
-    if not chooses:
+    check_engine(recipe.engine, files.format)
+    if not recipe.budgets:
         require_data_method(asked, samples)
     shard_bytes = parse_size(files.max_shard_size)
-    place = resolve(model, source.revision) if chooses else model
+    place = resolve(model, source.revision) if recipe.budgets else model
     stored, config = open_headers(place, source.revision, source.trust_remote_code)
     headers = as_dense(stored, source.trust_remote_code)
     built = skeleton(config, source.trust_remote_code, tensors=headers.tensors.values())
     allocated = None
-    if chooses:
-        parts = Source(headers, config, built, files.format, shard_bytes, budget.engine)
+    if recipe.budgets:
+        parts = Source(headers, config, built, files.format, shard_bytes, recipe.engine)
         data = Calibration(**keywords(samples), trust_remote_code=source.trust_remote_code)
-        allocated = allocate(parts, asked, Budget.of(recipe, budget), data, announce)
+        allocated = allocate(parts, asked, Budget.of(recipe), data, announce)
         asked = allocated.recipe
     planned = make_plan(headers, built, asked, files.format)
     size = file_bytes(planned.outputs, shard_bytes)

@@ -13,14 +13,12 @@ from lowbit.discovery import skeleton
 from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
 from lowbit.options import (
-    BudgetOptions,
     CalibrationOptions,
     FileOptions,
     HeadOption,
     RecipeOptions,
     RunOptions,
     SourceOptions,
-    asks_for_budget,
     keywords,
     takes_options,
 )
@@ -49,7 +47,6 @@ def quantize(
     *,
     recipe: RecipeOptions,
     head: HeadOption,
-    budget: BudgetOptions,
     calibration: CalibrationOptions,
     files: FileOptions,
     source: SourceOptions,
@@ -78,9 +75,8 @@ def quantize(
         OutputError: The output folder cannot be written.
     """
     asked = make_recipe(recipe, head)
-    chooses = asks_for_budget(recipe, budget)
-    check_engine(budget.engine, files.format)
-    if not chooses:
+    check_engine(recipe.engine, files.format)
+    if not recipe.budgets:
         require_data_method(asked, calibration)
     memory = None if calibration.max_memory is None else parse_size(calibration.max_memory)
     data = Calibration(**{**keywords(calibration), "max_memory": memory}, trust_remote_code=source.trust_remote_code)
@@ -92,9 +88,9 @@ def quantize(
     config = load_config(folder, source.trust_remote_code)
     built = skeleton(config, source.trust_remote_code, tensors=reader.tensors.values())
     allocated = None
-    if chooses:
-        parts = Source(reader, config, built, files.format, shard_bytes, budget.engine)
-        allocated = allocate(parts, asked, Budget.of(recipe, budget), data, run.announce or silent)
+    if recipe.budgets:
+        parts = Source(reader, config, built, files.format, shard_bytes, recipe.engine)
+        allocated = allocate(parts, asked, Budget.of(recipe), data, run.announce or silent)
         asked = allocated.recipe
     plan = make_plan(reader, built, asked, files.format)
     for name, reason in list(plan.unknown.items())[:1]:

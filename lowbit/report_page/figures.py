@@ -164,11 +164,14 @@ def _frontier(facts: Facts, _) -> Figure:
     """KL against bits: the best allocations, one scheme for all, and what was chosen."""
     allocation = facts.allocation
     figure, axes = _figure(3.0)
-    axes.plot([p.bits for p in allocation.frontier], [p.kl for p in allocation.frontier], color=_AFTER, linewidth=1.6)
-    axes.plot([p.bits for p in allocation.uniform], [p.kl for p in allocation.uniform], "o", color=_BEFORE, markersize=4)
-    axes.plot([p.bits for p in allocation.judged], [p.kl for p in allocation.judged], ".", color=_INK, markersize=3)
-    if allocation.chosen:
-        axes.plot(allocation.chosen.bits, allocation.chosen.kl, "D", color=_GOOD, markersize=6)
+    chosen = [allocation.chosen] if allocation.chosen else []
+    for points, marker, colour, width in (
+        (allocation.frontier, "-", _AFTER, 1.6),
+        (allocation.uniform, "o", _BEFORE, 4),
+        (allocation.judged, ".", _INK, 3),
+        (chosen, "D", _GOOD, 6),
+    ):
+        axes.plot([p.bits for p in points], [p.kl for p in points], marker, color=colour, linewidth=width, ms=width)
     axes.set(yscale="log", xlabel="bits per weight", ylabel="KL, nats per token")
     axes.grid()
     return figure

@@ -67,10 +67,11 @@ def modules_taken(
     of_any = Rule("", "", format, _ANY_ENGINE, _ANY_ENGINE, act_order=True, fused_experts=True)
     rule = next((r for r in RULES if r.format == format and r.engine.lower() == engine), of_any)
     joined = _joined(units, modules) if rule.fuses else {}
-    return {
-        size: {name for name in modules if _kernel(rule, name, joined.get(name, [name]), modules, size, None)[1] is None}
-        for size in rule.ranks
-    }
+
+    def taken(name: str, size: int) -> bool:
+        return _kernel(rule, name, joined.get(name, [name]), modules, size, None)[1] is None
+
+    return {size: {name for name in modules if taken(name, size)} for size in rule.ranks}
 
 
 def _joined(units: Iterable[tuple[str, ...]], modules: Mapping[str, Module]) -> dict[str, list[str]]:

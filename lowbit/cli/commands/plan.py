@@ -15,7 +15,7 @@ from lowbit.cli.common import (
     size,
 )
 from lowbit.cli.terminal import console, notes, print_json, show_names, table
-from lowbit.options import BudgetOptions, DataOptions, FileOptions, RecipeOptions, SourceOptions, keywords
+from lowbit.options import DataOptions, FileOptions, RecipeOptions, SourceOptions, keywords
 
 
 def plan(
@@ -24,7 +24,6 @@ def plan(
     *,
     recipe: RecipeOptions,
     head: HeadFlags,
-    budget: BudgetOptions,
     samples: DataOptions,
     files: FileOptions,
     source: SourceOptions,
@@ -33,11 +32,11 @@ def plan(
     """Show what quantizing a model would give and take, from its headers: nothing is downloaded or written.
 
     Sizes are exact. Takes the flags of `quantize` that matter to the result. With --json, output_bytes are those of all
-    tensors, file_bytes those of the weight files, headers and all: what they take up on a disk. For a budget (--bits 3.5,
-    --size, --max-kl) the model is read, and the schemes that are chosen are shown with the KL that they come to.
+    tensors, file_bytes those of the weight files, headers and all: what they take up on a disk. For a budget (--bits
+    3.5, --size, --max-kl) the model is read, and the schemes that are chosen are shown with the KL that they come to.
     """
     check_known(format=files.format, method=recipe.method)
-    options = PlanOptions(recipe, head, budget, samples, files, source)
+    options = PlanOptions(recipe, head, samples, files, source)
     preview_any(one_model(model, model_option), options, json)
 
 
@@ -47,7 +46,6 @@ class PlanOptions:
 
     recipe: RecipeOptions
     head: HeadFlags
-    budget: BudgetOptions
     samples: DataOptions
     files: FileOptions
     source: SourceOptions
@@ -57,10 +55,10 @@ def preview_any(name: str, asked: PlanOptions, json: bool) -> None:
     """Print what `lowbit.plan` or `lowbit.plan_dtype` finds, whichever the scheme is of."""
     recipe, files, source = asked.recipe, asked.files, asked.source
     lm_head = asked.head.scheme()
-    if only_converts(recipe.base, recipe, asked.head, asked.budget, asked.samples, files):
+    if only_converts(recipe.base, recipe, asked.head, asked.samples, files):
         preview_dtype(name, recipe.base, json, max_shard_size=files.max_shard_size, revision=source.revision)
     else:
-        options = keywords(recipe, asked.budget, asked.samples, files, source)
+        options = keywords(recipe, asked.samples, files, source)
         preview(name, {**options, "lm_head": lm_head, "announce": notes.print}, json)
 
 

@@ -26,7 +26,6 @@ from lowbit.cli.options import flag
 from lowbit.cli.terminal import console, notes, print_json, progress, show_names, table
 from lowbit.conversion.options import DtypeOptions
 from lowbit.options import (
-    BudgetOptions,
     CalibrationOptions,
     DataOptions,
     FileOptions,
@@ -46,7 +45,6 @@ def quantize(
     *,
     recipe: RecipeOptions,
     head: HeadFlags,
-    budget: BudgetOptions,
     calibration: CalibrationOptions,
     files: FileOptions,
     clamp: ClampOption = False,
@@ -63,10 +61,10 @@ def quantize(
     check_known(format=files.format, method=recipe.method)
     lm_head = head.scheme()
     target = None if run.dry_run else one_output(output_dir, run.overwrite)
-    half = only_converts(recipe.base, recipe, head, budget, calibration, files, clamp=clamp)
+    half = only_converts(recipe.base, recipe, head, calibration, files, clamp=clamp)
     if run.dry_run:
         samples = DataOptions(**{each.name: getattr(calibration, each.name) for each in fields(DataOptions)})
-        preview_any(model, PlanOptions(recipe, head, budget, samples, files, source), json)
+        preview_any(model, PlanOptions(recipe, head, samples, files, source), json)
         if not json:
             console.print("dry run: nothing was written")
         return
@@ -77,7 +75,7 @@ def quantize(
                 max_shard_size=files.max_shard_size, revision=source.revision,
             )  # fmt: skip
         return
-    options = {**keywords(recipe, budget, calibration, files, source), "lm_head": lm_head, "overwrite": run.overwrite}
+    options = {**keywords(recipe, calibration, files, source), "lm_head": lm_head, "overwrite": run.overwrite}
     report = _run(model, target, json, options)
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first one speaks

@@ -1,4 +1,4 @@
-"""From a budget to a recipe: what each scheme would cost, the best allocations by that, and of those the best in truth."""
+"""From a budget to a recipe: what each scheme would cost, the best allocations by that, of those the best in truth."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +30,8 @@ from lowbit.text.samples import Samples, calibration_samples
 
 # Samples that costs are measured on, and as many others that allocations are judged on; tokens in each at most
 _SAMPLES, _SEQLEN = 16, 512
-# By what the costs of a bit width, or of one kind of parts, are multiplied in the proposals: the second order leaves out
-# what is alike in them
+# By what the costs of a bit width, or of a kind of parts, are multiplied in the proposals: what the second order leaves
+# out is alike in them
 _TILTS = (0.7, 1.4)
 # Points of the frontier
 _POINTS = 16
@@ -252,8 +252,8 @@ class _Search:
         if not any(missing.values()):
             return known
         self._announce(
-            f"measuring what each scheme costs {len(self.units)} parts of the model: {self._halves[0].numel():,} tokens of "
-            f"{self.samples.source}"
+            f"measuring what each scheme costs {len(self.units)} parts of the model, on {self._halves[0].numel():,} "
+            f"tokens of {self.samples.source}"
         )
         tell = self._tenths("measuring", 2 * len(self._model.layers) + 1)
         with tempfile.TemporaryDirectory(prefix="lowbit-allocation-") as folder:
@@ -278,7 +278,9 @@ class _Search:
         return tell
 
 
-def _facts(search: _Search, budget: Budget, best: Allocation, kl: float, judged: list[tuple[Allocation, float]]) -> dict:
+def _facts(
+    search: _Search, budget: Budget, best: Allocation, kl: float, judged: list[tuple[Allocation, float]]
+) -> dict:
     """What the report says of an allocation.
 
     budget: what was asked for. predicted_kl: of the result, in nats per token; estimated_kl: the same to second order.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from lowbit.checkpoint.writer import file_bytes, parse_size
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import Recipe, Scheme
-from lowbit.options import BudgetOptions, RecipeOptions
+from lowbit.options import RecipeOptions
 from lowbit.quantization.allocation.units import Allocation, Unit
 from lowbit.quantization.plan import Plan
 
@@ -23,10 +23,10 @@ class Budget:
     max_kl: float | None = None
 
     @classmethod
-    def of(cls, recipe: RecipeOptions, asked: BudgetOptions) -> "Budget":
+    def of(cls, asked: RecipeOptions) -> "Budget":
         """Of what a user typed; raises UsageError for a size that is none."""
         size = None if asked.size is None else parse_size(asked.size)
-        return cls(recipe.average_bits, size, asked.max_kl)
+        return cls(asked.average_bits, size, asked.max_kl)
 
     def __str__(self) -> str:
         if self.bits is not None:

@@ -17,14 +17,15 @@ One layer is in memory at a time: forward, keeping the hidden states in front of
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from lowbit.discovery.shared_inputs import Product, Products
+from lowbit.guards.safe_files import remove, write_whole
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
@@ -65,7 +66,7 @@ class _Recorder(Products):
 
     def called(self, function: Callable, args: tuple, result: Any, product: Product | None) -> None:
         if product is not None:
-            kept = product._replace(x=product.x.detach(), weight=product.weight.detach())
+            kept = replace(product, x=product.x.detach(), weight=product.weight.detach())
             self.products.append((kept, function is not torch.nn.functional.linear, result))
 
 
@@ -197,11 +198,12 @@ class _States:
         return self._folder / f"hidden-{number}.safetensors"
 
     def write(self, number: int, hidden: list[torch.Tensor]) -> None:
-        save_file({str(index): tensor.contiguous().cpu() for index, tensor in enumerate(hidden)}, self._file(number))
+        tensors = {str(index): tensor.contiguous().cpu() for index, tensor in enumerate(hidden)}
+        write_whole(self._file(number), save(tensors))
 
     def read(self, number: int) -> list[torch.Tensor]:
         found = load_file(self._file(number))
         return [found[str(index)] for index in range(len(found))]
 
     def drop(self, number: int) -> None:
-        self._file(number).unlink(missing_ok=True)
+        remove(self._file(number))

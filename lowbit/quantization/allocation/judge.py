@@ -133,7 +133,12 @@ def _replace(
 
 
 def _at_head(
-    model: LayeredModel, batches, streams, targets: dict[str, list[Target]], allocations: Sequence[Schemes], method: Method
+    model: LayeredModel,
+    batches: Sequence[torch.Tensor],
+    streams: list[list],
+    targets: dict[str, list[Target]],
+    allocations: Sequence[Schemes],
+    method: Method,
 ) -> list[float]:
     """The divergences, from the hidden states behind the last layer."""
     layers, made, hessians = len(model.layers), {}, {}

@@ -1,6 +1,6 @@
 """The best allocation of a budget: one option for each unit, least cost in all, sizes within a limit.
 
-That is the multiple-choice knapsack problem (Sinha and Zoltners 1979), solved exactly by a dynamic programme over units.
+That is the multiple-choice knapsack problem (Sinha and Zoltners 1979), solved exactly, unit after unit.
 A state is (size, cost) of the units so far; of two, the one that is larger and costs more is dropped. The Lagrangian
 relaxation says what the rest will cost at least,
 
@@ -31,7 +31,8 @@ def best_choice(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]]
         The number of the option of each unit: least sum of costs, and of those the least sum of sizes. None where even
         the smallest options are larger than the limit.
     """
-    units = [_undominated(np.asarray(c, np.float64), np.asarray(s, np.int64)) for c, s in zip(costs, sizes, strict=True)]
+    pairs = zip(costs, sizes, strict=True)
+    units = [_undominated(np.asarray(cost, np.float64), np.asarray(size, np.int64)) for cost, size in pairs]
     if sum(int(size[-1]) for _, _, size in units) > limit:
         return None
     multiplier = _multiplier(units, limit)

@@ -1,7 +1,7 @@
 """What was measured for an allocation, kept: another budget for the same model takes seconds.
 
-One JSON file for each model, data and method, in the cache folder. A file that is damaged, or not of this user alone, is
-as good as none: everything is measured again.
+One JSON file for each model, data and method, in the cache folder. A file that is damaged, or not of this user alone,
+is as good as none: everything is measured again.
 """
 
 import hashlib

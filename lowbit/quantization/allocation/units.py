@@ -9,8 +9,8 @@ from lowbit.checkpoint import CheckpointReader
 from lowbit.discovery import find_sites
 from lowbit.errors import InputError, UsageError
 from lowbit.numerics.scheme import Recipe, Scheme
-from lowbit.quantization.plan import Plan, make_plan
 from lowbit.quantization.allocation.engines import ranks_that_take
+from lowbit.quantization.plan import Plan, make_plan
 from lowbit.serving import RANKS, fused_units, modules_of
 
 # What a unit may be stored as, unless a format or an engine cannot: from the 2.25 to the 8.5 bits that are of use
@@ -100,7 +100,9 @@ def find_units(
                 found.setdefault(module, _Stored(weights, {}, {})).add(stored, bytes, ranks[module])
     if not found:
         names = ", ".join(scheme.name for scheme in schemes)
-        raise failure or UsageError(f"{engine} takes nothing of this model as {names}: `lowbit plan` shows what it takes")
+        raise failure or UsageError(
+            f"{engine} takes nothing of this model as {names}: see the engines of `lowbit plan`"
+        )
     groups = _groups(joined, found)
     units = [_unit(modules, [found[module] for module in modules]) for modules in groups]
     return [unit for unit in units if unit.bytes]

@@ -53,7 +53,8 @@ def test_a_model_of_many_units_is_not_too_many():
     assert limit - int(weights.min()) // 8 < taken <= limit
     # no exchange of two units for the same room is better
     spent = costs[range(200), chosen].sum()
-    relaxed = min(
-        (costs + price * sizes).min(1).sum() - price * limit for price in np.geomspace(1e-10, 1e-5, 4000)
-    ), max((costs + price * sizes).min(1).sum() - price * limit for price in np.geomspace(1e-10, 1e-5, 4000))
+    relaxed = (
+        min((costs + price * sizes).min(1).sum() - price * limit for price in np.geomspace(1e-10, 1e-5, 4000)),
+        max((costs + price * sizes).min(1).sum() - price * limit for price in np.geomspace(1e-10, 1e-5, 4000)),
+    )
     assert relaxed[1] <= spent <= relaxed[1] * 1.001
