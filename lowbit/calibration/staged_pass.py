@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.discovery.shared_inputs import Products, SharedInputs, with_versions
+from lowbit.discovery.shared_inputs import Product, Products, SharedInputs, with_versions
 from lowbit.torch_api import place_of
 
 _SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
@@ -57,9 +57,9 @@ class ResidualStream(Products):
         self.joining: set[str] = set()
         self._latest: tuple[str, torch.Tensor] | None = None
 
-    def called(self, function: Callable, args: tuple, result: Any, name: str | None) -> None:
-        if name is not None:
-            self._latest = name, result
+    def called(self, function: Callable, args: tuple, result: Any, product: Product | None) -> None:
+        if product is not None:
+            self._latest = product.name, result
         elif function in _SUMS and all(isinstance(a, torch.Tensor) and a.shape == result.shape for a in args[:2]):
             self._follow([place_of(a) for a in args[:2]], result)
 

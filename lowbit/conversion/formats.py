@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.configs import write_configs
 from lowbit.checkpoint.writer import parse_size
 from lowbit.conversion.export import export_source

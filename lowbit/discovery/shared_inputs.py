@@ -12,6 +12,7 @@ happens, in whatever module; `module_calls` sees modules whose weights are packe
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,6 +63,15 @@ def with_versions() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Product:
+    """An input [..., K], and the weight that it was multiplied with, as it was passed: a matrix, transposed or not."""
+
+    name: str
+    x: torch.Tensor
+    weight: torch.Tensor
+
+
 class Products(TorchFunctionMode):
     """Calls `seen(name, input)` before each product of an input with one of the `weights`.
 
@@ -80,17 +90,18 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        name = None
+        product = None
         if function in _PRODUCTS:
             x, weight = (args[at] if at < len(args) else kwargs.get(keyword) for at, keyword in _PRODUCTS[function])
             if isinstance(weight, torch.Tensor) and (name := self._names.get(place_of(weight))) is not None:
+                product = Product(name, x, weight)
                 self._seen(name, x)
         result = function(*args, **kwargs)
-        self.called(function, args, result, name)
+        self.called(function, args, result, product)
         return result
 
-    def called(self, function: Callable, args: tuple, result: Any, name: str | None) -> None:
-        """For subclasses: `function` returned `result`; `name` is that of its weight, None if it has none of them."""
+    def called(self, function: Callable, args: tuple, result: Any, product: Product | None) -> None:
+        """For subclasses: `function` returned `result`; `product` is None if it multiplied none of the weights."""
 
 
 def _matrices(weight: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ from lowbit.options.model import DeviceOptions, LoadOptions, OutputOptions, Revi
 from lowbit.options.publishing import PushOptions
 from lowbit.options.recipe import (
     CalibrationOptions,
+    DataOptions,
     DrawnSampleOptions,
     FileOptions,
     HeadOption,
@@ -19,9 +20,9 @@ from lowbit.options.serving import BatchingOptions, LimitOptions, ListenOptions
 from lowbit.options.verification import VerifyOptions
 
 __all__ = [
-    "BatchingOptions", "CalibrationOptions", "ComparisonOptions", "DeviceOptions", "DrawnSampleOptions",
-    "FileOptions", "HeadOption", "LimitOptions", "ListenOptions", "LoadOptions", "MergeOptions", "OnLoadOptions",
-    "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions", "RunOptions", "SampleOptions",
-    "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions", "TokenOptions", "VerifyOptions",
-    "changed", "keywords", "like", "option", "shows_options", "takes_options",
+    "BatchingOptions", "CalibrationOptions", "ComparisonOptions", "DataOptions", "DeviceOptions",
+    "DrawnSampleOptions", "FileOptions", "HeadOption", "LimitOptions", "ListenOptions", "LoadOptions",
+    "MergeOptions", "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions",
+    "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions",
+    "TokenOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options", "takes_options",
 ]  # fmt: skip

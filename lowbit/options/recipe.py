@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import UsageError
-from lowbit.numerics.scheme import Scheme
-from lowbit.options.keywords import like, option
+from lowbit.numerics.scheme import BITS, Scheme
+from lowbit.options.keywords import changed, like, option
 from lowbit.options.model import LoadOptions, OutputOptions
 
 
@@ -38,6 +38,10 @@ def _overrides(texts: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+# What else says how a weight is stored, and so cannot be said beside a budget
+_OF_ONE_SCHEME = ("scheme", "group_size", "sym", "smooth", "activation_range")
+
+
 @dataclass(frozen=True)
 class RecipeOptions:
     """How a model is quantized."""
@@ -47,7 +51,11 @@ class RecipeOptions:
         "W4A16, W8A16-G64, W4A16_ASYM, ...; with integer activations W8A8, W8A8-STATIC, W4A8 (default W4A16).",
         spelled="FP16 and BF16 quantize nothing: weights are converted.", typed=str | None,
     )  # fmt: skip
-    bits: int | None = option(None, "2, 3, 4 or 8; instead of a scheme.")
+    bits: float | None = option(
+        None,
+        "2, 3, 4 or 8, instead of a scheme. Any other number, as 3.5, is an average, scales and all: a scheme for each "
+        "part of the model is chosen, for the least KL.",
+    )
     group_size: int | None = option(None, "16 ... 1024, or -1 per channel (default 128).")
     sym: bool | None = option(None, "Symmetric grid, or a zero point per group.", flags=("--sym/--asym",))
     method: str = option("rtn", "rtn (round to nearest, no data), or gptq (error compensation, calibrated).")
@@ -87,16 +95,62 @@ class RecipeOptions:
         None, "Of W8A8-STATIC: the range of inputs is mse, minmax or percentile (default mse)."
     )
 
+    size: str | int | None = option(
+        None,
+        "Instead of a scheme: bytes of all weight files at most, or 4.2GB; each part of the model gets a scheme.",
+        typed=str | None,
+    )
+    max_kl: float | None = option(
+        None, "Instead of a scheme: mean KL to the model at most, in nats per token, on text like the data set."
+    )
+    engine: str | None = option(
+        None, "For a budget, choose what this engine takes: vllm, sglang, transformers, gptqmodel, llama.cpp or mlx."
+    )
+
     def __post_init__(self):
         if self.scheme is not None and self.bits is not None:
             raise UsageError("--scheme and --bits say the same thing: pass one of them")
-        _check_name(self.base)
+        if self.bits in BITS and not isinstance(self.bits, int):  # of a command line
+            object.__setattr__(self, "bits", int(self.bits))
+        if self.budgets:
+            self._check_budget()
+        elif self.engine is not None:
+            raise UsageError("--engine says which schemes a budget may choose: pass --bits 3.5, --size or --max-kl too")
+        else:
+            _check_name(self.base)
         if isinstance(self.embeddings, str):
             Scheme.parse(self.embeddings)
 
     @property
+    def average_bits(self) -> float | None:
+        """The average that `bits` is, where it is none of the bits that a scheme has."""
+        return None if self.bits is None or self.bits in BITS else self.bits
+
+    @property
+    def budgets(self) -> list[str]:
+        """What was passed to which a scheme is to be chosen for each part of the model, as it is typed."""
+        average = [] if self.average_bits is None else [f"--bits {self.bits}"]
+        given = {"--size": self.size, "--max-kl": self.max_kl}
+        return [name for name, value in given.items() if value is not None] + average
+
+    def _check_budget(self) -> None:
+        """Raise UsageError for several budgets, and for options that do not go with one."""
+        budget, *others = self.budgets
+        if others:
+            raise UsageError(f"{budget} and {others[0]} are two budgets: pass one of them")
+        if self.bits is not None and self.average_bits is None:
+            raise UsageError(f"{budget} chooses the bits of each part: leave --bits {self.bits} out")
+        for each in changed(self):
+            if each.name in _OF_ONE_SCHEME:
+                raise UsageError(f"{budget} chooses a scheme for each part: leave --{each.name.replace('_', '-')} out")
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise UsageError(f"max_kl is {self.max_kl!r}; expected a number above 0, in nats per token")
+
+    @property
     def base(self) -> str | Scheme:
-        """What scheme and bits stand for."""
+        """What scheme and bits stand for; with a budget, what nothing is decided by."""
+        if self.budgets:
+            return Scheme()
         return self.scheme or ("W4A16" if self.bits is None else f"W{self.bits}A16")
 
 
@@ -125,16 +179,22 @@ class DrawnSampleOptions(SampleOptions):
 
 
 @dataclass(frozen=True)
-class CalibrationOptions(DrawnSampleOptions):
-    """What a run is calibrated with, and how it goes on."""
+class DataOptions(DrawnSampleOptions):
+    """What a run is calibrated with."""
 
     dataset: Any = option(
         None,
-        "What gptq calibrates with: a name of `datasets` (org/name[:config[:split[:column]]]), a txt, jsonl or parquet "
-        "file, token ids (.safetensors, .npy), or self: text that the model itself writes. Default: a public data set, "
-        "or self where it cannot be reached.",
+        "What gptq calibrates with, and what schemes for a budget are chosen on: a name of `datasets` "
+        "(org/name[:config[:split[:column]]]), a txt, jsonl or parquet file, token ids (.safetensors, .npy), or self: "
+        "text that the model itself writes. Default: a public data set, or self where it cannot be reached.",
         typed=str | None,
     )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions(DataOptions):
+    """What a run is calibrated with, and how it goes on."""
+
     redo: str | None = option(None, "Regex of modules of an unfinished run: do their layers and all later ones again.")
     max_memory: str | int | None = option(
         None,

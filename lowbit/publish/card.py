@@ -94,6 +94,7 @@ def page(facts: Facts, repo_id: str) -> dict:
         "asymmetric": not scheme.sym,
         "groups": "one scale per output channel" if scheme.group_size == PER_CHANNEL else
                   f"one scale for {scheme.group_size} inputs",
+        "budget": _budget(facts),
         "writer": text(facts.report.get("lowbit")),
         "engines": engines,
         "engine_notes": notes,
@@ -106,6 +107,14 @@ def page(facts: Facts, repo_id: str) -> dict:
         "made": _made(facts),
         "licence": _licence_text(facts),
     }  # fmt: skip
+
+
+def _budget(facts: Facts) -> str | None:
+    """What schemes were chosen for, if they were."""
+    asked = mapping(mapping(facts.report.get("allocation")).get("budget"))
+    words = {"bits": "{:g} bits for a weight", "size": "{:,.0f} bytes", "max_kl": "a mean KL of {:g}"}
+    found = (form.format(value) for key, form in words.items() if (value := number(asked.get(key))) is not None)
+    return next(found, None)
 
 
 def licence(facts: Facts) -> dict[str, str]:

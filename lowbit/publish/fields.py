@@ -11,6 +11,11 @@ class _Calibration:
 
 
 @dataclass(frozen=True)
+class _Allocation:
+    budget: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
 class QualityFields:
     """Of `lowbit eval`."""
 
@@ -52,6 +57,7 @@ class ReportFields:
     fallbacks: dict[str, str] | None = None
     versions: dict[str, str] | None = None
     calibration: _Calibration | None = None
+    allocation: _Allocation | None = None
     quality: QualityFields | None = None
     recipe: _Recipe | None = None
 

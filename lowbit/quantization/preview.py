@@ -1,6 +1,6 @@
 """What quantizing a model would give and take, before any weight is read: from its config and its headers."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,9 +8,21 @@ import torch
 from lowbit.checkpoint.writer import file_bytes, parse_size
 from lowbit.discovery import find_sites, skeleton
 from lowbit.folders.dense import as_dense
-from lowbit.folders.locate import open_headers
-from lowbit.options import FileOptions, HeadOption, RecipeOptions, SampleOptions, SourceOptions, takes_options
-from lowbit.quantization.calibrated.options import require_data_method
+from lowbit.folders.locate import open_headers, resolve
+from lowbit.options import (
+    DataOptions,
+    FileOptions,
+    HeadOption,
+    RecipeOptions,
+    SourceOptions,
+    keywords,
+    takes_options,
+)
+from lowbit.quantization.allocation.allocate import Wanted, allocate
+from lowbit.quantization.allocation.budget import Budget
+from lowbit.quantization.allocation.engines import check_engine
+from lowbit.quantization.calibrated.options import Calibration, require_data_method
+from lowbit.quantization.calibrated.reporting import Announce, silent
 from lowbit.quantization.forecast import forecast
 from lowbit.quantization.opened import opened
 from lowbit.quantization.plan import Plan, make_plan
@@ -27,7 +39,8 @@ class Preview:
     many of them are integers already, which their schemes hold: they are not rounded again. fallbacks: name -> scheme,
     where the group that was asked for does not divide in_features. skipped: name -> why it stays as it is.
     peak_ram_bytes, disk_bytes, seconds: of the run, on this machine; seconds are good to a factor of two.
-    engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`.
+    engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`. allocation: how schemes were chosen for
+    a budget, None without one.
     """
 
     source: str
@@ -46,6 +59,7 @@ class Preview:
     fallbacks: dict[str, str]
     skipped: dict[str, str]
     engines: list[dict]
+    allocation: dict | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -57,14 +71,18 @@ def plan(
     *,
     recipe: RecipeOptions,
     head: HeadOption,
-    samples: SampleOptions,
+    samples: DataOptions,
     files: FileOptions,
     source: SourceOptions,
+    announce: Announce = silent,
 ) -> Preview:
     """What `lowbit.quantize` with these arguments would write and need.
 
+    With a budget, schemes are chosen as `lowbit.quantize` chooses them, which takes the weights and the data set.
+
     Args:
-        model: A folder, a GGUF file, a Hub id, or "reference". A model on the Hub is not downloaded.
+        model: A folder, a GGUF file, a Hub id, or "reference". A model on the Hub is not downloaded, but for a budget.
+        announce: Told what goes on while schemes are chosen.
 
     Returns:
         Sizes, schemes, memory, time, and the engines that take the result.
@@ -73,11 +91,19 @@ def plan(
         UsageError, InputError: Where `lowbit.quantize` would raise them before it reads a weight.
     """
     asked = make_recipe(recipe, head)
-    require_data_method(asked, samples)
+    check_engine(recipe.engine, files.format)
+    if not recipe.budgets:
+        require_data_method(asked, samples)
     shard_bytes = parse_size(files.max_shard_size)
-    stored, config = open_headers(model, source.revision, source.trust_remote_code)
+    place = resolve(model, source.revision) if recipe.budgets else model
+    stored, config = open_headers(place, source.revision, source.trust_remote_code)
     headers = as_dense(stored, source.trust_remote_code)
-    start = opened(headers, config, asked, source.trust_remote_code)
+    start, allocated = opened(headers, config, asked, source.trust_remote_code), None
+    if recipe.budgets:
+        wanted = Wanted(Budget.of(recipe), files.format, shard_bytes, recipe.engine)
+        data = Calibration(**keywords(samples), trust_remote_code=source.trust_remote_code)
+        allocated = allocate(start, wanted, data, announce)
+        start = replace(start, recipe=allocated.recipe)
     planned = make_plan(start.reader, start.model, start.recipe, files.format)
     size = file_bytes(planned.outputs, shard_bytes)
     # engines are asked about a model that can run without numbers
@@ -101,6 +127,7 @@ def plan(
         skipped={step.source.name: step.reason for step in planned.steps if step.site and not step.scheme}
         | {name: f"left out: {reason}" for name, reason in planned.unknown.items()},
         engines=[_engine(verdict) for verdict in _verdicts(planned, runnable)],
+        allocation=allocated and allocated.facts,
     )
 
 

@@ -56,13 +56,15 @@ class Report(RunFacts, _Planned):
     """The fields are the keys of the file: who quantized what, with which recipe, and what came of it.
 
     Errors are relative, `seconds` of all runs that it took, expected_peak in bytes. layers: an entry for each weight,
-    in calibrated runs for each expert's. decoder_layers: calibrated runs only. quality: what `lowbit eval --save`
+    in calibrated runs for each expert's. decoder_layers: calibrated runs only. allocation: how schemes
+    were chosen for a budget (`allocation.allocate`). quality: what `lowbit eval --save`
     measured since.
     """
 
     adapter: str | None = None  # that was merged into the source before
     expected_peak: int | None = None
     calibration: dict | None = None
+    allocation: dict | None = None
     quality: dict | None = None
     decoder_layers: list[dict] = field(default_factory=list)
     layers: list[dict] = field(default_factory=list)

@@ -23,6 +23,9 @@ from lowbit.options import (
     keywords,
     takes_options,
 )
+from lowbit.quantization.allocation.allocate import Wanted, allocate
+from lowbit.quantization.allocation.budget import Budget
+from lowbit.quantization.allocation.engines import check_engine
 from lowbit.quantization.calibrated.job import clear_finished
 from lowbit.quantization.calibrated.options import Calibration, needs_data, require_data_method
 from lowbit.quantization.calibrated.ranks import Ranks
@@ -76,17 +79,27 @@ def quantize(
         OutputError: The output folder cannot be written.
     """
     asked = make_recipe(recipe, head)
-    data = checked_calibration(asked, calibration, source.trust_remote_code)
-    parse_size(files.max_shard_size)  # what cannot be done is said before the model is opened
+    check_engine(recipe.engine, files.format)
+    data = checked_calibration(asked, calibration, source.trust_remote_code, bool(recipe.budgets))
+    shard_bytes = parse_size(files.max_shard_size)  # what cannot be done is said before the model is opened
     folder, target = resolve(model, source.revision), Path(os.path.abspath(output_dir))
     check_apart(folder, target)
     dense = read_dense(folder, source.trust_remote_code), load_config(folder, source.trust_remote_code)
-    return quantize_dense(recorded_name(model), *dense, target, asked, data, files, run)
+    facts = {}
+    if recipe.budgets:
+        wanted = Wanted(Budget.of(recipe), files.format, shard_bytes, recipe.engine)
+        start = opened(*dense, asked, source.trust_remote_code)
+        allocated = allocate(start, wanted, data, run.announce or silent)
+        asked, facts = allocated.recipe, {"allocation": allocated.facts}
+    return quantize_dense(recorded_name(model), *dense, target, asked, data, files, run, **facts)
 
 
-def checked_calibration(recipe: Recipe, asked: CalibrationOptions, trust_remote_code: bool) -> Calibration:
-    """What a recipe is calibrated with. Raises UsageError."""
-    require_data_method(recipe, asked)
+def checked_calibration(
+    recipe: Recipe, asked: CalibrationOptions, trust_remote_code: bool, for_budget: bool = False
+) -> Calibration:
+    """What a recipe is calibrated with, or what its schemes are chosen on for a budget. Raises UsageError."""
+    if not for_budget:
+        require_data_method(recipe, asked)
     memory = None if asked.max_memory is None else parse_size(asked.max_memory)
     return Calibration(**{**keywords(asked), "max_memory": memory}, trust_remote_code=trust_remote_code)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowbit.guards.lenient import mapping, mappings, number, text
+from lowbit.report_page.allocation import Allocation
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Facts:
     @cached_property
     def recipe(self) -> dict:
         return mapping(self.report.get("recipe"))
+
+    @cached_property
+    def allocation(self) -> Allocation | None:
+        found = mapping(self.report.get("allocation"))
+        return Allocation(found) if found else None
 
     @property
     def measure(self) -> str:

@@ -55,6 +55,7 @@ def figures(facts: Facts, limits: tuple[float, float]) -> dict[str, str | None]:
         "kinds": (_kinds, facts.by_kind),
         "parts": (_parts, facts.parts),
         "experts": (_experts, facts.routed),
+        "frontier": (_frontier, facts.allocation and facts.allocation.frontier),
     }
     drawn = dict.fromkeys(drawings)
     for name, (draw, data) in drawings.items():
@@ -156,6 +157,23 @@ def _experts(facts: Facts, _) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     rows = sorted({round(row * (len(depths) - 1) / 7) for row in range(8)})
     axes.set_yticks(rows, [str(depths[row]) for row in rows])
+    return figure
+
+
+def _frontier(facts: Facts, _) -> Figure:
+    """KL against bits: the best allocations, one scheme for all, and what was chosen."""
+    allocation = facts.allocation
+    figure, axes = _figure(3.0)
+    chosen = [allocation.chosen] if allocation.chosen else []
+    for points, marker, colour, width in (
+        (allocation.frontier, "-", _AFTER, 1.6),
+        (allocation.uniform, "o", _BEFORE, 4),
+        (allocation.judged, ".", _INK, 3),
+        (chosen, "D", _GOOD, 6),
+    ):
+        axes.plot([p.bits for p in points], [p.kl for p in points], marker, color=colour, linewidth=width, ms=width)
+    axes.set(yscale="log", xlabel="bits per weight", ylabel="KL, nats per token")
+    axes.grid()
     return figure
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lowbit.numerics.scheme import PER_CHANNEL, Activations
+from lowbit.numerics.scheme import BITS, PER_CHANNEL, Activations
 from lowbit.serving.rules import COLUMN, PACKED, ROW, RULES, Kernel, Module, Rule
 
 
@@ -52,12 +52,39 @@ def verdicts(
     return [_judge(rule, modules, left, units, dtype, capability) for rule in RULES if rule.format == format]
 
 
+# What holds of any engine: groups and words are not cut
+_ANY_ENGINE = (Kernel("", BITS, BITS, activations=(None,)),)
+
+
+def modules_taken(
+    engine: str | None, format: str, modules: Mapping[str, Module], units: Iterable[tuple[str, ...]]
+) -> dict[int, set[str]]:
+    """Size of tensor parallelism -> names of the modules that an engine takes, each for itself.
+
+    engine: as in the table, in small letters; None: no engine in particular. The other arguments are those of
+    `verdicts`.
+    """
+    of_any = Rule("", "", format, _ANY_ENGINE, _ANY_ENGINE, act_order=True, fused_experts=True)
+    rule = next((r for r in RULES if r.format == format and r.engine.lower() == engine), of_any)
+    joined = _joined(units, modules) if rule.fuses else {}
+
+    def taken(name: str, size: int) -> bool:
+        return _kernel(rule, name, joined.get(name, [name]), modules, size, None)[1] is None
+
+    return {size: {name for name in modules if taken(name, size)} for size in rule.ranks}
+
+
+def _joined(units: Iterable[tuple[str, ...]], modules: Mapping[str, Module]) -> dict[str, list[str]]:
+    """Linears that become one -> all the names of it."""
+    linears = [[name for name in unit if name in modules and not modules[name].expert] for unit in units]
+    return {name: names for names in linears if len(names) > 1 for name in names}
+
+
 def _judge(rule: Rule, modules, left, units, dtype, capability) -> Verdict:
     mixed, joined = [], {}
     if rule.fuses:
         mixed = list(_mixed(units, modules, left))
-        linears = [[name for name in unit if name in modules and not modules[name].expert] for unit in units]
-        joined = {name: names for names in linears if len(names) > 1 for name in names}
+        joined = _joined(units, modules)
     chosen: dict[str, Kernel] = {}  # on one GPU
     sizes = {}
     for size in rule.ranks:

@@ -1,5 +1,6 @@
 """lowbit inspect"""
 
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -39,6 +40,9 @@ def inspect(
         "total", "", f"{summary['parameters']:,}", size(summary["bytes"]), f"{summary['bits_per_weight']:.2f}"
     )
     console.print(parts)
+    schemes = Counter(layer["scheme"] for layer in summary["layers"])
+    if len(schemes) > 1:
+        console.print("schemes: " + ", ".join(f"{count} x {scheme}" for scheme, count in schemes.most_common()))
     if layers:
         rows = table("module", "scheme", "shape", "bytes")
         for layer in (*summary["layers"], *summary["encoded"]):

@@ -1,6 +1,7 @@
 """lowbit plan"""
 
 from collections import Counter
+from dataclasses import dataclass
 
 from lowbit.cli.common import (
     HeadFlags,
@@ -13,8 +14,8 @@ from lowbit.cli.common import (
     size,
 )
 from lowbit.cli.dtype import only_converts, preview_dtype
-from lowbit.cli.terminal import console, print_json, show_names, table
-from lowbit.options import FileOptions, RecipeOptions, SampleOptions, SourceOptions, keywords
+from lowbit.cli.terminal import console, notes, print_json, show_names, table
+from lowbit.options import DataOptions, FileOptions, RecipeOptions, SourceOptions, keywords
 
 
 def plan(
@@ -23,7 +24,7 @@ def plan(
     *,
     recipe: RecipeOptions,
     head: HeadFlags,
-    samples: SampleOptions,
+    samples: DataOptions,
     files: FileOptions,
     source: SourceOptions,
     json: JsonOption = False,
@@ -31,22 +32,34 @@ def plan(
     """Show what quantizing a model would give and take, from its headers: nothing is downloaded or written.
 
     Sizes are exact. Takes the flags of `quantize` that matter to the result. With --json, output_bytes are those of all
-    tensors, file_bytes those of the weight files, headers and all: what they take up on a disk.
+    tensors, file_bytes those of the weight files, headers and all: what they take up on a disk. For a budget (--bits
+    3.5, --size, --max-kl) the model is read, and the schemes that are chosen are shown with the KL that they come to.
     """
     check_known(format=files.format, method=recipe.method)
-    preview_any(one_model(model, model_option), recipe, head, samples, files, source, json)
+    options = PlanOptions(recipe, head, samples, files, source)
+    preview_any(one_model(model, model_option), options, json)
 
 
-def preview_any(
-    name: str, recipe: RecipeOptions, head: HeadFlags, samples: SampleOptions, files: FileOptions,
-    source: SourceOptions, json: bool,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class PlanOptions:
+    """All that a plan is made from."""
+
+    recipe: RecipeOptions
+    head: HeadFlags
+    samples: DataOptions
+    files: FileOptions
+    source: SourceOptions
+
+
+def preview_any(name: str, asked: PlanOptions, json: bool) -> None:
     """Print what `lowbit.plan` or `lowbit.plan_dtype` finds, whichever the scheme is of."""
-    lm_head = head.scheme()
-    if only_converts(recipe.base, recipe, head, samples, files):
+    recipe, files, source = asked.recipe, asked.files, asked.source
+    lm_head = asked.head.scheme()
+    if only_converts(recipe.base, recipe, asked.head, asked.samples, files):
         preview_dtype(name, recipe.base, json, max_shard_size=files.max_shard_size, revision=source.revision)
     else:
-        preview(name, {**keywords(recipe, samples, files, source), "lm_head": lm_head}, json)
+        options = keywords(recipe, asked.samples, files, source)
+        preview(name, {**options, "lm_head": lm_head, "announce": notes.print}, json)
 
 
 def preview(model: str, arguments: dict, json: bool) -> None:
@@ -71,6 +84,8 @@ def _show(found) -> None:
     console.print(f"{len(found.modules)} weight tensors quantized, {found.quantized_share:.1%} of the bytes: {parts}")
     if found.converted:
         console.print(f"{found.converted} of them are converted exactly: the integers of the source, not rounded again")
+    if found.allocation:
+        show_allocation(found.allocation)
     console.print(
         f"the run: about {_duration(found.seconds)} on this machine, peak memory {size(found.peak_ram_bytes)}, "
         f"disk {size(found.disk_bytes)}"
@@ -90,6 +105,29 @@ def _show(found) -> None:
         )
     console.print()
     console.print(engines)
+
+
+def show_allocation(allocation: dict) -> None:
+    """Print what was chosen for a budget: each kind of part and its schemes, the KL, and what one scheme would give."""
+    kinds: dict[str, Counter] = {}
+    for unit in allocation["units"]:
+        kind = unit["name"].rpartition(".")[2]
+        kinds.setdefault(kind, Counter())[unit["scheme"]] += 1
+    chosen = table("part", "schemes", "KL")
+    chosen.columns[1].justify = "left"
+    for kind, schemes in kinds.items():
+        share = sum(unit["kl"] for unit in allocation["units"] if unit["name"].endswith(f".{kind}"))
+        text = ", ".join(f"{count} x {scheme}" for scheme, count in sorted(schemes.items()))
+        chosen.add_row(kind, text, f"{share:.4f}")
+    console.print(chosen)
+    console.print(
+        f"expected mean KL {allocation['predicted_kl']:.4f} nats per token, the best of {len(allocation['judged'])} "
+        f"allocations on {allocation['data']}"
+    )
+    fits = [point for point in allocation["uniform"] if point["bytes"] <= sum(u["bytes"] for u in allocation["units"])]
+    if fits:
+        best = min(fits, key=lambda point: point["kl"])
+        console.print(f"one scheme for all that is no larger: {best['scheme']} with {best['kl']:.4f}")
 
 
 def _duration(seconds: float) -> str:

@@ -4,9 +4,10 @@ import os
 import shlex
 import sys
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 
-from lowbit.cli.commands.plan import preview_any
+from lowbit.cli.commands.plan import PlanOptions, preview_any, show_allocation
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -26,10 +27,10 @@ from lowbit.cli.terminal import console, notes, print_json, progress, show_names
 from lowbit.conversion.options import DtypeOptions
 from lowbit.options import (
     CalibrationOptions,
+    DataOptions,
     FileOptions,
     RecipeOptions,
     RunOptions,
-    SampleOptions,
     SourceOptions,
     keywords,
 )
@@ -62,8 +63,8 @@ def quantize(
     target = None if run.dry_run else one_output(output_dir, run.overwrite)
     half = only_converts(recipe.base, recipe, head, calibration, files, clamp=clamp)
     if run.dry_run:
-        samples = SampleOptions(calibration.num_samples, calibration.seqlen)
-        preview_any(model, recipe, head, samples, files, source, json)
+        samples = DataOptions(**{each.name: getattr(calibration, each.name) for each in fields(DataOptions)})
+        preview_any(model, PlanOptions(recipe, head, samples, files, source), json)
         if not json:
             console.print("dry run: nothing was written")
         return
@@ -139,6 +140,8 @@ def _show(report, output_dir: Path) -> None:
     )
     if report.converted:
         console.print(f"{report.converted} of them converted exactly: the integers of the source, not rounded again")
+    if report.allocation:
+        show_allocation(report.allocation)
     if report.calibration:
         _show_calibration(report)
     show_names("other group size, because theirs does not divide in_features:", report.fallbacks)

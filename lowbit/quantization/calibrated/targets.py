@@ -52,8 +52,11 @@ class Target:
 
     def view(self, model: nn.Module) -> torch.Tensor:
         """The [N, K] view of the parameter that holds this matrix."""
-        parameter = model.get_parameter(self.parameter)
-        matrix = parameter.data if self.expert is None else parameter.data[self.expert]
+        return self.within(model.get_parameter(self.parameter).data)
+
+    def within(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The [N, K] view of this matrix in a tensor of the parameter's shape."""
+        matrix = parameter if self.expert is None else parameter[self.expert]
         return (matrix.T if self.step.site.transposed else matrix)[self.rows]
 
 

@@ -1,0 +1,318 @@
+"""From a budget to a recipe: what each scheme would cost, the best allocations by that, of those the best in truth."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from lowbit import __version__
+from lowbit.discovery import find_sites, skeleton
+from lowbit.errors import UsageError
+from lowbit.numerics.scheme import Recipe, Scheme
+from lowbit.quantization.allocation.budget import Budget, bytes_of, recipe_of, require_possible
+from lowbit.quantization.allocation.fisher import second_order_costs
+from lowbit.quantization.allocation.judge import Method, divergences
+from lowbit.quantization.allocation.solve import best_choice
+from lowbit.quantization.allocation.stored import Store, key_of
+from lowbit.quantization.allocation.units import CANDIDATES, Allocation, Unit, find_units, most_gpus
+from lowbit.quantization.calibrated.model import LayeredModel
+from lowbit.quantization.calibrated.options import Calibration
+from lowbit.quantization.calibrated.run import compute_dtype
+from lowbit.quantization.calibrated.targets import steps_by_layer
+from lowbit.quantization.opened import Source
+from lowbit.quantization.plan import Plan, make_plan
+from lowbit.text.samples import Samples, calibration_samples
+
+# Samples that costs are measured on, and as many others that allocations are judged on; tokens in each at most
+_SAMPLES, _SEQLEN = 16, 512
+# By what the costs of a bit width, or of a kind of parts, are multiplied in the proposals: what the second order leaves
+# out is alike in them
+_TILTS = (0.7, 1.4)
+# Points of the frontier
+_POINTS = 16
+# Of a limit on the KL, this is aimed at: text that was not judged on has another KL
+_AIM, _TRIES = 0.9, 4
+
+
+# A bit width or a kind of unit -> by what its costs are multiplied
+Tilt = Mapping[int | str, float]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is allocated for.
+
+    Attributes:
+        budget: What has to be kept.
+        format_name: Of the files that will be written.
+        shard_bytes: The largest of them.
+        engine: What has to take the result, None: no engine in particular.
+    """
+
+    budget: Budget
+    format_name: str
+    shard_bytes: int
+    engine: str | None
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """recipe: with the chosen schemes. facts: what was measured and chosen, for the report (`_facts`)."""
+
+    recipe: Recipe
+    facts: dict
+
+
+def allocate(start: Source, wanted: Wanted, data: Calibration, announce: Callable[[str], None]) -> Allocated:
+    """Choose a scheme for each unit of a model, for the least KL in a budget, or the least size with a KL.
+
+    Args:
+        start: The model; the method, and what is left alone. The scheme of its recipe is what is chosen.
+        wanted: The budget, and what the result is for.
+        data: Where samples come from.
+        announce: Told what goes on, in sentences.
+
+    Raises:
+        UsageError: The budget cannot be kept.
+        InputError: The model, or the data.
+    """
+    search, budget = _Search(start, wanted, data, announce), wanted.budget
+    if budget.max_kl is not None:
+        judged = search.with_kl(budget.max_kl)
+        best, kl = judged[-1]
+    else:
+        smallest = {unit.modules: min(unit.bytes, key=lambda scheme: unit.bytes[scheme]) for unit in search.units}
+        require_possible(budget, budget.taken(search.plan(smallest), wanted.shard_bytes), wanted.engine)
+        proposals = [search.within(budget, smallest, tilt) for tilt in search.tilts()]
+        judged = search.judged(list({key_of(_schemes(each)): each for each in proposals}.values()))
+        best, kl = min(judged, key=lambda pair: pair[1])
+    return Allocated(search.recipe_of(best), _facts(search, budget, best, kl, judged))
+
+
+def _schemes(allocation: Allocation) -> dict[str, Scheme]:
+    return {module: scheme for modules, scheme in allocation.items() for module in modules}
+
+
+class _Search:
+    """Units, their costs, and allocations of them."""
+
+    def __init__(self, start: Source, wanted: Wanted, data: Calibration, announce: Callable[[str], None]):
+        self._start, self.wanted, self._data, self._announce = start, wanted, data, announce
+        self._recipe = start.recipe
+        runnable = skeleton(start.config, data.trust_remote_code, dtype=torch.bfloat16)
+        self.units: list[Unit] = find_units(
+            start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config)
+        )
+        self._heads = frozenset(site.module for site in find_sites(runnable).values() if site.is_head)
+        self._method = Method(start.recipe)
+
+    def recipe_of(self, allocation: Allocation) -> Recipe:
+        return recipe_of(self._recipe, self.units, allocation, self._heads)
+
+    def plan(self, allocation: Allocation) -> Plan:
+        return self._plan_of(self.recipe_of(allocation))
+
+    def _plan_of(self, recipe: Recipe) -> Plan:
+        return make_plan(self._start.reader, self._start.model, recipe, self.wanted.format_name)
+
+    def tilts(self) -> list[Tilt]:
+        """None; and for each bit width, and each kind of unit, that its costs are lower or higher than estimated."""
+        bits = {scheme.bits for unit in self.units for scheme in unit.bytes}
+        kinds = {unit.kind for unit in self.units}
+        return [{}, *({what: factor} for what in (*sorted(bits)[:-1], *sorted(kinds)) for factor in _TILTS)]
+
+    def within(self, budget: Budget, smallest: Allocation, tilt: Tilt) -> Allocation:
+        """The best allocation that keeps to a budget of bits or of size, by costs that are tilted."""
+        limit = bytes_of(self.units, smallest) + budget.left_over(self.plan(smallest), self.wanted.shard_bytes)
+        for _ in count():  # headers grow with the names that are in them: by a few bytes, and never below the smallest
+            found = self.best(limit, tilt) or smallest
+            over = budget.left_over(self.plan(found), self.wanted.shard_bytes)
+            if over >= 0:
+                return found
+            limit += over
+        raise AssertionError
+
+    def best(self, limit: int, tilt: Tilt | None = None) -> Allocation | None:
+        """The allocation of at most `limit` bytes that costs least."""
+        factor = tilt or {}
+        costs = [
+            [self.cost(unit, s) * factor.get(s.bits, 1.0) * factor.get(unit.kind, 1.0) for s in unit.bytes]
+            for unit in self.units
+        ]
+        chosen = best_choice(costs, [list(unit.bytes.values()) for unit in self.units], limit)
+        if chosen is None:
+            return None
+        return {unit.modules: list(unit.bytes)[at] for unit, at in zip(self.units, chosen, strict=True)}
+
+    def cost(self, unit: Unit, scheme: Scheme) -> float:
+        """The KL that a unit costs, to second order, in nats per token."""
+        return sum(self._costs.get(module, {}).get(scheme.name, 0.0) for module in unit.modules)
+
+    def estimate(self, allocation: Allocation) -> float:
+        return sum(self.cost(unit, allocation[unit.modules]) for unit in self.units)
+
+    def judged(self, allocations: Sequence[Allocation]) -> list[tuple[Allocation, float]]:
+        """Each with its real KL, on samples that costs were not measured on."""
+        known = self._store.measured.divergences
+        new = {key_of(_schemes(each)): _schemes(each) for each in allocations}
+        new = {key: schemes for key, schemes in new.items() if key not in known}
+        if new:
+            tell = self._tenths(f"judging {len(new)} allocations", len(self._model.layers))
+            batches = list(self._halves[1].split(1))
+            found = divergences(self._model, self._steps, batches, list(new.values()), self._method, tell)
+            known.update(zip(new, found, strict=True))
+            self._store.save()
+        return [(each, known[key_of(_schemes(each))]) for each in allocations]
+
+    def with_kl(self, most: float) -> list[tuple[Allocation, float]]:
+        """Allocations with ever truer estimates of their KL; the last one is the smallest that keeps below `most`."""
+        ratio, tried = 1.0, []
+        for _ in range(_TRIES):
+            allocation = self._smallest_with(most * _AIM / ratio)
+            if allocation is None:
+                break
+            tried += self.judged([allocation])
+            kl = tried[-1][1]
+            if kl <= most * _AIM:
+                return tried
+            ratio = max(ratio * 1.02, kl / self.estimate(allocation))
+        largest = {unit.modules: max(unit.bytes, key=lambda s: unit.bytes[s]) for unit in self.units}
+        ((_, kl),) = self.judged([largest])
+        if kl > most * _AIM:
+            raise UsageError(f"a KL of {most:g} cannot be kept: the largest schemes come to {kl:.3g} on the data set")
+        return [*tried, (largest, kl)]
+
+    def _smallest_with(self, most: float) -> Allocation | None:
+        """The smallest allocation that is estimated to cost at most `most`."""
+        low = sum(min(unit.bytes.values()) for unit in self.units)
+        high, found = sum(max(unit.bytes.values()) for unit in self.units), None
+        while low <= high:
+            middle = (low + high) // 2
+            allocation = self.best(middle)
+            if allocation is not None and self.estimate(allocation) <= most:
+                found, high = allocation, bytes_of(self.units, allocation) - 1
+            else:
+                low = middle + 1
+        return found
+
+    @cached_property
+    def samples(self) -> Samples:
+        language_model = self._start.config.get_text_config()
+        return calibration_samples(
+            self._data.dataset, self._start.reader.folder, num_samples=2 * min(_SAMPLES, self._data.num_samples),
+            seqlen=min(_SEQLEN, self._data.seqlen), seed=self._data.seed, vocabulary=language_model.vocab_size,
+            context=getattr(language_model, "max_position_embeddings", None),
+            trust_remote_code=self._data.trust_remote_code, announce=self._announce,
+        )  # fmt: skip
+
+    @cached_property
+    def _halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = self.samples.input_ids
+        if len(ids) < 2:
+            raise UsageError(f"1 sample of {self.samples.source} is too little for a budget: it takes 2 at least")
+        return ids[: len(ids) // 2], ids[len(ids) // 2 :]
+
+    @cached_property
+    def _model(self) -> LayeredModel:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = compute_dtype(self._start.config, device)
+        ids = self.samples.input_ids
+        return LayeredModel(self._start.config, self._start.reader, ids, dtype, device, self._data.trust_remote_code)
+
+    @cached_property
+    def _steps(self):
+        return steps_by_layer(self._plan_of(self._recipe), self._model)
+
+    @cached_property
+    def _store(self) -> Store:
+        files = [self._start.reader.folder / "config.json", *self._start.reader.files]
+        return Store({
+            "lowbit": __version__,
+            "torch": torch.__version__,
+            "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+            "tokens": self.samples.digest,
+            "method": [self._recipe.method, dict(self._recipe.options)],
+            "computing": str(compute_dtype(self._start.config, self._model.device)),
+        })  # fmt: skip
+
+    @cached_property
+    def _costs(self) -> dict[str, dict[str, float]]:
+        wanted = {module: list(unit.bytes) for unit in self.units for module in unit.modules}
+        known = self._store.measured.costs
+        missing = {m: [s for s in schemes if s.name not in known.get(m, {})] for m, schemes in wanted.items()}
+        if not any(missing.values()):
+            return known
+        self._announce(
+            f"measuring what each scheme costs {len(self.units)} parts of the model, on {self._halves[0].numel():,} "
+            f"tokens of {self.samples.source}"
+        )
+        tell = self._tenths("measuring", 2 * len(self._model.layers) + 1)
+        with tempfile.TemporaryDirectory(prefix="lowbit-allocation-") as folder:
+            found = second_order_costs(
+                self._model, self._steps, list(self._halves[0].split(1)), missing, self._method.without_data,
+                Path(folder), tell,
+            )  # fmt: skip
+        for module, costs in found.items():
+            known.setdefault(module, {}).update({scheme.name: cost for scheme, cost in costs.items()})
+        self._store.save()
+        return known
+
+    def _tenths(self, what: str, total: int) -> Callable[[str], None]:
+        """Announces every tenth of `total` steps."""
+        done = count(1)
+
+        def tell(step: str) -> None:
+            number = next(done)
+            if number * 10 // total > (number - 1) * 10 // total:
+                self._announce(f"{what}: {step}, {number / total:.0%}")
+
+        return tell
+
+
+def _facts(
+    search: _Search, budget: Budget, best: Allocation, kl: float, judged: list[tuple[Allocation, float]]
+) -> dict:
+    """What the report says of an allocation.
+
+    budget: what was asked for. predicted_kl: of the result, in nats per token; estimated_kl: the same to second order.
+    units: each with its modules, scheme, bytes and share of the KL. judged: the shortlist. frontier: the best
+    allocations of other sizes; uniform: one scheme for all, where all units have it.
+    """
+    units, ratio = search.units, kl / max(search.estimate(best), 1e-30)
+    weights = sum(unit.weights for unit in units)
+
+    def point(allocation: Allocation, kl: float | None = None) -> dict:
+        size = bytes_of(units, allocation)
+        return {
+            "bytes": size,
+            "bits": 8 * size / weights,
+            "kl": ratio * search.estimate(allocation) if kl is None else kl,
+        }
+
+    low, high = (sum(pick(unit.bytes.values()) for unit in units) for pick in (min, max))
+    limits = [int(low * (high / low) ** (step / (_POINTS - 1))) for step in range(_POINTS)]
+    uniform = [s for s in CANDIDATES if all(s in unit.bytes for unit in units)]
+    return {
+        "budget": {name: value for name, value in vars(budget).items() if value is not None},
+        "engine": search.wanted.engine,
+        "data": f"{search.samples.tokens:,} tokens of {search.samples.source}",
+        "predicted_kl": kl,
+        "estimated_kl": search.estimate(best),
+        "units": [
+            {
+                "name": unit.name,
+                "modules": list(unit.modules),
+                "scheme": best[unit.modules].name,
+                "bytes": unit.bytes[best[unit.modules]],
+                "kl": ratio * search.cost(unit, best[unit.modules]),
+            }
+            for unit in units
+        ],
+        "judged": [point(each, found) for each, found in judged],
+        "frontier": [point(found) for limit in limits if (found := search.best(limit)) is not None],
+        "uniform": [{"scheme": s.name, **point({unit.modules: s for unit in units})} for s in uniform],
+    }

@@ -1,0 +1,87 @@
+"""A budget, and what it leaves for the units of a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lowbit.checkpoint.writer import file_bytes, parse_size
+from lowbit.errors import UsageError
+from lowbit.numerics.scheme import Recipe, Scheme
+from lowbit.options import RecipeOptions
+from lowbit.quantization.allocation.units import Allocation, Unit
+from lowbit.quantization.plan import Plan
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One of: average `bits` of quantized weights, `size` of the weight files in bytes, `max_kl` in nats per token."""
+
+    bits: float | None = None
+    size: int | None = None
+    max_kl: float | None = None
+
+    @classmethod
+    def of(cls, asked: RecipeOptions) -> "Budget":
+        """Of what a user typed; raises UsageError for a size that is none."""
+        size = None if asked.size is None else parse_size(asked.size)
+        return cls(asked.average_bits, size, asked.max_kl)
+
+    def __str__(self) -> str:
+        if self.bits is not None:
+            return f"{self.bits:g} bits"
+        return f"{self.size:,} bytes" if self.size is not None else f"a KL of {self.max_kl:g}"
+
+    def taken(self, plan: Plan, shard_bytes: int) -> float:
+        """What `plan` takes up, in the unit of this budget, which is of bits or of size."""
+        return plan.bits_per_weight if self.bits is not None else file_bytes(plan.outputs, shard_bytes)
+
+    def left_over(self, plan: Plan, shard_bytes: int) -> int:
+        """Bytes that the budget, of bits or of size, has left beside `plan`, or less than none."""
+        if self.bits is not None:
+            weights = sum(step.source.numel for step in plan.quantized)
+            stored = sum(info.nbytes for step in plan.quantized for info in step.outputs)
+            return int(self.bits * weights / 8) - stored
+        return (self.size or 0) - file_bytes(plan.outputs, shard_bytes)
+
+
+def bytes_of(units: Sequence[Unit], allocation: Allocation) -> int:
+    """What the units take up, each in its scheme."""
+    return sum(unit.bytes[allocation[unit.modules]] for unit in units)
+
+
+def recipe_of(recipe: Recipe, units: Sequence[Unit], allocation: Allocation, heads: frozenset[str]) -> Recipe:
+    """`recipe` with the schemes of an allocation.
+
+    Args:
+        recipe: Its overrides stay the first ones.
+        units: In any order.
+        allocation: The scheme of each.
+        heads: Modules that are output embeddings.
+    """
+    modules: dict[Scheme, list[str]] = {}
+    weights: dict[Scheme, int] = {}
+    head = recipe.lm_head
+    for unit in units:
+        scheme = allocation[unit.modules]
+        if heads.intersection(unit.modules):
+            head = scheme
+            continue
+        modules.setdefault(scheme, []).extend(unit.modules)
+        weights[scheme] = weights.get(scheme, 0) + unit.weights
+    usual = max(weights, key=lambda scheme: weights[scheme])
+    others = tuple((_exactly(names), scheme) for scheme, names in modules.items() if scheme != usual)
+    return replace(recipe, scheme=usual, overrides=(*recipe.overrides, *others), lm_head=head)
+
+
+def _exactly(names: Sequence[str]) -> str:
+    """A regex for these names and no others."""
+    return f"({'|'.join(name.replace('.', '[.]') for name in names)})$"
+
+
+def require_possible(budget: Budget, least: float, engine: str | None) -> None:
+    """Raise UsageError where even the smallest schemes are more than a budget of bits or of size."""
+    wanted = budget.bits if budget.bits is not None else budget.size
+    if wanted is None or wanted >= least:
+        return
+    found = f"{least:.3f} bits" if budget.bits is not None else f"{least:,.0f} bytes"
+    whom = f" that {engine} takes" if engine else ""
+    raise UsageError(f"{budget} cannot be kept: the smallest schemes{whom} come to {found}; pass at least that")
