@@ -76,7 +76,7 @@ class Accesses:
 class Counted:
     """instructions: of threads, for each weight that a row tile multiplies, by kind. By tensor: sectors, touched over
     what instructions ask for; repeats, how often a word is asked for. wavefronts: of shared memory, over the fewest
-    possible. bits: moved for a weight, of codes and meta words. issued, integer: of ptxas's machine code for a weight,
+    possible. bits: read for a weight, of codes and meta words. issued, integer: of ptxas's machine code for a weight,
     start and end of the programs included, and the part that shifts and masks; loop, loop_integer: of the loop alone.
     None where warps run different code."""
 
@@ -120,13 +120,13 @@ def count(name: str, gpu: str, rows: int, in_features: int) -> Counted:
         for instruction in executed.launch.compiled.instructions(segment):
             kinds[kind_of(instruction.opcode)] += threads
     names = {n: executed.launch.memory.tensors[n - 1].name for n in accesses.touched}
-    stored = sum(accesses.touched[n] for n, name in names.items() if name in ("weight", "meta", "scales"))
+    stored = sum(accesses.words(n) for n, name in names.items() if name in ("weight", "meta", "scales"))
     threads = executed.launch.program.threads * int(np.prod(executed.grid))
     return Counted(
         name, gpu, rows, {kind: round(number / weights, 4) for kind, number in kinds.most_common()},
         {names[n]: round(accesses.touched[n] * SECTOR / accesses.bytes[n], 3) for n in names},
         {names[n]: round(accesses.bytes[n] / accesses.words(n) / 4, 3) for n in names},
-        round(accesses.wavefronts / max(accesses.ideal, 1), 3), round(stored * SECTOR * 8 / weights, 3),
+        round(accesses.wavefronts / max(accesses.ideal, 1), 3), round(stored * 32 / weights, 3),
         **({} if shipped.kernel == "hopper" else issued(shipped, gpu, threads / weights)),
     )  # fmt: skip
 
