@@ -136,7 +136,8 @@ class CheckpointReader:
     @property
     def place(self) -> Path:
         """Where it is, for people: the folder, or the GGUF file that was opened."""
-        return self.folder if self._gguf is None else self.files[0].resolve()
+        file = self.folder if self._gguf is None else self.files[0]
+        return file.readlink() if file.is_symlink() and file is not self.folder else file
 
     @property
     def plain_config(self) -> dict:

@@ -26,7 +26,7 @@ from lowbit.checkpoint.gguf.tensors import read_blocks
 from lowbit.checkpoint.layout import TensorInfo
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites, named_in_config, skeleton
-from lowbit.errors import InputError, first_line
+from lowbit.errors import InputError, OutputError, first_line
 from lowbit.folders.gguf_settings import with_all_settings
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.formats.gguf import SCHEMES, import_gguf
@@ -67,10 +67,13 @@ def gguf_folder(file: Path) -> Path:
             raise InputError(f"{each} is missing: {file.name} is one of {len(files)} files of a model")
     target = cache_root() / "gguf" / f"{files[0].stem[:80]}-{_fingerprint(files)}"
     if not (target / INDEX_NAME).is_file():
-        staged = StagedFolder(target, overwrite=True)
-        with staged:
-            _Maker(staged.path, files).make()
-            staged.commit()
+        try:
+            with StagedFolder(target) as staged:
+                _Maker(staged.path, files).make()
+                staged.commit()
+        except OutputError:
+            if not (target / INDEX_NAME).is_file():  # made by another process meanwhile
+                raise
     return target
 
 
@@ -90,7 +93,7 @@ class _Maker:
         self._head, self._blocks = read_head(files[0]), read_blocks(files)
         self._tensors = [TensorInfo(name, torch.float32, each.values) for name, each in self._blocks.items()]
         for name, file in zip(self._names, files, strict=True):
-            link(path / name, file.resolve())
+            link(path / name, file.absolute())
 
     def make(self) -> None:
         architecture = self._architecture()

@@ -132,11 +132,16 @@ def _tensors(
 ) -> Iterator[TensorInfo]:
     """All tensors that a checkpoint has of a parameter."""
     shape = tuple(index.shapes[parameter])
-    _check_size(parameter, sources, shape)
+    if sum(math.prod(source.values) for source in sources) != math.prod(shape):
+        raise _misfit(parameter, sources, str(list(shape)))
+    if (parts := len(index.experts.get(parameter, ()))) and (len(shape) != 3 or shape[1] % parts):
+        raise _misfit(parameter, sources, f"the matrices of {parts} linears of each expert")
     order = rules.order(parameter, sources, shape)
     if order is None:
         yield _by_rule(parameter, sources, shape, rules, dtype)
         return
+    if parameter in index.packed and (len({source.kind for source in sources}) > 1 or sources[0].kind not in SCHEMES):
+        raise _misfit(parameter, sources, f"integers of {' or '.join(SCHEMES)}")
     for name, part, rows in _parts(parameter, shape, order, index.experts.get(parameter, ())):
         pieces = pieces_of(sources, rows)
         kinds = {piece.blocks.kind for piece in pieces}
@@ -149,14 +154,12 @@ def _tensors(
             yield _matrix(name, part, pieces, PLAIN.get(plain, dtype))
 
 
-def _check_size(parameter: str, sources: list[Blocks], shape: tuple[int, ...]) -> None:
-    held = sum(math.prod(source.values) for source in sources)
-    if held != math.prod(shape):
-        found = ", ".join(f"{source.name} {list(source.values)}" for source in sources)
-        raise InputError(
-            f"{found} in {sources[0].file.name} cannot be {parameter}, which is {list(shape)}: the file is damaged, or "
-            "lacks a part of it"
-        )
+def _misfit(parameter: str, sources: list[Blocks], expected: str) -> InputError:
+    found = ", ".join(f"{source.name} {list(source.values)}" for source in sources)
+    return InputError(
+        f"{found} in {sources[0].file.name} cannot be {parameter}, which is {expected}: the file is damaged, or "
+        "lacks a part of it"
+    )
 
 
 def _parts(
@@ -205,7 +208,8 @@ def _packed(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> Ite
         def compute(to: torch.dtype) -> torch.Tensor:
             if suffix == "weight_shape":
                 return torch.tensor([rows, width]).expand(*lead, 2).contiguous()
-            parts = [packed_format.pack(unpack(piece.read(), piece.blocks.kind))[suffix] for piece in pieces]
+            weights = (unpack(piece.read(), piece.blocks.kind) for piece in pieces)
+            parts = [w.scales if suffix == "weight_scale" else packed_format.pack(w)[suffix] for w in weights]
             made = parts[0] if len(parts) == 1 else torch.cat(parts)
             return made.to(to).view(*lead, *meta[suffix].shape)
 
