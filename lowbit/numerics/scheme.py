@@ -174,6 +174,8 @@ class Scheme:
 HEAD_SCHEME = Scheme(8, 128)
 
 
+# What becomes of tensors that no module claims and other programs use
+UNCLAIMED = ("copy", "quantize", "drop")
 # What is no regex but a name, or the end of one
 _PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 
@@ -209,7 +211,8 @@ class Recipe:
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
     activation_range: how static schemes find the range of their inputs, "mse", "minmax" or "percentile"
-    (`lowbit.numerics.activations`).
+    (`lowbit.numerics.activations`). unclaimed: what becomes of layers that predict further tokens, which the model has
+    no modules for: "copy", "quantize" or "drop".
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -221,9 +224,11 @@ class Recipe:
     include_vision: bool = False
     smooth: float | str | None = None
     activation_range: str = ACTIVATION_RANGES[0]
+    unclaimed: str = UNCLAIMED[0]
 
     def __post_init__(self):
         _one_of("activation_range", self.activation_range, ACTIVATION_RANGES)
+        _one_of("unclaimed", self.unclaimed, UNCLAIMED)
         object.__setattr__(self, "options", dict(self.options))
         object.__setattr__(self, "smooth", _alpha(self.smooth))
         # `re:` marks a regex in compressed-tensors and llm-compressor recipes; here every pattern is one
@@ -271,6 +276,7 @@ class Recipe:
             "lm_head": None if self.lm_head is None else self.lm_head.to_dict(),
             "include_vision": self.include_vision,
             **({} if self.smooth is None else {"smooth": self.smooth}),
+            **({} if self.unclaimed == UNCLAIMED[0] else {"unclaimed": self.unclaimed}),
             **ranges,
         }
 
@@ -290,6 +296,7 @@ class Recipe:
             data.get("include_vision", False),
             smooth=data.get("smooth"),
             activation_range=data.get("activation_range", ACTIVATION_RANGES[0]),
+            unclaimed=data.get("unclaimed", UNCLAIMED[0]),
         )
 
 

@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from lowbit.cli.commands.plan import preview_any
+from lowbit.cli.commands.plan import preview_any, show_unclaimed
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -143,6 +143,7 @@ def _show(report, output_dir: Path) -> None:
         _show_calibration(report)
     show_names("other group size, because theirs does not divide in_features:", report.fallbacks)
     show_names("left alone:", report.left_alone)
+    show_unclaimed(report.unclaimed)
     console.print(f"written to {output_dir}")
 
 
