@@ -48,10 +48,10 @@ class DequantizedTensor(TensorInfo):
 def dequantized(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtype | None = None) -> DequantizedTensor:
     """The parameter of a quantized weight, in `dtype` or that of its scales. Raises InputError where it is none."""
     site = source.site(weight.base)
-    if site is None:
+    if site is None and weight.base not in source.for_others:
         raise InputError(f"{weight.base} is not a module of the model that config.json describes")
     name = weight.base if weight.experts else f"{weight.base}.weight"
-    transposed = source.is_stored_transposed(site, name)
+    transposed = site is not None and source.is_stored_transposed(site, name)
     shape = weight.shape[::-1] if transposed else weight.shape
     lead = (weight.experts,) if weight.experts else ()
     return DequantizedTensor(name, dtype or weight.dtype, (*lead, *shape), source, weight, transposed)

@@ -7,6 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from lowbit.errors import InputError
 from lowbit.folders.locate import load_config
 from lowbit.folders.stored import StoredWeights
 from lowbit.transformers_api import ignored_if_unexpected
+
+# Layers that predict further tokens, by the names of DeepSeek, Qwen, GLM, MiMo and others
+_FURTHER = re.compile(r"(^|\.)(mtp|nextn)\w*\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 class OpenedFolder:
@@ -78,6 +83,18 @@ class OpenedFolder:
         """Tensors that the model has no parameter for and that may change its results, and why."""
         return self._extras[1]
 
+    def is_for_others(self, name: str) -> bool:
+        """Whether a tensor is passed over by its name: see `unclaimed`."""
+        return is_for_others(self.model, name)
+
+    @cached_property
+    def for_others(self) -> set[str]:
+        """Tensors, and bases of quantized weights, that the model has no parameter for and other programs use."""
+        weights = self.stored.weights
+        quantized = [replace(next(iter(weight.tensors.values())), name=base) for base, weight in weights.items()]
+        found = unclaimed(self.model, self.names, [*self.stored.plain, *quantized])
+        return {name for name, for_others in found.items() if for_others}
+
     def require_known(self) -> None:
         """Raise InputError for the tensors that `lowbit.load` refuses."""
         if self.refused:
@@ -99,17 +116,39 @@ def parameters_of(name: str, names: CheckpointNames) -> list[str]:
     return [names.locate(name)[0]]
 
 
-def without_parameter(model, names: CheckpointNames, tensors: Iterable[TensorInfo]) -> list[str]:
-    """Names of those of a checkpoint's `tensors` that `model` has no parameter for, and that transformers does not say
-    are there for others, such as heads that predict further tokens."""
-    known, found = ignored_if_unexpected(model), []
+def unclaimed(model, names: CheckpointNames, tensors: Iterable[TensorInfo]) -> dict[str, bool]:
+    """Name of each of a checkpoint's `tensors` that `model` has no parameter for -> whether it is there for others:
+    transformers passes over it by its name, or it is of a layer that predicts further tokens (MTP, NextN)."""
+    found = {}
     for info in tensors:
         parameters = parameters_of(info.name, names)
-        if names.state.keys().isdisjoint(parameters) and not any(
-            re.search(pattern, parameter) for pattern in known for parameter in parameters
-        ):
-            found.append(info.name)
+        if names.state.keys().isdisjoint(parameters):
+            found[info.name] = any(is_for_others(model, name) for name in {info.name, *parameters})
     return found
+
+
+def is_for_others(model, name: str) -> bool:
+    """Whether `name` says that a tensor or parameter, which the model does not have, is there for other programs."""
+    if any(re.search(pattern, name) for pattern in ignored_if_unexpected(model)):
+        return True
+    return _predicts_further(name, model.config.get_text_config())
+
+
+def _predicts_further(name: str, config) -> bool:
+    """Whether a tensor is called as those of MTP modules are, or belongs to one of the layers that a config counts
+    beyond those of the model."""
+    if _FURTHER.search(name):
+        return True
+    layer = _LAYER.search(name)
+    first, count = (getattr(config, key, None) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    if layer is None or type(first) is not int or type(count) is not int:
+        return False
+    return first <= int(layer[1]) < first + count
+
+
+def without_parameter(model, names: CheckpointNames, tensors: Iterable[TensorInfo]) -> list[str]:
+    """Names of those of a checkpoint's `tensors` that `model` has no parameter for, and that are not for others."""
+    return [name for name, for_others in unclaimed(model, names, tensors).items() if not for_others]
 
 
 def stored_weights(path: Path) -> StoredWeights:

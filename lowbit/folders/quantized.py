@@ -76,8 +76,10 @@ class QuantizedFolder(OpenedFolder):
 
     def in_config(self, default: Scheme) -> tuple[dict[str, Scheme], list[str]]:
         """What a config of this model has to name."""
-        weights = self.stored.weights
+        weights = {base: w for base, w in self.stored.weights.items() if base not in self.for_others}
         schemes = {site.parameter: w.scheme for base, w in weights.items() if (site := self.site(base))}
         tensors = [(base if w.experts else f"{base}.weight", 2) for base, w in weights.items()]
         tensors += [(info.name, len(info.shape)) for info in self.kept]
-        return named_in_config(self.model, self.names, self.sites, schemes, tensors, default)
+        exceptions, ignored = named_in_config(self.model, self.names, self.sites, schemes, tensors, default)
+        others = {base: self.stored.weights[base].scheme for base in self.for_others & self.stored.weights.keys()}
+        return exceptions | {base: scheme for base, scheme in others.items() if scheme != default}, ignored

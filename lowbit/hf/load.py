@@ -187,7 +187,8 @@ def _unknown(folder: Path, unexpected: set[str], trust_remote_code: bool) -> lis
     opened.require_known()
     judged = [info.name for weight in opened.stored.weights.values() for info in weight.tensors.values()]
     judged += opened.harmless
-    return sorted(unexpected - {opened.names.locate(name)[0] for name in judged} - set(judged))
+    unknown = unexpected - {opened.names.locate(name)[0] for name in judged} - set(judged)
+    return sorted(name for name in unknown if not opened.is_for_others(name))
 
 
 def check_vocabulary(model, ids) -> None:

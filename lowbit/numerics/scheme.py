@@ -174,6 +174,8 @@ class Scheme:
 HEAD_SCHEME = Scheme(8, 128)
 
 
+# What becomes of tensors that no module claims and other programs use
+UNCLAIMED = ("copy", "quantize", "drop")
 # What is no regex but a name, or the end of one
 _PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 
@@ -210,7 +212,8 @@ class Recipe:
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
     activation_range: how static schemes find the range of their inputs, "mse", "minmax" or "percentile"
-    (`lowbit.numerics.activations`).
+    (`lowbit.numerics.activations`). unclaimed: what becomes of layers that predict further tokens, which the model has
+    no modules for: "copy", "quantize" or "drop".
     """
 
     scheme: Scheme = field(default_factory=Scheme)
@@ -223,9 +226,11 @@ class Recipe:
     smooth: float | str | None = None
     activation_range: str = ACTIVATION_RANGES[0]
     embeddings: Scheme | None = None
+    unclaimed: str = UNCLAIMED[0]
 
     def __post_init__(self):
         _one_of("activation_range", self.activation_range, ACTIVATION_RANGES)
+        _one_of("unclaimed", self.unclaimed, UNCLAIMED)
         if self.embeddings is not None and self.embeddings.activations is not None:
             raise UsageError(
                 f"embeddings is {self.embeddings.name}; expected W<bits>A16[_ASYM][-G<group>|-CHANNEL]: a row is "
@@ -280,6 +285,7 @@ class Recipe:
             "include_vision": self.include_vision,
             **({} if self.embeddings is None else {"embeddings": self.embeddings.to_dict()}),
             **({} if self.smooth is None else {"smooth": self.smooth}),
+            **({} if self.unclaimed == UNCLAIMED[0] else {"unclaimed": self.unclaimed}),
             **ranges,
         }
 
@@ -300,6 +306,7 @@ class Recipe:
             smooth=data.get("smooth"),
             activation_range=data.get("activation_range", ACTIVATION_RANGES[0]),
             embeddings=Scheme.from_dict(embeddings) if embeddings else None,
+            unclaimed=data.get("unclaimed", UNCLAIMED[0]),
         )
 
 

@@ -91,6 +91,11 @@ class RecipeOptions:
         "the scales into what is before them. Needs calibration samples, with rtn too.",
         typed=str | None,
     )
+    unclaimed: str = option(
+        "copy",
+        "Of layers that predict further tokens (MTP), which transformers passes over and servers use: copy them, "
+        "quantize their linears as those of other layers, or drop them.",
+    )
     activation_range: str | None = option(
         None, "Of W8A8-STATIC: the range of inputs is mse, minmax or percentile (default mse)."
     )

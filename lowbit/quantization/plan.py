@@ -1,6 +1,8 @@
 """What a run will write, to the byte, from config and safetensors headers alone."""
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
@@ -14,7 +16,7 @@ from lowbit.checkpoint.names import output_name
 from lowbit.discovery import CheckpointNames, Site, choose, exceptions_and_ignored
 from lowbit.errors import InputError, UsageError
 from lowbit.folders.dense import DequantizedTensor
-from lowbit.folders.opened import without_parameter
+from lowbit.folders.opened import unclaimed
 from lowbit.formats import get_format
 from lowbit.numerics.exact import holds
 from lowbit.numerics.qweight import QuantWeight
@@ -71,6 +73,7 @@ class Plan:
     quantization_config: dict
     left: dict[str, tuple[Site, str]] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)  # tensors that are left out, as the model has none like them
+    unclaimed: dict[str, str] = field(default_factory=dict)  # tensors that no module has -> what becomes of them
 
     @cached_property
     def quantized(self) -> list[Step]:
@@ -138,9 +141,10 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     chosen, left = choose(model, recipe)
     checkpoint_names = CheckpointNames(model)
     steps, fulfilled, elsewhere = [], {}, set()
-    _, unknown = judge(reader, without_parameter(model, checkpoint_names, reader.tensors.values()))
+    nobodys = unclaimed(model, checkpoint_names, reader.tensors.values())
+    _, unknown = judge(reader, [name for name, for_others in nobodys.items() if not for_others])
     for info in as_loaded(reader.tensors, checkpoint_names, chosen).values():
-        if info.name in unknown:
+        if info.name in unknown or (recipe.unclaimed == "drop" and nobodys.get(info.name)):
             continue
         parameter, direct = checkpoint_names.locate(info.name)
         step = _copy(info)
@@ -157,13 +161,48 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
             fulfilled.update(dict.fromkeys(names, step))
         steps.append(step)
     _check_complete(reader, chosen, fulfilled)
+    if recipe.unclaimed == "quantize":
+        steps = list(_like_others(steps, nobodys, fmt, recipe.scheme))
+    of_others = {step.base: step.scheme for step in steps if step.scheme is not None and step.source.name in nobodys}
     # a tied head is left alone and not stored, and still has to be named
     named = [(site, None, None) for site, _ in left.values()]
-    named += [(step.site, step.base, step.scheme) for step in steps if step.site is not None]
+    named += [(s.site, s.base, s.scheme) for s in steps if s.site is not None and s.base not in of_others]
     # and all that a tensor becomes which is split while loading
     named += [(chosen[name][0], None, step.scheme) for name, step in fulfilled.items() if name in chosen]
-    config = fmt.config(recipe.scheme, *exceptions_and_ignored(model, named, elsewhere, recipe.scheme))
-    return Plan(recipe, format_name, tuple(steps), config, left, unknown)
+    exceptions, ignored = exceptions_and_ignored(model, named, elsewhere - of_others.keys(), recipe.scheme)
+    exceptions |= {base: scheme for base, scheme in of_others.items() if scheme != recipe.scheme}
+    config = fmt.config(recipe.scheme, exceptions, ignored)
+    return Plan(recipe, format_name, tuple(steps), config, left, unknown, _said(steps, nobodys, unknown))
+
+
+def _like_others(steps: list[Step], nobodys: dict[str, bool], fmt: ModuleType, default: Scheme) -> Iterator[Step]:
+    """The steps, with those of linears for other programs quantized as the ones of the same name in other layers."""
+    others = {_in_layer(step.source.name): step for step in steps if step.scheme is not None}
+    for step in steps:
+        info = step.source
+        like = others.get(_in_layer(info.name)) if nobodys.get(info.name) else None
+        if like is None or len(like.source.shape) != len(info.shape):
+            yield step
+            continue
+        rows, columns = reversed(info.shape[-2:]) if like.transposed else info.shape[-2:]
+        kind, experts = ("experts", info.shape[0]) if len(info.shape) == 3 else ("linear", 0)
+        site = Site(info.name, kind, rows, columns, like.transposed, experts)
+        yield _quantize(Step(info, (), site, like.scheme.fitted(columns)), True, fmt, default)
+
+
+def _in_layer(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj.weight`; names outside of layers stay what they are."""
+    return re.sub(r"^.*\blayers\.\d+\.", "", name)
+
+
+def _said(steps: list[Step], nobodys: dict[str, bool], unknown: dict[str, str]) -> dict[str, str]:
+    """What becomes of each tensor that no module has."""
+    done = {step.source.name: step.scheme for step in steps}
+    said = {name: f"left out: {reason}" for name, reason in unknown.items()}
+    for name in nobodys.keys() - unknown.keys():
+        scheme = done.get(name)
+        said[name] = f"quantized: {scheme.name}" if scheme else "copied" if name in done else "dropped"
+    return dict(sorted(said.items()))
 
 
 def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:

@@ -36,7 +36,8 @@ class Preview:
     headers and all. Both are exact. bits_per_weight: of the quantized weights, with scales and zeros.
 
     modules: {"name", "scheme", "shape" [out_features, in_features], "bytes"} of what will be quantized. converted: how
-    many of them are integers already, which their schemes hold: they are not rounded again. fallbacks: name -> scheme,
+    many of them are integers already, which their schemes hold: they are not rounded again. unclaimed: tensors that
+    no module of the model has -> what becomes of them. fallbacks: name -> scheme,
     where the group that was asked for does not divide in_features. skipped: name -> why it stays as it is.
     peak_ram_bytes, disk_bytes, seconds: of the run, on this machine; seconds are good to a factor of two.
     engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`. allocation: how schemes were chosen for
@@ -56,6 +57,7 @@ class Preview:
     seconds: float
     modules: list[dict]
     converted: int
+    unclaimed: dict[str, str]
     fallbacks: dict[str, str]
     skipped: dict[str, str]
     engines: list[dict]
@@ -123,6 +125,7 @@ def plan(
         seconds=ahead.seconds,
         modules=[_module(step) for step in planned.quantized],
         converted=len(planned.converted),
+        unclaimed=planned.unclaimed,
         fallbacks={step.source.name: step.scheme.name for step in planned.fallbacks},
         skipped={step.source.name: step.reason for step in planned.steps if step.site and not step.scheme}
         | {name: f"left out: {reason}" for name, reason in planned.unknown.items()},
@@ -139,7 +142,8 @@ def _module(step) -> dict:
 
 
 def _verdicts(planned: Plan, model) -> list[Verdict]:
-    chosen = {step.site.parameter: (step.site, step.scheme) for step in planned.quantized}
+    ours = [step for step in planned.quantized if step.source.name not in planned.unclaimed]
+    chosen = {step.site.parameter: (step.site, step.scheme) for step in ours}
     left = [site.module for site, _ in planned.left.values()]
     left += [step.site.module for step in planned.steps if step.site is not None and step.scheme is None]
     dtypes = {step.source.dtype for step in planned.quantized}

@@ -28,6 +28,7 @@ def make_recipe(asked: RecipeOptions, head: HeadOption) -> Recipe:
         asked.smooth,
         asked.activation_range or ACTIVATION_RANGES[0],
         Scheme.parse(asked.embeddings) if isinstance(asked.embeddings, str) else asked.embeddings,
+        asked.unclaimed,
     )
     if asked.activation_range is not None and not recipe.is_static:
         raise UsageError(f"activation_range is of static schemes, such as W8A8-STATIC, not of {scheme.name}")

@@ -32,7 +32,8 @@ def layer_entry(step: Step, expert: int | None = None) -> dict:
 class _Planned:
     """What is known before anything is quantized, sizes in bytes. quantized_share: of the source bytes. parts: bytes
     before and after by the last part of the module name, everything in the checkpoint. converted: how many of the
-    quantized tensors were integers before, on grids that hold them: exactly the same numbers."""
+    quantized tensors were integers before, on grids that hold them: exactly the same numbers. unclaimed: tensors that
+    no module of the model has, such as those of layers that predict further tokens -> what became of them."""
 
     source: str
     source_revision: str | None
@@ -48,6 +49,7 @@ class _Planned:
     bits_per_weight: float
     fallbacks: dict[str, str]
     left_alone: dict[str, str]
+    unclaimed: dict[str, str]
     parts: dict[str, dict[str, int]]
 
 
@@ -88,6 +90,7 @@ class Report(RunFacts, _Planned):
             bits_per_weight=plan.bits_per_weight,
             fallbacks={step.source.name: step.scheme.name for step in plan.fallbacks},
             left_alone=left,
+            unclaimed=plan.unclaimed,
             parts=_parts(plan),
         )
 

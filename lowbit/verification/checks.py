@@ -90,6 +90,8 @@ def _tensors(folder: Folder) -> Check:
     """Every parameter of the model is there, and nothing that it does not know but what changes no result."""
     problems, found, parts = Problems(), set(), {}
     for base in folder.stored.weights:
+        if base in folder.for_others:
+            continue
         parameter = folder.parameter_of(base)
         parts[parameter] = parts.get(parameter, 0) + max(folder.stored.weights[base].experts, 1)
         found.add(parameter)
@@ -107,7 +109,8 @@ def _tensors(folder: Folder) -> Check:
         if count not in (wanted, site.experts if site is not None else 1):
             problems.add(f"{parameter} has {count} of {wanted} stored matrices of its experts")
     known = len(found & folder.state.keys())
-    return problems.check("tensors", f"{known} parameters of the model, none missing, none unknown")
+    others = f"; {len(folder.for_others)} tensors for other programs (MTP)" if folder.for_others else ""
+    return problems.check("tensors", f"{known} parameters of the model, none missing, none unknown{others}")
 
 
 def _missing(folder: Folder, found: set[str]) -> list[str]:

@@ -165,9 +165,9 @@ def _with_head(tensors: dict[str, TensorInfo], folder: Folder) -> dict[str, Tens
 
 def _too_far(folder: Folder, weight: StoredWeight, source: torch.Tensor) -> str | None:
     """What is wrong with a quantized weight that is further from its source than its scheme explains."""
-    site = folder.sites[folder.parameter_of(weight.base)]
+    site = folder.sites.get(folder.parameter_of(weight.base))  # None: of a layer that predicts further tokens
     name = weight.base if weight.experts else f"{weight.base}.weight"
-    if site.transposed != folder.names.transposes(name, tuple(source.shape)):
+    if site is not None and site.transposed != folder.names.transposes(name, tuple(source.shape)):
         source = source.transpose(-1, -2)
     if source.shape != ((weight.experts,) if weight.experts else ()) + weight.shape:
         return f"is {list(weight.shape)}, {name} is not"

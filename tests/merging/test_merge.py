@@ -145,6 +145,37 @@ def test_merged_weights_are_rounded_to_nearest(tmp_path):
     assert relative_error(dequantize(made), exact) > 0.01
 
 
+def test_groups_in_act_order_and_static_grids_of_inputs_stay(tmp_path):
+    """What a method has measured is not rounding's to change."""
+    original = save_tiny(tmp_path / "original")
+    data = {"dataset": torch.randint(3, 128, (4, 32)), "num_samples": 4, "seqlen": 32}
+    lowbit.quantize(original, tmp_path / "static", scheme="W8A8-STATIC", **data)
+    lowbit.quantize(original, tmp_path / "plain", scheme="W4A16-G32", format="gptq")
+    _scatter(tmp_path / "plain")
+    adapter = save_adapter(original, tmp_path / "adapter", target_modules=["q_proj"])
+    for kind in ("static", "plain"):
+        lowbit.merge(tmp_path / kind, adapter, tmp_path / f"{kind} out", heldout_tokens=64)
+        before, after = QuantizedFolder(tmp_path / kind), QuantizedFolder(tmp_path / f"{kind} out")
+        name = "model.layers.0.self_attn.q_proj"
+        (old,), (new,) = (folder.stored.quantized(folder.stored.weights[name]) for folder in (before, after))
+        if kind == "static":
+            assert torch.equal(old.input_scale, new.input_scale) and not torch.equal(old.codes, new.codes)
+        else:
+            assert torch.equal(old.g_idx, new.g_idx) and not torch.equal(old.g_idx, torch.arange(64) // 32)
+        lora = with_adapter(original, adapter).get_submodule("base_model.model." + name)
+        wanted = dequantize(old, torch.float32) + lora.get_delta_weight("default")
+        assert relative_error(dequantize(new, torch.float32), wanted) < (0.01 if kind == "static" else 0.15)
+
+
+def _scatter(folder):
+    """Put the inputs of a GPTQ folder into groups in another order, as act-order does."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("g_idx")]:
+        order = torch.randperm(len(tensors[name]), generator=torch.Generator().manual_seed(4))
+        tensors[name] = tensors[name][order].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("asked", [{"method": "rtn"}, {"method": "gptq"}, {"scheme": "W8A16-G32"}])
 def test_quantized_anew(asked, tmp_path):
     original = save_tiny(tmp_path / "original")

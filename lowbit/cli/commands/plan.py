@@ -92,6 +92,7 @@ def _show(found) -> None:
     )
     show_names("other group size, because theirs does not divide in_features:", found.fallbacks)
     show_names("left alone:", found.skipped)
+    show_unclaimed(found.unclaimed)
     engines = table("engine", "takes it", "on GPUs", "GPU from", "")
     engines.columns[4].justify = "left"
     for entry in found.engines:
@@ -128,6 +129,14 @@ def show_allocation(allocation: dict) -> None:
     if fits:
         best = min(fits, key=lambda point: point["kl"])
         console.print(f"one scheme for all that is no larger: {best['scheme']} with {best['kl']:.4f}")
+
+
+def show_unclaimed(tensors: dict[str, str]) -> None:
+    """How many tensors no module has, and what becomes of them, in a line."""
+    if tensors:
+        counts = Counter(what.partition(":")[0] for what in tensors.values())
+        done = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+        console.print(f"{len(tensors)} tensors that no module of the model has: {done} (first: {next(iter(tensors))})")
 
 
 def _duration(seconds: float) -> str:

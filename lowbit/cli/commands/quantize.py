@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
-from lowbit.cli.commands.plan import PlanOptions, preview_any, show_allocation
+from lowbit.cli.commands.plan import PlanOptions, preview_any, show_allocation, show_unclaimed
 from lowbit.cli.common import (
     HeadFlags,
     JsonOption,
@@ -146,6 +146,7 @@ def _show(report, output_dir: Path) -> None:
         _show_calibration(report)
     show_names("other group size, because theirs does not divide in_features:", report.fallbacks)
     show_names("left alone:", report.left_alone)
+    show_unclaimed(report.unclaimed)
     console.print(f"written to {output_dir}")
 
 

@@ -28,7 +28,7 @@ def steps_by_layer(plan: Plan, model: LayeredModel) -> list[list[Step]]:
             continue  # nothing is known of how tokens get to these experts: they are quantized without data
         parameter, _ = model.names.locate(step.source.name)
         number = model.layer_of(parameter)
-        if number is not None:
+        if number is not None and number < len(layers):  # others predict further tokens: no pass reaches them
             layers[number].append(step)
         elif model.is_head(parameter):
             head.append(step)
