@@ -47,7 +47,7 @@ class RecipeOptions:
         "W4A16, W8A16-G64, W4A16_ASYM, ...; with integer activations W8A8, W8A8-STATIC, W4A8 (default W4A16).",
         spelled="FP16 and BF16 quantize nothing: weights are converted.", typed=str | None,
     )  # fmt: skip
-    bits: int | None = option(None, "2, 3, 4 or 8; instead of a scheme.")
+    bits: int | None = option(None, "2 to 6, or 8; instead of a scheme.")
     group_size: int | None = option(None, "16 ... 1024, or -1 per channel (default 128).")
     sym: bool | None = option(None, "Symmetric grid, or a zero point per group.", flags=("--sym/--asym",))
     method: str = option("rtn", "rtn (round to nearest, no data), or gptq (error compensation, calibrated).")
@@ -169,7 +169,7 @@ class RunOptions:
 class OnLoadOptions:
     """How a model is quantized while it is loaded."""
 
-    bits: int = like(RecipeOptions, "bits", 4, help="2, 3, 4 or 8.")
+    bits: int = like(RecipeOptions, "bits", 4, help="2 to 6, or 8.")
     group_size: int = like(RecipeOptions, "group_size", 128, help="16 ... 1024, or -1 per channel.")
     sym: bool = like(RecipeOptions, "sym", True)
     scale_search: str = like(RecipeOptions, "scale_search", "minmax", help="minmax or mse.")
