@@ -5,7 +5,8 @@ import torch
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
+KERNEL_BITS = (2, 3, 4, 8)  # of kernels on GPUs, and of GPTQ files
 GROUPS = (16, 32, 64, 128, 256, 512, -1)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCHEMES = [Scheme(bits, group, sym) for bits in BITS for group in GROUPS for sym in (True, False)]

@@ -68,6 +68,8 @@ def refuse(scheme, device, dtype, shape):
         )
     if scheme.group_of(in_features) % _OP_GROUPS[-1]:
         return f"group_size {scheme.group_size} is not a multiple of {_OP_GROUPS[-1]}"
+    if scheme.bits in (5, 6):
+        return f"{scheme.bits} bits do not fit the int4 kernel, and are too few to be worth two of them"
     if scheme.bits == 8 and not scheme.sym:
         return "8-bit asymmetric weights do not fit the int4 and int8 kernels"
     return None

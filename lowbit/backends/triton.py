@@ -15,6 +15,8 @@ logger = logging.getLogger("lowbit")
 # Tests set it: kernels then run on the CPU, in triton's interpreter (TRITON_INTERPRET=1)
 INTERPRETED = False
 
+# Codes of as many bits have a layout in `lowbit_kernels`
+KERNEL_BITS = (2, 3, 4, 8)
 _DTYPES = (torch.bfloat16, torch.float16)
 _GROUP_MULTIPLE = 32
 # The trial of a GPU: rows for each of the two kernels, a weight, and far more error than rounding makes
@@ -91,6 +93,8 @@ def refuse(scheme, device, dtype, shape):
         return f"runs on GPUs, not on {kind}"
     if reason := available():
         return reason
+    if scheme.bits not in KERNEL_BITS:
+        return f"has kernels of {', '.join(map(str, KERNEL_BITS))} bits, not of {scheme.bits}"
     if dtype not in _DTYPES:
         return f"runs bfloat16 and float16, not {dtype}"
     group = scheme.group_size

@@ -46,6 +46,8 @@ def refuse(scheme, device, dtype, shape):
         return f"runs on GPUs, not on {kind}"
     if reason := available():
         return reason
+    if scheme.bits not in triton.KERNEL_BITS:
+        return f"has kernels of {', '.join(map(str, triton.KERNEL_BITS))} bits, not of {scheme.bits}"
     if not scheme.sym:
         return "multiplies by symmetric weights only"
     if len(shape) != 2:

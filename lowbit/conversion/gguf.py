@@ -91,7 +91,7 @@ def _block_type(source: ExportSource, entry: Entry) -> str:
     if entry.scheme.sym:
         return blocks.symmetric_type(entry.scheme)
     types = {_named(name, blocks.asymmetric_type, source.read(name)) for name in entry.members}
-    return max(types, key=("Q4_1", "Q8_0").index)
+    return max(types, key=("Q4_1", "Q5_1", "Q8_0").index)
 
 
 def _named(module: str, function, *args):
@@ -178,7 +178,7 @@ def _notes(tensors: list[_Tensor], lost: list[str]) -> list[str]:
     notes = []
     wide = sum(bool(t.entry.scheme) and not t.entry.scheme.sym and t.type == "Q8_0" for t in tensors)
     if wide:
-        notes.append(f"{wide} asymmetric weights are held as Q8_0, 8.5 bits a weight: Q4_1 would round their minima")
+        notes.append(f"{wide} asymmetric weights are held as Q8_0, 8.5 bits a weight: others would round their minima")
     if lost:
         notes.append(f"transformers' GGUF reader takes its own defaults for {', '.join(lost)}; llama.cpp reads them")
     return notes

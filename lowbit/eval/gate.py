@@ -21,7 +21,7 @@ _TOKENS, _NEW_TOKENS = 256, 16
 # Mean KL to the reference, in nats, beyond which nobody should publish a model of so few bits. Unlike weights
 # (verification/tolerance.py) it is not compared with that of a rounded model, which may be as useless: whether a model
 # is damaged or merely too coarse makes no difference to who runs it
-_LARGEST_KL = {16: 0.1, 8: 0.1, 4: 0.5, 3: 2.0, 2: 5.0}
+_LARGEST_KL = {16: 0.1, 8: 0.1, 6: 0.1, 5: 0.2, 4: 0.5, 3: 2.0, 2: 5.0}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""GGML blocks of 32 weights: Q4_0, Q4_1 and Q8_0, the types of a GGUF file that can hold our numbers.
+"""GGML blocks of 32 weights: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, the types of a GGUF file that can hold our numbers.
 
 Each block is an fp16 scale d and 32 integers q of consecutive inputs:
-Q4_0, 18 bytes:  w = (q - 8) * d;   Q4_1, 20 bytes:  w = q * d + m with an fp16 minimum m;   Q8_0, 34 bytes:  w = q * d
-with int8 q. Byte i of a block of nibbles holds the integers i (low) and i + 16 (high).
+Q4_0, 18 bytes:  w = (q - 8) * d;   Q4_1, 20 bytes:  w = q * d + m with an fp16 minimum m;   Q5_0, 22 bytes, and Q5_1,
+24: the same with q of 5 bits, less 16;   Q8_0, 34 bytes:  w = q * d with int8 q. Byte i of a block of nibbles holds the
+integers i (low) and i + 16 (high); their fifth bits are 32 bits before the nibbles, bit i that of integer i.
 
 A group of 64 inputs is two blocks of one scale, and so on; a narrower code is an integer of a wider type. Both cost
 bytes and change no number. Which type holds an asymmetric weight is for its numbers to say.
@@ -11,6 +12,7 @@ bytes and change no number. Which type holds an asymmetric weight is for its num
 import torch
 
 from lowbit.errors import InputError, UsageError
+from lowbit.formats.bitpack import pack as pack_bits
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
 
@@ -48,14 +50,15 @@ def refuse(scheme: Scheme, in_features: int) -> str | None:
 
 
 def symmetric_type(scheme: Scheme) -> str:
-    return "Q4_0" if scheme.bits <= 4 else "Q8_0"
+    return "Q4_0" if scheme.bits <= 4 else "Q5_0" if scheme.bits == 5 else "Q8_0"
 
 
 def asymmetric_type(qweight: QuantWeight) -> str:
     """The smallest type that holds the weight exactly. Raises InputError if there is none."""
-    if qweight.scheme.bits <= 4:
-        # Q8_0 holds every difference of two codes, Q4_1 only some minima
-        return "Q4_1" if _is_half(_minima(qweight)) else "Q8_0"
+    if qweight.scheme.bits <= 5:
+        # Q8_0 holds every difference of two codes, Q4_1 and Q5_1 only some minima
+        narrow = "Q4_1" if qweight.scheme.bits <= 4 else "Q5_1"
+        return narrow if _is_half(_minima(qweight)) else "Q8_0"
     values = _values(qweight)
     if values.amin() < -128 or values.amax() > 127:
         raise InputError(
@@ -73,10 +76,13 @@ def pack(qweight: QuantWeight, block: str) -> torch.Tensor:
     if block == "Q8_0":
         parts.append(_blocks(_values(qweight).to(torch.int8).view(torch.uint8)))
     else:
-        if block == "Q4_1":
+        affine, middle = block.endswith("_1"), 2 ** (int(block[1]) - 1)
+        if affine:
             parts.append(_bytes(_half(_minima(qweight), "minimum"), repeats))
-        codes = qweight.codes if block == "Q4_1" else (_values(qweight) + 8).to(torch.uint8)
-        low, high = _blocks(codes).chunk(2, dim=-1)
+        codes = _blocks(qweight.codes if affine else (_values(qweight) + middle).to(torch.uint8))
+        if middle == 16:
+            parts.append(pack_bits((codes >> 4).flatten(0, 1), 1).view(torch.uint8).view(*codes.shape[:2], 4))
+        low, high = (codes & 15).chunk(2, dim=-1)
         parts.append(low | high << 4)
     return torch.cat(parts, dim=-1).flatten(1)
 

@@ -25,12 +25,15 @@ from lowbit.numerics.scheme import Scheme
 METHOD = "gptq"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 ACT_ORDER, FUSED_EXPERTS, EMBEDDINGS = True, False, False
+_BITS = (2, 3, 4, 8)  # what its writers have in common
 _PACKED = dict(zip(SUFFIXES, ("weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"), strict=True))
 
 
 def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | None:
     if scheme.activations is not None:
         return f"gptq has no quantized activations, which {scheme.name} asks for"
+    if scheme.bits not in _BITS:
+        return f"gptq has {', '.join(map(str, _BITS))} bits, not {scheme.bits}: compressed-tensors holds them"
     unit = 32 // math.gcd(scheme.bits, 32)
     if shape[0] % unit or shape[1] % unit:
         return f"gptq packs {unit} codes of {scheme.bits} bits together, which do not divide {shape[0]} x {shape[1]}"
@@ -159,9 +162,12 @@ def _scheme(settings: _Settings, usual: _Settings | None = None) -> Scheme:
         return next((value for value in values if value is not None), default)
 
     try:
-        return Scheme(said("bits", None), said("group_size", 128), said("sym", True))
+        made = Scheme(said("bits", None), said("group_size", 128), said("sym", True))
     except UsageError as error:
         raise InputError(f"lowbit cannot run this checkpoint: {error}") from None
+    if made.bits not in _BITS:
+        raise InputError(f"gptq with {made.bits} bits cannot be read; expected {', '.join(map(str, _BITS))}")
+    return made
 
 
 def companions(quantization_config: dict) -> dict[str, dict]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from lowbit.errors import UsageError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
 PER_CHANNEL = -1
 SCALE_SEARCHES = ("minmax", "mse")
@@ -78,7 +78,7 @@ _ACTIVATION_NAMES = {
 class Scheme:
     """Uniform integer grid of a weight [out_features, in_features], and of its inputs where those are integers too.
 
-    bits: 2, 3, 4 or 8. group_size: how many consecutive in_features share a scale, -1 for one scale per output channel.
+    bits: 2 to 6, or 8. group_size: how many consecutive in_features share a scale, -1 for one scale per output channel.
     sym: the zero point is fixed at the middle code, 2^(bits-1); otherwise each group stores one.
     activations: None where the inputs stay in floating point.
     """

@@ -53,7 +53,7 @@ class RecipeOptions:
     )  # fmt: skip
     bits: float | None = option(
         None,
-        "2, 3, 4 or 8, instead of a scheme. Any other number, as 3.5, is an average, scales and all: a scheme for each "
+        "2 to 6, or 8, instead of a scheme. Any other number, as 3.5, is an average, scales and all: a scheme for each "
         "part of the model is chosen, for the least KL.",
     )
     group_size: int | None = option(None, "16 ... 1024, or -1 per channel (default 128).")
@@ -234,7 +234,7 @@ class RunOptions:
 class OnLoadOptions:
     """How a model is quantized while it is loaded."""
 
-    bits: int = like(RecipeOptions, "bits", 4, help="2, 3, 4 or 8.")
+    bits: int = like(RecipeOptions, "bits", 4, help="2 to 6, or 8.")
     group_size: int = like(RecipeOptions, "group_size", 128, help="16 ... 1024, or -1 per channel.")
     sym: bool = like(RecipeOptions, "sym", True)
     scale_search: str = like(RecipeOptions, "scale_search", "minmax", help="minmax or mse.")

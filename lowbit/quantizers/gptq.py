@@ -53,7 +53,7 @@ OPTIONS = {
 
 # Sweeps by bits. Mean KL on the embedded model with one and with three: 3 bits, group 64, 0.00865 and 0.00831; 4 bits,
 # group 128, 0.00235 and 0.00238
-_SWEEPS = {2: 3, 3: 3, 4: 1, 8: 1}
+_SWEEPS = {2: 3, 3: 3, 4: 1, 5: 1, 6: 1, 8: 1}
 
 
 def needs(options: Mapping) -> tuple[str, ...]:

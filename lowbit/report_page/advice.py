@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lowbit.errors import UsageError
-from lowbit.numerics.scheme import BITS, PER_CHANNEL, Scheme
+from lowbit.numerics.scheme import PER_CHANNEL, Scheme
 from lowbit.report_page.facts import Facts, Layer
 
+# Bits that kernels on GPUs have: what needs more bits is to run everywhere
+_BITS = (2, 3, 4, 8)
 # No smaller groups than this are proposed: to halve them again costs half a bit for each weight
 _SMALL_GROUP = 32
 # What a calibrated run calls a cold expert
@@ -40,14 +42,14 @@ def advice(layer: Layer, samples: float | None, weights: float | None) -> Iterat
         scheme = Scheme.parse(layer.scheme)
     except UsageError:
         return
-    more_bits = [bits for bits in BITS if bits > scheme.bits]
+    more_bits = [bits for bits in _BITS if bits > scheme.bits]
     if more_bits:
         wider = replace(scheme, bits=more_bits[0])
         yield _override(f"{wider.bits} bits", layer, scheme, wider, weights)
     if not 0 < scheme.group_size <= _SMALL_GROUP:
         finer = replace(scheme, group_size=_SMALL_GROUP)
         yield _override("smaller groups", layer, scheme, finer, weights)
-    if scheme.bits == max(BITS):
+    if scheme.bits == max(_BITS):
         yield Advice("leave it as it was", f"--ignore {shlex.quote(_pattern(layer))}")
 
 
@@ -71,7 +73,7 @@ def advice_by_kind(facts: Facts) -> list[KindAdvice]:
             (scheme,) = map(Scheme.parse, schemes)
         except (UsageError, ValueError):  # none, or several
             continue
-        wider = [bits for bits in BITS if bits > scheme.bits]
+        wider = [bits for bits in _BITS if bits > scheme.bits]
         if not wider or None in weights or not re.fullmatch(r"[\w.]+", kind):
             continue
         then, inputs = replace(scheme, bits=wider[0]), layers[0].shape[-1]

@@ -79,7 +79,7 @@ class Rule:
 
 _TOKEN, _STATIC = Activations(), Activations(strategy=TENSOR)
 _INTEGERS = (_TOKEN, replace(_TOKEN, sym=False), _STATIC, replace(_STATIC, sym=False))
-_ALL, _MARLIN_GROUPS = (2, 3, 4, 8), (PER_CHANNEL, 32, 64, 128)
+_ALL, _GPTQ_BITS, _MARLIN_GROUPS = (2, 3, 4, 5, 6, 8), (2, 3, 4, 8), (PER_CHANNEL, 32, 64, 128)
 
 # vLLM 0.33.0, paths below vllm/model_executor. The order of kernels: kernels/linear/__init__.py `_POSSIBLE_KERNELS`.
 # Marlin pads its tiles (kernels/linear/mixed_precision/marlin.py), Humming takes what is left (humming.py beside it);
@@ -110,13 +110,15 @@ _SGLANG_MARLIN = Kernel("Marlin", (4, 8), (4,), _MARLIN_GROUPS, in_multiple=128,
 _SGLANG_INT8 = _VLLM_INT8
 _SGLANG_MARLIN_EXPERTS = replace(_SGLANG_MARLIN, in_multiple=64, out_multiple=128)
 
-_ANY, _ANY_AWQ = (Kernel("", _ALL, _ALL),), (Kernel("", (4,), (4,)),)
+_ANY, _ANY_GPTQ, _ANY_AWQ = (
+    (Kernel("", bits, bits),) for bits in (_ALL, _GPTQ_BITS, (4,))
+)  # fmt: skip
 _ANY_INPUTS = (Kernel("", _ALL, _ALL, activations=(None, *_INTEGERS)),)
 # transformers 5.23: quantizers/quantizer_compressed_tensors.py and integrations/compressed_tensors.py
 _TRANSFORMERS_EXPERTS = (Kernel("", _ALL, ()),)
 _TRANSFORMERS = (replace(_TRANSFORMERS_EXPERTS[0], activations=(None, *_INTEGERS)),)
 # GPTQModel 7.6: nn_modules/qlinear/torch.py and torch_awq.py
-_GPTQMODEL = (Kernel("", _ALL, _ALL, (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),)
+_GPTQMODEL = (Kernel("", _GPTQ_BITS, _GPTQ_BITS, (PER_CHANNEL, 16, 32, 64, 128, 256, 512, 1024)),)
 _GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),)
 
 RULES = (
@@ -133,7 +135,7 @@ RULES = (
     # experts are laid out wrongly (pull request 39510)
     Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN, _SGLANG_INT8),
          (replace(_SGLANG_MARLIN_EXPERTS, asym=()),)),
-    Rule("lowbit", "this", "gptq", _ANY, _ANY, act_order=True, fuses=False, ranks=(1,),
+    Rule("lowbit", "this", "gptq", _ANY_GPTQ, _ANY_GPTQ, act_order=True, fuses=False, ranks=(1,),
          dtypes=("float16", "bfloat16", "float32"), run=True, note="experts without act-order only"),
     Rule("GPTQModel", "7.6", "gptq", _GPTQMODEL, _GPTQMODEL, act_order=True, fuses=False, ranks=(1,), run=True,
          note="asymmetric checkpoints only as gptq_v2"),

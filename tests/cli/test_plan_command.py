@@ -81,7 +81,7 @@ def test_printed(done, json_of, chat_model):
 
 
 def test_wrong_input(refused, chat_model, tmp_path):
-    refused(2, "plan", chat_model, "--scheme", "W5A16", says=["bits is 5"])
+    refused(2, "plan", chat_model, "--scheme", "W7A16", says=["bits is 7"])
     refused(1, "plan", tmp_path / "nothing", says=["no such model folder"])
     refused(1, "plan", chat_model, "--ignore", ".*", says=["nothing to quantize"])
     with pytest.raises(UsageError, match="size 'many' is not understood"):

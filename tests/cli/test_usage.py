@@ -38,7 +38,7 @@ WRONG = {
     "method": ("quantize", "MODEL", "-o", "x", "--method", "foo"),
     "scheme": ("quantize", "MODEL", "-o", "x", "--scheme", "W4A17"),
     "bits": ("quantize", "MODEL", "-o", "x", "--bits", "5"),
-    "override": ("quantize", "MODEL", "-o", "x", "--override", "a=W5A16"),
+    "override": ("quantize", "MODEL", "-o", "x", "--override", "a=W7A16"),
     "existing": ("quantize", "MODEL", "-o", "MODEL"),
     "own folder": ("quantize", "MODEL", "-o", "."),
     "plan": ("plan", "MODEL", "--format", "foo"),

@@ -233,7 +233,7 @@ def test_quantization_config_that_lacks_something(refused, tmp_path, quantized, 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--bits", "5"], ["5", "2, 3, 4, 8"]),
+        (["--bits", "7"], ["7", "2, 3, 4, 5, 6, 8"]),
         (["--group-size", "48"], ["48", "128"]),
         (["--group_size", "0"], ["group_size", "128"]),
         (["--scheme", "Q4_K_M"], ["Q4_K_M", "W4A16"]),

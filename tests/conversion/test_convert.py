@@ -7,7 +7,7 @@ import torch
 from folders import contents, edit_config, edit_tensors, read_json, save_chat_model, stored_tensors
 from models import relative_error, save_tiny, token_ids
 from transformers import AutoModelForCausalLM
-from weights import BITS
+from weights import KERNEL_BITS
 
 import lowbit
 from lowbit.errors import InputError, OutputError, UsageError
@@ -45,7 +45,7 @@ def assert_same_tensors(first, second):
 
 TRIPS = [
     pytest.param(scheme, ("gptq", "awq") if scheme.bits == 4 else ("gptq",), id=scheme.name)
-    for scheme in (Scheme(bits, group, sym) for bits in BITS for group in (32, -1) for sym in (True, False))
+    for scheme in (Scheme(bits, group, sym) for bits in KERNEL_BITS for group in (32, -1) for sym in (True, False))
 ]
 
 

@@ -14,7 +14,7 @@ import lowbit
 
 pytestmark = pytest.mark.slow
 
-CASES = list(itertools.product((2, 3, 4, 8), (32, -1), (True, False)))
+CASES = list(itertools.product((2, 3, 4, 5, 6, 8), (32, -1), (True, False)))
 
 # Plain transformers with the compressed-tensors package, and no lowbit in the process
 _FOREIGN = """
@@ -66,7 +66,7 @@ def test_plain_transformers_agrees(case, foreign_logits):
 
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 32), (4, -1), (8, 32), (8, -1)])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, 32), (4, -1), (5, 32), (6, -1), (8, 32), (8, -1)])
 def test_a_checkpoint_of_compressed_tensors_loads(bits, group, sym, tmp_path):
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import ModelCompressor

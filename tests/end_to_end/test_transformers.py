@@ -236,8 +236,8 @@ def test_on_the_fly_overrides(folders):
 
 
 def test_config_refuses_what_it_does_not_know():
-    with pytest.raises(UsageError, match="5; allowed: 2, 3, 4, 8"):
-        LowbitConfig(bits=5)
+    with pytest.raises(UsageError, match="7; allowed: 2, 3, 4, 5, 6, 8"):
+        LowbitConfig(bits=7)
     with pytest.raises(UsageError, match="speed"):
         LowbitConfig(speed="high")
 

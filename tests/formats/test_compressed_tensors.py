@@ -305,7 +305,7 @@ REFUSED = {
     "tensor": ({}, {}, {"strategy": "tensor", "group_size": None}, "strategy 'tensor'.*expected 'group' or 'channel'"),
     "block": ({}, {}, {"strategy": "block"}, "strategy 'block' cannot be read"),
     "no-weights": ({}, {"weights": None}, {}, "cannot be read"),
-    "5-bits": ({}, {}, {"num_bits": 5}, "bits is 5; allowed: 2, 3, 4, 8"),
+    "7-bits": ({}, {}, {"num_bits": 7}, "bits is 7; allowed: 2, 3, 4, 5, 6, 8"),
     "group-48": ({}, {}, {"group_size": 48}, "group_size is 48; allowed"),
     "no-group-size": ({}, {}, {"group_size": None}, "group_size"),
     "no-config-groups": ({"config_groups": None}, {}, {}, "config_groups"),

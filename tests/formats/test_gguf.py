@@ -42,15 +42,15 @@ def test_their_dequantizer_gives_our_weights(scheme, rows, columns):
     assert torch.equal(read(data, kind).double(), matrix(qweight))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_minima_that_fp16_holds_give_the_smaller_type(bits):
-    scheme = Scheme(bits, 64, False)
+    scheme, kind = Scheme(bits, 64, False), "Q5_1" if bits == 5 else "Q4_1"
     plain = random_quantized(scheme, 9, 128)
     unit = torch.ldexp(torch.ones(9, 2), torch.randint(-16, -8, (9, 2))).bfloat16()
     qweight = QuantWeight(plain.codes, 129 * unit, scheme, plain.zeros % 8)
-    assert blocks.asymmetric_type(qweight) == "Q4_1"
-    data = blocks.pack(qweight, "Q4_1")
-    assert torch.equal(read(data, "Q4_1").double(), matrix(qweight))
+    assert blocks.asymmetric_type(qweight) == kind
+    data = blocks.pack(qweight, kind)
+    assert torch.equal(read(data, kind).double(), matrix(qweight))
     if bits == 4:
         odd = QuantWeight(plain.codes, 255 * unit, scheme, torch.full_like(plain.zeros, 15))  # a product of 12 bits
         assert blocks.asymmetric_type(odd) == "Q8_0"
@@ -67,6 +67,12 @@ def test_golden_bytes():
     shifted = QuantWeight(codes, half, Scheme(4, 32, False), torch.tensor([[3]], dtype=torch.uint8))
     assert blocks.pack(symmetric, "Q4_0").numpy().tobytes().hex() == "0038" + nibbles
     assert blocks.pack(shifted, "Q4_1").numpy().tobytes().hex() == "0038" + "00be" + nibbles
+    codes = torch.arange(32, dtype=torch.uint8)[None]  # of five bits: the fifth is that of the upper half
+    nibbles = bytes(17 * k for k in range(16)).hex()
+    symmetric = QuantWeight(codes, half, Scheme(5, 32))
+    shifted = QuantWeight(codes, half, Scheme(5, 32, False), torch.tensor([[3]], dtype=torch.uint8))
+    assert blocks.pack(symmetric, "Q5_0").numpy().tobytes().hex() == "0038" + "0000ffff" + nibbles
+    assert blocks.pack(shifted, "Q5_1").numpy().tobytes().hex() == "0038" + "00be" + "0000ffff" + nibbles
     wide = np.array(codes.tolist()[0], dtype=np.int8) - 3
     assert blocks.pack(shifted, "Q8_0").numpy().tobytes().hex() == "0038" + wide.tobytes().hex()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from covering import covering
-from weights import BITS, DTYPES, GROUPS, SCHEMES, matrix, random_quantized, unit
+from weights import DTYPES, GROUPS, KERNEL_BITS, SCHEMES, matrix, random_quantized, unit
 
 from lowbit.numerics import reference
 from lowbit.numerics.grid import dequantize
@@ -27,7 +27,7 @@ def arguments(qweight):
     return qweight.codes, qweight.scales, qweight.zeros, qweight.scheme.bits, qweight.g_idx
 
 
-@covering(bits=BITS, group=GROUPS, sym={"sym": True, "asym": False}, dtype=DTYPES)
+@covering(bits=KERNEL_BITS, group=GROUPS, sym={"sym": True, "asym": False}, dtype=DTYPES)
 def test_same_weight_and_same_product(bits, group, sym, dtype):
     scheme = Scheme(bits, group, sym)
     for rows, in_order in ((1, True), (7, True), (7, False)):

@@ -46,7 +46,7 @@ def test_memory_is_used_again():
     assert workspace.codes((8, 64), torch.device("cpu")).data_ptr() != first.data_ptr()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("columns", [64, 37])
 def test_codes_are_put_where_they_are_wanted(bits, columns):
     qweight = random_quantized(Scheme(bits, -1, False), 6, columns, torch.float32)

@@ -304,7 +304,7 @@ def test_dense_folders_are_refused(plain):
     [
         ("lowbit_report.json", "{", "lowbit_report.json is not valid JSON"),
         ("lowbit_report.json", "[]", "expected an object"),
-        ("lowbit_report.json", '{"recipe": {"scheme": {"bits": 5}, "method": "rtn"}}', "bits is 5"),
+        ("lowbit_report.json", '{"recipe": {"scheme": {"bits": 7}, "method": "rtn"}}', "bits is 7"),
         ("lowbit_report.json", '{"recipe": {"scheme": {"bits": 4}}}', "lowbit_report.json: recipe.method is missing"),
         ("README.md", "---\nlicense: [\n---\n", "metadata of .*README.md cannot be read"),
         ("README.md", "---\n- a list\n---\n", "metadata of .*README.md cannot be read"),

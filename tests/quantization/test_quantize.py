@@ -358,7 +358,7 @@ def test_a_config_that_says_it_is_not_quantized(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"scheme": "W5A16"},
+        {"scheme": "W7A16"},
         {"scheme": "int4"},
         {"group_size": 48},
         {"method": "magic"},
