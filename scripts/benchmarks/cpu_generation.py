@@ -143,9 +143,11 @@ def measure(workers: dict[str, "Worker | Rival"], rounds: int) -> tuple[dict, di
         bandwidths.append(read_bandwidth())
         for kind, (batch, tokens, new) in KINDS.items():
             for side, worker in workers.items():
-                if side in failed or (isinstance(worker, Rival) and batch > 1):
+                alone = side == BASELINE or isinstance(worker, Rival)  # batches are for lowbit alone
+                if side in failed or (alone and batch > 1):
                     continue
-                timing = worker.ask(batch, tokens, new, number)
+                short = alone and not number  # to warm them up, which keep nothing from run to run
+                timing = worker.ask(batch, SHORT if short else tokens, min(new, 3) if short else new, number)
                 if timing is None:
                     failed.setdefault(side, worker.last_words())
                 elif number:  # the first one warms up

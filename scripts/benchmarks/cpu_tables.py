@@ -115,3 +115,15 @@ def cpu_experts() -> str:
     header = [f"{data['scheme']}, {data['instructions']}", "tokens", "experts used",
               *(f"{variant}: ms (GB/s, Gop/s a core)" for variant in variants)]  # fmt: skip
     return markdown(header, rows) + source(data, "cpu_experts")
+
+
+def taken_core() -> str:
+    if not measured("taken_core"):
+        return "Not yet measured: `python scripts/benchmarks/taken_core.py` measures it."
+    data = result("taken_core")
+    rows = []
+    for row in data["rows"]:
+        low, high = row["spread"]
+        rows.append([row["case"], f"{row['tokens_per_second']:.1f} ({low:.1f} to {high:.1f})"])
+    header = [f"{data['shapes']} shapes, {data['layers']} layers, {data['threads']} threads", "decode tokens/s"]
+    return markdown(header, rows) + source(data, "taken_core")
