@@ -94,6 +94,7 @@ class BatchedAnswers:
                 end()
 
         given: dict[str, Any] = {name: getattr(options, name) for name in _PER_REQUEST}
+        given["top_k"] = options.top_k or _vocabulary(self.session.model)  # 0 would leave one token, not all
         if given["temperature"] == 0:
             given |= {"temperature": 1.0, "top_k": 1, "top_p": 1.0}  # greedy
         if not submit(self._batching, ids, request_id, on_tokens, max_new_tokens=options.max_new_tokens, **given):
@@ -105,7 +106,12 @@ def _sampling_all(model):
     from copy import deepcopy
 
     config = deepcopy(model.generation_config)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    config.update(do_sample=True, temperature=0.999, top_k=vocabulary, top_p=0.999, min_p=None, repetition_penalty=None)
-    config.use_cache = False
+    config.update(
+        do_sample=True, temperature=0.999, top_k=_vocabulary(model), top_p=0.999
+    )  # what does nothing is left out
+    config.update(min_p=None, repetition_penalty=None, use_cache=False)
     return config
+
+
+def _vocabulary(model) -> int:
+    return model.get_input_embeddings().num_embeddings

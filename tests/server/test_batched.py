@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from served import LONG, NAME, serving
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from lowbit.errors import UsageError
 from lowbit.generation import open_session
@@ -28,7 +28,8 @@ def test_generate_batch_runs_packed_linears(folder, session):
     assert any(isinstance(module, LowbitLinear) for module in model.modules())
     prompts = [session.encode(prompt)[0].tolist() for prompt in PROMPTS]
     config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1)
-    made = model.generate_batch(inputs=prompts, generation_config=config)
+    sizes = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # by default it takes most of the memory
+    made = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=sizes)
     for prompt, output in zip(prompts, made.values(), strict=True):
         alone = session.decoder.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_id=())
         assert output.generated_tokens == alone.tokens[0].tolist()
