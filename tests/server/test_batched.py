@@ -7,10 +7,11 @@ import torch
 from served import LONG, NAME, serving
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from lowbit.errors import UsageError
+from lowbit.errors import InputError, UsageError
 from lowbit.generation import open_session
 from lowbit.layers.linear import LowbitLinear
 from lowbit.options import BatchingOptions, LimitOptions
+from lowbit.server.run import answers_of
 
 SIZES = BatchingOptions(continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=256)
 PROMPTS = [f"the quick brown fox {number} " * (1 + number % 3) for number in range(10)]
@@ -74,6 +75,18 @@ def test_what_a_batch_cannot_do_for_one_is_refused(batched, given):
     reply = batched.complete(**given)
     assert reply.status == 400 and "--continuous-batching" in reply.error["message"]
     assert reply.error["param"] == next(iter(given))
+
+
+def test_a_model_whose_answers_would_be_others_is_refused(session, monkeypatch):
+    monkeypatch.setattr(session.model.generation_config, "no_repeat_ngram_size", 3)
+    with pytest.raises(InputError, match=r"does not do what this model needs: .* no_repeat_ngram_size"):
+        answers_of(session, LimitOptions(), SIZES, None)
+
+
+def test_a_request_beyond_the_paged_cache_is_refused(folder):
+    small = BatchingOptions(True, cb_block_size=32, cb_num_blocks=2)
+    with serving(open_session(folder), batching=small) as served:
+        assert served.complete(max_tokens=80).error["code"] == "context_length_exceeded"
 
 
 def test_sizes_of_nothing_are_refused():
