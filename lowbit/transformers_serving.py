@@ -119,6 +119,15 @@ def stream_error(words: str):
     return use("_StreamError")(words.replace("\\", "/").replace('"', "'"))
 
 
+def page_size(sizes: dict[str, Any]) -> int:
+    """Tokens in a block of the paged cache, by the fields of its config that are given."""
+    from transformers import ContinuousBatchingConfig
+
+    config = ContinuousBatchingConfig(**sizes)
+    named = [getattr(config, name, None) for name in ("block_size", "page_size")]  # the older name
+    return next(size for size in named if size is not None)
+
+
 def start_batching(model, generation_config, sizes: dict[str, Any]):
     """transformers' continuous batching of a model, running in a thread of its own. sizes: fields of its config."""
     from transformers import ContinuousBatchingConfig

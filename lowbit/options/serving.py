@@ -38,7 +38,9 @@ class BatchingOptions:
         False, "Run requests together: each joins and leaves between steps of transformers' continuous batching."
     )
     cb_block_size: int | None = option(None, "Tokens in a block of its paged cache.", least=1)
-    cb_num_blocks: int | None = option(None, "Blocks of its paged cache.", least=1)
+    cb_num_blocks: int | None = option(
+        None, "Blocks of its paged cache (default: for 65,536 tokens on a CPU, most of the memory on a GPU).", least=1
+    )
     cb_max_batch_tokens: int | None = option(None, "Tokens that one of its forward passes runs at most.", least=1)
     cb_max_memory_percent: float | None = option(
         None, "Share of the free memory that its cache may take.", least=0.01, most=1.0

@@ -3,6 +3,7 @@ of HTTP in the shape of OpenAI's API, and whatever goes wrong behind it is one, 
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,6 @@ Send = Callable[[dict], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict]]
 
 _SECONDS_FOR_BODY = 60.0
-_LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 _OPEN = {"/health", "/"}  # without a key: the page asks for it, and holds nothing of the model
 _PAGE_HEADERS = [
     (b"content-type", b"text/html; charset=utf-8"),
@@ -41,8 +41,8 @@ class Door:
     def check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raises RequestError."""
         host = headers.get(b"host", b"").decode("latin-1").lower()
-        if self.local and self.key is None and host.rpartition(":")[0 if _has_port(host) else 2] not in _LOCAL_NAMES:
-            raise RequestError(f"requests come to {', '.join(sorted(_LOCAL_NAMES))}, not to {host!r}", status=403)
+        if self.local and self.key is None and not _is_local(host):
+            raise RequestError(f"requests without a key come to localhost or 127.0.0.1, not to {host!r}", status=403)
         if self.key is not None and path not in _OPEN:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             same = hmac.compare_digest(given.strip(), self.key.encode())
@@ -51,8 +51,14 @@ class Door:
                                    code="invalid_api_key")  # fmt: skip
 
 
-def _has_port(host: str) -> bool:
-    return host.rpartition(":")[2].isdigit() and not host.endswith("]")
+def _is_local(host: str) -> bool:
+    """Of a Host header, with a port or without."""
+    name, separator, port = host.rpartition(":")
+    name = name if separator and port.isdigit() else host
+    try:
+        return name == "localhost" or ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 class Guard:

@@ -35,7 +35,7 @@ def test_every_command_opens_a_model():
 # Options that mean something else in each command
 OF_THEIR_OWN = {
     "model", "folder", "scheme", "method", "format", "dataset", "seqlen", "seed", "dtype", "reference", "layers",
-    "overwrite", "dry_run", "lm_head",
+    "overwrite", "dry_run", "lm_head", "context",
 }  # fmt: skip
 
 

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from served import LONG, NAME, serving
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from lowbit.errors import UsageError
+from lowbit.errors import InputError, UsageError
 from lowbit.generation import open_session
 from lowbit.layers.linear import LowbitLinear
 from lowbit.options import BatchingOptions, LimitOptions
+from lowbit.server.run import answers_of
 
 SIZES = BatchingOptions(continuous_batching=True, cb_num_blocks=64, cb_max_batch_tokens=256)
 PROMPTS = [f"the quick brown fox {number} " * (1 + number % 3) for number in range(10)]
@@ -28,7 +29,8 @@ def test_generate_batch_runs_packed_linears(folder, session):
     assert any(isinstance(module, LowbitLinear) for module in model.modules())
     prompts = [session.encode(prompt)[0].tolist() for prompt in PROMPTS]
     config = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1)
-    made = model.generate_batch(inputs=prompts, generation_config=config)
+    sizes = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # by default it takes most of the memory
+    made = model.generate_batch(inputs=prompts, generation_config=config, continuous_batching_config=sizes)
     for prompt, output in zip(prompts, made.values(), strict=True):
         alone = session.decoder.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_id=())
         assert output.generated_tokens == alone.tokens[0].tolist()
@@ -73,6 +75,18 @@ def test_what_a_batch_cannot_do_for_one_is_refused(batched, given):
     reply = batched.complete(**given)
     assert reply.status == 400 and "--continuous-batching" in reply.error["message"]
     assert reply.error["param"] == next(iter(given))
+
+
+def test_a_model_whose_answers_would_be_others_is_refused(session, monkeypatch):
+    monkeypatch.setattr(session.model.generation_config, "no_repeat_ngram_size", 3)
+    with pytest.raises(InputError, match=r"does not do what this model needs: .* no_repeat_ngram_size"):
+        answers_of(session, LimitOptions(), SIZES, None)
+
+
+def test_a_request_beyond_the_paged_cache_is_refused(folder):
+    small = BatchingOptions(True, cb_block_size=32, cb_num_blocks=2)
+    with serving(open_session(folder), batching=small) as served:
+        assert served.complete(max_tokens=80).error["code"] == "context_length_exceeded"
 
 
 def test_sizes_of_nothing_are_refused():

@@ -70,8 +70,10 @@ class Browser:
             assert time.monotonic() < end, self.run("return document.body.innerText")
             time.sleep(0.02)
 
-    def complaints(self) -> list:
-        return self.call("POST", f"{self.session}/se/log", type="browser")
+    def complaints(self) -> list[str]:
+        """What is not mere advice."""
+        found = self.call("POST", f"{self.session}/se/log", type="browser")
+        return [each["message"] for each in found if each["level"] not in ("DEBUG", "INFO")]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from served import LONG, NAME, SECONDS, Scripted, serving
 
 from lowbit.errors import InputError, UsageError
 from lowbit.options import LimitOptions
+from lowbit.server.asked import RequestError
+from lowbit.server.guard import Door
 from lowbit.server.run import api_key, bind
 
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -197,6 +199,20 @@ def test_a_key_opens_the_door(session):
         assert served.ask("GET", "/health").status == 200
         with served.client("se:cret") as client:
             assert client.completions.create(model=NAME, prompt="x", max_tokens=2).usage.completion_tokens == 2
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.9.9.9", "[::1]", "[::1]:8000"])
+def test_names_of_this_machine(host):
+    Door(None, local=True).check("/v1/models", {b"host": host.encode()})
+
+
+@pytest.mark.parametrize(
+    "host", ["", "evil.example", "localhost.evil.example:8000", "192.0.2.1", "[::2]:1", "1:127.0.0.1"]
+)
+def test_names_that_are_not_of_this_machine(host):
+    with pytest.raises(RequestError, match="not to"):
+        Door(None, local=True).check("/v1/models", {b"host": host.encode()})
+    Door("key", local=True).check("/health", {b"host": host.encode()})  # who has a key may use any name
 
 
 def test_others_reach_a_server_with_a_key_only(monkeypatch):
