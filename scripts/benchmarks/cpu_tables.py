@@ -74,7 +74,8 @@ def cpu_products() -> str:
             cells = [f"{found[name]['gop_per_s_per_core']:.0f} ({found[name]['gb_per_s']:.1f})" for name in names]
             rows.append(["x".join(map(str, shape)), str(count), *cells])
     header = [f"{data['scheme']}: Gop/s a core (GB/s of weights)", "rows", *(" ".join(name) for name in names)]
-    return markdown(header, rows) + source(data, "cpu_products")
+    busy = "\n\nOf processor time, the least of the rounds: the machine had other work." if data["busy"] else ""
+    return markdown(header, rows) + busy + source(data, "cpu_products")
 
 
 def int8_inputs() -> str:
