@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--busy", action="store_true", help="the least processor time counts: for machines with other work"
+        "--busy", action="store_true", help="the least processor time counts, where there is other work"
     )
     parser.add_argument("--save", action="store_true", help="write results/cpu_products.json")
     return parser.parse_args()
