@@ -92,8 +92,8 @@ def main():
     asked = options.scheme, options.rounds, options.busy
     rows = [row for name in SHAPES for row in measure(name, *asked)]
     if options.save:
-        save("cpu_experts", {"scheme": options.scheme.name, "rounds": options.rounds, "busy": options.busy, "instructions": library().level,
-                             "read_gb_per_s": read_bandwidth(), "rows": rows})  # fmt: skip
+        how = {"scheme": options.scheme.name, "rounds": options.rounds, "busy": options.busy}
+        save("cpu_experts", {**how, "instructions": library().level, "read_gb_per_s": read_bandwidth(), "rows": rows})
 
 
 if __name__ == "__main__":
