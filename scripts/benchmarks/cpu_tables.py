@@ -74,7 +74,8 @@ def cpu_products() -> str:
             cells = [f"{found[name]['gop_per_s_per_core']:.0f} ({found[name]['gb_per_s']:.1f})" for name in names]
             rows.append(["x".join(map(str, shape)), str(count), *cells])
     header = [f"{data['scheme']}: Gop/s a core (GB/s of weights)", "rows", *(" ".join(name) for name in names)]
-    return markdown(header, rows) + source(data, "cpu_products")
+    busy = "\n\nOf processor time, the least of the rounds: the machine had other work." if data["busy"] else ""
+    return markdown(header, rows) + busy + source(data, "cpu_products")
 
 
 def int8_inputs() -> str:
@@ -114,7 +115,8 @@ def cpu_experts() -> str:
         rows.append([shapes, str(tokens), f"{of_case[0]['used']} of {of_case[0]['experts']}", *cells])
     header = [f"{data['scheme']}, {data['instructions']}", "tokens", "experts used",
               *(f"{variant}: ms (GB/s, Gop/s a core)" for variant in variants)]  # fmt: skip
-    return markdown(header, rows) + source(data, "cpu_experts")
+    busy = "\n\nOf processor time, the least of the rounds: the machine had other work." if data["busy"] else ""
+    return markdown(header, rows) + busy + source(data, "cpu_experts")
 
 
 def taken_core() -> str:
