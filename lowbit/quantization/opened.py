@@ -53,8 +53,8 @@ def opened(reader, config, recipe: Recipe, trust_remote_code: bool = False) -> S
         return Source(reader, config, model, recipe)
     reader, config = _untied(reader, config, model, table.parameter, heads[0])
     model = skeleton(config, trust_remote_code, tensors=reader.tensors.values())
-    # SmolLM2-135M, all else in 8 bits, groups of 64: a table of 4 bits has a mean KL of 0.025 with a head of 8 bits, and
-    # of 0.28 with one of 4
+    # SmolLM2-135M, all else in 8 bits, groups of 64: a table of 4 bits has a mean KL of 0.025 with a head of 8 bits,
+    # and of 0.28 with one of 4
     head = recipe.lm_head or Scheme(8, recipe.embeddings.group_size)
     return Source(reader, config, model, replace(recipe, lm_head=head))
 
