@@ -82,7 +82,7 @@ class RecipeOptions:
     embeddings: str | Scheme | None = option(
         None,
         "Quantize the input embedding too, to a scheme such as W8A16-G128. An output embedding that is tied to it gets "
-        "a table of its own, in the scheme of lm_head, or else in this one.",
+        "a table of its own, in the scheme of lm_head, or else in 8 bits.",
         typed=str | None,
     )
     smooth: float | str | None = option(

@@ -10,7 +10,7 @@ from torch import nn
 from lowbit.checkpoint.untied import untied
 from lowbit.discovery import CheckpointNames, find_sites, skeleton
 from lowbit.errors import UsageError
-from lowbit.numerics.scheme import Recipe
+from lowbit.numerics.scheme import Recipe, Scheme
 from lowbit.transformers_api import tied_weights
 
 
@@ -30,7 +30,7 @@ def opened(reader, config, recipe: Recipe, trust_remote_code: bool = False) -> S
 
     Readers look rows up in a table that is quantized, or multiply by it, and vLLM and transformers never both: where
     the input embedding is quantized, an output embedding that was tied to it becomes one of its own, in the scheme of
-    `recipe.lm_head` or that of the input embedding.
+    `recipe.lm_head`, or else in 8 bits and the same groups: fewer cost a head much more than a table of rows.
 
     Raises:
         InputError: transformers cannot build the model.
@@ -53,7 +53,10 @@ def opened(reader, config, recipe: Recipe, trust_remote_code: bool = False) -> S
         return Source(reader, config, model, recipe)
     reader, config = _untied(reader, config, model, table.parameter, heads[0])
     model = skeleton(config, trust_remote_code, tensors=reader.tensors.values())
-    return Source(reader, config, model, replace(recipe, lm_head=recipe.lm_head or recipe.embeddings))
+    # SmolLM2-135M, all else in 8 bits, groups of 64: a table of 4 bits has a mean KL of 0.025 with a head of 8 bits,
+    # and of 0.28 with one of 4
+    head = recipe.lm_head or Scheme(8, recipe.embeddings.group_size)
+    return Source(reader, config, model, replace(recipe, lm_head=head))
 
 
 def _untied(reader, config, model: nn.Module, table: str, head: str):

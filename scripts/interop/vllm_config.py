@@ -36,7 +36,7 @@ def stored_scheme(tensors: dict, name: str) -> tuple | None:
         return None
     _, columns = tensors[f"{name}.weight_shape"]
     words, groups = tensors[f"{name}.weight_packed"].shape[1], tensors[f"{name}.weight_scale"].shape[1]
-    (bits,) = (bits for bits in (2, 3, 4, 8) if -(-columns * bits // 32) == words)
+    (bits,) = (bits for bits in (2, 3, 4, 5, 6, 8) if -(-columns * bits // 32) == words)
     return bits, columns // groups, f"{name}.weight_zero_point" not in tensors
 
 

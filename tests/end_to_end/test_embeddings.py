@@ -76,6 +76,8 @@ def test_head_of_a_tied_model_gets_its_own_scheme(tmp_path):
     report = lowbit.quantize(source, tmp_path / "q", **asked)
     model = lowbit.load(tmp_path / "q")
     assert (model.model.embed_tokens.scheme, model.lm_head.scheme) == (Scheme(4, 32), Scheme(8, 32))
+    by_default = lowbit.plan(source, group_size=32, embeddings="W4A16_ASYM-G32").modules
+    assert next(module["scheme"] for module in by_default if module["name"] == "lm_head") == "W8A16-G32"
     assert planned.output_bytes == report.output_bytes
     assert planned.file_bytes == (tmp_path / "q" / "model.safetensors").stat().st_size
     assert planned.source_bytes == sum(t.nbytes for t in load_file(source / "model.safetensors").values())
