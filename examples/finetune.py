@@ -79,7 +79,9 @@ def main() -> None:
         report_to=[],
         seed=0,
     )
-    Trainer(model=model, args=arguments, train_dataset=training).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=training)
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # without autocast from here on
     after = loss(model.eval(), held_out)
     model.save_pretrained(chosen.output)
 
