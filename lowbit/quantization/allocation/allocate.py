@@ -1,5 +1,6 @@
 """From a budget to a recipe: what each scheme would cost, the best allocations by that, of those the best in truth."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from lowbit.quantization.allocation.stored import Store, key_of
 from lowbit.quantization.allocation.units import CANDIDATES, Allocation, Unit, find_units, most_gpus
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.options import Calibration
-from lowbit.quantization.calibrated.run import compute_dtype
 from lowbit.quantization.calibrated.targets import steps_by_layer
 from lowbit.quantization.opened import Source
-from lowbit.quantization.plan import Plan, make_plan
+from lowbit.quantization.plan import Plan, Step, make_plan
 from lowbit.text.samples import Samples, calibration_samples
+
+logger = logging.getLogger("lowbit")
 
 # Samples that costs are measured on, and as many others that allocations are judged on; tokens in each at most
 _SAMPLES, _SEQLEN = 16, 512
@@ -104,11 +106,21 @@ class _Search:
         self._start, self.wanted, self._data, self._announce = start, wanted, data, announce
         self._recipe = start.recipe
         runnable = skeleton(start.config, data.trust_remote_code, dtype=torch.bfloat16)
-        self.units: list[Unit] = find_units(
-            start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config)
-        )
+        found = find_units(start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config))
+        self.units = self._with_known_costs(found)
         self._heads = frozenset(site.module for site in find_sites(runnable).values() if site.is_head)
         self._method = Method(start.recipe)
+
+    def _with_known_costs(self, units: list[Unit]) -> list[Unit]:
+        """Units of which nothing is measured, outside of the decoder layers, have their largest scheme alone."""
+        seen = {step.site.module for group in self._steps for step in group}
+        unseen = [unit for unit in units if not seen.issuperset(unit.modules)]
+        if unseen:
+            logger.warning(
+                "%s (and %d more) lies where no data comes by: nobody knows what it costs, so it gets the most bits",
+                unseen[0].name, len(unseen) - 1,
+            )  # fmt: skip
+        return [unit.largest if unit in unseen else unit for unit in units]
 
     def recipe_of(self, allocation: Allocation) -> Recipe:
         return recipe_of(self._recipe, self.units, allocation, self._heads)
@@ -128,13 +140,12 @@ class _Search:
     def within(self, budget: Budget, smallest: Allocation, tilt: Tilt) -> Allocation:
         """The best allocation that keeps to a budget of bits or of size, by costs that are tilted."""
         limit = bytes_of(self.units, smallest) + budget.left_over(self.plan(smallest), self.wanted.shard_bytes)
-        for _ in count():  # headers grow with the names that are in them: by a few bytes, and never below the smallest
+        found = self.best(limit, tilt) or smallest
+        # headers grow with the names that are in them, by a few bytes: the smallest is known to keep to the budget
+        while (left := budget.left_over(self.plan(found), self.wanted.shard_bytes)) < 0:
+            limit += left
             found = self.best(limit, tilt) or smallest
-            over = budget.left_over(self.plan(found), self.wanted.shard_bytes)
-            if over >= 0:
-                return found
-            limit += over
-        raise AssertionError
+        return found
 
     def best(self, limit: int, tilt: Tilt | None = None) -> Allocation | None:
         """The allocation of at most `limit` bytes that costs least."""
@@ -218,13 +229,13 @@ class _Search:
 
     @cached_property
     def _model(self) -> LayeredModel:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = compute_dtype(self._start.config, device)
-        ids = self.samples.input_ids
-        return LayeredModel(self._start.config, self._start.reader, ids, dtype, device, self._data.trust_remote_code)
+        start, ids = self._start, self.samples.input_ids
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # in half precision what is added up would lose more than 8 bits do
+        return LayeredModel(start.config, start.reader, ids, torch.float32, device, self._data.trust_remote_code)
 
     @cached_property
-    def _steps(self):
+    def _steps(self) -> list[list[Step]]:
         return steps_by_layer(self._plan_of(self._recipe), self._model)
 
     @cached_property
@@ -236,7 +247,7 @@ class _Search:
             "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
             "tokens": self.samples.digest,
             "method": [self._recipe.method, dict(self._recipe.options)],
-            "computing": str(compute_dtype(self._start.config, self._model.device)),
+            "device": self._model.device.type,
         })  # fmt: skip
 
     @cached_property

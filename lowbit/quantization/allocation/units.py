@@ -46,6 +46,12 @@ class Unit:
         return f"{self.modules[0].rpartition('.')[0]}.{self.kind}".lstrip(".")
 
     @property
+    def largest(self) -> "Unit":
+        """The same with its largest scheme alone."""
+        scheme = max(self.bytes, key=lambda scheme: self.bytes[scheme])
+        return replace(self, bytes={scheme: self.bytes[scheme]})
+
+    @property
     def kind(self) -> str:
         """The last parts of the names of its modules."""
         return "+".join(module.rpartition(".")[2] for module in self.modules)

@@ -67,7 +67,7 @@ def test_sharded_files_keep_to_a_size_too(source, tmp_path):
 
 
 def test_a_larger_budget_never_costs_more(source):
-    found = [lowbit.plan(source, bits=bits, **QUICK).allocation for bits in (2.9, 3.5, 4.5, 6.0)]
+    found = [lowbit.plan(source, bits=bits, **QUICK).allocation for bits in (2.9, 3.5, 4.5, 6.1)]
     estimates = [each["estimated_kl"] for each in found]
     assert estimates == sorted(estimates, reverse=True)
     frontier = [(point["bytes"], point["kl"]) for point in found[0]["frontier"]]
@@ -158,3 +158,18 @@ def test_an_average_counts_what_the_user_has_said(source):
     found = lowbit.plan(source, bits=4.0 + 1e-6, overrides={"down_proj": "W8A16-G32"}, **QUICK)
     assert found.bits_per_weight <= 4.0 + 1e-6
     assert {m["scheme"] for m in found.modules if "down_proj" in m["name"]} == {"W8A16-G32"}
+
+
+def test_what_no_data_reaches_gets_the_most_bits(source, monkeypatch, caplog):
+    """As experts that no router is known of, and linears outside of the decoder layers."""
+    found = module.steps_by_layer
+
+    def without_first(*args):
+        layers = found(*args)
+        return [[step for step in layers[0] if "o_proj" not in step.source.name], *layers[1:]]
+
+    monkeypatch.setattr(module, "steps_by_layer", without_first)
+    units = lowbit.plan(source, bits=3.5, **QUICK).allocation["units"]
+    (unseen,) = (unit for unit in units if unit["modules"] == ["model.layers.0.self_attn.o_proj"])
+    assert unseen["scheme"].startswith("W8A16") and unseen["kl"] == 0
+    assert "model.layers.0.self_attn.o_proj (and 0 more) lies where no data comes by" in caplog.text
