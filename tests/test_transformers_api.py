@@ -256,7 +256,8 @@ def test_a_pre_tokenizer_that_transformers_cannot_name(gone, tmp_path):
 
 def test_every_name_has_its_test():
     source = inspect.getsource(inspect.getmodule(test_every_name_has_its_test))
-    assert not [name for name in (*ATTRIBUTES, *IMPORTED) if not re.search(rf'[(\[ ]"{name}"[,\])]', source)]
+    names = [name for name in (*ATTRIBUTES, *IMPORTED) if name not in SERVING]  # those are gone through one by one
+    assert not [name for name in names if not re.search(rf'[(\[ ]"{name}"[,\])]', source)]
 
 
 def test_a_name_that_was_never_there():

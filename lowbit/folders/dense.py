@@ -4,6 +4,7 @@ Floating-point encodings of others are decoded below (`lowbit.checkpoint.decoded
 are dequantized here. Both when a tensor is read, and at no other time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,10 @@ class DequantizedTensor(TensorInfo):
         matrices = [matrix.T if self.transposed else matrix for matrix in matrices]
         dense = torch.stack(matrices) if self.weight.experts else matrices[0].contiguous()
         return cast_checked(dense, self.dtype, self.name)
+
+    def read_rows(self, indices: Sequence[int]) -> torch.Tensor:
+        """Some rows (of the first dimension), one after the other."""
+        return self.read()[list(indices)]
 
 
 def dequantized(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtype | None = None) -> DequantizedTensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowbit.errors import UsageError
-from lowbit.numerics.scheme import BITS, Scheme
+from lowbit.numerics.scheme import Scheme
 from lowbit.options.keywords import changed, like, option
 from lowbit.options.model import LoadOptions, OutputOptions
 
@@ -53,8 +53,8 @@ class RecipeOptions:
     )  # fmt: skip
     bits: float | None = option(
         None,
-        "2 to 6, or 8, instead of a scheme. Any other number, as 3.5, is an average, scales and all: a scheme for each "
-        "part of the model is chosen, for the least KL.",
+        "2 to 6, or 8, instead of a scheme. 3.5, or 4.25, is an average, scales and all: a scheme for each part of "
+        "the model is chosen, for the least KL.",
     )
     group_size: int | None = option(None, "16 ... 1024, or -1 per channel (default 128).")
     sym: bool | None = option(None, "Symmetric grid, or a zero point per group.", flags=("--sym/--asym",))
@@ -115,7 +115,7 @@ class RecipeOptions:
     def __post_init__(self):
         if self.scheme is not None and self.bits is not None:
             raise UsageError("--scheme and --bits say the same thing: pass one of them")
-        if self.bits in BITS and not isinstance(self.bits, int):  # of a command line
+        if isinstance(self.bits, float) and self.bits.is_integer():  # of a command line
             object.__setattr__(self, "bits", int(self.bits))
         if self.budgets:
             self._check_budget()
@@ -128,8 +128,8 @@ class RecipeOptions:
 
     @property
     def average_bits(self) -> float | None:
-        """The average that `bits` is, where it is none of the bits that a scheme has."""
-        return None if self.bits is None or self.bits in BITS else self.bits
+        """The average that `bits` is, where it is no whole number."""
+        return self.bits if isinstance(self.bits, float) else None
 
     @property
     def budgets(self) -> list[str]:

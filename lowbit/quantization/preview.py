@@ -76,7 +76,7 @@ def plan(
     samples: DataOptions,
     files: FileOptions,
     source: SourceOptions,
-    announce: Announce = silent,
+    announce: Announce | None = None,
 ) -> Preview:
     """What `lowbit.quantize` with these arguments would write and need.
 
@@ -104,7 +104,7 @@ def plan(
     if recipe.budgets:
         wanted = Wanted(Budget.of(recipe), files.format, shard_bytes, recipe.engine)
         data = Calibration(**keywords(samples), trust_remote_code=source.trust_remote_code)
-        allocated = allocate(start, wanted, data, announce)
+        allocated = allocate(start, wanted, data, announce or silent)
         start = replace(start, recipe=allocated.recipe)
     planned = make_plan(start.reader, start.model, start.recipe, files.format)
     size = file_bytes(planned.outputs, shard_bytes)

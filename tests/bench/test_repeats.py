@@ -150,7 +150,7 @@ def test_batches_that_do_not_fit_are_named(dense, monkeypatch):
 def test_kernels_of_a_model(dense):
     assert kernels(dense, (1,)) == []
     model = quantized_model(CONFIG, Scheme(4, 64), dtype=torch.bfloat16, backend="reference")
-    assert {"scheme": "W4A16-G64", "shape": [512, 128], "count": 4, "backend": "reference",
+    assert {"scheme": "W4A16-G64", "shape": [512, 128], "count": 4, "backend": "reference", "inputs": "exact",
             "kernels": {}} in kernels(model, (1, 16))  # fmt: skip
 
 

@@ -37,7 +37,7 @@ WRONG = {
     "format": ("quantize", "MODEL", "-o", "x", "--format", "foo"),
     "method": ("quantize", "MODEL", "-o", "x", "--method", "foo"),
     "scheme": ("quantize", "MODEL", "-o", "x", "--scheme", "W4A17"),
-    "bits": ("quantize", "MODEL", "-o", "x", "--bits", "5"),
+    "bits": ("quantize", "MODEL", "-o", "x", "--bits", "7"),
     "override": ("quantize", "MODEL", "-o", "x", "--override", "a=W7A16"),
     "existing": ("quantize", "MODEL", "-o", "MODEL"),
     "own folder": ("quantize", "MODEL", "-o", "."),

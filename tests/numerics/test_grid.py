@@ -147,9 +147,10 @@ def test_mse_search_is_never_worse_than_minmax(bits, group, sym, dtype):
     grouped = (weight.shape[0], minmax.scales.shape[1], -1)
     errors = [(matrix(q) - weight.double()).view(grouped).square().sum(-1) for q in (searched, minmax)]
     assert (errors[0] <= errors[1] * (1 + 1e-5)).all()  # of each group; compared in float32 by lowbit
-    # with few codes and long tails clipping pays (at 8 bits the first step, 1/80 of the range, already costs too much)
+    # with few codes and long tails clipping pays (at 8 bits the first step, 1/80 of the range, already costs too much;
+    # at 5 and 6 it pays in few groups)
     if scheme.bits < 8:
-        assert errors[0].sum() < {2: 0.85, 3: 0.9, 4: 0.97}[scheme.bits] * errors[1].sum()
+        assert errors[0].sum() < {2: 0.85, 3: 0.9, 4: 0.97}.get(scheme.bits, 1.0) * errors[1].sum()
 
 
 @pytest.mark.parametrize("search", ["minmax", "mse"])

@@ -20,7 +20,7 @@ KEYS = [
     "source", "source_revision", "recipe", "format", "command", "source_bytes", "output_bytes", "parameters",
     "quantized_tensors", "converted", "quantized_share", "bits_per_weight", "fallbacks", "left_alone", "unclaimed",
     "parts", "lowbit", "date", "versions", "machine", "seconds", "peak_memory", "adapter", "expected_peak",
-    "calibration", "quality", "decoder_layers", "layers",
+    "calibration", "allocation", "quality", "decoder_layers", "layers",
 ]  # fmt: skip
 LAYER_KEYS = {"name", "module", "kind", "scheme", "shape", "source_bytes", "bytes", "error"}
 MEASURED_KEYS = {

@@ -71,7 +71,8 @@ def test_missing_files_are_no_error_of_read_ahead(tmp_path, no_threads):
 @pytest.mark.parametrize(("command", "options"), [("chat", []), ("generate", ["--prompt", "x"])])
 def test_commands_read_ahead_before_they_import_torch(command, options):
     code = (
-        f"import sys; from lowbit.cli.commands import {command} as module; from lowbit.cli.group import load_command\n"
+        f"import sys; from lowbit.cli.commands.running import {command} as module\n"
+        "from lowbit.cli.group import load_command\n"
         "module.read_ahead = lambda folder: sys.exit(f'{folder}, torch: {\"torch\" in sys.modules}')\n"
         f"load_command({command!r}).main(['some/folder', *{options!r}])"
     )
