@@ -284,9 +284,9 @@ def architecture_names() -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        budgets, summary, architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize, gpu_check,
-        gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core, kv_cache,
-        speculative, ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop, kernel_counts,
+        budgets, summary, architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize,
+        gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
+        kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop, kernel_counts,
         kernel_execution, kernel_mutations, reference_training,
     )
 }  # fmt: skip
