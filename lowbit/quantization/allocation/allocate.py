@@ -90,13 +90,9 @@ def allocate(start: Source, wanted: Wanted, data: Calibration, announce: Callabl
         smallest = {unit.modules: min(unit.bytes, key=lambda scheme: unit.bytes[scheme]) for unit in search.units}
         require_possible(budget, budget.taken(search.plan(smallest), wanted.shard_bytes), wanted.engine)
         proposals = [search.within(budget, smallest, tilt) for tilt in search.tilts()]
-        judged = search.judged(list({key_of(_schemes(each)): each for each in proposals}.values()))
+        judged = search.judged([each for n, each in enumerate(proposals) if each not in proposals[:n]])
         best, kl = min(judged, key=lambda pair: pair[1])
     return Allocated(search.recipe_of(best), _facts(search, budget, best, kl, judged))
-
-
-def _schemes(allocation: Allocation) -> dict[str, Scheme]:
-    return {module: scheme for modules, scheme in allocation.items() for module in modules}
 
 
 class _Search:
@@ -113,8 +109,7 @@ class _Search:
 
     def _with_known_costs(self, units: list[Unit]) -> list[Unit]:
         """Units of which nothing is measured, outside of the decoder layers, have their largest scheme alone."""
-        seen = {step.site.module for group in self._steps for step in group}
-        unseen = [unit for unit in units if not seen.issuperset(unit.modules)]
+        unseen = [unit for unit in units if not self._seen.issuperset(unit.modules)]
         if unseen:
             logger.warning(
                 "%s (and %d more) lies where no data comes by: nobody knows what it costs, so it gets the most bits",
@@ -127,6 +122,10 @@ class _Search:
 
     def plan(self, allocation: Allocation) -> Plan:
         return self._plan_of(self.recipe_of(allocation))
+
+    def schemes_of(self, allocation: Allocation) -> dict[str, Scheme]:
+        """Module -> scheme of all that is quantized, what the user has named too."""
+        return {step.site.module: step.scheme for step in self.plan(allocation).quantized}
 
     def _plan_of(self, recipe: Recipe) -> Plan:
         return make_plan(self._start.reader, self._start.model, recipe, self.wanted.format_name)
@@ -161,7 +160,7 @@ class _Search:
 
     def cost(self, unit: Unit, scheme: Scheme) -> float:
         """The KL that a unit costs, to second order, in nats per token."""
-        return sum(self._costs.get(module, {}).get(scheme.name, 0.0) for module in unit.modules)
+        return sum(self._costs[module][scheme.name] for module in unit.modules if module in self._seen)
 
     def estimate(self, allocation: Allocation) -> float:
         return sum(self.cost(unit, allocation[unit.modules]) for unit in self.units)
@@ -169,15 +168,16 @@ class _Search:
     def judged(self, allocations: Sequence[Allocation]) -> list[tuple[Allocation, float]]:
         """Each with its real KL, on samples that costs were not measured on."""
         known = self._store.measured.divergences
-        new = {key_of(_schemes(each)): _schemes(each) for each in allocations}
-        new = {key: schemes for key, schemes in new.items() if key not in known}
+        schemes = [self.schemes_of(each) for each in allocations]
+        keys = [key_of(each) for each in schemes]
+        new = {key: each for key, each in zip(keys, schemes, strict=True) if key not in known}
         if new:
             tell = self._tenths(f"judging {len(new)} allocations", len(self._model.layers))
             batches = list(self._halves[1].split(1))
             found = divergences(self._model, self._steps, batches, list(new.values()), self._method, tell)
             known.update(zip(new, found, strict=True))
             self._store.save()
-        return [(each, known[key_of(_schemes(each))]) for each in allocations]
+        return [(each, known[key]) for each, key in zip(allocations, keys, strict=True)]
 
     def with_kl(self, most: float) -> list[tuple[Allocation, float]]:
         """Allocations with ever truer estimates of their KL; the last one is the smallest that keeps below `most`."""
@@ -239,6 +239,11 @@ class _Search:
         return steps_by_layer(self._plan_of(self._recipe), self._model)
 
     @cached_property
+    def _seen(self) -> set[str]:
+        """Modules whose inputs and gradients are seen."""
+        return {step.site.module for group in self._steps for step in group}
+
+    @cached_property
     def _store(self) -> Store:
         files = [self._start.reader.folder / "config.json", *self._start.reader.files]
         return Store({
@@ -252,7 +257,7 @@ class _Search:
 
     @cached_property
     def _costs(self) -> dict[str, dict[str, float]]:
-        wanted = {module: list(unit.bytes) for unit in self.units for module in unit.modules}
+        wanted = {m: list(unit.bytes) for unit in self.units for m in unit.modules if m in self._seen}
         known = self._store.measured.costs
         missing = {m: [s for s in schemes if s.name not in known.get(m, {})] for m, schemes in wanted.items()}
         if not any(missing.values()):

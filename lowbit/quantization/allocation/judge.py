@@ -2,7 +2,7 @@
 
 Each weight is quantized from what the layers of the original model give it, not from what is quantized in front of it:
 so it is quantized once for each scheme, however many allocations have it. A calibrated run makes up for earlier errors
-besides, and gets below these figures.
+besides, which is not in these figures.
 """
 
 from collections.abc import Callable, Mapping, Sequence

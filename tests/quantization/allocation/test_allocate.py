@@ -173,3 +173,14 @@ def test_what_no_data_reaches_gets_the_most_bits(source, monkeypatch, caplog):
     (unseen,) = (unit for unit in units if unit["modules"] == ["model.layers.0.self_attn.o_proj"])
     assert unseen["scheme"].startswith("W8A16") and unseen["kl"] == 0
     assert "model.layers.0.self_attn.o_proj (and 0 more) lies where no data comes by" in caplog.text
+    monkeypatch.setattr(module, "second_order_costs", lambda *args: pytest.fail("measured again"))
+    lowbit.plan(source, bits=4.5, **QUICK)
+
+
+def test_what_the_user_has_said_is_judged_too(source):
+    """All else is as small as it gets in both."""
+    coarse, fine = (
+        lowbit.plan(source, max_kl=9.0, overrides={"down_proj": scheme}, **QUICK).allocation["predicted_kl"]
+        for scheme in ("W2A16_ASYM-G64", "W8A16-G32")
+    )
+    assert coarse > 1.05 * fine
