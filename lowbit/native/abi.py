@@ -20,9 +20,10 @@ _Sizes = ctypes.c_int64 * 4  # one for each of DIMENSIONS
 class Weight(ctypes.Structure):
     """`Weight` of abi.h."""
 
+    _sizes = ("scale_dtype", "bits", "out_features", "in_features", "group_size", "integer_inputs")
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("bits", "out_features", "in_features", "group_size", "integer_inputs")),
+        *((name, ctypes.c_int64) for name in _sizes),
     )
 
 

@@ -92,6 +92,12 @@ def constant(name: str) -> int:
     return library().constants[name]
 
 
+@cache
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of bfloat16, which torch's GEMM does and these kernels do not."""
+    return "amx_bf16" in _processor().split()
+
+
 def _cached(compiler: str) -> Library:
     """The library of the cache folder, which is compiled if it is not there, damaged, or perhaps not ours: loading one
     runs code. In a folder that others can change nothing is kept, and nothing that is there is loaded."""

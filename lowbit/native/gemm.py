@@ -17,7 +17,7 @@ from lowbit.numerics.scheme import PER_CHANNEL, Scheme
 # Names of the operator's arithmetics -> of abi.h
 ARITHMETICS = {"int8": "INT8", "bf16": "BF16"}
 # Where `rounds`: scripts/benchmarks/int8_inputs.py measures the one, cpu_products.py the other
-_ROUNDED_BITS, _ROUNDED_LEVELS = (3, 4), ("avx2",)
+_ROUNDED_BITS, _ROUNDED_LEVELS = (3, 4), ("avx2", "avx512", "avx512bf16")
 
 
 def refuse(scheme: Scheme, arithmetic: str, dtype: torch.dtype) -> str | None:
@@ -26,8 +26,8 @@ def refuse(scheme: Scheme, arithmetic: str, dtype: torch.dtype) -> str | None:
         return f"there is no arithmetic {arithmetic!r}: {', '.join(ARITHMETICS)}"
     if scheme.activations is not None:
         return f"{scheme.name} has integer activations, which are not inputs of {arithmetic}"
-    if scheme.group_size != PER_CHANNEL and scheme.group_size % constant("GEMM_GROUP"):
-        return f"a group of {scheme.group_size} inputs is not a multiple of {constant('GEMM_GROUP')}"
+    if scheme.group_size != PER_CHANNEL and scheme.group_size % constant("CHUNK"):
+        return f"a group of {scheme.group_size} inputs is not a multiple of {constant('CHUNK')}"
     if dtype not in (DTYPES if arithmetic == "int8" else (torch.bfloat16,)):
         return f"{arithmetic} does not multiply {dtype}"
     return None

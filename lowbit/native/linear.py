@@ -23,24 +23,21 @@ PIECES = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
 DTYPES = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16"}
 
 
-def _chunk(bits: int) -> int:
-    return 16 // bits * constant("LANES")
-
-
-def _width(in_features: int, bits: int) -> int:
+def _width(in_features: int) -> int:
     """in_features in whole chunks."""
-    return -(-in_features // _chunk(bits)) * _chunk(bits)
+    return -(-in_features // constant("CHUNK")) * constant("CHUNK")
 
 
 def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
     """The buffers of a weight in the layout of linear.c."""
     qweight.require_natural_order("native")
     bits, (out_features, in_features) = _BITS[qweight.scheme.bits], qweight.codes.shape
-    rows, lanes = constant("ROWS"), constant("LANES")
-    size = -(-out_features // rows), _width(in_features, bits) // _chunk(bits), rows, lanes
-    codes = torch.empty(size, dtype=torch.int16)
+    rows = constant("ROWS")
+    slices = _width(in_features) // (8 // bits * constant("PART"))
+    codes = torch.empty(-(-out_features // rows), slices, rows, dtype=torch.int32)
+    scales = _by_block(qweight.scales if qweight.scales.dtype in DTYPES else qweight.scales.float())
     # scales_like, without elements: for `unpack` to know the dtype
-    buffers = {"codes": codes, "scales": _by_block(qweight.scales), "scales_like": qweight.scales.new_empty(0)}
+    buffers = {"codes": codes, "scales": scales, "scales_like": qweight.scales.new_empty(0)}
     zeros = _zeros(qweight)
     if zeros is not None:
         buffers["zeros"] = _by_block(zeros)
@@ -56,14 +53,14 @@ def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
 def _zeros(qweight: QuantWeight) -> torch.Tensor | None:
     scheme = qweight.scheme
     if scheme.sym and _BITS[scheme.bits] != scheme.bits:  # whose middle is not that of the field
-        return torch.full_like(qweight.scales, scheme.middle)
+        return torch.full_like(qweight.scales, scheme.middle, dtype=torch.uint8)
     return qweight.zeros
 
 
 def _by_block(values: torch.Tensor) -> torch.Tensor:
-    """[N, groups] -> float32 [N / ROWS, groups, ROWS]"""
+    """[N, groups] -> [N / ROWS, groups, ROWS]"""
     rows = constant("ROWS")
-    padded = torch.nn.functional.pad(values.float(), (0, 0, 0, -len(values) % rows))
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -len(values) % rows))
     return padded.view(-1, rows, values.shape[1]).transpose(1, 2).contiguous()
 
 
@@ -77,8 +74,8 @@ def weight_of_tensors(
     """What the kernels know of a weight; the tensors must outlive it."""
     pointers = codes.data_ptr(), scales.data_ptr(), None if zeros is None else zeros.data_ptr()
     bits, integer_inputs = _BITS[scheme.bits], scheme.activations is not None
-    group_size = scheme.group_size if scheme.groups(shape[1]) > 1 else _width(shape[1], bits)
-    return Weight(*pointers, bits, *shape, group_size, integer_inputs)
+    group_size = scheme.group_size if scheme.groups(shape[1]) > 1 else _width(shape[1])
+    return Weight(*pointers, constant(DTYPES[scales.dtype]), bits, *shape, group_size, integer_inputs)
 
 
 def _weight_of(buffers, scheme: Scheme, shape: tuple[int, int]) -> Weight:
@@ -91,7 +88,7 @@ def unpack(buffers, scheme: Scheme, shape: tuple[int, int]) -> QuantWeight:
     codes = torch.empty(out_features, in_features, dtype=torch.uint8)
     library().lowbit_unpack(_weight_of(buffers, scheme, shape), 0, out_features, codes.data_ptr(), None)
     scales = _by_row(buffers["scales"], out_features).to(buffers["scales_like"].dtype)
-    zeros = None if scheme.sym else _by_row(buffers["zeros"], out_features).to(torch.uint8)
+    zeros = None if scheme.sym else _by_row(buffers["zeros"], out_features).contiguous()
     grid = {name: buffers[name] for name in input_grid(scheme)}
     return QuantWeight(codes, scales.contiguous(), scheme, zeros, **grid)
 

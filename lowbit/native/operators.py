@@ -1,8 +1,8 @@
 """The operators of the native backend, differentiable, and what each number of rows is multiplied with.
 
 Few rows are multiplied by the packed weight as it is (linear.c). Many rows are rounded to 8 bits, in blocks of inputs,
-where the caller allows it (gemm.c); exactly, they are multiplied by a dense copy, made block by block. With integer
-activations the kernel multiplies int8 by int8 at every number of rows.
+where the caller allows it (gemm.c). Exactly, the kernel of few rows multiplies them too, or where that is slower a dense
+copy, made block by block. With integer activations the kernel multiplies int8 by int8 at every number of rows.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,18 @@ import torch
 
 from lowbit.native import gemm
 from lowbit.native.abi import Experts, Weight
-from lowbit.native.build import constant, library
+from lowbit.native.build import constant, has_amx, library
 from lowbit.native.linear import DTYPES, PIECES, dense_blocks, product, weight_of_tensors
 from lowbit.numerics import dense
 from lowbit.numerics.activations import quantize_input
 from lowbit.numerics.scheme import Scheme
 
-# From how many rows on inputs are rounded, where they may be: fewer are decoding, which is bound by memory
-ROUNDED_ROWS = 8
-# From how many rows of 16-bit integers on dequantize + GEMM wins: in float32 as scripts/benchmarks/cpu_linear.py has it
-# with AVX2 (96 in groups of 32, 300 in one group), in bf16 a guess
-_CROSSOVER_BF16, _CROSSOVER_FP32 = 16, 128
+# From how many rows on inputs are rounded, where they may be: where scripts/benchmarks/cpu_products.py has it at least 1.2
+# times as fast
+ROUNDED_ROWS = 32
+# From how many rows on a dense copy and torch's GEMM win, in the same benchmark: in float32, which takes two integers for
+# an input, with AVX2; in bf16 nowhere but where torch multiplies with AMX, which is a guess
+_DENSE_ROWS_FP32, _DENSE_ROWS_AMX = 64, 128
 # Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
 _ROWS_OF_INTEGERS = 64
 
@@ -49,8 +50,9 @@ def _is_rounded(x: torch.Tensor, scheme: Scheme, exact: bool) -> bool:
 
 
 def _dense_is_faster(x: torch.Tensor) -> bool:
-    wide = dense.gemm_dtype(x.dtype) == torch.float32
-    return len(x) * PIECES[x.dtype] >= (_CROSSOVER_FP32 if wide else _CROSSOVER_BF16)
+    if PIECES[x.dtype] > 1:
+        return len(x) >= _DENSE_ROWS_FP32 and not library().level.startswith("avx512")
+    return len(x) >= _DENSE_ROWS_AMX and has_amx() and dense.gemm_dtype(x.dtype) == torch.bfloat16
 
 
 def _integer_product(x, weight: Weight, scheme: Scheme, input_scale, input_zero) -> torch.Tensor:

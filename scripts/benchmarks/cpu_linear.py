@@ -27,10 +27,12 @@ def milliseconds(function, weights) -> float:
 
 
 def paths():
-    """(name, backend, the module that decides, from how many rows on it makes a dense copy)"""
-    for backend, decides, short in ((native, native_linear, "native"), (torch_cpu, torch_cpu, "torch")):
-        yield f"{short}_packed_ms", backend, decides, NEVER
-        yield f"{short}_dense_ms", backend, decides, 0
+    """(name, backend, what has it make a dense copy always, or never)"""
+    for kind, crossover in (("packed", NEVER), ("dense", 0)):
+        chosen = patch.object(native_linear, "_dense_is_faster", lambda x, crossover=crossover: len(x) > crossover)
+        yield f"native_{kind}_ms", native, chosen
+        chosen = patch.multiple(torch_cpu, _CROSSOVER_FP32=crossover, _CROSSOVER_BF16=crossover)
+        yield f"torch_{kind}_ms", torch_cpu, chosen
 
 
 def main():
@@ -41,11 +43,11 @@ def main():
         row["bf16_ms"] = milliseconds(lambda w, x=x: torch.nn.functional.linear(x, w), dense)
     for scheme in SCHEMES:
         quantized = [quantize_nearest(weight, scheme) for weight in dense]
-        for name, backend, decides, crossover in paths():
+        for name, backend, chosen in paths():
             if backend.refuse(scheme, torch.device("cpu"), torch.bfloat16, (SIZE, SIZE)):
                 continue
             weights = [backend.prepare(qweight) for qweight in quantized]
-            with patch.multiple(decides, _CROSSOVER_FP32=crossover, _CROSSOVER_BF16=crossover):
+            with chosen:
                 for row in rows:
                     x = torch.randn(row["rows"], SIZE, dtype=torch.bfloat16)
                     row[f"{scheme.name}_{name}"] = milliseconds(

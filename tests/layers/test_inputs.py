@@ -40,7 +40,7 @@ def test_many_rows_are_rounded_few_are_not(dtype):
     scheme, shape = Scheme(4, 32, False), (37, 256)
     qweight, x, bias = (
         random_quantized(scheme, *shape, dtype),
-        torch.randn(30, 256).to(dtype),
+        torch.randn(ROUNDED_ROWS + 9, 256).to(dtype),
         torch.randn(37).to(dtype),
     )
     buffers = native.prepare(qweight)
@@ -72,12 +72,12 @@ def test_experts_round_the_rows_of_those_that_have_many():
     scheme, shape = Scheme(4, 32), (3, 20, 64)
     each = [native.prepare(random_quantized(scheme, 20, 64, torch.bfloat16, seed=seed)) for seed in range(3)]
     buffers = {name: torch.stack([one[name] for one in each]) for name in each[0]}
-    x, start = torch.randn(30, 64).bfloat16(), torch.tensor([0, 4, 4, 26], dtype=torch.int32)
+    x, start = torch.randn(50, 64).bfloat16(), torch.tensor([0, 4, 4, 45], dtype=torch.int32)
     y = native.experts_rounded(x, buffers, start, scheme, shape)
     assert torch.equal(y[:4], native.linear(x[:4], each[0], scheme, shape[1:]))
-    assert torch.equal(y[4:26], native.linear_rounded(x[4:26], each[2], scheme, shape[1:]))
-    assert not torch.equal(y[4:26], native.linear(x[4:26], each[2], scheme, shape[1:]))
-    assert not y[26:].any()
+    assert torch.equal(y[4:45], native.linear_rounded(x[4:45], each[2], scheme, shape[1:]))
+    assert not torch.equal(y[4:45], native.linear(x[4:45], each[2], scheme, shape[1:]))
+    assert not y[45:].any()
 
 
 @pytest.mark.parametrize("rows", [ROUNDED_ROWS, 40, 300])

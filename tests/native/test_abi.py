@@ -41,12 +41,12 @@ def built(tmp_path):
 CHANGES = {
     "Weight, int64_t, bits": (
         "Weight, int32_t, bits",
-        "Weight.bits is int32_t, 4 bytes at 24 in the library and int64_t",
+        "Weight.bits is int32_t, 4 bytes at 32 in the library and int64_t",
     ),
     "Weight, int64_t, group_size": ("Weight, int64_t, group", "Weight.group_size is nothing in the library"),
     "FIELD(Weight, int64_t, in_features)": (
         "",
-        "Weight.in_features is nothing in the library and int64_t, 8 bytes at 40",
+        "Weight.in_features is nothing in the library and int64_t, 8 bytes at 48",
     ),
     "Attention, float, scale": ("Attention, int32_t, scale", "Attention.scale is int32_t, 4 bytes"),
     "Strided, int64_t, token": ("Strided, const void *, token", "Strided.token is pointer, 8 bytes"),

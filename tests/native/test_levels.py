@@ -43,6 +43,10 @@ def operands(name: str, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         a, b = bytes_of(size // 2, 0, 256, torch.int16), bytes_of(size // 2, -(2**15), 2**15, torch.int16)
         a[:4], b[:2], b[2:4] = 255, 2**15 - 1, -(2**15)
         return a, b, integers
+    if name == "DOT_U8S16":
+        a, b = bytes_of(size, 0, 2**bits, torch.uint8), bytes_of(size // 2, -(2**15), 2**15, torch.int16)
+        a[:8], b[:4] = 2**bits - 1, torch.tensor([2**15 - 1, -(2**15), -1, 255], dtype=torch.int16)
+        return a, b, integers
     if name == "DOT_U8S8":
         a, b = bytes_of(size, 0, 2**bits, torch.uint8), bytes_of(size, -127, 128, torch.int8)
         a[:8], b[:4], b[4:8] = 2**bits - 1, 127, -127
@@ -55,12 +59,14 @@ def operands(name: str, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 def expected(name: str, a: torch.Tensor, b: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
     """In int64 or float64; a block of DOT_U8S8 is eight times the same."""
     wide = torch.float64 if a.is_floating_point() else torch.int64
+    if name == "DOT_U8S16":  # all lanes have the first four
+        b = b[:4].repeat(len(sums))
     terms = (a.to(wide) * b.to(wide)).view(len(sums), -1).sum(1)
     return sums.to(wide) + terms * (8 if name == "DOT_U8S8" else 1)
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", ["DOT_S16", "DOT_U8S8", "DOT_BF16", "FMA_F32"])
+@pytest.mark.parametrize("name", ["DOT_S16", "DOT_U8S16", "DOT_U8S8", "DOT_BF16", "FMA_F32"])
 def test_primitives(on_level, name, bits):
     for _ in range(20):
         a, b, sums = operands(name, bits)

@@ -8,23 +8,22 @@
 
 #include <stdint.h>
 
-/* Layout of a packed weight: see packed.h */
-#define ROWS 4
-#define LANES 16
+/* Layout of a packed weight: see packed.h. Inputs of lowbit_gemm that share a scale are a chunk, too. */
+#define ROWS 16
+#define PART 4
+#define CHUNK 32
 /* The most rows of x in one call of lowbit_matmul */
 #define MATMUL_ROWS 4
 /* The most numbers of a head in lowbit_attention */
 #define LONGEST_HEAD 512
 /* Of an operand in lowbit_run */
 #define DIMENSIONS 4
-/* Inputs that a group of lowbit_gemm has some whole number of times */
-#define GEMM_GROUP 32
 /* Of an operand of lowbit_primitive */
 #define PRIMITIVE_BYTES 64
 
 #define CONSTANTS(CONSTANT) \
-    CONSTANT(ROWS) CONSTANT(LANES) CONSTANT(MATMUL_ROWS) CONSTANT(LONGEST_HEAD) CONSTANT(DIMENSIONS) \
-    CONSTANT(GEMM_GROUP) CONSTANT(PRIMITIVE_BYTES)
+    CONSTANT(ROWS) CONSTANT(PART) CONSTANT(CHUNK) CONSTANT(MATMUL_ROWS) CONSTANT(LONGEST_HEAD) CONSTANT(DIMENSIONS) \
+    CONSTANT(PRIMITIVE_BYTES)
 
 /* Instruction sets, each with all that those before it have, but for AVXVNNI: x86 with 256 or 512 bits, whose names end
    with what multiplies. build.py has the flags, levels.c says which a machine runs. */
@@ -39,13 +38,14 @@
 
 /* How lowbit_gemm multiplies */
 #define ARITHMETICS(ENUMERATOR) ENUMERATOR(INT8) ENUMERATOR(BF16)
-#define PRIMITIVES(ENUMERATOR) ENUMERATOR(DOT_S16) ENUMERATOR(DOT_U8S8) ENUMERATOR(DOT_BF16) ENUMERATOR(FMA_F32)
+#define PRIMITIVES(ENUMERATOR) ENUMERATOR(DOT_S16) ENUMERATOR(DOT_U8S16) ENUMERATOR(DOT_U8S8) ENUMERATOR(DOT_BF16) ENUMERATOR(FMA_F32)
 
 /* A packed weight. group_size: inputs that share a scale; integer_inputs: whether x holds integers below 256. */
 #define WEIGHT(FIELD)                                                                           \
-    FIELD(Weight, const void *, codes)   /* vectors of LANES words [blocks, chunks, ROWS] */    \
-    FIELD(Weight, const float *, scales) /* [blocks, groups, ROWS] */                           \
-    FIELD(Weight, const float *, zeros)  /* [blocks, groups, ROWS]; NULL: the middle code */    \
+    FIELD(Weight, const void *, codes)    /* words [blocks, slices, ROWS] */                    \
+    FIELD(Weight, const void *, scales)   /* [blocks, groups, ROWS] */                          \
+    FIELD(Weight, const uint8_t *, zeros) /* [blocks, groups, ROWS]; NULL: the middle code */   \
+    FIELD(Weight, int64_t, scale_dtype)                                                         \
     FIELD(Weight, int64_t, bits)                                                                \
     FIELD(Weight, int64_t, out_features)                                                        \
     FIELD(Weight, int64_t, in_features)                                                         \

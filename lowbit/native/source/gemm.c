@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* y = x W^T for many rows of x: a tile of W, TILE rows of it, is unpacked once and multiplied by all rows of x.
 
-   INT8: BLOCK inputs share a scale, x = x_scale * x_code with codes from -127 to 127, and
+   INT8: the CHUNK inputs of a block share a scale, x = x_scale * x_code with codes from -127 to 127, and
        y[m, n] = sum over steps of  scale[n] * (of_codes - zero[n] * of_inputs)
        of_codes  = sum over blocks of the step of  x_scale[m] * (sum in the block of code * x_code)
        of_inputs = sum over blocks of the step of  x_scale[m] * (sum in the block of x_code).
@@ -25,12 +25,10 @@
 #include <string.h>
 
 #include "packed.h"
-#include "vectors.h"
 
 #define STEP 256 /* 256 * 255 * 127 < 2^24 */
-#define BLOCK 32 /* inputs that share a scale; GEMM_GROUP of abi.h divides a group for it to have one of W */
-#define COLUMNS (VECTOR == 64 ? 8 : 4) /* rows of x whose sums are in registers */
-#define VECTORS (VECTOR == 64 ? 1 : 2) /* of rows of W, the same */
+#define COLUMNS 4 /* rows of x whose sums are in registers */
+#define VECTORS 2 /* of rows of W, the same */
 #define TILE (VECTORS * WIDE)
 #define SMALLEST 0x1p-80f /* the largest input of a block, or its inverse would not be finite */
 #define ALIGNMENT 64
@@ -40,35 +38,44 @@
 typedef struct {
     char *codes;
     float *scales, *sums;
-    int64_t row_bytes, blocks, steps;
+    int64_t row_bytes, blocks, steps, parts;
 } Inputs;
 
+/* Of TILE rows of W from row n on: parts [parts][VECTORS], scales and zeros [groups][VECTORS] */
 typedef struct {
     vector_u32 *parts;
-    vector_f32 *scales, *zeros; /* [groups][VECTORS] */
+    vector_f32 *scales, *zeros;
+    int64_t n;
 } Tile;
 
 INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
-INLINE int64_t width_of(const Weight *w) { return chunks_of(w) * chunk_of(w); }
-INLINE int64_t step_of(const Weight *w) { return smaller(w->group_size, STEP); }
-INLINE int64_t size_of(int64_t arithmetic) { return arithmetic == INT8 ? 1 : 2; }
+
+/* Of a group, of which it is a whole part where there are several */
+INLINE int64_t step_of(const Weight *w) {
+    int64_t step = smaller(w->group_size, STEP);
+    while (groups_of(w) > 1 && w->group_size % step) step -= CHUNK;
+    return step;
+}
+
+INLINE int64_t code_size(int64_t arithmetic) { return arithmetic == INT8 ? 1 : 2; }
 
 /* Where inputs are in the scratch. Returns their bytes. */
 static int64_t place_inputs(const Weight *w, int64_t arithmetic, int64_t rows, char *scratch, Inputs *to) {
     /* not a power of two apart, or rows of x would share the sets of a cache */
-    const int64_t row_bytes = width_of(w) * size_of(arithmetic) + ALIGNMENT;
-    const int64_t blocks = arithmetic == INT8 ? ceil_div(w->in_features, BLOCK) : 0;
+    const int64_t row_bytes = width_of(w) * code_size(arithmetic) + ALIGNMENT;
+    const int64_t blocks = arithmetic == INT8 ? ceil_div(w->in_features, CHUNK) : 0;
     const int64_t steps = arithmetic == INT8 ? ceil_div(w->in_features, step_of(w)) : 0;
+    const int64_t parts = width_of(w) * code_size(arithmetic) / 4;
     const int64_t codes = aligned(rows * row_bytes), scales = aligned(rows * blocks * 4);
-    *to = (Inputs){scratch, (float *)(scratch + codes), (float *)(scratch + codes + scales), row_bytes, blocks, steps};
+    *to = (Inputs){scratch, (float *)(scratch + codes), (float *)(scratch + codes + scales), row_bytes, blocks, steps, parts};
     return codes + scales + aligned(rows * steps * 4);
 }
 
 /* The same for the tile of one thread */
 static int64_t place_tile(const Weight *w, int64_t arithmetic, char *scratch, Tile *to) {
-    const int64_t parts = width_of(w) * size_of(arithmetic) / 4 * VECTORS * VECTOR;
+    const int64_t parts = width_of(w) * code_size(arithmetic) / 4 * VECTORS * VECTOR;
     const int64_t numbers = groups_of(w) * VECTORS * VECTOR;
-    *to = (Tile){(vector_u32 *)scratch, (vector_f32 *)(scratch + parts), (vector_f32 *)(scratch + parts + numbers)};
+    *to = (Tile){(vector_u32 *)scratch, (vector_f32 *)(scratch + parts), (vector_f32 *)(scratch + parts + numbers), 0};
     return aligned(parts + 2 * numbers);
 }
 
@@ -78,25 +85,26 @@ int64_t KERNEL(lowbit_gemm_scratch)(const Weight *w, int64_t arithmetic, int64_t
     return place_inputs(w, arithmetic, rows, 0, &inputs) + threads * place_tile(w, arithmetic, 0, &tile);
 }
 
-/* One block of x, of which `count` inputs are there, as codes. Returns their sum. */
-static int32_t to_bytes(const float *x, int64_t count, int8_t *codes, float *scale) {
+/* One block of x as codes. Returns their sum. */
+static int32_t to_bytes(const float *x, int8_t *codes, float *scale) {
     uint32_t bits = bits_of(SMALLEST); /* as bits, what is not a number is the largest */
-    for (int64_t k = 0; k < count; k++) {
+    for (int64_t k = 0; k < CHUNK; k++) {
         const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
         bits = magnitude > bits ? magnitude : bits;
     }
-    memset(codes, 0, BLOCK);
-    *scale = NAN; /* an input that is not finite makes y NaN */
-    if (bits >= bits_of(INFINITY)) return 0;
+    if (bits >= bits_of(INFINITY)) { /* an input that is not finite makes y NaN */
+        memset(codes, 0, CHUNK), *scale = NAN;
+        return 0;
+    }
     const float largest = of_bits(bits), inverse = 127.0f / largest;
     int32_t sum = 0;
-    for (int64_t k = 0; k < count; k++) sum += codes[k] = (int8_t)(int32_t)rintf(x[k] * inverse);
+    for (int64_t k = 0; k < CHUNK; k++) sum += codes[k] = (int8_t)(int32_t)rintf(x[k] * inverse);
     *scale = largest / 127.0f;
     return sum;
 }
 
-static void to_inputs(const Weight *w, int64_t arithmetic, const void *x, int dtype, int64_t m, Inputs to) {
-    const int64_t size = w->in_features, first = m * size, step_blocks = step_of(w) / BLOCK;
+static __attribute__((noinline)) void to_inputs(const Weight *w, int64_t arithmetic, const void *x, int dtype, int64_t m, Inputs to) {
+    const int64_t size = w->in_features, first = m * size, step_blocks = step_of(w) / CHUNK;
     char *row = to.codes + m * to.row_bytes;
     if (arithmetic == BF16) {
         memcpy(row, (const uint16_t *)x + first, (size_t)size * 2);
@@ -105,72 +113,55 @@ static void to_inputs(const Weight *w, int64_t arithmetic, const void *x, int dt
     }
     float *scales = to.scales + m * to.blocks, *sums = to.sums + m * to.steps;
     for (int64_t block = 0; block < to.blocks; block++) {
-        const int64_t start = block * BLOCK, count = smaller(BLOCK, size - start);
-        float wide[BLOCK];
-        for (int64_t k = 0; k < count; k++) wide[k] = load(x, dtype, first + start + k);
-        const float sum = (float)to_bytes(wide, count, (int8_t *)row + start, scales + block);
+        const int64_t start = block * CHUNK, count = smaller(CHUNK, size - start);
+        float wide[CHUNK] = {0};
+        if (count == CHUNK)
+            for (int64_t k = 0; k < CHUNK; k += WIDE) {
+                const vector_f32 lanes = load_lanes(x, dtype, first + start + k, WIDE);
+                memcpy(wide + k, &lanes, VECTOR);
+            }
+        else
+            for (int64_t k = 0; k < count; k++) wide[k] = load(x, dtype, first + start + k);
+        const float sum = (float)to_bytes(wide, (int8_t *)row + start, scales + block);
         float *of_step = sums + block / step_blocks;
         *of_step = __builtin_fmaf(-sum, scales[block], block % step_blocks ? *of_step : 0);
     }
 }
 
-/* The zeros of ROWS rows, [ROWS][4], in the group that is being unpacked: `left` parts of four inputs are left of it, the
-   next one has the scales from number `next` on */
-typedef struct {
-    int64_t next, left;
-    int32_t zeros[ROWS * 4];
-} Group;
-
-/* A chunk of ROWS rows of W from n on into the lanes of a tile */
-INLINE void unpack_chunk(const Weight *w, int arithmetic, int bits, int64_t n, int64_t chunk, Group *group,
-                         uint32_t *lanes) {
-    enum { PARTS = 16 / 2 * LANES / 4 }; /* of a chunk, at most */
-    const int64_t parts = 16 / bits * LANES / 4;
-    const void *from = (const words *)w->codes + vector_of(w, n, chunk);
-    uint32_t codes[PARTS][ROWS];
-    if (arithmetic == INT8) {
-        unpack_bytes(from, bits, lanes + chunk * parts * TILE, TILE);
-        return;
-    }
-    unpack_bytes(from, bits, codes[0], ROWS);
-    for (int64_t part = 0; part < parts; part++, group->left--) {
-        if (!group->left && (chunk * parts + part) * 4 < w->in_features) {
-            group->left = w->group_size / 4;
-            for (int i = 0; i < 4 * ROWS; i++) group->zeros[i] = (int32_t)zero_of(w, group->next + i / 4);
-            group->next += ROWS;
+/* Vector v of a tile. bits and arithmetic are constants. */
+INLINE void unpack_rows(const Weight *w, int arithmetic, int bits, int v, Tile to) {
+    const int64_t slices = slices_of(w), fields = 8 / bits, group_slices = w->group_size / (fields * PART);
+    const int64_t n = smaller(to.n + v * WIDE, blocks_of(w) * ROWS - WIDE); /* behind the last row any is as good */
+    const uint32_t *words = words_of(w, n);
+    vector_u32 *part = to.parts + v;
+    for (int64_t group = 0, slice = 0; group < groups_of(w); group++) {
+        const int64_t number = number_of(w, n, group), end = group + 1 < groups_of(w) ? slice + group_slices : slices;
+        const vector_s32 zeros = zeros_at(w, number);
+        to.scales[group * VECTORS + v] = scales_at(w, number);
+        to.zeros[group * VECTORS + v] = __builtin_convertvector(zeros, vector_f32);
+        for (; slice < end; slice++, words += ROWS) {
+            vector_u8 word;
+            memcpy(&word, words, VECTOR);
+#pragma GCC unroll 4
+            for (int f = 0; f < fields; f++) {
+                const vector_u8 codes = (vector_u8)((vector_u16)word >> bits * f) & (uint8_t)((1 << bits) - 1);
+                if (arithmetic == INT8) {
+                    *part = (vector_u32)codes, part += VECTORS;
+                } else {
+                    part[0] = pair_bf16(codes, zeros, 0), part[VECTORS] = pair_bf16(codes, zeros, 1);
+                    part += 2 * VECTORS;
+                }
+            }
         }
-        to_bf16((const uint8_t *)codes[part], group->zeros, lanes + (chunk * parts + part) * 2 * TILE, TILE);
     }
 }
 
-/* The codes of rows [n, n + rows) of W, chunk by chunk: a part of a tile is written while it is in the cache */
-INLINE void unpack_codes(const Weight *w, int arithmetic, int bits, int64_t n, int64_t rows, Tile to) {
-    const int64_t chunks = chunks_of(w);
-    Group groups[TILE / ROWS];
-    for (int64_t r = 0; r < rows; r += ROWS) groups[r / ROWS] = (Group){.next = scale_of(w, n + r, 0)};
-    for (int64_t chunk = 0; chunk < chunks; chunk++)
-        for (int64_t r = 0; r < rows; r += ROWS)
-            unpack_chunk(w, arithmetic, bits, n + r, chunk, groups + r / ROWS, (uint32_t *)to.parts + r);
-}
-
-/* Rows [n, n + TILE) of W; zeros where there are none */
-static void unpack_tile(const Weight *w, int arithmetic, int64_t n, Tile to) {
-    const int64_t groups = groups_of(w), rows = smaller(TILE, blocks_of(w) * ROWS - n);
-    if (rows < TILE) {
-        memset(to.parts, 0, (size_t)(width_of(w) * size_of(arithmetic) / 4 * VECTORS * VECTOR));
-        memset(to.scales, 0, (size_t)(groups * VECTORS * VECTOR));
-        memset(to.zeros, 0, (size_t)(groups * VECTORS * VECTOR));
-    }
+static __attribute__((noinline)) void unpack_tile(const Weight *w, int arithmetic, Tile to) {
 #define CASE(ARITHMETIC, BITS) \
-    if (arithmetic == ARITHMETIC && w->bits == BITS) unpack_codes(w, ARITHMETIC, BITS, n, rows, to);
+    if (arithmetic == ARITHMETIC && w->bits == BITS) \
+        for (int v = 0; v < VECTORS; v++) unpack_rows(w, ARITHMETIC, BITS, v, to);
     CASE(INT8, 2) CASE(INT8, 4) CASE(INT8, 8) CASE(BF16, 2) CASE(BF16, 4) CASE(BF16, 8)
 #undef CASE
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t group = 0; group < groups; group++) {
-            const int64_t from = scale_of(w, n + r, group * w->group_size);
-            ((float *)(to.scales + group * VECTORS))[r] = w->scales[from];
-            ((float *)(to.zeros + group * VECTORS))[r] = zero_of(w, from);
-        }
 }
 
 typedef vector_f32 Totals[COLUMNS][VECTORS];
@@ -184,10 +175,10 @@ INLINE void multiply_block(int bits, int columns, const vector_u32 *parts, Input
     Partial sums[COLUMNS][VECTORS];
     EACH_SUM sums[m][v] = (Partial){0};
 #pragma GCC unroll 8
-    for (int part = 0; part < BLOCK / 4; part++)
+    for (int part = 0; part < CHUNK / 4; part++)
 #pragma GCC unroll 8
         for (int m = 0; m < columns; m++) {
-            const vector_s8 inputs = (vector_s8)everywhere(x.codes + m * x.row_bytes + block * BLOCK + part * 4);
+            const vector_s8 inputs = (vector_s8)everywhere(x.codes + m * x.row_bytes + block * CHUNK + part * 4);
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; v++)
                 sums[m][v] = dot_u8s8(sums[m][v], (vector_u8)parts[part * VECTORS + v], inputs, bits);
@@ -198,32 +189,32 @@ INLINE void multiply_block(int bits, int columns, const vector_u32 *parts, Input
     }
 }
 
-INLINE void multiply_int8(const Weight *w, int bits, int columns, Tile tile, Inputs x, Totals total) {
-    const int64_t step_blocks = step_of(w) / BLOCK;
+INLINE void multiply_int8(int64_t step_blocks, int64_t group_steps, int bits, int columns, Tile tile, Inputs x, Totals total) {
+    const vector_f32 *scale = tile.scales, *zero = tile.zeros;
+    int64_t in_group = 0, block = 0;
     for (int64_t step = 0; step < x.steps; step++) {
-        const int64_t group = step * step_of(w) / w->group_size;
-        const vector_f32 *scale = tile.scales + group * VECTORS, *zero = tile.zeros + group * VECTORS;
         Totals of_step;
         EACH_SUM of_step[m][v] = zero[v] * x.sums[m * x.steps + step];
-        for (int64_t block = step * step_blocks; block < smaller((step + 1) * step_blocks, x.blocks); block++)
-            multiply_block(bits, columns, tile.parts + block * (BLOCK / 4) * VECTORS, x, block, of_step);
+        for (const int64_t end = smaller(block + step_blocks, x.blocks); block < end; block++)
+            multiply_block(bits, columns, tile.parts + block * (CHUNK / 4) * VECTORS, x, block, of_step);
         EACH_SUM total[m][v] = fma_f32(of_step[m][v], scale[v], total[m][v]);
+        if (++in_group == group_steps) in_group = 0, scale += VECTORS, zero += VECTORS;
     }
 }
 
-INLINE void multiply_bf16(const Weight *w, int columns, Tile tile, Inputs x, Totals total) {
-    const int64_t parts = width_of(w) / 2, group_parts = w->group_size / 2, groups = groups_of(w);
-    for (int64_t group = 0; group < groups; group++) {
+INLINE void multiply_bf16(int64_t group_parts, int columns, Tile tile, Inputs x, Totals total) {
+    const vector_f32 *scale = tile.scales;
+    for (int64_t part = 0; part < x.parts; scale += VECTORS) {
         Totals sums;
         EACH_SUM sums[m][v] = (vector_f32){0};
-        for (int64_t part = group * group_parts; part < smaller((group + 1) * group_parts, parts); part++)
+        for (const int64_t end = smaller(part + group_parts, x.parts); part < end; part++)
 #pragma GCC unroll 8
             for (int m = 0; m < columns; m++) {
                 const vector_u32 inputs = (vector_u32)everywhere(x.codes + m * x.row_bytes + part * 4);
 #pragma GCC unroll 2
                 for (int v = 0; v < VECTORS; v++) sums[m][v] = dot_bf16(sums[m][v], tile.parts[part * VECTORS + v], inputs);
             }
-        EACH_SUM total[m][v] = fma_f32(sums[m][v], tile.scales[group * VECTORS + v], total[m][v]);
+        EACH_SUM total[m][v] = fma_f32(sums[m][v], scale[v], total[m][v]);
     }
 }
 
@@ -233,31 +224,55 @@ typedef struct {
     int dtype;
 } Outputs;
 
-/* Rows [first, first + columns) of x times the tile of the rows of W from n on */
-INLINE void multiply(const Weight *w, int arithmetic, int bits, int columns, Tile tile, Inputs x, int64_t n, int64_t first,
-                     Outputs to) {
-    Totals total;
-    EACH_SUM total[m][v] = (vector_f32){0};
-    x.codes += first * x.row_bytes, x.scales += first * x.blocks, x.sums += first * x.steps;
-    if (arithmetic == INT8)
-        multiply_int8(w, bits, columns, tile, x, total);
-    else
-        multiply_bf16(w, columns, tile, x, total);
-    const int64_t there = smaller(TILE, w->out_features - n);
-    for (int m = 0; m < columns; m++)
-        for (int64_t r = 0; r < there; r++)
-            store(to.y, to.dtype, (first + m) * w->out_features + n + r,
-                  total[m][r / WIDE][r % WIDE] + (to.bias ? load(to.bias, to.dtype, n + r) : 0));
+/* Where a row of x is multiplied with a tile: all that its kernels need to know */
+typedef struct {
+    Tile tile;
+    Inputs x;
+    int64_t step_blocks, group_steps, group_parts;
+} Product;
+
+/* `columns` rows of x times the tile. Each a function of its own, with constants: sums have all registers. */
+typedef void Multiply(const Product *, Totals to);
+#define MULTIPLY(NAME, COLUMNS_, CALL)                                              \
+    static __attribute__((noinline)) void NAME(const Product *p, Totals to) {       \
+        enum { columns = COLUMNS_ };                                                \
+        Totals total;                                                               \
+        EACH_SUM total[m][v] = (vector_f32){0};                                     \
+        CALL;                                                                       \
+        EACH_SUM to[m][v] = total[m][v];                                            \
+    }
+#define MULTIPLY_ALL(NAME, CALL) \
+    MULTIPLY(NAME##_1, 1, CALL)  \
+    MULTIPLY(NAME##_2, 2, CALL)  \
+    MULTIPLY(NAME##_4, 4, CALL)  \
+    static Multiply *const NAME[] = {NAME##_1, NAME##_2, NAME##_4};
+MULTIPLY_ALL(bytes_of_4_bits, multiply_int8(p->step_blocks, p->group_steps, 4, columns, p->tile, p->x, total))
+MULTIPLY_ALL(bytes_of_8_bits, multiply_int8(p->step_blocks, p->group_steps, 8, columns, p->tile, p->x, total))
+MULTIPLY_ALL(halves, multiply_bf16(p->group_parts, columns, p->tile, p->x, total))
+
+/* y of `columns` rows of x from row `first` on */
+static void finish(const Weight *w, int64_t n, int64_t first, int columns, Totals total, Outputs to) {
+    EACH_SUM {
+        const int64_t row = n + v * WIDE, count = smaller(WIDE, w->out_features - row);
+        if (count <= 0) continue;
+        if (to.bias) total[m][v] += load_lanes(to.bias, to.dtype, row, count);
+        store_lanes(to.y, to.dtype, (first + m) * w->out_features + row, count, total[m][v]);
+    }
 }
 
-/* All rows of x */
-INLINE void multiply_rows(const Weight *w, int arithmetic, int bits, Tile tile, Inputs x, int64_t n, int64_t rows,
-                          Outputs to) {
-    int64_t m = 0;
-    if (arithmetic != INT8 || sums_for(bits) == 1) /* others have no registers for more than two rows */
-        for (; m + COLUMNS <= rows; m += COLUMNS) multiply(w, arithmetic, bits, COLUMNS, tile, x, n, m, to);
-    for (; m + 2 <= rows; m += 2) multiply(w, arithmetic, bits, 2, tile, x, n, m, to);
-    for (; m < rows; m++) multiply(w, arithmetic, bits, 1, tile, x, n, m, to);
+/* All rows of x times a tile */
+static void multiply_rows(const Weight *w, int arithmetic, Tile tile, Inputs x, int64_t rows, Outputs to) {
+    Multiply *const *function = arithmetic == BF16 ? halves : w->bits <= 4 ? bytes_of_4_bits : bytes_of_8_bits;
+    Product p = {tile, x, step_of(w) / CHUNK, ceil_div(w->group_size, step_of(w)), w->group_size / 2};
+    const int few = arithmetic == INT8 && sums_for((int)w->bits) > 1; /* no registers for more than two rows */
+    for (int64_t m = 0, many; m < rows; m += many) {
+        const int power = rows - m >= 4 && !few ? 2 : rows - m >= 2;
+        Totals total;
+        many = 1 << power;
+        function[power](&p, total);
+        finish(w, tile.n, m, (int)many, total, to);
+        p.x.codes += many * x.row_bytes, p.x.scales += many * x.blocks, p.x.sums += many * x.steps;
+    }
 }
 
 /* All rows of x that a weight has, which are those from `first` on of x and y */
@@ -266,13 +281,9 @@ INLINE void multiply_weight(const Weight *w, int arithmetic, Tile tile, Inputs x
     to.y = row_at(to.y, to.dtype, first, w->out_features);
 #pragma omp for schedule(dynamic) nowait
     for (int64_t n = 0; n < w->out_features; n += TILE) {
-        unpack_tile(w, arithmetic, n, tile);
-        if (arithmetic == BF16)
-            multiply_rows(w, BF16, 0, tile, x, n, rows, to);
-        else if (w->bits <= 4)
-            multiply_rows(w, INT8, 4, tile, x, n, rows, to);
-        else
-            multiply_rows(w, INT8, 8, tile, x, n, rows, to);
+        tile.n = n;
+        unpack_tile(w, arithmetic, tile);
+        multiply_rows(w, arithmetic, tile, x, rows, to);
     }
 }
 
@@ -300,7 +311,7 @@ void KERNEL(lowbit_gemm_experts)(const Weight *w, const Experts *e, int64_t arit
     }
 }
 
-/* y [rows, out_features] = x W^T + bias, which may be NULL; all three of `dtype`, which is bfloat16 for BF16. GEMM_GROUP
+/* y [rows, out_features] = x W^T + bias, which may be NULL; all three of `dtype`, which is bfloat16 for BF16. CHUNK
    divides the group size. scratch has lowbit_gemm_scratch bytes, aligned to 64. */
 void KERNEL(lowbit_gemm)(const Weight *w, int64_t arithmetic, const void *x, int64_t dtype, const void *bias, void *y,
                          int64_t rows, int64_t threads, void *scratch) {

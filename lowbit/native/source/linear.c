@@ -16,36 +16,39 @@
 #include <string.h>
 
 #include "packed.h"
-#include "vectors.h"
 
-#define COLUMNS 4 /* rows of x that share the unpacking of a code, where there are as many */
 #define STEP 256  /* 256 * 255 * 2^15 < 2^31 */
 #define INTEGER_STEP (1 << 15) /* 2^15 * 255 * 255 < 2^31 */
 #define AHEAD 4096 /* bytes, of what is fetched while codes are multiplied */
-#define ROW_BYTES (2 * LANES)
-#define VECTORS (ROWS * ROW_BYTES / VECTOR) /* of a chunk of a block */
-#define VECTOR_ROWS (VECTOR / ROW_BYTES)
+#define REGISTERS (VECTOR == 64 ? 16 : 8) /* for sums */
+#define COLUMNS (REGISTERS / 2) /* rows of x that share the unpacking of a code, where there are as many */
+#define VECTORS 2 /* of rows of W, that share the repeating of an input, where there are registers */
+#define TILE (VECTORS * WIDE)
 
-typedef int16_t shorts __attribute__((vector_size(ROW_BYTES)));
-typedef vector_u16 unaligned_words __attribute__((aligned(2)));
-
-/* x [rows, in_features] as integers: codes [rows, chunks, fields], which are `vectors` for a row; for each of the steps,
-   2^exponent and the sums of lanes */
+/* x [rows, in_features] as integers: codes [rows, parts], PART of them as `arranged`; for each of the steps, 2^exponent
+   and minus the sum of the integers */
 typedef struct {
-    shorts *codes;
-    integers *sums;
+    uint64_t *codes;
+    int32_t *sums;
     float *scales;
-    int64_t vectors, steps;
+    int64_t parts, steps;
 } Inputs;
 
-/* Of a step: a lone row of x has two sums for each vector, or a product would wait for the one before it */
-typedef vector_s32 Sums[VECTORS][COLUMNS][2];
+/* Of a step: a lone row of x has two for each vector, or a product would wait for the one before it */
+typedef Wide Sums[VECTORS][COLUMNS][2];
 
 INLINE int64_t step_of(const Weight *w) { return smaller(w->group_size, w->integer_inputs ? INTEGER_STEP : STEP); }
-INLINE int64_t steps_of(const Weight *w) { return ceil_div(w->in_features, step_of(w)); }
+INLINE int64_t group_steps_of(const Weight *w) { return ceil_div(w->group_size, step_of(w)); }
+INLINE int64_t steps_of(const Weight *w) { return groups_of(w) * group_steps_of(w); }
+
+/* Behind the last input of a step, and before the first one of the next */
+INLINE int64_t end_of(const Weight *w, int64_t step) {
+    const int64_t group = step / group_steps_of(w), in_group = step % group_steps_of(w) + 1;
+    return smaller(group * w->group_size + smaller(in_group * step_of(w), w->group_size), w->in_features);
+}
 
 INLINE Inputs of_row(Inputs x, int64_t m) {
-    return (Inputs){x.codes + m * x.vectors, x.sums + m * x.steps, x.scales + m * x.steps, x.vectors, x.steps};
+    return (Inputs){x.codes + m * x.parts, x.sums + m * x.steps, x.scales + m * x.steps, x.parts, x.steps};
 }
 
 /* y [rows, out_features], for a second piece of x with what the first has given; bias may be NULL */
@@ -55,208 +58,193 @@ typedef struct {
     int dtype, second;
 } Outputs;
 
-/* The sum of a row of W in its first lane, 0 in the others: integers are rounded once, when they become a float */
-INLINE vector_s32 row_totals(vector_s32 sums) {
-    vector_s32 totals = {0};
-    for (int lane = 0; lane < WIDE; lane++) totals[lane / WIDTH * WIDTH] += sums[lane];
-    return totals;
+/* y of WIDE rows of W, from row n on, and one row of x */
+INLINE void finish(const Weight *w, int64_t n, int64_t m, vector_f32 total, Outputs to) {
+    const int64_t count = smaller(WIDE, w->out_features - n), at = m * w->out_features + n;
+    if (count <= 0) return;
+    if (to.second)
+        total += load_lanes(to.y, to.dtype, at, count);
+    else if (to.bias)
+        total += load_lanes(to.bias, to.dtype, n, count);
+    store_lanes(to.y, to.dtype, at, count, total);
 }
 
-/* y of the rows of W in `vectors` vectors from number `first` of block `index`, and of `columns` rows of x */
-INLINE void finish(const Weight *w, int vectors, int columns, int64_t index, int first, vector_f32 (*total)[COLUMNS],
-                   Outputs to) {
-    for (int v = 0; v < vectors; v++)
-        for (int m = 0; m < columns; m++) {
-            floats rows[VECTOR_ROWS];
-            memcpy(rows, &total[v][m], VECTOR);
-            for (int r = 0; r < VECTOR_ROWS; r++) {
-                const int64_t row = index * ROWS + (first + v) * VECTOR_ROWS + r, at = m * w->out_features + row;
-                if (row >= w->out_features) continue;
-                float all = sum_of(rows[r]);
-                if (to.second)
-                    all += load(to.y, to.dtype, at);
-                else if (to.bias)
-                    all += load(to.bias, to.dtype, row);
-                store(to.y, to.dtype, at, all);
-            }
-        }
-}
+/* For each row of x and each vector of rows of W */
+#define EACH_SUM _Pragma("GCC unroll 8") for (int m = 0; m < columns; m++) _Pragma("GCC unroll 2") for (int v = 0; v < vectors; v++)
 
-/* The products of zeros and inputs, which those of codes and inputs are added to. zeros NULL: the middle code */
-INLINE void begin_step(const float *zeros, int bits, int vectors, int columns, Inputs x, int64_t step, Sums sums) {
-#pragma GCC unroll 4
-    for (int m = 0; m < columns; m++) {
-        const vector_s32 x_sums = (vector_s32)repeated(x.sums + m * x.steps + step);
-#pragma GCC unroll 4
+/* Slices [from, end) of W times `columns` rows of x */
+INLINE void add_slices(int bits, int vectors, int columns, const uint32_t *const words[VECTORS], Inputs x, int64_t from,
+                       int64_t end, Sums sums) {
+    const int fields = 8 / bits, chains = columns == 1 ? 2 : 1;
+    for (int64_t slice = from; slice < end; slice++) {
+        vector_u8 word[VECTORS];
+#pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
-            sums[v][m][0] = -(x_sums << (bits - 1));
-            if (zeros) sums[v][m][0] = -(__builtin_convertvector(spread(zeros + v * VECTOR_ROWS), vector_s32) * x_sums);
-            sums[v][m][1] = (vector_s32){0};
+            memcpy(word + v, words[v] + slice * ROWS, VECTOR);
+            __builtin_prefetch((const char *)(words[v] + slice * ROWS) + AHEAD); /* hardware stops at the end of a page */
         }
+#pragma GCC unroll 4
+        for (int f = 0; f < fields; f++)
+#pragma GCC unroll 8
+            for (int m = 0; m < columns; m++)
+#pragma GCC unroll 2
+                for (int v = 0; v < vectors; v++) {
+                    const vector_u8 codes = (vector_u8)((vector_u16)word[v] >> bits * f) & (uint8_t)((1 << bits) - 1);
+                    Wide *sum = &sums[v][m][f % chains];
+                    *sum = dot_u8s16(*sum, codes, x.codes + m * x.parts + slice * fields + f, bits);
+                }
     }
 }
 
-INLINE void end_step(const Weight *w, const float *scales, int vectors, int columns, Inputs x, int64_t step, Sums sums,
-                     vector_f32 (*total)[COLUMNS]) {
-#pragma GCC unroll 4
-    for (int m = 0; m < columns; m++) {
-        const float x_scale = x.scales[m * x.steps + step];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            vector_s32 sum = columns == 1 ? sums[v][m][0] + sums[v][m][1] : sums[v][m][0];
-            if (w->integer_inputs) sum = row_totals(sum);
-            const vector_f32 scale = spread(scales + v * VECTOR_ROWS) * x_scale;
+/* `vectors` vectors of rows of W, from row n on, times `columns` rows of x */
+INLINE void product(const Weight *w, int bits, int vectors, int columns, int64_t n, Inputs x, Outputs to) {
+    const int64_t slice_inputs = PART * 8 / bits, group_steps = group_steps_of(w);
+    int64_t number[VECTORS], in_group = 0, slice = 0;
+    const uint32_t *words[VECTORS];
+    vector_f32 total[VECTORS][COLUMNS] = {0};
+    for (int v = 0; v < vectors; v++) {
+        const int64_t row = smaller(n + v * WIDE, blocks_of(w) * ROWS - WIDE); /* behind the last any is as good */
+        words[v] = words_of(w, row), number[v] = number_of(w, row, 0);
+    }
+    for (int64_t step = 0; step < x.steps; step++) {
+        const int64_t end = ceil_div(end_of(w, step), slice_inputs);
+        Sums sums;
+        EACH_SUM {
+            const vector_s32 x_sums = everywhere(x.sums + m * x.steps + step);
+            const vector_s32 middle = x_sums << (bits - 1);
+            sums[v][m][0] = (Wide){w->zeros ? zeros_at(w, number[v]) * x_sums : middle, {0}};
+            sums[v][m][1] = (Wide){{0}, {0}};
+        }
+        add_slices(bits, vectors, columns, words, x, slice, end, sums);
+        EACH_SUM {
+            vector_s32 sum = total_of(sums[v][m][0], bits);
+            if (columns == 1) sum += total_of(sums[v][m][1], bits);
+            const vector_f32 scale = scales_at(w, number[v]) * (vector_f32)everywhere(x.scales + m * x.steps + step);
             total[v][m] = fma_f32(__builtin_convertvector(sum, vector_f32), scale, total[v][m]);
         }
+        slice = end;
+        if (++in_group == group_steps) {
+            in_group = 0;
+            for (int v = 0; v < vectors; v++) number[v] += ROWS;
+        }
+    }
+    EACH_SUM finish(w, n + v * WIDE, m, total[v][m], to);
+}
+
+typedef void Kernel(const Weight *, int64_t n, Inputs x, Outputs to);
+
+/* A tile of W times a number of rows of x: a function for each (bits, rows), so that both are constants and sums have all
+   registers. */
+#define BITS(_) _(2) _(4) _(8)
+#define DEFINE(NUMBER, MANY)                                                                                         \
+    static __attribute__((noinline)) void kernel_##NUMBER##_##MANY(const Weight *w, int64_t n, Inputs x, Outputs to) { \
+        const int columns = MANY < COLUMNS ? MANY : COLUMNS, vectors = columns == COLUMNS ? 1 : VECTORS;             \
+        for (int v = 0; v < VECTORS; v += vectors) product(w, NUMBER, vectors, columns, n + v * WIDE, x, to);        \
+    }
+#define DEFINE_ALL(NUMBER)                                             \
+    DEFINE(NUMBER, 1) DEFINE(NUMBER, 2) DEFINE(NUMBER, 4) DEFINE(NUMBER, 8) \
+    static Kernel *const kernels_##NUMBER[] = {kernel_##NUMBER##_1, kernel_##NUMBER##_2, kernel_##NUMBER##_4, kernel_##NUMBER##_8};
+BITS(DEFINE_ALL)
+
+/* A tile times all rows of x */
+static void all_rows(const Weight *w, int64_t n, Inputs x, Outputs to, int64_t rows) {
+    Kernel *const *kernels = w->bits == 2 ? kernels_2 : w->bits == 4 ? kernels_4 : kernels_8;
+    for (int64_t m = 0, many; m < rows; m += many) {
+        int power = COLUMNS == 8 ? 3 : 2;
+        while (1 << power > rows - m) power--;
+        const Outputs there = {row_at(to.y, to.dtype, m, w->out_features), to.bias, to.dtype, to.second};
+        kernels[power](w, n, of_row(x, m), there);
+        many = 1 << power;
     }
 }
 
-/* `vectors` vectors from number `first` of a block times `columns` rows of x. chunk_steps: steps in a chunk, 1 where a
-   step has whole chunks. */
-INLINE void block(const Weight *w, int bits, int chunk_steps, int vectors, int columns, int64_t index, int first,
-                  Inputs x, Outputs to) {
-    const int fields = 16 / bits, step_fields = fields / chunk_steps, chains = columns == 1 ? 2 : 1;
-    const int64_t chunks = chunks_of(w), groups = groups_of(w);
-    const int64_t step_chunks = ceil_div(step_of(w), chunk_of(w)), group_steps = ceil_div(w->group_size, step_of(w));
-    const unaligned_words *codes = (const unaligned_words *)w->codes + index * chunks * VECTORS + first;
-    const float *scales = w->scales + index * groups * ROWS + first * VECTOR_ROWS;
-    const float *zeros = w->zeros ? w->zeros + index * groups * ROWS + first * VECTOR_ROWS : 0;
-    vector_f32 total[VECTORS][COLUMNS] = {0};
-    int64_t step = 0, steps_done = 0; /* of all, and of the group */
-    for (int64_t start = 0; start < chunks; start += step_chunks) {
-        const int64_t end = smaller(start + step_chunks, chunks);
-#pragma GCC unroll 16
-        for (int part = 0; part < chunk_steps; part++) {
-            if (chunk_steps > 1 && step == x.steps) break; /* the rest of the chunk is padding */
-            Sums sums;
-            begin_step(zeros, bits, vectors, columns, x, step, sums);
-            for (int64_t chunk = start; chunk < end; chunk++) {
-                for (int byte = 0; byte < vectors * VECTOR; byte += 64) /* the hardware stops at the end of a page */
-                    __builtin_prefetch((const char *)(codes + chunk * VECTORS) + AHEAD + byte);
-#pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) {
-                    const vector_u16 word = codes[chunk * VECTORS + v];
-#pragma GCC unroll 16
-                    for (int f = part * step_fields; f < (part + 1) * step_fields; f++) {
-                        vector_u16 code = word >> (bits * f);
-                        if (f < fields - 1) code &= (uint16_t)((1 << bits) - 1);
-#pragma GCC unroll 4
-                        for (int m = 0; m < columns; m++) {
-                            vector_s32 *sum = &sums[v][m][f % chains];
-                            *sum = dot_s16(*sum, (vector_s16)code, repeated(x.codes + (m * chunks + chunk) * fields + f));
-                        }
-                    }
-                }
-            }
-            end_step(w, scales, vectors, columns, x, step, sums, total);
-            if (++steps_done == group_steps) {
-                steps_done = 0, scales += ROWS;
-                if (zeros) zeros += ROWS;
-            }
-            step++;
-        }
+/* The inputs of a step as integers; x becomes what they leave of it */
+static void step_to_integers(float *x, int64_t count, int is_integer, int16_t *codes, int32_t *sum, float *scale) {
+    uint32_t largest = 0; /* as bits: integers have a maximum that needs no care for what is not a number */
+    for (int64_t k = 0; k < count; k++) {
+        const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
     }
-    finish(w, vectors, columns, index, first, total, to);
-}
-
-/* One block times all rows of x */
-INLINE void block_columns(const Weight *w, int bits, int chunk_steps, int64_t index, Inputs x, Outputs to,
-                          int64_t columns) {
-    int64_t m = 0;
-#define FROM_M of_row(x, m), (Outputs){row_at(to.y, to.dtype, m, w->out_features), to.bias, to.dtype, to.second}
-    for (; m + COLUMNS <= columns; m += COLUMNS)
-        for (int first = 0; first < VECTORS; first += 2) /* as many sums as there are registers */
-            block(w, bits, chunk_steps, 2, COLUMNS, index, first, FROM_M);
-    for (; m < columns; m++) block(w, bits, chunk_steps, VECTORS, 1, index, 0, FROM_M);
-#undef FROM_M
-}
-
-typedef void Kernel(const Weight *, int64_t index, Inputs x, Outputs to, int64_t columns);
-
-/* A kernel for each (bits, steps in a chunk): they are constants in it */
-#define KERNELS(_) _(2, 1) _(2, 2) _(2, 4) _(2, 8) _(4, 1) _(4, 2) _(4, 4) _(8, 1) _(8, 2)
-#define DEFINE(BITS, STEPS)                                                                                          \
-    static void kernel_##BITS##_##STEPS(const Weight *w, int64_t index, Inputs x, Outputs to, int64_t columns) {     \
-        block_columns(w, BITS, STEPS, index, x, to, columns);                                                        \
+    *scale = NAN, *sum = 0; /* an input that is not finite makes y NaN */
+    if (largest >= bits_of(INFINITY)) {
+        memset(codes, 0, (size_t)count * sizeof *codes);
+        return;
     }
-KERNELS(DEFINE)
-
-static Kernel *kernel_for(const Weight *w) {
-    const int64_t chunk_steps = step_of(w) < chunk_of(w) ? chunk_of(w) / step_of(w) : 1;
-#define CASE(BITS, STEPS) \
-    if (w->bits == BITS && chunk_steps == STEPS) return kernel_##BITS##_##STEPS;
-    KERNELS(CASE)
-    return 0;
+    const int exponent = is_integer ? 0 : (largest >> 23 > 47 ? (int)(largest >> 23) : 47) - 127 - 14;
+    const float inverse = ldexpf(1.0f, -exponent);
+    const float unit = ldexpf(1.0f, exponent);
+    int32_t total = 0;
+    for (int64_t k = 0; k < count; k++) {
+        const float nearest = x[k] * inverse + 0x1.8p23f - 0x1.8p23f; /* rounds to an integer */
+        const float code = nearest > 32767.0f ? 32767.0f : nearest;
+        codes[k] = (int16_t)(int32_t)code;
+        total -= (int32_t)code;
+        x[k] -= code * unit;
+    }
+    *sum = total, *scale = unit;
 }
 
-/* One row of x as integers; x becomes what they leave of it */
-static void to_integers(const Weight *w, float *x, Inputs to) {
-    const int64_t step_size = step_of(w);
-    memset(to.codes, 0, chunks_of(w) * fields_of(w) * sizeof(shorts));
-    for (int64_t step = 0; step < steps_of(w); step++) {
-        const int64_t start = step * step_size, end = smaller(start + step_size, w->in_features);
-        int16_t *codes = (int16_t *)to.codes;
-        uint32_t largest = 0; /* as bits: integers have a maximum that needs no care for what is not a number */
-        for (int64_t k = start; k < end; k++) {
-            const uint32_t magnitude = bits_of(x[k]) & 0x7fffffff;
-            largest = magnitude > largest ? magnitude : largest;
-        }
-        to.scales[step] = NAN, to.sums[step] = (integers){0}; /* an input that is not finite makes y NaN */
-        if (largest >= bits_of(INFINITY)) continue;
-        const int exponent = w->integer_inputs ? 0 : (largest >> 23 > 47 ? (int)(largest >> 23) : 47) - 127 - 14;
-        const float scale = ldexpf(1.0f, exponent), inverse = ldexpf(1.0f, -exponent);
-        for (int64_t k = start; k < end; k++) {
-            const float nearest = x[k] * inverse + 0x1.8p23f - 0x1.8p23f; /* rounds to an integer */
-            const float code = nearest > 32767.0f ? 32767.0f : nearest;
-            codes[k] = (int16_t)(int32_t)code;
-            x[k] -= code * scale;
-        }
-        integers sums = {0};
-        for (int64_t v = start / LANES; v < ceil_div(end, LANES); v++)
-            for (int lane = 0; lane < WIDTH; lane++)
-                sums[lane] += codes[v * LANES + 2 * lane] + codes[v * LANES + 2 * lane + 1];
-        to.sums[step] = sums;
-        to.scales[step] = scale;
+/* One row of x; `integers`: its codes one by one, [width] */
+static void to_integers(const Weight *w, float *x, int16_t *integers, Inputs to) {
+    int64_t start = 0;
+    for (int64_t step = 0; step < to.steps; step++) {
+        const int64_t end = end_of(w, step);
+        step_to_integers(x + start, end - start, w->integer_inputs != 0, integers + start, to.sums + step, to.scales + step);
+        start = end;
+    }
+    memset(integers + start, 0, (size_t)(width_of(w) - start) * sizeof *integers);
+    for (int64_t part = 0; part < to.parts; part++) {
+        uint64_t four;
+        memcpy(&four, integers + part * PART, sizeof four);
+        to.codes[part] = arranged(four, (int)w->bits);
     }
 }
 
 /* Whether there is a kernel for a weight */
-int64_t KERNEL(lowbit_linear_knows)(const Weight *w) { return kernel_for(w) != 0; }
-
-/* Bytes of the scratch that lowbit_linear needs: inputs as integers, their sums and scales, and as floats */
-int64_t KERNEL(lowbit_linear_scratch)(const Weight *w, int64_t rows) {
-    const int64_t codes = chunks_of(w) * fields_of(w) * (int64_t)sizeof(shorts);
-    const int64_t steps = steps_of(w) * (int64_t)(sizeof(integers) + sizeof(float));
-    return rows * (codes + steps + w->in_features * (int64_t)sizeof(float));
+int64_t KERNEL(lowbit_linear_knows)(const Weight *w) {
+    const int whole = w->group_size % (PART * fields_of(w)) == 0 || groups_of(w) == 1;
+    return (w->bits == 2 || w->bits == 4 || w->bits == 8) && whole;
 }
 
-/* Rows [first, end) of x as integers, in all threads, which do not wait for each other. wide [rows, in_features]: what
-   earlier pieces have left of x, if there were any */
+/* Where things are in the scratch: inputs as integers, their sums and scales, and behind them, for each row, what `wide`
+   points to: itself as floats, and its integers */
+static Inputs place_inputs(const Weight *w, int64_t rows, void *scratch, float **wide) {
+    const int64_t parts = width_of(w) / PART, steps = steps_of(w);
+    Inputs to = {scratch, (int32_t *)((uint64_t *)scratch + rows * parts), 0, parts, steps};
+    to.scales = (float *)(to.sums + rows * steps);
+    *wide = to.scales + rows * steps;
+    return to;
+}
+
+/* Floats of one row that `wide` points to */
+INLINE int64_t wide_of(const Weight *w) { return width_of(w) + width_of(w) / 2; }
+
+/* Bytes of the scratch that lowbit_linear needs */
+int64_t KERNEL(lowbit_linear_scratch)(const Weight *w, int64_t rows) {
+    float *wide;
+    place_inputs(w, rows, 0, &wide);
+    return (int64_t)(intptr_t)(wide + rows * wide_of(w));
+}
+
+/* Rows [first, end) of x as integers, in all threads, which do not wait for each other. What earlier pieces have left of
+   x is in `wide`, if there were any. */
 static void to_rows(const Weight *w, const void *x, int dtype, int first_piece, int64_t first, int64_t end, float *wide,
                     Inputs to) {
 #pragma omp for schedule(static) nowait
     for (int64_t m = first; m < end; m++) {
-        float *row = wide + m * w->in_features;
+        float *row = wide + m * wide_of(w);
         if (first_piece)
             for (int64_t k = 0; k < w->in_features; k++) row[k] = load(x, dtype, m * w->in_features + k);
-        to_integers(w, row, of_row(to, m));
+        to_integers(w, row, (int16_t *)(row + width_of(w)), of_row(to, m));
     }
-}
-
-static Inputs place_inputs(const Weight *w, int64_t rows, void *scratch) {
-    const int64_t codes = chunks_of(w) * fields_of(w), steps = steps_of(w);
-    Inputs to = {scratch, (integers *)scratch + rows * codes, 0, codes, steps};
-    to.scales = (float *)(to.sums + rows * steps);
-    return to;
 }
 
 /* For several weights, whose rows of y are written, and zeros behind those of the last; bias [e->count, out_features] or
    NULL; otherwise as lowbit_linear */
 void KERNEL(lowbit_linear_experts)(const Weight *w, const Experts *e, const void *x, int64_t dtype, const void *bias,
                                    void *y, int64_t rows, int64_t pieces, void *scratch) {
-    const Inputs inputs = place_inputs(w, rows, scratch);
-    float *wide = inputs.scales + rows * inputs.steps;
-    Kernel *kernel = kernel_for(w);
+    float *wide;
+    const Inputs inputs = place_inputs(w, rows, scratch, &wide);
     const int64_t used = e->start[e->count];
     char *unused = row_at(y, (int)dtype, used, w->out_features);
     memset(unused, 0, (size_t)(row_at(y, (int)dtype, rows, w->out_features) - unused));
@@ -272,7 +260,7 @@ void KERNEL(lowbit_linear_experts)(const Weight *w, const Experts *e, const void
             const void *added = bias ? row_at(bias, (int)dtype, i, w->out_features) : 0;
             const Outputs to = {row_at(y, (int)dtype, first, w->out_features), added, (int)dtype, piece > 0};
 #pragma omp for schedule(static) nowait
-            for (int64_t index = 0; index < blocks_of(w); index++) kernel(&one, index, of_row(inputs, first), to, columns);
+            for (int64_t n = 0; n < w->out_features; n += TILE) all_rows(&one, n, of_row(inputs, first), to, columns);
         }
 #pragma omp barrier
     }

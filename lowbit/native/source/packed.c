@@ -19,33 +19,31 @@ static void in_large_pages(char *memory, int64_t bytes) {
 #endif
 }
 
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
-
-/* Codes of a row that `lanes` of a field have, the others are zero */
-INLINE words field_of(const uint8_t *from, int64_t lanes) {
-    bytes field = {0};
-    if (lanes >= LANES)
-        memcpy(&field, from, LANES);
-    else
-        memcpy(&field, from, (size_t)(lanes > 0 ? lanes : 0));
-    return __builtin_convertvector(field, words);
+/* PART codes from input k on, as bytes; those behind the last input are zero */
+INLINE uint32_t part_of(const uint8_t *row, int64_t k, int64_t size) {
+    uint32_t part = 0;
+    if (k + PART <= size)
+        memcpy(&part, row + k, PART);
+    else if (k < size)
+        memcpy(&part, row + k, (size_t)(size - k));
+    return part;
 }
 
 /* codes [out_features, in_features] -> packed, which holds nothing yet */
 void KERNEL(lowbit_pack)(const Weight *given, const uint8_t *codes, void *packed) {
-    const int64_t total = blocks_of(given) * ROWS;
-    in_large_pages(packed, total * chunks_of(given) * (int64_t)sizeof(words));
+    in_large_pages(packed, blocks_of(given) * slices_of(given) * ROWS * (int64_t)sizeof(uint32_t));
 #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < total; n++) {
+    for (int64_t block = 0; block < blocks_of(given); block++) {
         const Weight weight = *given, *w = &weight; /* as in lowbit_unpack */
-        const int64_t chunk_size = chunk_of(w), fields = fields_of(w), chunks = chunks_of(w);
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            words word = {0};
-            for (int64_t f = 0; f < fields && n < w->out_features; f++) {
-                const int64_t k = chunk * chunk_size + f * LANES;
-                word |= field_of(codes + n * w->in_features + k, w->in_features - k) << (uint16_t)(f * w->bits);
-            }
-            memcpy((words *)packed + vector_of(w, n, chunk), &word, sizeof word);
+        const int64_t slices = slices_of(w), fields = fields_of(w), size = w->in_features;
+        const int64_t rows = smaller(ROWS, w->out_features - block * ROWS);
+        uint32_t *to = (uint32_t *)packed + block * slices * ROWS;
+        for (int64_t slice = 0; slice < slices; slice++, to += ROWS) {
+            uint32_t words[ROWS] = {0};
+            for (int64_t f = 0; f < fields; f++)
+                for (int64_t r = 0; r < rows; r++)
+                    words[r] |= part_of(codes + (block * ROWS + r) * size, (slice * fields + f) * PART, size) << f * w->bits;
+            memcpy(to, words, sizeof words);
         }
     }
 }
@@ -56,19 +54,22 @@ void KERNEL(lowbit_unpack)(const Weight *given, int64_t start, int64_t stop, uin
     for (int64_t n = start; n < stop; n++) {
         /* a copy that no store of bytes can change: what is computed of it is computed once a row */
         const Weight weight = *given, *w = &weight;
-        const int64_t chunk_size = chunk_of(w), fields = fields_of(w);
-        for (int64_t v = 0; v < ceil_div(w->in_features, LANES); v++) {
-            const uint16_t *word = (const uint16_t *)((const words *)w->codes + vector_of(w, n, v * LANES / chunk_size));
-            const int64_t shift = v % fields * w->bits, lanes = smaller(LANES, w->in_features - v * LANES);
-            const int64_t to = (n - start) * w->in_features + v * LANES, mask = (1 << w->bits) - 1;
-            if (codes)
-                for (int64_t lane = 0; lane < lanes; lane++) codes[to + lane] = (uint8_t)(word[lane] >> shift & mask);
-            if (weights) {
-                const int64_t of_scale = scale_of(w, n, v * LANES);
-                const float scale = w->scales[of_scale], zero = zero_of(w, of_scale);
-                for (int64_t lane = 0; lane < lanes; lane++)
-                    weights[to + lane] = ((float)(word[lane] >> shift & mask) - zero) * scale;
+        const int64_t size = w->in_features, fields = fields_of(w), to = (n - start) * size;
+        const uint32_t *words = words_of(w, n), mask = 0x01010101u * ((1u << w->bits) - 1);
+        float scale = 0, zero = 0;
+        for (int64_t k = 0, field = 0, left = 0; k < size; k += PART) {
+            const uint32_t part = *words >> field * w->bits & mask;
+            const int64_t count = smaller(PART, size - k);
+            if (++field == fields) field = 0, words += ROWS;
+            if (codes) memcpy(codes + to + k, &part, (size_t)count);
+            if (!weights) continue;
+            if (!left) {
+                const int64_t number = number_of(w, n, k / w->group_size);
+                scale = load(w->scales, (int)w->scale_dtype, number), left = w->group_size;
+                zero = w->zeros ? (float)w->zeros[number] : (float)(1 << (w->bits - 1));
             }
+            left -= PART;
+            for (int64_t i = 0; i < count; i++) weights[to + k + i] = ((float)(part >> 8 * i & 0xff) - zero) * scale;
         }
     }
 }

@@ -45,6 +45,8 @@ typedef int16_t vector_s16 __attribute__((vector_size(VECTOR)));
 typedef uint32_t vector_u32 __attribute__((vector_size(VECTOR)));
 typedef int32_t vector_s32 __attribute__((vector_size(VECTOR)));
 typedef float vector_f32 __attribute__((vector_size(VECTOR)));
+typedef uint16_t lanes_u16 __attribute__((vector_size(2 * WIDE))); /* as many numbers as a vector has of 32 bits */
+typedef uint8_t lanes_u8 __attribute__((vector_size(WIDE)));
 #ifndef PLAIN_C
 #if VECTOR == 64
 typedef __m512i register_int;
@@ -72,6 +74,13 @@ static __attribute__((noinline, unused)) vector_f32 fma_f32(vector_f32 a, vector
 #if !defined(PLAIN_C)
 #define IN_REGISTER(SUMS) __asm__("" : "+x"(SUMS))
 #endif
+
+/* One number of 32 bits, whatever it is, in each lane */
+INLINE vector_s32 everywhere(const void *from) {
+    int32_t number;
+    memcpy(&number, from, sizeof number);
+    return (vector_s32){0} + number;
+}
 
 /* sums[l] + a[2l] b[2l] + a[2l + 1] b[2l + 1] */
 INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
@@ -137,6 +146,51 @@ INLINE vector_s32 sums_of(Partial part, int bits) {
 #endif
 }
 
+/* Whether VNNI multiplies codes with the two bytes of a 16-bit integer, one after the other */
+INLINE int takes_bytes(int bits) {
+#if defined(DOTS)
+    return bits <= 4;
+#else
+    (void)bits;
+    return 0;
+#endif
+}
+
+/* Four 16-bit integers as `dot_u8s16` takes them: (0, 2) and (1, 3), or all lower bytes and all upper ones */
+INLINE uint64_t arranged(uint64_t x, int bits) {
+    if (takes_bytes(bits)) {
+        const uint64_t even = 0x0000ff000000ff00;
+        x = (x & ~(even | even << 8)) | (x >> 8 & even) | (x & even) << 8;
+    }
+    return (x & 0xffff00000000ffff) | (x >> 16 & 0xffff0000) | (x & 0xffff0000) << 16;
+}
+
+/* Sums of codes times 16-bit integers, PART of each lane at a time: from zero on, `dot_u8s16`, and then `total_of` */
+typedef struct {
+    vector_s32 first, second;
+} Wide;
+
+/* x: what `arranged` made, the same for all lanes */
+INLINE Wide dot_u8s16(Wide sums, vector_u8 codes, const uint64_t *x, int bits) {
+    const vector_s32 first = everywhere(x), second = everywhere((const uint32_t *)x + 1);
+#if defined(DOTS)
+    if (takes_bytes(bits)) { /* a lower byte has no sign; codes are below 2^7 */
+        sums.first = (vector_s32)DOTS(dpbusd)((register_int)sums.first, (register_int)first, (register_int)codes);
+        sums.second = (vector_s32)DOTS(dpbusd)((register_int)sums.second, (register_int)codes, (register_int)second);
+        return sums;
+    }
+#else
+    (void)bits;
+#endif
+    sums.first = dot_s16(sums.first, (vector_s16)((vector_u16)codes & 0xff), (vector_s16)first);
+    sums.second = dot_s16(sums.second, (vector_s16)((vector_u16)codes >> 8), (vector_s16)second);
+    return sums;
+}
+
+INLINE vector_s32 total_of(Wide sums, int bits) {
+    return sums.first + (takes_bytes(bits) ? sums.second << 8 : sums.second);
+}
+
 /* sums[l] + a[2l + 1] b[2l + 1] + a[2l] b[2l] of bfloat16, added in this order */
 INLINE vector_f32 dot_bf16(vector_f32 sums, vector_u32 a, vector_u32 b) {
 #if !defined(PLAIN_C) && defined(__AVX512BF16__)
@@ -148,90 +202,33 @@ INLINE vector_f32 dot_bf16(vector_f32 sums, vector_u32 a, vector_u32 b) {
 #endif
 }
 
-/* 32 bytes, as often as a vector holds them */
-INLINE vector_s16 repeated(const void *from) {
-    vector_s16 to;
-#if !defined(PLAIN_C) && VECTOR == 64
-    to = (vector_s16)_mm512_broadcast_i64x4(_mm256_loadu_si256(from));
-#else
-    for (int part = 0; part < VECTOR / 32; part++) memcpy((char *)&to + 32 * part, from, 32);
-#endif
-    return to;
+/* Codes less their zeros, PART of each lane, as bfloat16: the first two of them, and the other two */
+INLINE vector_u32 pair_bf16(vector_u8 codes, vector_s32 zeros, int pair) {
+    const vector_s32 first = (vector_s32)codes >> 16 * pair & 0xff, second = (vector_s32)codes >> (16 * pair + 8) & 0xff;
+    const vector_u32 low = (vector_u32)__builtin_convertvector(first - zeros, vector_f32) >> 16;
+    return low | (vector_u32)__builtin_convertvector(second - zeros, vector_f32); /* below 2^8: nothing in the lower half */
 }
 
-/* A number for each 32 bytes */
-INLINE vector_f32 spread(const float *from) {
-    vector_f32 to;
-#if !defined(PLAIN_C) && VECTOR == 64
-    to = (vector_f32)_mm512_insertf32x8(_mm512_set1_ps(from[0]), _mm256_set1_ps(from[1]), 1);
-#else
-    for (int lane = 0; lane < WIDE; lane++) to[lane] = from[lane / 8];
-#endif
-    return to;
-}
-
-/* One number of 32 bits, whatever it is, in each lane */
-INLINE vector_s32 everywhere(const void *from) {
-    int32_t number;
-    memcpy(&number, from, sizeof number);
-    return (vector_s32){0} + number;
-}
-
-/* Codes of one chunk (packed.h) of ROWS rows as bytes: four inputs of row r, from number 4 * part of the chunk on, are
-   to[part * stride + r]. */
-INLINE void unpack_bytes(const void *chunk, int bits, uint32_t *to, int64_t stride) {
-#ifndef PLAIN_C
-    /* lower bytes of words have the first half of the fields, upper ones the second: each to its own side */
-    const __m256i sides = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
-    const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
-    const int fields = 8 / bits;
-    __m256i words[ROWS];
-    for (int r = 0; r < ROWS; r++)
-        words[r] = _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *)chunk + r), sides);
-    for (int f = 0; f < fields; f++) {
-        __m256i codes[ROWS];
-        for (int r = 0; r < ROWS; r++) codes[r] = _mm256_and_si256(_mm256_srli_epi16(words[r], bits * f), mask);
-        const __m256i low01 = _mm256_unpacklo_epi32(codes[0], codes[1]), low23 = _mm256_unpacklo_epi32(codes[2], codes[3]);
-        const __m256i high01 = _mm256_unpackhi_epi32(codes[0], codes[1]), high23 = _mm256_unpackhi_epi32(codes[2], codes[3]);
-        const __m256i four[4] = {_mm256_unpacklo_epi64(low01, low23), _mm256_unpackhi_epi64(low01, low23),
-                                 _mm256_unpacklo_epi64(high01, high23), _mm256_unpackhi_epi64(high01, high23)};
-        for (int q = 0; q < 4; q++) { /* two of the first half and two of the second, for lanes 0 to 7 and 8 to 15 */
-            uint32_t *part = to + ((f + q / 2 * fields) * 4 + q % 2) * stride;
-            _mm_storeu_si128((__m128i *)part, _mm256_castsi256_si128(four[q]));
-            _mm_storeu_si128((__m128i *)(part + 2 * stride), _mm256_extracti128_si256(four[q], 1));
-        }
+/* Numbers [at, at + count) as floats, zeros in the other lanes */
+INLINE vector_f32 load_lanes(const void *from, int dtype, int64_t at, int64_t count) {
+    vector_f32 values = {0};
+    lanes_u16 halves = {0};
+    if (dtype == FLOAT32) {
+        memcpy(&values, (const float *)from + at, count < WIDE ? (size_t)count * 4 : sizeof values);
+        return values;
     }
-#else
-    const uint16_t(*words)[LANES] = chunk;
-    for (int r = 0; r < ROWS; r++)
-        for (int part = 0; part < 16 / bits * LANES / 4; part++) {
-            uint8_t codes[4];
-            for (int k = 0; k < 4; k++)
-                codes[k] = (uint8_t)(words[r][part * 4 % LANES + k] >> (part * 4 / LANES * bits) & ((1 << bits) - 1));
-            memcpy(to + part * stride + r, codes, 4);
-        }
-#endif
+    memcpy(&halves, (const uint16_t *)from + at, count < WIDE ? (size_t)count * 2 : sizeof halves);
+    return (vector_f32)(__builtin_convertvector(halves, vector_u32) << 16);
 }
 
-/* Four codes of ROWS rows, [ROWS][4], less the zeros, [ROWS][4] as well, as bfloat16: the first two of row r are to[r],
-   the other two are to[stride + r]. */
-INLINE void to_bf16(const uint8_t *codes, const int32_t *zeros, uint32_t *to, int64_t stride) {
-#ifndef PLAIN_C
-    __m256i values[2]; /* rows 0 and 1, rows 2 and 3 */
-    for (int half = 0; half < 2; half++) {
-        const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * half)));
-        const __m256i steps = _mm256_sub_epi32(wide, _mm256_loadu_si256((const __m256i *)(zeros + 8 * half)));
-        values[half] = _mm256_srli_epi32(_mm256_castps_si256(_mm256_cvtepi32_ps(steps)), 16);
+/* The first `count` lanes as numbers [at, at + count), rounded as `to_bfloat16` does */
+INLINE void store_lanes(void *to, int dtype, int64_t at, int64_t count, vector_f32 values) {
+    if (dtype == FLOAT32) {
+        memcpy((float *)to + at, &values, count < WIDE ? (size_t)count * 4 : sizeof values);
+        return;
     }
-    const __m256i mixed = _mm256_packus_epi32(values[0], values[1]); /* pairs of rows 0 0 2 2 1 1 3 3 */
-    const __m256i pairs = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7));
-    _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(pairs));
-    _mm_storeu_si128((__m128i *)(to + stride), _mm256_extracti128_si256(pairs, 1));
-#else
-    for (int r = 0; r < ROWS; r++) {
-        uint32_t values[4];
-        for (int k = 0; k < 4; k++) values[k] = bits_of((float)(codes[4 * r + k] - zeros[4 * r + k])) >> 16;
-        to[r] = values[0] | values[1] << 16, to[stride + r] = values[2] | values[3] << 16;
-    }
-#endif
+    const vector_u32 bits = (vector_u32)values, is_number = (vector_u32)(values == values);
+    const vector_u32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const lanes_u16 halves = __builtin_convertvector((rounded & is_number) | (0x7fc0 & ~is_number), lanes_u16);
+    memcpy((uint16_t *)to + at, &halves, count < WIDE ? (size_t)count * 2 : sizeof halves);
 }
