@@ -1,8 +1,8 @@
 """The operators of the native backend, differentiable, and what each number of rows is multiplied with.
 
 Few rows are multiplied by the packed weight as it is (linear.c). Many rows are rounded to 8 bits, in blocks of inputs,
-where the caller allows it (gemm.c). Exactly, the kernel of few rows multiplies them too, or where that is slower a dense
-copy, made block by block. With integer activations the kernel multiplies int8 by int8 at every number of rows.
+where the caller allows it (gemm.c). Exactly, the kernel of few rows multiplies them too, or a dense copy, made block by
+block, where that is faster. With integer activations the kernel multiplies int8 by int8 at every number of rows.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from lowbit.numerics import dense
 from lowbit.numerics.activations import quantize_input
 from lowbit.numerics.scheme import Scheme
 
-# From how many rows on inputs are rounded, where they may be: where scripts/benchmarks/cpu_products.py has it at least 1.2
-# times as fast
+# From how many rows on inputs are rounded, where they may be: that is at least 1.2 times as fast there, in
+# scripts/benchmarks/cpu_products.py
 ROUNDED_ROWS = 32
-# From how many rows on a dense copy and torch's GEMM win, in the same benchmark: in float32, which takes two integers for
-# an input, with AVX2; in bf16 nowhere but where torch multiplies with AMX, which is a guess
+# From how many rows on a dense copy and torch's GEMM win, in the same benchmark: with AVX2 in float32, which takes two
+# integers for an input; in bf16 nowhere but where torch multiplies with AMX, which is a guess
 _DENSE_ROWS_FP32, _DENSE_ROWS_AMX = 64, 128
 # Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
 _ROWS_OF_INTEGERS = 64
