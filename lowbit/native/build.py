@@ -52,6 +52,7 @@ _X86_LEVELS = {
 _FLAGS_OF_LEVELS = {
     "avx2": "avx2", "avxvnni": "avx_vnni", "avx512": "avx512_vnni", "avx512bf16": "avx512_bf16",
 }  # fmt: skip
+_ARM_LEVELS = {"portable": ("-march=native", "-DPLAIN_C"), "neon": ("-march=armv8.2-a+dotprod",)}
 _OTHER_LEVELS = {"portable": ("-march=native",)}  # whose vectors the compiler makes of plain C
 _SECONDS = 300  # for a file, on a machine that is busy
 _SEAL_BYTES = hashlib.sha256().digest_size
@@ -185,8 +186,9 @@ def _processor() -> str:
 def _levels() -> dict[str, tuple[str, ...]]:
     """What is compiled: the best level of this processor, and the portable one. All of them, which takes three times as
     long, where one is asked for by its name, or nothing is known of the processor."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return _OTHER_LEVELS
+    machine = platform.machine().lower()
+    if machine not in ("x86_64", "amd64"):
+        return _ARM_LEVELS if machine in ("aarch64", "arm64") else _OTHER_LEVELS
     features = _processor().split()
     if os.environ.get(LEVEL_VARIABLE) or "sse2" not in features:
         return _X86_LEVELS

@@ -68,7 +68,7 @@ def test_another_layout_is_refused_by_name(built, declared):
 def test_constants_and_arguments_are_those_of_the_library(built):
     swapped = abi.Library(built("ENUMERATOR(COPY) ENUMERATOR(ADD)", "ENUMERATOR(ADD) ENUMERATOR(COPY)"))
     assert (swapped.constants["ADD"], swapped.constants["COPY"]) == (0, 1)
-    assert abi.Library(built("#define LANES 16", "#define LANES 32")).constants["LANES"] == 32
+    assert abi.Library(built("#define ROWS 16", "#define ROWS 32")).constants["ROWS"] == 32
     library = abi.Library(
         built("lowbit_run, const Instruction *program, int64_t count", "lowbit_run, float a, Weight *b")
     )

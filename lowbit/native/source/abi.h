@@ -25,10 +25,10 @@
     CONSTANT(ROWS) CONSTANT(PART) CONSTANT(CHUNK) CONSTANT(MATMUL_ROWS) CONSTANT(LONGEST_HEAD) CONSTANT(DIMENSIONS) \
     CONSTANT(PRIMITIVE_BYTES)
 
-/* Instruction sets, each with all that those before it have, but for AVXVNNI: x86 with 256 or 512 bits, whose names end
-   with what multiplies. build.py has the flags, levels.c says which a machine runs. */
+/* Instruction sets: x86 with 256 or 512 bits, whose names end with what multiplies, each with all that those before it
+   have, but for AVXVNNI; and ARM's with dot products of bytes. build.py has the flags, levels.c says which a machine runs. */
 #define LEVELS(ENUMERATOR)                                                                                        \
-    ENUMERATOR(PORTABLE) ENUMERATOR(AVX2) ENUMERATOR(AVXVNNI) ENUMERATOR(AVX512) ENUMERATOR(AVX512BF16)
+    ENUMERATOR(PORTABLE) ENUMERATOR(AVX2) ENUMERATOR(AVXVNNI) ENUMERATOR(AVX512) ENUMERATOR(AVX512BF16) ENUMERATOR(NEON)
 
 #define DTYPES(ENUMERATOR) ENUMERATOR(FLOAT32) ENUMERATOR(BFLOAT16)
 #define OPERATIONS(ENUMERATOR)                                                                                  \

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 /* Small operations, one after the other in one call: each costs less than to have it called.
 
-   An instruction works along the last of four dimensions, on PART numbers at a time: they become floats, then it is
+   An instruction works along the last of four dimensions, on AT_A_TIME numbers at a time: they become floats, then it is
    computed, then the result is rounded to the dtype of `out`. */
 
 #include <math.h>
 
 #include "numbers.h"
 
-#define PART 1024
+#define AT_A_TIME 1024
 
 typedef union {
-    float of[PART];
-    floats vectors[PART / WIDTH];
+    float of[AT_A_TIME];
+    floats vectors[AT_A_TIME / WIDTH];
 } Numbers;
 
 INLINE int64_t first_of(const Operand *x, int64_t i, int64_t j, int64_t k) {
@@ -91,8 +91,8 @@ static void run_row(const Instruction *with, int64_t i, int64_t j, int64_t k) {
     const int64_t from_a = first_of(&with->a, i, j, k), from_b = first_of(&with->b, i, j, k);
     Numbers a, b;
     float total = 0;
-    for (int64_t start = 0; start < size; start += PART) {
-        const int64_t count = smaller(PART, size - start);
+    for (int64_t start = 0; start < size; start += AT_A_TIME) {
+        const int64_t count = smaller(AT_A_TIME, size - start);
         read(&a, &with->a, from_a, start, count);
         if (with->operation == MEAN) {
             for (int64_t n = count; n < ceil_div(count, WIDTH) * WIDTH; n++) a.of[n] = 0;

@@ -36,6 +36,16 @@ int64_t lowbit_runs(int64_t level) {
     default: return 0;
     }
 }
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+#define DOT_PRODUCTS (1ul << 20) /* HWCAP_ASIMDDP */
+
+int64_t lowbit_runs(int64_t level) {
+    return level == PORTABLE || (level == NEON && getauxval(AT_HWCAP) & DOT_PRODUCTS);
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+int64_t lowbit_runs(int64_t level) { return level == PORTABLE || level == NEON; } /* all of Apple's have dot products */
 #else
 int64_t lowbit_runs(int64_t level) { return level == PORTABLE; }
 #endif
