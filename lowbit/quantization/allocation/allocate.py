@@ -14,6 +14,7 @@ from lowbit import __version__
 from lowbit.discovery import find_sites, skeleton
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import Recipe, Scheme
+from lowbit.options import LoadedOptions, RecipeOptions
 from lowbit.quantization.allocation.budget import Budget, bytes_of, recipe_of, require_possible
 from lowbit.quantization.allocation.fisher import second_order_costs
 from lowbit.quantization.allocation.judge import Method, divergences
@@ -25,6 +26,7 @@ from lowbit.quantization.calibrated.options import Calibration
 from lowbit.quantization.calibrated.targets import steps_by_layer
 from lowbit.quantization.opened import Source
 from lowbit.quantization.plan import Plan, Step, make_plan
+from lowbit.quantization.running import running
 from lowbit.text.samples import Samples, calibration_samples
 
 logger = logging.getLogger("lowbit")
@@ -95,6 +97,13 @@ def allocate(start: Source, wanted: Wanted, data: Calibration, announce: Callabl
     return Allocated(search.recipe_of(best), _facts(search, budget, best, kl, judged))
 
 
+def budget_of(asked: RecipeOptions, start: Source, loaded: LoadedOptions, trust_remote_code: bool = False) -> Budget:
+    """The budget that a user has named; raises UsageError for one that is none, InputError where it cannot be told what
+    running takes."""
+    runs = None if asked.fit is None else running(start, loaded, asked.engine, trust_remote_code)
+    return Budget.of(asked, runs)
+
+
 class _Search:
     """Units, their costs, and allocations of them."""
 
@@ -102,7 +111,10 @@ class _Search:
         self._start, self.wanted, self._data, self._announce = start, wanted, data, announce
         self._recipe = start.recipe
         runnable = skeleton(start.config, data.trust_remote_code, dtype=torch.bfloat16)
-        found = find_units(start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config))
+        found = find_units(
+            start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config),
+            wanted.budget.bytes_of_step,
+        )  # fmt: skip
         self.units = self._with_known_costs(found)
         self._heads = frozenset(site.module for site in find_sites(runnable).values() if site.is_head)
         self._method = Method(start.recipe)
@@ -137,7 +149,7 @@ class _Search:
         return [{}, *({what: factor} for what in (*sorted(bits)[:-1], *sorted(kinds)) for factor in _TILTS)]
 
     def within(self, budget: Budget, smallest: Allocation, tilt: Tilt) -> Allocation:
-        """The best allocation that keeps to a budget of bits or of size, by costs that are tilted."""
+        """The best allocation that keeps to a budget, which is none of KL, by costs that are tilted."""
         limit = bytes_of(self.units, smallest) + budget.left_over(self.plan(smallest), self.wanted.shard_bytes)
         found = self.best(limit, tilt) or smallest
         # headers grow with the names that are in them, by a few bytes: the smallest is known to keep to the budget
@@ -173,8 +185,10 @@ class _Search:
         new = {key: each for key, each in zip(keys, schemes, strict=True) if key not in known}
         if new:
             tell = self._tenths(f"judging {len(new)} allocations", len(self._model.layers))
-            batches = list(self._halves[1].split(1))
-            found = divergences(self._model, self._steps, batches, list(new.values()), self._method, tell)
+            calibration, held_out = (list(half.split(1)) for half in self._halves)
+            found = divergences(
+                self._model, self._steps, calibration, held_out, list(new.values()), self._method, tell
+            )  # fmt: skip
             known.update(zip(new, found, strict=True))
             self._store.save()
         return [(each, known[key]) for each, key in zip(allocations, keys, strict=True)]
@@ -225,7 +239,7 @@ class _Search:
         ids = self.samples.input_ids
         if len(ids) < 2:
             raise UsageError(f"1 sample of {self.samples.source} is too little for a budget: it takes 2 at least")
-        return ids[: len(ids) // 2], ids[len(ids) // 2 :]
+        return ids[::2], ids[1::2]  # both from all over the text
 
     @cached_property
     def _model(self) -> LayeredModel:
@@ -313,8 +327,9 @@ def _facts(
     limits = [int(low * (high / low) ** (step / (_POINTS - 1))) for step in range(_POINTS)]
     uniform = [s for s in CANDIDATES if all(s in unit.bytes for unit in units)]
     return {
-        "budget": {name: value for name, value in vars(budget).items() if value is not None},
+        "budget": budget.to_dict(),
         "engine": search.wanted.engine,
+        "memory": budget.running.memory(search.plan(best)) if budget.running else None,
         "data": f"{search.samples.tokens:,} tokens of {search.samples.source}",
         "predicted_kl": kl,
         "estimated_kl": search.estimate(best),

@@ -71,6 +71,7 @@ class _Inputs(Products):
 def divergences(
     model: LayeredModel,
     steps: list[list[Step]],
+    calibration: Sequence[torch.Tensor],
     batches: Sequence[torch.Tensor],
     allocations: Sequence[Schemes],
     method: Method,
@@ -81,34 +82,40 @@ def divergences(
     Args:
         model: The model, no layer loaded.
         steps: What may be quantized in each decoder layer, and perhaps in the head behind them (`steps_by_layer`).
-        batches: Token ids [B, T].
+        calibration: Token ids [B, T] that the method calibrates with, where it wants data.
+        batches: Others, that are judged on: what is calibrated with looks better than it is.
         allocations: What is quantized to what.
         method: How.
         advance: Told of each layer that is done.
     """
     layers = len(model.layers)
+    learning: list[torch.Tensor | None] = [None] * len(calibration)
     streams: list[list[torch.Tensor | None]] = [[None] * len(batches) for _ in range(1 + len(allocations))]
     with torch.no_grad():
         for number in range(layers):
             with loaded(model, number, steps[number] if number < len(steps) else []) as targets:
-                streams[0], hessians = _original(model, number, batches, streams[0], targets, method)
+                hessians = {}
+                if method.wants_hessian:
+                    learning, hessians = _observed(model, number, calibration, learning, list(targets))
                 made: dict = {}
-                for index, schemes in enumerate(allocations, 1):
+                for index, schemes in enumerate([{}, *allocations]):
                     _replace(model, targets, schemes, hessians, method, made)
                     pairs = zip(batches, streams[index], strict=True)
                     streams[index] = [model.run(number, ids, hidden) for ids, hidden in pairs]
             advance(f"layer {number + 1}/{layers}")
         head = steps[layers] if layers < len(steps) else []
         with loaded(model, layers, head) as targets:
-            return _at_head(model, batches, streams, targets, allocations, method)
+            hessians = {}
+            if targets and method.wants_hessian:
+                _, hessians = _observed(model, layers, calibration, learning, list(targets))
+            return _at_head(model, batches, streams, targets, allocations, method, hessians)
 
 
-def _original(
-    model: LayeredModel, number: int, batches, hidden, targets: dict[str, list[Target]], method: Method
+def _observed(
+    model: LayeredModel, number: int, batches, hidden, names: list[str]
 ) -> tuple[list[torch.Tensor], dict[tuple[str, int], torch.Tensor]]:
-    """What the layer makes of each batch, and the Hessians of its inputs where the method wants them."""
-    parameters = {name: model.model.get_parameter(name) for name in targets} if method.wants_hessian else {}
-    with _Inputs(parameters) as inputs:
+    """What the layer makes of each batch, and the Hessians of the inputs of its parameters `names`."""
+    with _Inputs({name: model.model.get_parameter(name) for name in names}) as inputs:
         out = [model.run(number, ids, h) for ids, h in zip(batches, hidden, strict=True)]
     for moments in inputs.moments.values():
         moments.finish()
@@ -139,11 +146,10 @@ def _at_head(
     targets: dict[str, list[Target]],
     allocations: Sequence[Schemes],
     method: Method,
+    hessians: dict,
 ) -> list[float]:
     """The divergences, from the hidden states behind the last layer."""
-    layers, made, hessians = len(model.layers), {}, {}
-    if targets:
-        _, hessians = _original(model, layers, batches, streams[0], targets, method)
+    layers, made = len(model.layers), {}
     totals, tokens = [0.0] * len(allocations), 0
     for batch, ids in enumerate(batches):
         if targets:

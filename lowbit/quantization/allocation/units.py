@@ -1,6 +1,6 @@
 """What is allocated: units, each with the schemes that it may have and the bytes that each of them takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,7 +10,7 @@ from lowbit.errors import InputError, UsageError
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantization.allocation.engines import ranks_that_take
 from lowbit.quantization.opened import Source
-from lowbit.quantization.plan import Plan, make_plan
+from lowbit.quantization.plan import Plan, Step, make_plan
 from lowbit.serving import RANKS, fused_units, modules_of
 
 # What a unit may be stored as, unless a format or an engine cannot: from the 2.25 to the 8.5 bits that are of use
@@ -22,6 +22,9 @@ CANDIDATES = tuple(
         (3, True, (64, 128)),
         (4, False, (32, 64, 128)),
         (4, True, (32, 64, 128)),
+        (5, False, (32, 128)),
+        (5, True, (32, 128)),
+        (6, True, (32, 128)),
         (8, True, (32, 128)),
     )
     for group in groups
@@ -68,6 +71,7 @@ def find_units(
     schemes: Sequence[Scheme],
     engine: str | None = None,
     gpus: int = 1,
+    bytes_of: Callable[[Step], int] = lambda step: sum(info.nbytes for info in step.outputs),
 ) -> list[Unit]:
     """The units of a model, in the order of its modules.
 
@@ -78,6 +82,7 @@ def find_units(
         schemes: What a unit may have.
         engine: It has to take every unit; None: no engine in particular.
         gpus: Tensor parallelism over up to so many is kept where a unit has any scheme that allows it.
+        bytes_of: What a weight takes up, in files or elsewhere.
 
     Returns:
         Units that have at least one scheme. What no scheme can quantize is no unit.
@@ -97,7 +102,7 @@ def find_units(
             failure = error
             continue
         ranks = _ranks(plan, runnable, joined, engine, gpus)
-        for module, (stored, weights, bytes) in _bytes_of(plan).items():
+        for module, (stored, weights, bytes) in _bytes_of(plan, bytes_of).items():
             if ranks[module]:
                 found.setdefault(module, _Stored(weights, {}, {})).add(stored, bytes, ranks[module])
     if not found:
@@ -122,14 +127,13 @@ class _Stored:
         self.bytes[scheme], self.ranks[scheme] = bytes, ranks
 
 
-def _bytes_of(plan: Plan) -> dict[str, tuple[Scheme, int, int]]:
+def _bytes_of(plan: Plan, bytes_of: Callable[[Step], int]) -> dict[str, tuple[Scheme, int, int]]:
     """Module -> scheme, weights and bytes of what `plan` chooses a scheme for: its own, not one that the user named."""
     found: dict[str, tuple[Scheme, int, int]] = {}
     for step in plan.quantized:
         if step.site.kind != "embedding" and plan.recipe.overridden_by(*step.site.names) is None:
             _, weights, bytes = found.get(step.site.module, (None, 0, 0))
-            stored = sum(info.nbytes for info in step.outputs)
-            found[step.site.module] = step.scheme, weights + step.source.numel, bytes + stored
+            found[step.site.module] = step.scheme, weights + step.source.numel, bytes + bytes_of(step)
     return found
 
 
