@@ -98,7 +98,7 @@ def _in_loop(model, load: Load) -> BesideWeights:
     with prompt:
         run(load.context - chunk, load.context)
     with step:
-        run(load.context - 1, load.context)
+        run(length - 1, length)  # a step that is repeated sees all that the cache has room for
     # what repeats a step keeps its tensors, and another prompt may be read beside them
     return BesideWeights(_kept(cache, held, load), prompt.peak + step.total)
 

@@ -1,5 +1,7 @@
 """What running a quantized model takes: its weights, its cache, and what a forward pass holds."""
 
+import copy
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
@@ -34,7 +36,7 @@ class Running:
     def __str__(self) -> str:
         cache, working = (f"{part:,}" for part in (self.beside.cache, self.beside.working))
         return (
-            f"{cache} of them for the cache of {self.batch} x {self.context} tokens in {self.kv_cache} and {working} to "
+            f"{cache} of them for the {self.kv_cache} cache of {self.batch} x {self.context} tokens and {working} to "
             "compute with"
         )
 
@@ -80,8 +82,12 @@ def running(start: Source, asked: LoadedOptions, engine: str | None, trust_remot
     context = asked.tokens or min(_CONTEXT, most or _CONTEXT)
     if most is not None and context > most:
         raise UsageError(f"the model was made for {most} tokens: --context {context} is more")
-    dtypes = {info.dtype for info in start.reader.tensors.values() if info.dtype.is_floating_point}
-    dtype = max(dtypes, key=lambda each: each.itemsize, default=torch.bfloat16)
-    model = skeleton(config, trust_remote_code, dtype=getattr(config.get_text_config(), "dtype", None) or dtype)
+    sizes: Counter[torch.dtype] = (
+        Counter()
+    )  # not the dtype of the config, which names that of the last model made of it
+    for info in start.reader.tensors.values():
+        sizes[info.dtype] += info.numel * info.dtype.is_floating_point
+    dtype = max(sizes, key=lambda each: sizes[each])
+    model = skeleton(copy.deepcopy(config), trust_remote_code, dtype=dtype)
     load = Load(context, asked.batch, asked.kv_cache == "int8", here=engine in (None, "lowbit"))
     return Running(engine, context, asked.batch, asked.kv_cache, beside_weights(model, load))

@@ -54,11 +54,12 @@ class Text:
 def unseen(model: str, dataset: str, used: int, count: int, vocabulary: int) -> torch.Tensor:
     """Windows of a calibration text that runs with `used` samples do not calibrate with."""
     asked = {"seqlen": SEQLEN, "vocabulary": vocabulary, "context": None}
-    used, drawn = (
+    draws = [(0, used), (0, 2 * min(used, 16)), (0, 3 * min(used, 16)), (1, 4 * count)]
+    *seen, drawn = (
         calibration_samples(dataset, resolve(model), seed=seed, num_samples=number, **asked).input_ids
-        for seed, number in ((0, 2 * used), (1, 4 * count))
+        for seed, number in draws
     )
-    return drawn[~(drawn[:, None] == used[None]).all(-1).any(1)][:count]
+    return drawn[~(drawn[:, None] == torch.cat(seen)[None]).all(-1).any(1)][:count]
 
 
 def main():

@@ -34,8 +34,8 @@ def plan(
 
     Sizes are exact. Takes the flags of `quantize` that matter to the result. With --json, output_bytes are those of all
     tensors, file_bytes those of the weight files, headers and all: what they take up on a disk. For a budget (--bits
-    3.5, --size, --fit, --max-kl) the model is read, and the schemes that are chosen are shown with the KL that they come
-    to. With --fit or --context, what running takes is shown too.
+    3.5, --size, --fit, --max-kl) the model is read, and the schemes that are chosen are shown with the KL that they
+    come to. With --fit or --context, what running takes is shown too.
     """
     check_known(format=files.format, method=recipe.method)
     options = PlanOptions(recipe, head, samples, files, loaded, source)

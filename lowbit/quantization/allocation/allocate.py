@@ -31,15 +31,16 @@ from lowbit.text.samples import Samples, calibration_samples
 
 logger = logging.getLogger("lowbit")
 
-# Samples that costs are measured on, and as many others that allocations are judged on; tokens in each at most
+# Samples that costs are measured on, as many others that allocations are judged on, and as many again that a method is
+# calibrated with besides the first, which has more of them in the run itself; tokens in each at most
 _SAMPLES, _SEQLEN = 16, 512
 # By what the costs of a bit width, or of a kind of parts, are multiplied in the proposals: what the second order leaves
 # out is alike in them
 _TILTS = (0.7, 1.4)
 # Points of the frontier
 _POINTS = 16
-# Of a limit on the KL, this is aimed at: text that was not judged on has another KL
-_AIM, _TRIES = 0.9, 4
+# Text that was not judged on has another KL: a limit has to hold this share below it, and so many standard errors
+_AIM, _ERRORS, _TRIES = 0.8, 3, 4
 
 
 # A bit width or a kind of unit -> by what its costs are multiplied
@@ -109,7 +110,7 @@ class _Search:
 
     def __init__(self, start: Source, wanted: Wanted, data: Calibration, announce: Callable[[str], None]):
         self._start, self.wanted, self._data, self._announce = start, wanted, data, announce
-        self._recipe = start.recipe
+        self._recipe, self._method = start.recipe, Method(start.recipe)
         runnable = skeleton(start.config, data.trust_remote_code, dtype=torch.bfloat16)
         found = find_units(
             start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config),
@@ -117,7 +118,6 @@ class _Search:
         )  # fmt: skip
         self.units = self._with_known_costs(found)
         self._heads = frozenset(site.module for site in find_sites(runnable).values() if site.is_head)
-        self._method = Method(start.recipe)
 
     def _with_known_costs(self, units: list[Unit]) -> list[Unit]:
         """Units of which nothing is measured, outside of the decoder layers, have their largest scheme alone."""
@@ -185,30 +185,35 @@ class _Search:
         new = {key: each for key, each in zip(keys, schemes, strict=True) if key not in known}
         if new:
             tell = self._tenths(f"judging {len(new)} allocations", len(self._model.layers))
-            calibration, held_out = (list(half.split(1)) for half in self._halves)
+            measured, judged, *more = (list(part.split(1)) for part in self._parts)
+            calibration = [*measured, *(ids for part in more for ids in part)]
             found = divergences(
-                self._model, self._steps, calibration, held_out, list(new.values()), self._method, tell
+                self._model, self._steps, calibration, judged, list(new.values()), self._method, tell
             )  # fmt: skip
-            known.update(zip(new, found, strict=True))
+            known.update({key: list(each) for key, each in zip(new, found, strict=True)})
             self._store.save()
-        return [(each, known[key]) for each, key in zip(allocations, keys, strict=True)]
+        return [(each, known[key][0]) for each, key in zip(allocations, keys, strict=True)]
+
+    def at_most(self, allocation: Allocation) -> float:
+        """The KL that text like the data set will hardly exceed, of an allocation that was judged."""
+        kl, error = self._store.measured.divergences[key_of(self.schemes_of(allocation))]
+        return max(kl / _AIM, kl + _ERRORS * error)
 
     def with_kl(self, most: float) -> list[tuple[Allocation, float]]:
         """Allocations with ever truer estimates of their KL; the last one is the smallest that keeps below `most`."""
         ratio, tried = 1.0, []
         for _ in range(_TRIES):
-            allocation = self._smallest_with(most * _AIM / ratio)
+            allocation = self._smallest_with(most / ratio)
             if allocation is None:
                 break
             tried += self.judged([allocation])
-            kl = tried[-1][1]
-            if kl <= most * _AIM:
+            if (kl := self.at_most(allocation)) <= most:
                 return tried
             ratio = max(ratio * 1.02, kl / self.estimate(allocation))
         largest = {unit.modules: max(unit.bytes, key=lambda s: unit.bytes[s]) for unit in self.units}
         ((_, kl),) = self.judged([largest])
-        if kl > most * _AIM:
-            raise UsageError(f"a KL of {most:g} cannot be kept: the largest schemes come to {kl:.3g} on the data set")
+        if (found := self.at_most(largest)) > most:
+            raise UsageError(f"a KL of {most:g} cannot be kept: the largest schemes come to {found:.3g}, with a margin")
         return [*tried, (largest, kl)]
 
     def _smallest_with(self, most: float) -> Allocation | None:
@@ -228,18 +233,25 @@ class _Search:
     def samples(self) -> Samples:
         language_model = self._start.config.get_text_config()
         return calibration_samples(
-            self._data.dataset, self._start.reader.folder, num_samples=2 * min(_SAMPLES, self._data.num_samples),
+            self._data.dataset, self._start.reader.folder,
+            num_samples=self._number_of_parts * min(_SAMPLES, self._data.num_samples),
             seqlen=min(_SEQLEN, self._data.seqlen), seed=self._data.seed, vocabulary=language_model.vocab_size,
             context=getattr(language_model, "max_position_embeddings", None),
             trust_remote_code=self._data.trust_remote_code, announce=self._announce,
         )  # fmt: skip
 
+    @property
+    def _number_of_parts(self) -> int:
+        return 3 if self._method.wants_hessian else 2
+
     @cached_property
-    def _halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _parts(self) -> list[torch.Tensor]:
+        """The samples that costs are measured on, those that allocations are judged on, others to calibrate with."""
         ids = self.samples.input_ids
         if len(ids) < 2:
             raise UsageError(f"1 sample of {self.samples.source} is too little for a budget: it takes 2 at least")
-        return ids[::2], ids[1::2]  # both from all over the text
+        parts = (ids[start :: self._number_of_parts] for start in range(self._number_of_parts))
+        return [part for part in parts if len(part)]  # each from all over the text
 
     @cached_property
     def _model(self) -> LayeredModel:
@@ -277,13 +289,13 @@ class _Search:
         if not any(missing.values()):
             return known
         self._announce(
-            f"measuring what each scheme costs {len(self.units)} parts of the model, on {self._halves[0].numel():,} "
+            f"measuring what each scheme costs {len(self.units)} parts of the model, on {self._parts[0].numel():,} "
             f"tokens of {self.samples.source}"
         )
         tell = self._tenths("measuring", 2 * len(self._model.layers) + 1)
         with tempfile.TemporaryDirectory(prefix="lowbit-allocation-") as folder:
             found = second_order_costs(
-                self._model, self._steps, list(self._halves[0].split(1)), missing, self._method.without_data,
+                self._model, self._steps, list(self._parts[0].split(1)), missing, self._method.without_data,
                 Path(folder), tell,
             )  # fmt: skip
         for module, costs in found.items():

@@ -76,8 +76,9 @@ def divergences(
     allocations: Sequence[Schemes],
     method: Method,
     advance: Callable[[str], None] = lambda what: None,
-) -> list[float]:
-    """The mean KL(model || allocation) of each allocation, in nats per token.
+) -> list[tuple[float, float]]:
+    """The mean KL(model || allocation) of each allocation, in nats per token, and its standard error over batches (0 of
+    one batch).
 
     Args:
         model: The model, no layer loaded.
@@ -147,18 +148,24 @@ def _at_head(
     allocations: Sequence[Schemes],
     method: Method,
     hessians: dict,
-) -> list[float]:
+) -> list[tuple[float, float]]:
     """The divergences, from the hidden states behind the last layer."""
     layers, made = len(model.layers), {}
-    totals, tokens = [0.0] * len(allocations), 0
+    found: list[list[float]] = [[] for _ in allocations]
     for batch, ids in enumerate(batches):
         if targets:
             _replace(model, targets, {}, hessians, method, made)
         wanted = torch.log_softmax(model.run(layers, ids, streams[0][batch]).float(), -1)
-        tokens += ids.numel()
         for index, schemes in enumerate(allocations):
             if targets:
                 _replace(model, targets, schemes, hessians, method, made)
-            found = torch.log_softmax(model.run(layers, ids, streams[index + 1][batch]).float(), -1)
-            totals[index] += float((wanted.exp() * (wanted - found)).sum(dtype=torch.float64))
-    return [total / tokens for total in totals]
+            got = torch.log_softmax(model.run(layers, ids, streams[index + 1][batch]).float(), -1)
+            found[index].append(float((wanted.exp() * (wanted - got)).sum(dtype=torch.float64)) / ids.numel())
+    weights = torch.tensor([ids.numel() for ids in batches], dtype=torch.float64)
+    return [_mean_and_error(torch.tensor(each, dtype=torch.float64), weights) for each in found]
+
+
+def _mean_and_error(values: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
+    """The weighted mean of some values, and its standard error."""
+    mean = float((values * weights).sum() / weights.sum())
+    return mean, 0.0 if len(values) < 2 else float(values.std()) / len(values) ** 0.5

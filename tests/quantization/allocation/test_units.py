@@ -82,7 +82,8 @@ def test_an_engine_has_its_schemes_only(tmp_path):
     assert all(scheme.sym for scheme in by_engine["transformers"])
     assert by_engine[None] == by_engine["vllm"]
     assert {scheme.group_size for scheme in by_engine["mlx"]} == {32, 64, 128}
-    assert by_engine["llama.cpp"]
+    assert by_engine["mlx"] >= {Scheme(5, 32), Scheme(6, 128)}
+    assert by_engine["llama.cpp"] == {Scheme(4, 32), Scheme(5, 32), Scheme(8, 32)}
 
 
 def test_tensor_parallelism_is_kept(tmp_path):
