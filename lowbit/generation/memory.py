@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from transformers import Cache, DynamicCache
 
 from lowbit.discovery import find_sites
@@ -24,7 +23,7 @@ from lowbit.generation.steps.step import ForwardArguments
 from lowbit.native.operators import dense_is_faster
 from lowbit.numerics import dense
 from lowbit.serving import fused_units
-from lowbit.torch_api import TorchDispatchMode, place_of
+from lowbit.torch_api import TorchDispatchMode, place_of, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _tensors_of(cache: Cache) -> list[torch.Tensor]:
 
 def _tensors_in(values: Any) -> dict[int, torch.Tensor]:
     """Storage -> a tensor of it, of those in nested lists and dicts."""
-    return {place_of(each)[0]: each for each in pytree.tree_leaves(values) if isinstance(each, torch.Tensor)}
+    return {place_of(each)[0]: each for each in tree_leaves(values) if isinstance(each, torch.Tensor)}
 
 
 class _Alive(TorchDispatchMode):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lowbit.errors import UsageError
 from lowbit.options.keywords import changed, option
+from lowbit.options.recipe import FileOptions
 
 KV_CACHES = ("bf16", "int8")
 
@@ -38,7 +39,13 @@ class LoadedOptions:
     @property
     def asked(self) -> list[str]:
         """What was passed, as it is typed."""
-        return [f"--{each.name.replace('_', '-')} {getattr(self, each.name)}" for each in changed(self)]
+        names = [each.name for each in changed(self) if each.name in ("context", "batch", "kv_cache")]
+        return [f"--{name.replace('_', '-')} {getattr(self, name)}" for name in names]
+
+
+@dataclass(frozen=True)
+class TargetOptions(LoadedOptions, FileOptions):
+    """What a quantized model becomes: its files, and what they are going to be run with."""
 
 
 def _count(text: str | int) -> int:

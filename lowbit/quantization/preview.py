@@ -11,11 +11,10 @@ from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import open_headers, resolve
 from lowbit.options import (
     DataOptions,
-    FileOptions,
     HeadOption,
-    LoadedOptions,
     RecipeOptions,
     SourceOptions,
+    TargetOptions,
     keywords,
     takes_options,
 )
@@ -77,8 +76,7 @@ def plan(
     recipe: RecipeOptions,
     head: HeadOption,
     samples: DataOptions,
-    files: FileOptions,
-    loaded: LoadedOptions,
+    files: TargetOptions,
     source: SourceOptions,
     announce: Announce | None = None,
 ) -> Preview:
@@ -106,15 +104,15 @@ def plan(
     headers = as_dense(stored, source.trust_remote_code)
     start, allocated = opened(headers, config, asked, source.trust_remote_code), None
     if recipe.budgets:
-        budget = budget_of(recipe, start, loaded, source.trust_remote_code)
+        budget = budget_of(recipe, start, files, source.trust_remote_code)
         wanted = Wanted(budget, files.format, shard_bytes, recipe.engine)
         data = Calibration(**keywords(samples), trust_remote_code=source.trust_remote_code)
         allocated = allocate(start, wanted, data, announce or silent)
         start = replace(start, recipe=allocated.recipe)
     planned = make_plan(start.reader, start.model, start.recipe, files.format)
     memory = None
-    if loaded.asked or recipe.fit is not None:
-        memory = running(start, loaded, recipe.engine, source.trust_remote_code).memory(planned)
+    if files.asked or recipe.fit is not None:
+        memory = running(start, files, recipe.engine, source.trust_remote_code).memory(planned)
     size = file_bytes(planned.outputs, shard_bytes)
     # engines are asked about a model that can run without numbers
     runnable = skeleton(start.config, source.trust_remote_code, dtype=torch.bfloat16)

@@ -18,10 +18,10 @@ from lowbit.options import (
     CalibrationOptions,
     FileOptions,
     HeadOption,
-    LoadedOptions,
     RecipeOptions,
     RunOptions,
     SourceOptions,
+    TargetOptions,
     keywords,
     takes_options,
 )
@@ -51,8 +51,7 @@ def quantize(
     recipe: RecipeOptions,
     head: HeadOption,
     calibration: CalibrationOptions,
-    files: FileOptions,
-    loaded: LoadedOptions,
+    files: TargetOptions,
     source: SourceOptions,
     run: RunOptions,
 ) -> Report:
@@ -81,8 +80,8 @@ def quantize(
         OutputError: The output folder cannot be written.
     """
     asked = make_recipe(recipe, head)
-    if loaded.asked and recipe.fit is None:
-        raise UsageError(f"{loaded.asked[0]} says what is to fit: pass --fit 24GB too, or see `lowbit plan`")
+    if files.asked and recipe.fit is None:
+        raise UsageError(f"{files.asked[0]} says what is to fit: pass --fit 24GB too, or see `lowbit plan`")
     check_engine(recipe.engine, files.format)
     data = checked_calibration(asked, calibration, source.trust_remote_code, bool(recipe.budgets))
     shard_bytes = parse_size(files.max_shard_size)  # what cannot be done is said before the model is opened
@@ -91,7 +90,7 @@ def quantize(
     dense = read_dense(folder, source.trust_remote_code), load_config(folder, source.trust_remote_code)
     if recipe.budgets:
         start = opened(*dense, asked, source.trust_remote_code)
-        budget = budget_of(recipe, start, loaded, source.trust_remote_code)
+        budget = budget_of(recipe, start, files, source.trust_remote_code)
         wanted = Wanted(budget, files.format, shard_bytes, recipe.engine)
         ranks = Ranks()  # one process measures, for all
         try:

@@ -15,7 +15,7 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.dtype import only_converts, preview_dtype
 from lowbit.cli.terminal import console, notes, print_json, show_names, table
-from lowbit.options import DataOptions, FileOptions, LoadedOptions, RecipeOptions, SourceOptions, keywords
+from lowbit.options import DataOptions, RecipeOptions, SourceOptions, TargetOptions, keywords
 
 
 def plan(
@@ -25,8 +25,7 @@ def plan(
     recipe: RecipeOptions,
     head: HeadFlags,
     samples: DataOptions,
-    files: FileOptions,
-    loaded: LoadedOptions,
+    files: TargetOptions,
     source: SourceOptions,
     json: JsonOption = False,
 ):
@@ -38,7 +37,7 @@ def plan(
     come to. With --fit or --context, what running takes is shown too.
     """
     check_known(format=files.format, method=recipe.method)
-    options = PlanOptions(recipe, head, samples, files, loaded, source)
+    options = PlanOptions(recipe, head, samples, files, source)
     preview_any(one_model(model, model_option), options, json)
 
 
@@ -49,8 +48,7 @@ class PlanOptions:
     recipe: RecipeOptions
     head: HeadFlags
     samples: DataOptions
-    files: FileOptions
-    loaded: LoadedOptions
+    files: TargetOptions
     source: SourceOptions
 
 
@@ -58,10 +56,10 @@ def preview_any(name: str, asked: PlanOptions, json: bool) -> None:
     """Print what `lowbit.plan` or `lowbit.plan_dtype` finds, whichever the scheme is of."""
     recipe, files, source = asked.recipe, asked.files, asked.source
     lm_head = asked.head.scheme()
-    if only_converts(recipe.base, recipe, asked.head, asked.samples, files, asked.loaded):
+    if only_converts(recipe.base, recipe, asked.head, asked.samples, files):
         preview_dtype(name, recipe.base, json, max_shard_size=files.max_shard_size, revision=source.revision)
     else:
-        options = keywords(recipe, asked.samples, files, asked.loaded, source)
+        options = keywords(recipe, asked.samples, files, source)
         preview(name, {**options, "lm_head": lm_head, "announce": notes.print}, json)
 
 

@@ -28,11 +28,10 @@ from lowbit.conversion.options import DtypeOptions
 from lowbit.options import (
     CalibrationOptions,
     DataOptions,
-    FileOptions,
-    LoadedOptions,
     RecipeOptions,
     RunOptions,
     SourceOptions,
+    TargetOptions,
     keywords,
 )
 
@@ -47,8 +46,7 @@ def quantize(
     recipe: RecipeOptions,
     head: HeadFlags,
     calibration: CalibrationOptions,
-    files: FileOptions,
-    loaded: LoadedOptions,
+    files: TargetOptions,
     clamp: ClampOption = False,
     source: SourceOptions,
     run: RunOptions,
@@ -63,10 +61,10 @@ def quantize(
     check_known(format=files.format, method=recipe.method)
     lm_head = head.scheme()
     target = None if run.dry_run else one_output(output_dir, run.overwrite)
-    half = only_converts(recipe.base, recipe, head, calibration, files, loaded, clamp=clamp)
+    half = only_converts(recipe.base, recipe, head, calibration, files, clamp=clamp)
     if run.dry_run:
         samples = DataOptions(**{each.name: getattr(calibration, each.name) for each in fields(DataOptions)})
-        preview_any(model, PlanOptions(recipe, head, samples, files, loaded, source), json)
+        preview_any(model, PlanOptions(recipe, head, samples, files, source), json)
         if not json:
             console.print("dry run: nothing was written")
         return
@@ -77,7 +75,7 @@ def quantize(
                 max_shard_size=files.max_shard_size, revision=source.revision,
             )  # fmt: skip
         return
-    options = {**keywords(recipe, calibration, files, loaded, source), "lm_head": lm_head, "overwrite": run.overwrite}
+    options = {**keywords(recipe, calibration, files, source), "lm_head": lm_head, "overwrite": run.overwrite}
     report = _run(model, target, json, options)
     if os.environ.get("RANK", "0") != "0":
         return  # one of several processes: the first one speaks

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -28,6 +28,7 @@ from lowbit.quantization.opened import Source
 from lowbit.quantization.plan import Plan, Step, make_plan
 from lowbit.quantization.running import running
 from lowbit.text.samples import Samples, calibration_samples
+from lowbit.transformers_api import tied_weights
 
 logger = logging.getLogger("lowbit")
 
@@ -114,7 +115,7 @@ class _Search:
         runnable = skeleton(start.config, data.trust_remote_code, dtype=torch.bfloat16)
         found = find_units(
             start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config),
-            wanted.budget.bytes_of_step,
+            wanted.budget.bytes_of_step, open_head=self._open_head,
         )  # fmt: skip
         self.units = self._with_known_costs(found)
         self._heads = frozenset(site.module for site in find_sites(runnable).values() if site.is_head)
@@ -144,7 +145,7 @@ class _Search:
 
     def tilts(self) -> list[Tilt]:
         """None; and for each bit width, and each kind of unit, that its costs are lower or higher than estimated."""
-        bits = {scheme.bits for unit in self.units for scheme in unit.bytes}
+        bits = {scheme.bits for unit in self.units for scheme in unit.bytes if scheme is not None}
         kinds = {unit.kind for unit in self.units}
         return [{}, *({what: factor} for what in (*sorted(bits)[:-1], *sorted(kinds)) for factor in _TILTS)]
 
@@ -162,7 +163,10 @@ class _Search:
         """The allocation of at most `limit` bytes that costs least."""
         factor = tilt or {}
         costs = [
-            [self.cost(unit, s) * factor.get(s.bits, 1.0) * factor.get(unit.kind, 1.0) for s in unit.bytes]
+            [
+                0.0 if s is None else self.cost(unit, s) * factor.get(s.bits, 1.0) * factor.get(unit.kind, 1.0)
+                for s in unit.bytes
+            ]
             for unit in self.units
         ]
         chosen = best_choice(costs, [list(unit.bytes.values()) for unit in self.units], limit)
@@ -170,8 +174,10 @@ class _Search:
             return None
         return {unit.modules: list(unit.bytes)[at] for unit, at in zip(self.units, chosen, strict=True)}
 
-    def cost(self, unit: Unit, scheme: Scheme) -> float:
+    def cost(self, unit: Unit, scheme: Scheme | None) -> float:
         """The KL that a unit costs, to second order, in nats per token."""
+        if scheme is None:
+            return 0.0
         return sum(self._costs[module][scheme.name] for module in unit.modules if module in self._seen)
 
     def estimate(self, allocation: Allocation) -> float:
@@ -262,7 +268,17 @@ class _Search:
 
     @cached_property
     def _steps(self) -> list[list[Step]]:
-        return steps_by_layer(self._plan_of(self._recipe), self._model)
+        head = Scheme() if self._open_head else self._recipe.lm_head
+        return steps_by_layer(self._plan_of(replace(self._recipe, lm_head=head)), self._model)
+
+    @cached_property
+    def _open_head(self) -> bool:
+        """Whether an output embedding of its own may be quantized or stay dense: where bytes count, and nothing was
+        said of it. One that is tied would need a table of its own, which is larger than none."""
+        asked, ties = self._recipe, tied_weights(self._start.model)
+        heads = [name for name, site in find_sites(self._start.model).items() if site.is_head]
+        said = asked.lm_head is not None or asked.embeddings is not None or self.wanted.budget.bits is not None
+        return not said and bool(heads) and not {*ties, *ties.values()}.intersection(heads)
 
     @cached_property
     def _seen(self) -> set[str]:
@@ -283,7 +299,9 @@ class _Search:
 
     @cached_property
     def _costs(self) -> dict[str, dict[str, float]]:
-        wanted = {m: list(unit.bytes) for unit in self.units for m in unit.modules if m in self._seen}
+        wanted = {
+            m: [s for s in unit.bytes if s is not None] for unit in self.units for m in unit.modules if m in self._seen
+        }
         known = self._store.measured.costs
         missing = {m: [s for s in schemes if s.name not in known.get(m, {})] for m, schemes in wanted.items()}
         if not any(missing.values()):
@@ -338,6 +356,7 @@ def _facts(
     low, high = (sum(pick(unit.bytes.values()) for unit in units) for pick in (min, max))
     limits = [int(low * (high / low) ** (step / (_POINTS - 1))) for step in range(_POINTS)]
     uniform = [s for s in CANDIDATES if all(s in unit.bytes for unit in units)]
+    dense = {unit.modules: None for unit in units if None in unit.bytes}
     return {
         "budget": budget.to_dict(),
         "engine": search.wanted.engine,
@@ -349,7 +368,7 @@ def _facts(
             {
                 "name": unit.name,
                 "modules": list(unit.modules),
-                "scheme": best[unit.modules].name,
+                "scheme": _name(best[unit.modules]),
                 "bytes": unit.bytes[best[unit.modules]],
                 "kl": ratio * search.cost(unit, best[unit.modules]),
             }
@@ -357,5 +376,9 @@ def _facts(
         ],
         "judged": [point(each, found) for each, found in judged],
         "frontier": [point(found) for limit in limits if (found := search.best(limit)) is not None],
-        "uniform": [{"scheme": s.name, **point({unit.modules: s for unit in units})} for s in uniform],
+        "uniform": [{"scheme": s.name, **point({unit.modules: s for unit in units} | dense)} for s in uniform],
     }
+
+
+def _name(scheme: Scheme | None) -> str:
+    return "dense" if scheme is None else scheme.name

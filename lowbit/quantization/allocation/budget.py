@@ -89,6 +89,7 @@ def recipe_of(recipe: Recipe, units: Sequence[Unit], allocation: Allocation, hea
         if heads.intersection(unit.modules):
             head = scheme
             continue
+        assert scheme is not None, "no other unit may stay dense"
         modules.setdefault(scheme, []).extend(unit.modules)
         weights[scheme] = weights.get(scheme, 0) + unit.weights
     usual = max(weights, key=lambda scheme: weights[scheme])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lowbit.discovery import find_sites
+from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError, UsageError
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantization.allocation.engines import ranks_that_take
@@ -36,12 +36,12 @@ class Unit:
     """Modules that have one scheme together, because engines make one matrix of them.
 
     modules: their names. weights: how many numbers they hold. bytes: what the unit takes up, by the schemes that it may
-    have; schemes that do not fit are not in it.
+    have; schemes that do not fit are not in it. None stands for leaving it dense.
     """
 
     modules: tuple[str, ...]
     weights: int
-    bytes: Mapping[Scheme, int]
+    bytes: Mapping[Scheme | None, int]
 
     @property
     def name(self) -> str:
@@ -60,8 +60,8 @@ class Unit:
         return "+".join(module.rpartition(".")[2] for module in self.modules)
 
 
-# Unit.modules -> the scheme of the unit
-Allocation = Mapping[tuple[str, ...], Scheme]
+# Unit.modules -> the scheme of the unit, None: it stays dense
+Allocation = Mapping[tuple[str, ...], Scheme | None]
 
 
 def find_units(
@@ -72,6 +72,7 @@ def find_units(
     engine: str | None = None,
     gpus: int = 1,
     bytes_of: Callable[[Step], int] = lambda step: sum(info.nbytes for info in step.outputs),
+    open_head: bool = False,
 ) -> list[Unit]:
     """The units of a model, in the order of its modules.
 
@@ -83,6 +84,7 @@ def find_units(
         engine: It has to take every unit; None: no engine in particular.
         gpus: Tensor parallelism over up to so many is kept where a unit has any scheme that allows it.
         bytes_of: What a weight takes up, in files or elsewhere.
+        open_head: The output embedding may be quantized, or stay dense.
 
     Returns:
         Units that have at least one scheme. What no scheme can quantize is no unit.
@@ -95,7 +97,7 @@ def find_units(
     found: dict[str, _Stored] = {}
     failure: Exception | None = None
     for scheme in schemes:
-        asked = replace(start.recipe, scheme=scheme, lm_head=start.recipe.lm_head and scheme)
+        asked = replace(start.recipe, scheme=scheme, lm_head=scheme if open_head or start.recipe.lm_head else None)
         try:
             plan = make_plan(start.reader, start.model, asked, format_name)
         except InputError as error:  # of a format that has no such scheme
@@ -112,7 +114,22 @@ def find_units(
         )
     groups = _groups(joined, found)
     units = [_unit(modules, [found[module] for module in modules]) for modules in groups]
-    return [unit for unit in units if unit.bytes]
+    heads = _dense_heads(start, runnable) if open_head else {}
+    return [_with_dense(unit, heads) for unit in units if unit.bytes]
+
+
+def _dense_heads(start: Source, runnable: nn.Module) -> dict[str, int]:
+    """Output embedding -> its bytes as it is stored."""
+    heads = {name: site.module for name, site in find_sites(runnable).items() if site.is_head}
+    names = CheckpointNames(start.model)
+    located = {names.locate(name)[0]: info.nbytes for name, info in start.reader.tensors.items()}
+    return {module: located[name] for name, module in heads.items() if name in located}
+
+
+def _with_dense(unit: Unit, heads: Mapping[str, int]) -> Unit:
+    """The same, which may stay dense where it is the output embedding."""
+    dense = [heads[module] for module in unit.modules if module in heads]
+    return replace(unit, bytes={**unit.bytes, None: sum(dense)}) if dense else unit
 
 
 @dataclass

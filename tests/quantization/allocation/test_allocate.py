@@ -184,3 +184,23 @@ def test_what_the_user_has_said_is_judged_too(source):
         for scheme in ("W2A16_ASYM-G64", "W8A16-G32")
     )
     assert coarse > 1.05 * fine
+
+
+def test_a_head_of_its_own_is_quantized_where_that_is_worth_it(tmp_path):
+    """And stays dense where there is room; one that is tied is left alone."""
+    source = save_tiny(tmp_path / "model", hidden_size=128, intermediate_size=256, tie_word_embeddings=False)
+    small, large = (lowbit.plan(source, scheme=s, lm_head=s).file_bytes for s in ("W4A16-G32", "W8A16-G32"))
+    dense = lowbit.plan(source, scheme="W8A16-G32").file_bytes
+
+    def head(size):
+        found = lowbit.plan(source, size=size, **QUICK)
+        assert found.file_bytes <= size
+        (unit,) = (unit for unit in found.allocation["units"] if unit["modules"] == ["lm_head"])
+        return unit
+
+    assert head(small)["scheme"] != "dense" and head(small)["kl"] > 0
+    assert head(dense)["scheme"] == "dense" and head(dense)["kl"] == 0 and dense > large
+    lowbit.quantize(source, tmp_path / "out", size=small, **QUICK)
+    assert lowbit.verify(tmp_path / "out", run=False).ok
+    bits = lowbit.plan(source, bits=3.5, **QUICK).allocation["units"]
+    assert not any("lm_head" in unit["modules"] for unit in bits)  # an average is of what is quantized
