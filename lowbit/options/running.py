@@ -4,10 +4,12 @@ import re
 from dataclasses import dataclass
 
 from lowbit.errors import UsageError
-from lowbit.options.keywords import changed, option
+from lowbit.options.generation import SessionOptions
+from lowbit.options.keywords import changed, like, option
 from lowbit.options.recipe import FileOptions
 
-KV_CACHES = ("bf16", "int8")
+# bf16: another name of full, which is the dtype that the model computes in
+KV_CACHES = ("full", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class LoadedOptions:
         "model was made for where that is less); with plan, shows the memory that running takes.",
         typed=str | None,
     )
-    batch: int = option(1, "Sequences that run at a time.", least=1)
-    kv_cache: str = option("bf16", "How their keys and values are kept: bf16, as the model computes them, or int8.")
+    batch: int = option(1, "Sequences at a time.", least=1)
+    kv_cache: str = like(SessionOptions, "kv_cache")
 
     def __post_init__(self):
         if self.kv_cache not in KV_CACHES:
-            raise UsageError(f"kv_cache is {self.kv_cache!r}; expected {' or '.join(KV_CACHES)}")
+            raise UsageError(f"kv_cache is {self.kv_cache!r}; expected one of {', '.join(KV_CACHES)}")
         if self.batch < 1:
             raise UsageError(f"batch is {self.batch}; expected 1 or more")
         if self.context is not None:

@@ -56,11 +56,11 @@ def test_a_longer_context_leaves_less_for_weights(source):
     ("options", "message"),
     [
         ({"fit": "10KB", "context": 64}, r"10,000 bytes of memory cannot be kept: the smallest schemes come to [\d,]+ "
-         r"bytes, [\d,]+ of them for the bf16 cache of 1 x 64 tokens and [\d,]+ to compute with; pass at least that"),
+         r"bytes, [\d,]+ of them for the full cache of 1 x 64 tokens and [\d,]+ to compute with; pass at least that"),
         ({"fit": "1GB", "size": "1GB"}, r"--size and --fit are two budgets: pass one of them"),
         ({"fit": "1GB", "context": 10**6}, r"the model was made for \d+ tokens: --context 1000000 is more"),
         ({"fit": "1GB", "context": "many"}, r"context 'many' is not understood; expected a number of tokens, such as"),
-        ({"fit": "1GB", "kv_cache": "fp8"}, r"kv_cache is 'fp8'; expected bf16 or int8"),
+        ({"fit": "1GB", "kv_cache": "fp8"}, r"kv_cache is 'fp8'; expected one of full, bf16, int8"),
         ({"fit": "1GB", "batch": 0}, r"batch is 0; expected 1 or more"),
         ({"fit": "1GB", "engine": "transformers"}, r"transformers dequantizes the whole model at its first call"),
         ({"bits": 3.5, "context": "4k"}, r"--context 4k says what is to fit: pass --fit 24GB too, or see"),
