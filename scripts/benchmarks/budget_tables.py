@@ -36,9 +36,13 @@ def budgets() -> str:
 
 def running_memory() -> str:
     data, rows = result("running_memory"), []
-    for row in data["rows"]:
-        parts = [f"{row[part] / 1e6:.1f}" for part in ("weights", "cache", "working", "peak", "real")]
-        load = f"{row['batch']} x {row['context']}"
-        rows.append([row["scheme"], row["kv_cache"], load, *parts, f"{row['peak'] / row['real'] - 1:+.1%}"])
-    header = ["scheme", "cache", "tokens", "weights, MB", "cache, MB", "working, MB", "foreseen, MB", "real, MB", ""]
+    for model, name in (("embedded", "running_memory"), ("SmolLM2-135M", "running_memory_smollm2")):
+        for row in result(name)["rows"] if measured(name) else []:
+            parts = [f"{row[part] / 1e6:.1f}" for part in ("weights", "cache", "working", "peak", "real")]
+            load = f"{row['batch']} x {row['context']}"
+            ratio = f"{row['peak'] / row['real'] - 1:+.1%}"
+            rows.append([model, row["scheme"], row["kv_cache"], load, *parts, ratio])
+    header = [
+        "model", "scheme", "cache", "tokens", "weights, MB", "cache, MB", "working, MB", "foreseen, MB", "real, MB", "",
+    ]  # fmt: skip
     return markdown(header, rows) + source(data, "running_memory")

@@ -1,7 +1,7 @@
 """What running takes, as `lowbit plan --context` foresees it, beside what a run really holds.
 
     python scripts/benchmarks/running_memory.py                     the embedded model
-    python scripts/benchmarks/running_memory.py MODEL --loads 2048x1 2048x4 8192x1
+    python scripts/benchmarks/running_memory.py MODEL --loads 1024x2 --name NAME
 
 The real figures are those of torch's allocator: the weights that are loaded, and the most that is allocated beside
 them while prompts are read and tokens generated, twice, as the second prompt is read beside what the first has left.
