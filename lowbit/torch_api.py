@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["COPY_TO", "TorchDispatchMode"]
+__all__ = ["COPY_TO", "TorchDispatchMode", "tree_leaves"]
 
 # The operator behind `tensor.to`
 COPY_TO = torch.ops.aten._to_copy

@@ -23,6 +23,8 @@ from lowbit.generation.steps.runner import MakeCache, StepRunner
 from lowbit.layers.inputs import inputs_of_model
 from lowbit.options import TokenOptions, takes_options
 
+PREFILL_CHUNK = 1024  # positions of a prompt that are run at once
+
 
 @dataclass(frozen=True)
 class Result:
@@ -104,7 +106,7 @@ class Decoder:
         *,
         tokens: TokenOptions,
         eos_token_id: int | Sequence[int] | None = None,
-        prefill_chunk: int | None = 1024,
+        prefill_chunk: int | None = PREFILL_CHUNK,
         on_token: Callable[[list[int]], bool | None] | None = None,
     ) -> Result:
         """Continue prompts. The next one is run from where it differs from what is in the cache. `stats` are of the

@@ -36,7 +36,7 @@ def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_
         y = _integer_product(x, weight, scheme, input_scale, input_zero)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
     rounded = _is_rounded(x, scheme, exact)
-    if not rounded and _dense_is_faster(x):
+    if not rounded and dense_is_faster(x):
         return dense.product(x, dense_blocks(weight, dense.gemm_dtype(x.dtype)), out_features, bias)
     stored = x.dtype if x.dtype in DTYPES else torch.float32
     y = torch.empty(len(x), out_features, dtype=stored)
@@ -49,9 +49,9 @@ def _is_rounded(x: torch.Tensor, scheme: Scheme, exact: bool) -> bool:
     return not exact and len(x) >= ROUNDED_ROWS and gemm.refuse(scheme, "int8", torch.float32) is None
 
 
-def _dense_is_faster(x: torch.Tensor) -> bool:
+def dense_is_faster(x: torch.Tensor) -> bool:
     if PIECES[x.dtype] > 1:
-        return len(x) >= _DENSE_ROWS_FP32 and not library().level.startswith("avx512")
+        return len(x) >= _DENSE_ROWS_FP32 and not getattr(library(), "level", "").startswith("avx512")
     return len(x) >= _DENSE_ROWS_AMX and has_amx() and dense.gemm_dtype(x.dtype) == torch.bfloat16
 
 
@@ -72,7 +72,7 @@ def replay(
     anew, where that is one call of a kernel."""
     parsed, alike = _parse(scheme), bias is None or (bias.dtype == x.dtype and bias.is_contiguous())
     rounded = _is_rounded(x, parsed, exact)
-    one_call = x.dtype in DTYPES and x.is_contiguous() and alike and (rounded or not _dense_is_faster(x))
+    one_call = x.dtype in DTYPES and x.is_contiguous() and alike and (rounded or not dense_is_faster(x))
     if parsed.activations is not None or not one_call:
         return None
     weight = weight_of_tensors(codes, scales, zeros, parsed, (out_features, x.shape[1]))

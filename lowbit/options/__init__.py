@@ -16,13 +16,15 @@ from lowbit.options.recipe import (
     RunOptions,
     SampleOptions,
 )
+from lowbit.options.running import LoadedOptions, TargetOptions
 from lowbit.options.serving import BatchingOptions, LimitOptions, ListenOptions
 from lowbit.options.verification import VerifyOptions
 
 __all__ = [
     "BatchingOptions", "CalibrationOptions", "ComparisonOptions", "DataOptions", "DeviceOptions",
-    "DrawnSampleOptions", "FileOptions", "HeadOption", "LimitOptions", "ListenOptions", "LoadOptions",
+    "DrawnSampleOptions", "FileOptions", "HeadOption", "LimitOptions", "ListenOptions", "LoadOptions", "LoadedOptions",
     "MergeOptions", "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions",
     "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions",
-    "TokenOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options", "takes_options",
+    "TargetOptions", "TokenOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options",
+    "takes_options",
 ]  # fmt: skip

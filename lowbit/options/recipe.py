@@ -108,6 +108,12 @@ class RecipeOptions:
     max_kl: float | None = option(
         None, "Instead of a scheme: mean KL to the model at most, in nats per token, on text like the data set."
     )
+    fit: str | int | None = option(
+        None,
+        "Instead of a scheme: bytes of memory at most, or 24GB, that running takes: weights, KV cache and working "
+        "memory, at --context, --batch and --kv-cache.",
+        typed=str | None,
+    )
     engine: str | None = option(
         None, "For a budget, choose what this engine takes: vllm, sglang, transformers, gptqmodel, llama.cpp or mlx."
     )
@@ -120,7 +126,9 @@ class RecipeOptions:
         if self.budgets:
             self._check_budget()
         elif self.engine is not None:
-            raise UsageError("--engine says which schemes a budget may choose: pass --bits 3.5, --size or --max-kl too")
+            raise UsageError(
+                "--engine says which schemes a budget may choose: pass --bits 3.5, --size, --fit or --max-kl too"
+            )
         else:
             _check_name(self.base)
         if isinstance(self.embeddings, str):
@@ -135,7 +143,7 @@ class RecipeOptions:
     def budgets(self) -> list[str]:
         """What was passed to which a scheme is to be chosen for each part of the model, as it is typed."""
         average = [] if self.average_bits is None else [f"--bits {self.bits}"]
-        given = {"--size": self.size, "--max-kl": self.max_kl}
+        given = {"--size": self.size, "--fit": self.fit, "--max-kl": self.max_kl}
         return [name for name, value in given.items() if value is not None] + average
 
     def _check_budget(self) -> None:

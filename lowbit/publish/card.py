@@ -14,6 +14,7 @@ from importlib.resources import files
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from lowbit.folders.allocation import Allocation
 from lowbit.guards.escape import Markdown, code_block, code_span, link, markdown, shell, terminal, url
 from lowbit.guards.lenient import mapping, number, text
 from lowbit.numerics.scheme import PER_CHANNEL
@@ -95,6 +96,7 @@ def page(facts: Facts, repo_id: str) -> dict:
         "groups": "one scale per output channel" if scheme.group_size == PER_CHANNEL else
                   f"one scale for {scheme.group_size} inputs",
         "budget": _budget(facts),
+        "allocation": _allocation(facts),
         "writer": text(facts.report.get("lowbit")),
         "engines": engines,
         "engine_notes": notes,
@@ -112,9 +114,26 @@ def page(facts: Facts, repo_id: str) -> dict:
 def _budget(facts: Facts) -> str | None:
     """What schemes were chosen for, if they were."""
     asked = mapping(mapping(facts.report.get("allocation")).get("budget"))
-    words = {"bits": "{:g} bits for a weight", "size": "{:,.0f} bytes", "max_kl": "a mean KL of {:g}"}
+    words = {"bits": "{:g} bits for a weight", "size": "{:,.0f} bytes", "max_kl": "a mean KL of {:g}",
+             "fit": "{:,.0f} bytes of memory while it runs"}  # fmt: skip
     found = (form.format(value) for key, form in words.items() if (value := number(asked.get(key))) is not None)
     return next(found, None)
+
+
+def _allocation(facts: Facts) -> dict | None:
+    """What was chosen for a budget: rows of parts, and of other budgets and of one scheme for all."""
+    found = Allocation(mapping(facts.report.get("allocation")))
+    if not found.kinds or found.kl is None:
+        return None
+    sizes = [("chosen here", found.chosen.bits if found.chosen else None, found.kl)]
+    sizes += [("the best for each part", point.bits, point.kl) for point in found.frontier]
+    sizes += [(f"{point.scheme} for all", point.bits, point.kl) for point in found.uniform]
+    return {
+        "parts": [(part, schemes, f"{size:,.0f}", f"{kl:.4f}") for part, schemes, size, kl in found.kinds],
+        "frontier": [
+            (name, f"{bits:.2f}", f"{kl:.4f}") for name, bits, kl in sorted(sizes, key=lambda row: row[1] or 0) if bits
+        ],
+    }
 
 
 def licence(facts: Facts) -> dict[str, str]:

@@ -12,7 +12,14 @@ class _Calibration:
 
 @dataclass(frozen=True)
 class _Allocation:
+    """`lowbit.folders.allocation` reads what is in the lists."""
+
     budget: dict[str, float] | None = None
+    predicted_kl: float | None = None
+    units: list[dict] | None = None
+    judged: list[dict] | None = None
+    frontier: list[dict] | None = None
+    uniform: list[dict] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,14 @@ from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import open_headers, resolve
 from lowbit.options import (
     DataOptions,
-    FileOptions,
     HeadOption,
     RecipeOptions,
     SourceOptions,
+    TargetOptions,
     keywords,
     takes_options,
 )
-from lowbit.quantization.allocation.allocate import Wanted, allocate
-from lowbit.quantization.allocation.budget import Budget
+from lowbit.quantization.allocation.allocate import Wanted, allocate, budget_of
 from lowbit.quantization.allocation.engines import check_engine
 from lowbit.quantization.calibrated.options import Calibration, require_data_method
 from lowbit.quantization.calibrated.reporting import Announce, silent
@@ -27,6 +26,7 @@ from lowbit.quantization.forecast import forecast
 from lowbit.quantization.opened import opened
 from lowbit.quantization.plan import Plan, make_plan
 from lowbit.quantization.recipe import make_recipe
+from lowbit.quantization.running import running
 from lowbit.serving import Verdict, fused_units, modules_of, verdicts
 
 
@@ -41,7 +41,8 @@ class Preview:
     where the group that was asked for does not divide in_features. skipped: name -> why it stays as it is.
     peak_ram_bytes, disk_bytes, seconds: of the run, on this machine; seconds are good to a factor of two.
     engines: which take the result, on how many GPUs: `lowbit.serving.Verdict`. allocation: how schemes were chosen for
-    a budget, None without one.
+    a budget, None without one. memory: bytes that running takes, where --fit or --context asks for it: "peak", which is
+    "weights", "cache" and "working", and "context", "batch", "kv_cache" that it is of.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Preview:
     skipped: dict[str, str]
     engines: list[dict]
     allocation: dict | None = None
+    memory: dict | None = None
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -74,7 +76,7 @@ def plan(
     recipe: RecipeOptions,
     head: HeadOption,
     samples: DataOptions,
-    files: FileOptions,
+    files: TargetOptions,
     source: SourceOptions,
     announce: Announce | None = None,
 ) -> Preview:
@@ -102,11 +104,15 @@ def plan(
     headers = as_dense(stored, source.trust_remote_code)
     start, allocated = opened(headers, config, asked, source.trust_remote_code), None
     if recipe.budgets:
-        wanted = Wanted(Budget.of(recipe), files.format, shard_bytes, recipe.engine)
+        budget = budget_of(recipe, start, files, source.trust_remote_code)
+        wanted = Wanted(budget, files.format, shard_bytes, recipe.engine)
         data = Calibration(**keywords(samples), trust_remote_code=source.trust_remote_code)
         allocated = allocate(start, wanted, data, announce or silent)
         start = replace(start, recipe=allocated.recipe)
     planned = make_plan(start.reader, start.model, start.recipe, files.format)
+    memory = None
+    if files.asked or recipe.fit is not None:
+        memory = running(start, files, recipe.engine, source.trust_remote_code).memory(planned)
     size = file_bytes(planned.outputs, shard_bytes)
     # engines are asked about a model that can run without numbers
     runnable = skeleton(start.config, source.trust_remote_code, dtype=torch.bfloat16)
@@ -131,6 +137,7 @@ def plan(
         | {name: f"left out: {reason}" for name, reason in planned.unknown.items()},
         engines=[_engine(verdict) for verdict in _verdicts(planned, runnable)],
         allocation=allocated and allocated.facts,
+        memory=memory,
     )
 
 

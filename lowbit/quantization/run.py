@@ -10,6 +10,7 @@ from pathlib import Path
 from lowbit.checkpoint import CheckpointReader
 from lowbit.checkpoint.report_file import save_report
 from lowbit.checkpoint.writer import StagedFolder, parse_size
+from lowbit.errors import UsageError
 from lowbit.folders.dense import as_dense
 from lowbit.folders.locate import check_apart, load_config, recorded_name, resolve
 from lowbit.numerics.scheme import Recipe
@@ -20,11 +21,11 @@ from lowbit.options import (
     RecipeOptions,
     RunOptions,
     SourceOptions,
+    TargetOptions,
     keywords,
     takes_options,
 )
-from lowbit.quantization.allocation.allocate import Wanted, allocate
-from lowbit.quantization.allocation.budget import Budget
+from lowbit.quantization.allocation.allocate import Wanted, allocate, budget_of
 from lowbit.quantization.allocation.engines import check_engine
 from lowbit.quantization.calibrated.job import clear_finished
 from lowbit.quantization.calibrated.options import Calibration, needs_data, require_data_method
@@ -50,7 +51,7 @@ def quantize(
     recipe: RecipeOptions,
     head: HeadOption,
     calibration: CalibrationOptions,
-    files: FileOptions,
+    files: TargetOptions,
     source: SourceOptions,
     run: RunOptions,
 ) -> Report:
@@ -79,19 +80,28 @@ def quantize(
         OutputError: The output folder cannot be written.
     """
     asked = make_recipe(recipe, head)
+    if files.asked and recipe.fit is None:
+        raise UsageError(f"{files.asked[0]} says what is to fit: pass --fit 24GB too, or see `lowbit plan`")
     check_engine(recipe.engine, files.format)
     data = checked_calibration(asked, calibration, source.trust_remote_code, bool(recipe.budgets))
     shard_bytes = parse_size(files.max_shard_size)  # what cannot be done is said before the model is opened
     folder, target = resolve(model, source.revision), Path(os.path.abspath(output_dir))
     check_apart(folder, target)
     dense = read_dense(folder, source.trust_remote_code), load_config(folder, source.trust_remote_code)
-    facts = {}
     if recipe.budgets:
-        wanted = Wanted(Budget.of(recipe), files.format, shard_bytes, recipe.engine)
         start = opened(*dense, asked, source.trust_remote_code)
-        allocated = allocate(start, wanted, data, run.announce or silent)
-        asked, facts = allocated.recipe, {"allocation": allocated.facts}
-    return quantize_dense(recorded_name(model), *dense, target, asked, data, files, run, **facts)
+        budget = budget_of(recipe, start, files, source.trust_remote_code)
+        wanted = Wanted(budget, files.format, shard_bytes, recipe.engine)
+        ranks = Ranks()  # one process measures, for all
+        try:
+            allocated = ranks.of_first(lambda: allocate(start, wanted, data, run.announce or silent))
+            facts = {"allocation": allocated.facts}
+            return quantize_dense(
+                recorded_name(model), *dense, target, allocated.recipe, data, files, run, **facts
+            )  # fmt: skip
+        finally:
+            ranks.close()
+    return quantize_dense(recorded_name(model), *dense, target, asked, data, files, run)
 
 
 def checked_calibration(

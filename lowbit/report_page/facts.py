@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from lowbit.folders.allocation import Allocation
 from lowbit.guards.lenient import mapping, mappings, number, text
-from lowbit.report_page.allocation import Allocation
 
 
 @dataclass(frozen=True)

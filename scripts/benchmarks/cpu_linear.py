@@ -29,7 +29,7 @@ def milliseconds(function, weights) -> float:
 def paths():
     """(name, backend, what has it make a dense copy always, or never)"""
     for kind, crossover in (("packed", NEVER), ("dense", 0)):
-        chosen = patch.object(native_linear, "_dense_is_faster", lambda x, crossover=crossover: len(x) > crossover)
+        chosen = patch.object(native_linear, "dense_is_faster", lambda x, crossover=crossover: len(x) > crossover)
         yield f"native_{kind}_ms", native, chosen
         chosen = patch.multiple(torch_cpu, _CROSSOVER_FP32=crossover, _CROSSOVER_BF16=crossover)
         yield f"torch_{kind}_ms", torch_cpu, chosen

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 
-from budget_tables import budgets
+from budget_tables import budgets, running_memory
 from cpu_tables import cpu_experts, cpu_generation, cpu_products, cpu_quantize, int8_head, int8_inputs, taken_core
 from kernel_tables import kernel_counts, kernel_execution, kernel_mutations
 from ladder_tables import int8_linear, ladder, ladder_speed
@@ -284,7 +284,8 @@ def architecture_names() -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        budgets, summary, architectures, architecture_names, quality, quality_peers, gptq_speed, cpu_quantize,
+        budgets, running_memory, summary, architectures, architecture_names, quality, quality_peers, gptq_speed,
+        cpu_quantize,
         gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
         kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop, kernel_counts,
         kernel_execution, kernel_mutations, reference_training,

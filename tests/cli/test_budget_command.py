@@ -40,6 +40,21 @@ def test_what_is_chosen_is_planned_written_and_inspected(model, cli, tmp_path):
     assert {layer["name"].removesuffix(".weight"): layer["scheme"] for layer in report["layers"]} == schemes
     inspected = cli("inspect", tmp_path / "out")
     assert all(scheme in inspected.out for scheme in set(schemes.values()))
+    assert "chosen for --bits 3.5" in inspected.out and "the best of other budgets: " in inspected.out
+    shown = json.loads(cli("inspect", tmp_path / "out", "--json").out)["allocation"]
+    assert shown["predicted_kl"] == report["allocation"]["predicted_kl"]
+    assert sum(part["bytes"] for part in shown["parts"]) == sum(u["bytes"] for u in report["allocation"]["units"])
+
+
+def test_what_running_takes_is_shown(model, cli, tmp_path):
+    asked = (model, "--context", "64", "--batch", "2")
+    shown = cli("plan", *asked)
+    assert "running 2 x 64 tokens: peak memory " in shown.out and "int8" not in shown.out
+    assert "int8 cache" in cli("plan", *asked, "--kv-cache", "int8").out
+    data = ("--dataset", tmp_path / "ids.npy", *DATA)
+    memory = json.loads(cli("plan", *asked, "--fit", "3MB", *data, "--json").out)["memory"]
+    made = cli("quantize", *asked, "--fit", "3MB", *data, "-o", tmp_path / "out", "--json")
+    assert json.loads(made.out)["allocation"]["memory"] == memory and memory["peak"] <= 3_000_000
 
 
 def test_a_dry_run_shows_the_same_and_writes_nothing(model, cli, tmp_path):

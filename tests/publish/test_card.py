@@ -362,3 +362,32 @@ def test_a_card_that_lies_elsewhere_is_none(folder, tmp_path):
     (folder / "README.md").symlink_to(tmp_path / "elsewhere.md")
     facts = Facts.of(folder)
     assert not facts.has_base_card and facts.card.get("license") is None
+
+
+ALLOCATION = {
+    "budget": {"fit": 3e9},
+    "predicted_kl": 0.021,
+    "units": [
+        {"name": "model.layers.0.mlp.gate_proj+up_proj", "scheme": "W3A16_ASYM-G128", "bytes": 1100, "kl": 0.01},
+        {"name": "model.layers.0.mlp.down_proj", "scheme": "W8A16-G32", "bytes": 300, "kl": 0.011},
+    ],
+    "judged": [{"bytes": 540, "bits": 3.49, "kl": 0.021}],
+    "frontier": [{"bytes": 400, "bits": 2.5, "kl": 0.2}],
+    "uniform": [{"scheme": "W3A16-G64", "bytes": 500, "bits": 3.25, "kl": 0.05}],
+}
+
+
+def test_what_was_chosen_for_a_budget(folder):
+    edit_report(folder, allocation=ALLOCATION)
+    card = rendered(folder)
+    assert "for a budget of 3,000,000,000 bytes of memory while it runs" in card.text
+    table = rows(card)
+    assert table["gate\\_proj+up\\_proj"] == ["1 × W3A16\\_ASYM-G128", "1,100", "0.0100"]
+    assert table["chosen here"] == ["3.49", "0.0210"]
+    assert table["the best for each part"] == ["2.50", "0.2000"]
+    assert table["W3A16-G64 for all"] == ["3.25", "0.0500"]
+
+
+def test_a_budget_whose_parts_nobody_wrote_down_has_no_table(folder):
+    edit_report(folder, allocation={**ALLOCATION, "units": []})
+    assert "was foreseen for it" not in rendered(folder).text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowbit.report_page.allocation import Allocation
+from lowbit.folders.allocation import Allocation
 from lowbit.report_page.page import render
 
 FACTS = {

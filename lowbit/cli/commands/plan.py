@@ -15,7 +15,7 @@ from lowbit.cli.common import (
 )
 from lowbit.cli.dtype import only_converts, preview_dtype
 from lowbit.cli.terminal import console, notes, print_json, show_names, table
-from lowbit.options import DataOptions, FileOptions, RecipeOptions, SourceOptions, keywords
+from lowbit.options import DataOptions, RecipeOptions, SourceOptions, TargetOptions, keywords
 
 
 def plan(
@@ -25,7 +25,7 @@ def plan(
     recipe: RecipeOptions,
     head: HeadFlags,
     samples: DataOptions,
-    files: FileOptions,
+    files: TargetOptions,
     source: SourceOptions,
     json: JsonOption = False,
 ):
@@ -33,7 +33,8 @@ def plan(
 
     Sizes are exact. Takes the flags of `quantize` that matter to the result. With --json, output_bytes are those of all
     tensors, file_bytes those of the weight files, headers and all: what they take up on a disk. For a budget (--bits
-    3.5, --size, --max-kl) the model is read, and the schemes that are chosen are shown with the KL that they come to.
+    3.5, --size, --fit, --max-kl) the model is read, and the schemes that are chosen are shown with the KL that they
+    come to. With --fit or --context, what running takes is shown too.
     """
     check_known(format=files.format, method=recipe.method)
     options = PlanOptions(recipe, head, samples, files, source)
@@ -47,7 +48,7 @@ class PlanOptions:
     recipe: RecipeOptions
     head: HeadFlags
     samples: DataOptions
-    files: FileOptions
+    files: TargetOptions
     source: SourceOptions
 
 
@@ -90,6 +91,8 @@ def _show(found) -> None:
         f"the run: about {_duration(found.seconds)} on this machine, peak memory {size(found.peak_ram_bytes)}, "
         f"disk {size(found.disk_bytes)}"
     )
+    if found.memory:
+        show_memory(found.memory)
     show_names("other group size, because theirs does not divide in_features:", found.fallbacks)
     show_names("left alone:", found.skipped)
     show_unclaimed(found.unclaimed)
@@ -129,6 +132,15 @@ def show_allocation(allocation: dict) -> None:
     if fits:
         best = min(fits, key=lambda point: point["kl"])
         console.print(f"one scheme for all that is no larger: {best['scheme']} with {best['kl']:.4f}")
+
+
+def show_memory(memory: dict) -> None:
+    """Print what running takes, in a line."""
+    console.print(
+        f"running {memory['batch']} x {memory['context']:,} tokens: peak memory {size(memory['peak'])}: weights "
+        f"{size(memory['weights'])}, {memory['kv_cache']} cache {size(memory['cache'])}, working memory "
+        f"{size(memory['working'])}"
+    )
 
 
 def show_unclaimed(tensors: dict[str, str]) -> None:

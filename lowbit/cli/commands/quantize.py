@@ -28,10 +28,10 @@ from lowbit.conversion.options import DtypeOptions
 from lowbit.options import (
     CalibrationOptions,
     DataOptions,
-    FileOptions,
     RecipeOptions,
     RunOptions,
     SourceOptions,
+    TargetOptions,
     keywords,
 )
 
@@ -46,7 +46,7 @@ def quantize(
     recipe: RecipeOptions,
     head: HeadFlags,
     calibration: CalibrationOptions,
-    files: FileOptions,
+    files: TargetOptions,
     clamp: ClampOption = False,
     source: SourceOptions,
     run: RunOptions,

@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ from lowbit import __version__
 from lowbit.discovery import find_sites, skeleton
 from lowbit.errors import UsageError
 from lowbit.numerics.scheme import Recipe, Scheme
+from lowbit.options import LoadedOptions, RecipeOptions
 from lowbit.quantization.allocation.budget import Budget, bytes_of, recipe_of, require_possible
 from lowbit.quantization.allocation.fisher import second_order_costs
 from lowbit.quantization.allocation.judge import Method, divergences
@@ -25,19 +26,22 @@ from lowbit.quantization.calibrated.options import Calibration
 from lowbit.quantization.calibrated.targets import steps_by_layer
 from lowbit.quantization.opened import Source
 from lowbit.quantization.plan import Plan, Step, make_plan
+from lowbit.quantization.running import running
 from lowbit.text.samples import Samples, calibration_samples
+from lowbit.transformers_api import tied_weights
 
 logger = logging.getLogger("lowbit")
 
-# Samples that costs are measured on, and as many others that allocations are judged on; tokens in each at most
+# Samples that costs are measured on, as many others that allocations are judged on, and as many again that a method is
+# calibrated with besides the first, which has more of them in the run itself; tokens in each at most
 _SAMPLES, _SEQLEN = 16, 512
 # By what the costs of a bit width, or of a kind of parts, are multiplied in the proposals: what the second order leaves
 # out is alike in them
 _TILTS = (0.7, 1.4)
 # Points of the frontier
 _POINTS = 16
-# Of a limit on the KL, this is aimed at: text that was not judged on has another KL
-_AIM, _TRIES = 0.9, 4
+# Text that was not judged on has another KL: a limit has to hold this share below it, and so many standard errors
+_AIM, _ERRORS, _TRIES = 0.8, 3, 4
 
 
 # A bit width or a kind of unit -> by what its costs are multiplied
@@ -95,17 +99,26 @@ def allocate(start: Source, wanted: Wanted, data: Calibration, announce: Callabl
     return Allocated(search.recipe_of(best), _facts(search, budget, best, kl, judged))
 
 
+def budget_of(asked: RecipeOptions, start: Source, loaded: LoadedOptions, trust_remote_code: bool = False) -> Budget:
+    """The budget that a user has named; raises UsageError for one that is none, InputError where it cannot be told what
+    running takes."""
+    runs = None if asked.fit is None else running(start, loaded, asked.engine, trust_remote_code)
+    return Budget.of(asked, runs)
+
+
 class _Search:
     """Units, their costs, and allocations of them."""
 
     def __init__(self, start: Source, wanted: Wanted, data: Calibration, announce: Callable[[str], None]):
         self._start, self.wanted, self._data, self._announce = start, wanted, data, announce
-        self._recipe = start.recipe
+        self._recipe, self._method = start.recipe, Method(start.recipe)
         runnable = skeleton(start.config, data.trust_remote_code, dtype=torch.bfloat16)
-        found = find_units(start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config))
+        found = find_units(
+            start, runnable, wanted.format_name, CANDIDATES, wanted.engine, most_gpus(start.config),
+            wanted.budget.bytes_of_step, open_head=self._open_head,
+        )  # fmt: skip
         self.units = self._with_known_costs(found)
         self._heads = frozenset(site.module for site in find_sites(runnable).values() if site.is_head)
-        self._method = Method(start.recipe)
 
     def _with_known_costs(self, units: list[Unit]) -> list[Unit]:
         """Units of which nothing is measured, outside of the decoder layers, have their largest scheme alone."""
@@ -132,12 +145,12 @@ class _Search:
 
     def tilts(self) -> list[Tilt]:
         """None; and for each bit width, and each kind of unit, that its costs are lower or higher than estimated."""
-        bits = {scheme.bits for unit in self.units for scheme in unit.bytes}
+        bits = {scheme.bits for unit in self.units for scheme in unit.bytes if scheme is not None}
         kinds = {unit.kind for unit in self.units}
         return [{}, *({what: factor} for what in (*sorted(bits)[:-1], *sorted(kinds)) for factor in _TILTS)]
 
     def within(self, budget: Budget, smallest: Allocation, tilt: Tilt) -> Allocation:
-        """The best allocation that keeps to a budget of bits or of size, by costs that are tilted."""
+        """The best allocation that keeps to a budget, which is none of KL, by costs that are tilted."""
         limit = bytes_of(self.units, smallest) + budget.left_over(self.plan(smallest), self.wanted.shard_bytes)
         found = self.best(limit, tilt) or smallest
         # headers grow with the names that are in them, by a few bytes: the smallest is known to keep to the budget
@@ -150,7 +163,10 @@ class _Search:
         """The allocation of at most `limit` bytes that costs least."""
         factor = tilt or {}
         costs = [
-            [self.cost(unit, s) * factor.get(s.bits, 1.0) * factor.get(unit.kind, 1.0) for s in unit.bytes]
+            [
+                0.0 if s is None else self.cost(unit, s) * factor.get(s.bits, 1.0) * factor.get(unit.kind, 1.0)
+                for s in unit.bytes
+            ]
             for unit in self.units
         ]
         chosen = best_choice(costs, [list(unit.bytes.values()) for unit in self.units], limit)
@@ -158,8 +174,10 @@ class _Search:
             return None
         return {unit.modules: list(unit.bytes)[at] for unit, at in zip(self.units, chosen, strict=True)}
 
-    def cost(self, unit: Unit, scheme: Scheme) -> float:
+    def cost(self, unit: Unit, scheme: Scheme | None) -> float:
         """The KL that a unit costs, to second order, in nats per token."""
+        if scheme is None:
+            return 0.0
         return sum(self._costs[module][scheme.name] for module in unit.modules if module in self._seen)
 
     def estimate(self, allocation: Allocation) -> float:
@@ -173,28 +191,35 @@ class _Search:
         new = {key: each for key, each in zip(keys, schemes, strict=True) if key not in known}
         if new:
             tell = self._tenths(f"judging {len(new)} allocations", len(self._model.layers))
-            batches = list(self._halves[1].split(1))
-            found = divergences(self._model, self._steps, batches, list(new.values()), self._method, tell)
-            known.update(zip(new, found, strict=True))
+            measured, judged, *more = (list(part.split(1)) for part in self._parts)
+            calibration = [*measured, *(ids for part in more for ids in part)]
+            found = divergences(
+                self._model, self._steps, calibration, judged, list(new.values()), self._method, tell
+            )  # fmt: skip
+            known.update({key: list(each) for key, each in zip(new, found, strict=True)})
             self._store.save()
-        return [(each, known[key]) for each, key in zip(allocations, keys, strict=True)]
+        return [(each, known[key][0]) for each, key in zip(allocations, keys, strict=True)]
+
+    def at_most(self, allocation: Allocation) -> float:
+        """The KL that text like the data set will hardly exceed, of an allocation that was judged."""
+        kl, error = self._store.measured.divergences[key_of(self.schemes_of(allocation))]
+        return max(kl / _AIM, kl + _ERRORS * error)
 
     def with_kl(self, most: float) -> list[tuple[Allocation, float]]:
         """Allocations with ever truer estimates of their KL; the last one is the smallest that keeps below `most`."""
         ratio, tried = 1.0, []
         for _ in range(_TRIES):
-            allocation = self._smallest_with(most * _AIM / ratio)
+            allocation = self._smallest_with(most / ratio)
             if allocation is None:
                 break
             tried += self.judged([allocation])
-            kl = tried[-1][1]
-            if kl <= most * _AIM:
+            if (kl := self.at_most(allocation)) <= most:
                 return tried
             ratio = max(ratio * 1.02, kl / self.estimate(allocation))
         largest = {unit.modules: max(unit.bytes, key=lambda s: unit.bytes[s]) for unit in self.units}
         ((_, kl),) = self.judged([largest])
-        if kl > most * _AIM:
-            raise UsageError(f"a KL of {most:g} cannot be kept: the largest schemes come to {kl:.3g} on the data set")
+        if (found := self.at_most(largest)) > most:
+            raise UsageError(f"a KL of {most:g} cannot be kept: the largest schemes come to {found:.3g}, with a margin")
         return [*tried, (largest, kl)]
 
     def _smallest_with(self, most: float) -> Allocation | None:
@@ -214,18 +239,25 @@ class _Search:
     def samples(self) -> Samples:
         language_model = self._start.config.get_text_config()
         return calibration_samples(
-            self._data.dataset, self._start.reader.folder, num_samples=2 * min(_SAMPLES, self._data.num_samples),
+            self._data.dataset, self._start.reader.folder,
+            num_samples=self._number_of_parts * min(_SAMPLES, self._data.num_samples),
             seqlen=min(_SEQLEN, self._data.seqlen), seed=self._data.seed, vocabulary=language_model.vocab_size,
             context=getattr(language_model, "max_position_embeddings", None),
             trust_remote_code=self._data.trust_remote_code, announce=self._announce,
         )  # fmt: skip
 
+    @property
+    def _number_of_parts(self) -> int:
+        return 3 if self._method.wants_hessian else 2
+
     @cached_property
-    def _halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _parts(self) -> list[torch.Tensor]:
+        """The samples that costs are measured on, those that allocations are judged on, others to calibrate with."""
         ids = self.samples.input_ids
         if len(ids) < 2:
             raise UsageError(f"1 sample of {self.samples.source} is too little for a budget: it takes 2 at least")
-        return ids[: len(ids) // 2], ids[len(ids) // 2 :]
+        parts = (ids[start :: self._number_of_parts] for start in range(self._number_of_parts))
+        return [part for part in parts if len(part)]  # each from all over the text
 
     @cached_property
     def _model(self) -> LayeredModel:
@@ -236,7 +268,17 @@ class _Search:
 
     @cached_property
     def _steps(self) -> list[list[Step]]:
-        return steps_by_layer(self._plan_of(self._recipe), self._model)
+        head = Scheme() if self._open_head else self._recipe.lm_head
+        return steps_by_layer(self._plan_of(replace(self._recipe, lm_head=head)), self._model)
+
+    @cached_property
+    def _open_head(self) -> bool:
+        """Whether an output embedding of its own may be quantized or stay dense: where bytes count, and nothing was
+        said of it. One that is tied would need a table of its own, which is larger than none."""
+        asked, ties = self._recipe, tied_weights(self._start.model)
+        heads = [name for name, site in find_sites(self._start.model).items() if site.is_head]
+        said = asked.lm_head is not None or asked.embeddings is not None or self.wanted.budget.bits is not None
+        return not said and bool(heads) and not {*ties, *ties.values()}.intersection(heads)
 
     @cached_property
     def _seen(self) -> set[str]:
@@ -257,19 +299,21 @@ class _Search:
 
     @cached_property
     def _costs(self) -> dict[str, dict[str, float]]:
-        wanted = {m: list(unit.bytes) for unit in self.units for m in unit.modules if m in self._seen}
+        wanted = {
+            m: [s for s in unit.bytes if s is not None] for unit in self.units for m in unit.modules if m in self._seen
+        }
         known = self._store.measured.costs
         missing = {m: [s for s in schemes if s.name not in known.get(m, {})] for m, schemes in wanted.items()}
         if not any(missing.values()):
             return known
         self._announce(
-            f"measuring what each scheme costs {len(self.units)} parts of the model, on {self._halves[0].numel():,} "
+            f"measuring what each scheme costs {len(self.units)} parts of the model, on {self._parts[0].numel():,} "
             f"tokens of {self.samples.source}"
         )
         tell = self._tenths("measuring", 2 * len(self._model.layers) + 1)
         with tempfile.TemporaryDirectory(prefix="lowbit-allocation-") as folder:
             found = second_order_costs(
-                self._model, self._steps, list(self._halves[0].split(1)), missing, self._method.without_data,
+                self._model, self._steps, list(self._parts[0].split(1)), missing, self._method.without_data,
                 Path(folder), tell,
             )  # fmt: skip
         for module, costs in found.items():
@@ -312,9 +356,11 @@ def _facts(
     low, high = (sum(pick(unit.bytes.values()) for unit in units) for pick in (min, max))
     limits = [int(low * (high / low) ** (step / (_POINTS - 1))) for step in range(_POINTS)]
     uniform = [s for s in CANDIDATES if all(s in unit.bytes for unit in units)]
+    dense = {unit.modules: None for unit in units if None in unit.bytes}
     return {
-        "budget": {name: value for name, value in vars(budget).items() if value is not None},
+        "budget": budget.to_dict(),
         "engine": search.wanted.engine,
+        "memory": budget.running.memory(search.plan(best)) if budget.running else None,
         "data": f"{search.samples.tokens:,} tokens of {search.samples.source}",
         "predicted_kl": kl,
         "estimated_kl": search.estimate(best),
@@ -322,7 +368,7 @@ def _facts(
             {
                 "name": unit.name,
                 "modules": list(unit.modules),
-                "scheme": best[unit.modules].name,
+                "scheme": _name(best[unit.modules]),
                 "bytes": unit.bytes[best[unit.modules]],
                 "kl": ratio * search.cost(unit, best[unit.modules]),
             }
@@ -330,5 +376,9 @@ def _facts(
         ],
         "judged": [point(each, found) for each, found in judged],
         "frontier": [point(found) for limit in limits if (found := search.best(limit)) is not None],
-        "uniform": [{"scheme": s.name, **point({unit.modules: s for unit in units})} for s in uniform],
+        "uniform": [{"scheme": s.name, **point({unit.modules: s for unit in units} | dense)} for s in uniform],
     }
+
+
+def _name(scheme: Scheme | None) -> str:
+    return "dense" if scheme is None else scheme.name

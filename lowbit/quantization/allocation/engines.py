@@ -4,11 +4,22 @@ from collections.abc import Callable, Iterable, Mapping
 
 from lowbit.errors import UsageError
 from lowbit.formats import gguf, mlx
+from lowbit.numerics.scheme import Scheme
 from lowbit.serving import RANKS, RULES, Module, modules_taken
+
+# Schemes whose GGML blocks hold the same numbers in the same bytes; others become a wider type (`formats.gguf`)
+_GGML_EXACT = tuple(Scheme(bits, gguf.BLOCK) for bits in (4, 5, 8))
+
+
+def _refuse_gguf(module: Module) -> str | None:
+    if module.scheme in _GGML_EXACT:
+        return None
+    return f"no type of GGML holds {module.scheme.name} in as many bytes"
+
 
 # Engines that read an export of the files, not the files themselves -> why they do not take a module
 _EXPORTS: dict[str, Callable[[Module], str | None]] = {
-    "llama.cpp": lambda module: gguf.refuse(module.scheme, module.in_features),
+    "llama.cpp": _refuse_gguf,
     "mlx": lambda module: mlx.refuse(module.scheme),
 }
 

@@ -71,44 +71,52 @@ class _Inputs(Products):
 def divergences(
     model: LayeredModel,
     steps: list[list[Step]],
+    calibration: Sequence[torch.Tensor],
     batches: Sequence[torch.Tensor],
     allocations: Sequence[Schemes],
     method: Method,
     advance: Callable[[str], None] = lambda what: None,
-) -> list[float]:
-    """The mean KL(model || allocation) of each allocation, in nats per token.
+) -> list[tuple[float, float]]:
+    """The mean KL(model || allocation) of each allocation, in nats per token, and its standard error over batches (0 of
+    one batch).
 
     Args:
         model: The model, no layer loaded.
         steps: What may be quantized in each decoder layer, and perhaps in the head behind them (`steps_by_layer`).
-        batches: Token ids [B, T].
+        calibration: Token ids [B, T] that the method calibrates with, where it wants data.
+        batches: Others, that are judged on: what is calibrated with looks better than it is.
         allocations: What is quantized to what.
         method: How.
         advance: Told of each layer that is done.
     """
     layers = len(model.layers)
+    learning: list[torch.Tensor | None] = [None] * len(calibration)
     streams: list[list[torch.Tensor | None]] = [[None] * len(batches) for _ in range(1 + len(allocations))]
     with torch.no_grad():
         for number in range(layers):
             with loaded(model, number, steps[number] if number < len(steps) else []) as targets:
-                streams[0], hessians = _original(model, number, batches, streams[0], targets, method)
+                hessians = {}
+                if method.wants_hessian:
+                    learning, hessians = _observed(model, number, calibration, learning, list(targets))
                 made: dict = {}
-                for index, schemes in enumerate(allocations, 1):
+                for index, schemes in enumerate([{}, *allocations]):
                     _replace(model, targets, schemes, hessians, method, made)
                     pairs = zip(batches, streams[index], strict=True)
                     streams[index] = [model.run(number, ids, hidden) for ids, hidden in pairs]
             advance(f"layer {number + 1}/{layers}")
         head = steps[layers] if layers < len(steps) else []
         with loaded(model, layers, head) as targets:
-            return _at_head(model, batches, streams, targets, allocations, method)
+            hessians = {}
+            if targets and method.wants_hessian:
+                _, hessians = _observed(model, layers, calibration, learning, list(targets))
+            return _at_head(model, batches, streams, targets, allocations, method, hessians)
 
 
-def _original(
-    model: LayeredModel, number: int, batches, hidden, targets: dict[str, list[Target]], method: Method
+def _observed(
+    model: LayeredModel, number: int, batches, hidden, names: list[str]
 ) -> tuple[list[torch.Tensor], dict[tuple[str, int], torch.Tensor]]:
-    """What the layer makes of each batch, and the Hessians of its inputs where the method wants them."""
-    parameters = {name: model.model.get_parameter(name) for name in targets} if method.wants_hessian else {}
-    with _Inputs(parameters) as inputs:
+    """What the layer makes of each batch, and the Hessians of the inputs of its parameters `names`."""
+    with _Inputs({name: model.model.get_parameter(name) for name in names}) as inputs:
         out = [model.run(number, ids, h) for ids, h in zip(batches, hidden, strict=True)]
     for moments in inputs.moments.values():
         moments.finish()
@@ -139,20 +147,25 @@ def _at_head(
     targets: dict[str, list[Target]],
     allocations: Sequence[Schemes],
     method: Method,
-) -> list[float]:
+    hessians: dict,
+) -> list[tuple[float, float]]:
     """The divergences, from the hidden states behind the last layer."""
-    layers, made, hessians = len(model.layers), {}, {}
-    if targets:
-        _, hessians = _original(model, layers, batches, streams[0], targets, method)
-    totals, tokens = [0.0] * len(allocations), 0
+    layers, made = len(model.layers), {}
+    found: list[list[float]] = [[] for _ in allocations]
     for batch, ids in enumerate(batches):
         if targets:
             _replace(model, targets, {}, hessians, method, made)
         wanted = torch.log_softmax(model.run(layers, ids, streams[0][batch]).float(), -1)
-        tokens += ids.numel()
         for index, schemes in enumerate(allocations):
             if targets:
                 _replace(model, targets, schemes, hessians, method, made)
-            found = torch.log_softmax(model.run(layers, ids, streams[index + 1][batch]).float(), -1)
-            totals[index] += float((wanted.exp() * (wanted - found)).sum(dtype=torch.float64))
-    return [total / tokens for total in totals]
+            got = torch.log_softmax(model.run(layers, ids, streams[index + 1][batch]).float(), -1)
+            found[index].append(float((wanted.exp() * (wanted - got)).sum(dtype=torch.float64)) / ids.numel())
+    weights = torch.tensor([ids.numel() for ids in batches], dtype=torch.float64)
+    return [_mean_and_error(torch.tensor(each, dtype=torch.float64), weights) for each in found]
+
+
+def _mean_and_error(values: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
+    """The weighted mean of some values, and its standard error."""
+    mean = float((values * weights).sum() / weights.sum())
+    return mean, 0.0 if len(values) < 2 else float(values.std()) / len(values) ** 0.5

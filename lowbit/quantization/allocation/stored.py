@@ -24,10 +24,11 @@ logger = logging.getLogger("lowbit")
 
 @dataclass
 class Measured:
-    """costs: module -> name of a scheme -> nats per token. divergences: key of an allocation (`key_of`) -> its KL."""
+    """costs: module -> name of a scheme -> nats per token. divergences: key of an allocation (`key_of`) -> its
+    KL and the standard error of that."""
 
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
-    divergences: dict[str, float] = field(default_factory=dict)
+    divergences: dict[str, list[float]] = field(default_factory=dict)
 
 
 def key_of(schemes: Mapping[str, Scheme]) -> str:

@@ -1,16 +1,16 @@
 """What is allocated: units, each with the schemes that it may have and the bytes that each of them takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lowbit.discovery import find_sites
+from lowbit.discovery import CheckpointNames, find_sites
 from lowbit.errors import InputError, UsageError
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantization.allocation.engines import ranks_that_take
 from lowbit.quantization.opened import Source
-from lowbit.quantization.plan import Plan, make_plan
+from lowbit.quantization.plan import Plan, Step, make_plan
 from lowbit.serving import RANKS, fused_units, modules_of
 
 # What a unit may be stored as, unless a format or an engine cannot: from the 2.25 to the 8.5 bits that are of use
@@ -22,6 +22,9 @@ CANDIDATES = tuple(
         (3, True, (64, 128)),
         (4, False, (32, 64, 128)),
         (4, True, (32, 64, 128)),
+        (5, False, (32, 128)),
+        (5, True, (32, 128)),
+        (6, True, (32, 128)),
         (8, True, (32, 128)),
     )
     for group in groups
@@ -33,12 +36,12 @@ class Unit:
     """Modules that have one scheme together, because engines make one matrix of them.
 
     modules: their names. weights: how many numbers they hold. bytes: what the unit takes up, by the schemes that it may
-    have; schemes that do not fit are not in it.
+    have; schemes that do not fit are not in it. None stands for leaving it dense.
     """
 
     modules: tuple[str, ...]
     weights: int
-    bytes: Mapping[Scheme, int]
+    bytes: Mapping[Scheme | None, int]
 
     @property
     def name(self) -> str:
@@ -57,8 +60,8 @@ class Unit:
         return "+".join(module.rpartition(".")[2] for module in self.modules)
 
 
-# Unit.modules -> the scheme of the unit
-Allocation = Mapping[tuple[str, ...], Scheme]
+# Unit.modules -> the scheme of the unit, None: it stays dense
+Allocation = Mapping[tuple[str, ...], Scheme | None]
 
 
 def find_units(
@@ -68,6 +71,8 @@ def find_units(
     schemes: Sequence[Scheme],
     engine: str | None = None,
     gpus: int = 1,
+    bytes_of: Callable[[Step], int] = lambda step: sum(info.nbytes for info in step.outputs),
+    open_head: bool = False,
 ) -> list[Unit]:
     """The units of a model, in the order of its modules.
 
@@ -78,6 +83,8 @@ def find_units(
         schemes: What a unit may have.
         engine: It has to take every unit; None: no engine in particular.
         gpus: Tensor parallelism over up to so many is kept where a unit has any scheme that allows it.
+        bytes_of: What a weight takes up, in files or elsewhere.
+        open_head: The output embedding may be quantized, or stay dense.
 
     Returns:
         Units that have at least one scheme. What no scheme can quantize is no unit.
@@ -90,14 +97,14 @@ def find_units(
     found: dict[str, _Stored] = {}
     failure: Exception | None = None
     for scheme in schemes:
-        asked = replace(start.recipe, scheme=scheme, lm_head=start.recipe.lm_head and scheme)
+        asked = replace(start.recipe, scheme=scheme, lm_head=scheme if open_head or start.recipe.lm_head else None)
         try:
             plan = make_plan(start.reader, start.model, asked, format_name)
         except InputError as error:  # of a format that has no such scheme
             failure = error
             continue
         ranks = _ranks(plan, runnable, joined, engine, gpus)
-        for module, (stored, weights, bytes) in _bytes_of(plan).items():
+        for module, (stored, weights, bytes) in _bytes_of(plan, bytes_of).items():
             if ranks[module]:
                 found.setdefault(module, _Stored(weights, {}, {})).add(stored, bytes, ranks[module])
     if not found:
@@ -107,7 +114,22 @@ def find_units(
         )
     groups = _groups(joined, found)
     units = [_unit(modules, [found[module] for module in modules]) for modules in groups]
-    return [unit for unit in units if unit.bytes]
+    heads = _dense_heads(start, runnable) if open_head else {}
+    return [_with_dense(unit, heads) for unit in units if unit.bytes]
+
+
+def _dense_heads(start: Source, runnable: nn.Module) -> dict[str, int]:
+    """Output embedding -> its bytes as it is stored."""
+    heads = {name: site.module for name, site in find_sites(runnable).items() if site.is_head}
+    names = CheckpointNames(start.model)
+    located = {names.locate(name)[0]: info.nbytes for name, info in start.reader.tensors.items()}
+    return {module: located[name] for name, module in heads.items() if name in located}
+
+
+def _with_dense(unit: Unit, heads: Mapping[str, int]) -> Unit:
+    """The same, which may stay dense where it is the output embedding."""
+    dense = [heads[module] for module in unit.modules if module in heads]
+    return replace(unit, bytes={**unit.bytes, None: sum(dense)}) if dense else unit
 
 
 @dataclass
@@ -122,14 +144,13 @@ class _Stored:
         self.bytes[scheme], self.ranks[scheme] = bytes, ranks
 
 
-def _bytes_of(plan: Plan) -> dict[str, tuple[Scheme, int, int]]:
+def _bytes_of(plan: Plan, bytes_of: Callable[[Step], int]) -> dict[str, tuple[Scheme, int, int]]:
     """Module -> scheme, weights and bytes of what `plan` chooses a scheme for: its own, not one that the user named."""
     found: dict[str, tuple[Scheme, int, int]] = {}
     for step in plan.quantized:
         if step.site.kind != "embedding" and plan.recipe.overridden_by(*step.site.names) is None:
             _, weights, bytes = found.get(step.site.module, (None, 0, 0))
-            stored = sum(info.nbytes for info in step.outputs)
-            found[step.site.module] = step.scheme, weights + step.source.numel, bytes + stored
+            found[step.site.module] = step.scheme, weights + step.source.numel, bytes + bytes_of(step)
     return found
 
 

@@ -135,14 +135,14 @@ def test_a_cache_that_others_may_write_is_not_read(source, own_cache, monkeypatc
     [
         ({"bits": 1.5}, r"1.5 bits cannot be kept: the smallest schemes come to 2[.]\d+ bits; pass at least that"),
         ({"size": "10KB"}, r"10,000 bytes cannot be kept: the smallest schemes come to [\d,]+ bytes; pass"),
-        ({"max_kl": 1e-12}, r"a KL of 1e-12 cannot be kept: the largest schemes come to [\d.e-]+ on the data set"),
+        ({"max_kl": 1e-12}, r"a KL of 1e-12 cannot be kept: the largest schemes come to [\d.e-]+, with a margin"),
         ({"bits": 3.5, "engine": "sglang"}, r"the smallest schemes that sglang takes come to 4[.]\d+ bits"),
         ({"max_kl": 0.0}, r"max_kl is 0.0; expected a number above 0"),
         ({"bits": 3.5, "size": "1GB"}, r"--size and --bits 3.5 are two budgets: pass one of them"),
         ({"bits": 4, "size": "1GB"}, r"--size chooses the bits of each part: leave --bits 4 out"),
         ({"bits": 3.5, "group_size": 64}, r"--bits 3.5 chooses a scheme for each part: leave --group-size out"),
         ({"size": "1GB", "scheme": "W4A16"}, r"--size chooses a scheme for each part: leave --scheme out"),
-        ({"engine": "vllm"}, r"--engine says which schemes a budget may choose: pass --bits 3.5, --size or"),
+        ({"engine": "vllm"}, r"--engine says which schemes a budget may choose: pass --bits 3.5, --size, --fit or"),
         ({"size": "many"}, r"size 'many' is not understood"),
     ],
 )
@@ -184,3 +184,23 @@ def test_what_the_user_has_said_is_judged_too(source):
         for scheme in ("W2A16_ASYM-G64", "W8A16-G32")
     )
     assert coarse > 1.05 * fine
+
+
+def test_a_head_of_its_own_is_quantized_where_that_is_worth_it(tmp_path):
+    """And stays dense where there is room; one that is tied is left alone."""
+    source = save_tiny(tmp_path / "model", hidden_size=128, intermediate_size=256, tie_word_embeddings=False)
+    small, large = (lowbit.plan(source, scheme=s, lm_head=s).file_bytes for s in ("W4A16-G32", "W8A16-G32"))
+    dense = lowbit.plan(source, scheme="W8A16-G32").file_bytes
+
+    def head(size):
+        found = lowbit.plan(source, size=size, **QUICK)
+        assert found.file_bytes <= size
+        (unit,) = (unit for unit in found.allocation["units"] if unit["modules"] == ["lm_head"])
+        return unit
+
+    assert head(small)["scheme"] != "dense" and head(small)["kl"] > 0
+    assert head(dense)["scheme"] == "dense" and head(dense)["kl"] == 0 and dense > large
+    lowbit.quantize(source, tmp_path / "out", size=small, **QUICK)
+    assert lowbit.verify(tmp_path / "out", run=False).ok
+    bits = lowbit.plan(source, bits=3.5, **QUICK).allocation["units"]
+    assert not any("lm_head" in unit["modules"] for unit in bits)  # an average is of what is quantized

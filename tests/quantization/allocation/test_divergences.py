@@ -40,13 +40,15 @@ def test_as_whole_models_have_them(tmp_path, architecture):
         {module: COARSE if number % 2 else FINE for number, module in enumerate(modules)},
         {modules[-1]: COARSE},
     ]
-    found = divergences(model, steps, list(ids.split(2)), allocations, method_of("rtn"))
+    found = divergences(model, steps, [], list(ids.split(2)), allocations, method_of("rtn"))
     dense = _in_float64(architecture)
     for schemes, kl in zip(allocations, found, strict=True):
         changed = _in_float64(architecture)
         for module, scheme in schemes.items():
             _round(changed, module, scheme)
-        assert kl == pytest.approx(divergence(dense, changed, ids), rel=1e-3, abs=1e-7)
+        assert kl[0] == pytest.approx(divergence(dense, changed, ids), rel=1e-3, abs=1e-7)
+        batches = torch.tensor([divergence(dense, changed, batch) for batch in ids.split(2)])
+        assert kl[1] == pytest.approx(float(batches.std()) / 2**0.5, rel=2e-2, abs=1e-7)
 
 
 def _in_float64(architecture):
@@ -69,30 +71,37 @@ def _round(model, module, scheme):
 
 
 def test_gptq_gets_the_inputs_of_the_original_model(tmp_path):
-    """Of each weight by itself: what is quantized in front of it does not count."""
+    """Of each weight by itself: what is quantized in front of it does not count. And of other tokens than are judged
+    on."""
     folder = save_tiny(tmp_path / "model")
-    ids = torch.randint(3, 128, (4, 32))
-    model, steps = opened(folder, ids)
+    seen, ids = torch.randint(3, 128, (16, 32)), torch.randint(3, 128, (4, 32))
+    model, steps = opened(folder, torch.cat([seen, ids]))
     modules, method = modules_of(steps), method_of("gptq")
+    made = []
+
+    def spy(weight, scheme, hessian):
+        made.append((weight.clone(), scheme, hessian, method(weight, scheme, hessian)))
+        return made[-1][-1]
+
+    spy.wants_hessian = True
     allocations = [dict.fromkeys(modules, COARSE), dict.fromkeys(modules, Scheme(3, 16))]
-    found = divergences(model, steps, list(ids.split(2)), allocations, method)
+    found = divergences(model, steps, list(seen.split(4)), list(ids.split(2)), allocations, spy)
     dense = tiny_model(dtype=torch.float32)
     inputs = {module: [] for module in modules}
     for module in modules:
         hook = dense.get_submodule(module).register_forward_pre_hook
-        hook(lambda _, args, module=module: inputs[module].append(args[0].flatten(0, -2)))
+        hook(lambda _, args, module=module: inputs[module].append(args[0].flatten(0, -2).double()))
     with torch.no_grad():
-        dense(ids)
+        dense(seen)
     for schemes, kl in zip(allocations, found, strict=True):
         changed = tiny_model(dtype=torch.float32)
         for module, scheme in schemes.items():
             x, weight = inputs[module][0], changed.get_submodule(module).weight
-            hessian = (x.double().T @ x.double() / len(x)).float()
-            stats = {"hessian": hessian, "missing": None}
-            quantized, _ = get_quantizer("gptq").quantize(weight.detach(), stats, scheme, method.recipe.options)
+            (mine,) = (each for each in made if each[1] == scheme and torch.equal(each[0], weight))
+            torch.testing.assert_close(mine[2].double(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
             with torch.no_grad():
-                weight.copy_(dequantize(quantized))
-        assert kl == pytest.approx(divergence(tiny_model(), changed, ids), rel=0.02)
+                weight.copy_(dequantize(mine[3]))
+        assert kl[0] == pytest.approx(divergence(dense, changed, ids), rel=1e-3)
 
 
 def test_a_scheme_is_quantized_once_however_many_allocations_have_it(tmp_path, monkeypatch):
@@ -103,5 +112,5 @@ def test_a_scheme_is_quantized_once_however_many_allocations_have_it(tmp_path, m
     method = method_of("rtn")
     counting = lambda *args: calls.append(args) or method(*args)  # noqa: E731
     counting.wants_hessian = False
-    divergences(model, steps, [ids], [dict.fromkeys(modules, COARSE)] * 3, counting)
+    divergences(model, steps, [], [ids], [dict.fromkeys(modules, COARSE)] * 3, counting)
     assert len(calls) == len(modules)

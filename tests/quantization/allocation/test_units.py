@@ -73,6 +73,18 @@ def test_the_head_is_a_unit_where_it_is_asked_for(tmp_path):
     assert any(unit.modules == ("lm_head",) for unit in units_of(folder, Recipe(lm_head=Scheme(8, 32))))
 
 
+def test_a_head_that_may_stay_dense_is_as_large_as_it_is_stored(tmp_path):
+    folder = save_tiny(tmp_path / "model", tie_word_embeddings=False)
+    config, reader = load_config(folder), CheckpointReader(folder)
+    start = opened(reader, config, Recipe())
+    units = find_units(
+        start, skeleton(config, False, dtype=torch.bfloat16), "compressed-tensors", CANDIDATES, open_head=True
+    )
+    (head,) = (unit for unit in units if None in unit.bytes)
+    assert head.modules == ("lm_head",) and head.bytes[None] == reader.tensors["lm_head.weight"].nbytes
+    assert head.bytes[Scheme(8, 32)] < head.bytes[None]
+
+
 def test_an_engine_has_its_schemes_only(tmp_path):
     folder = save_tiny(tmp_path / "model", hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64,
                        num_key_value_heads=4)  # fmt: skip
@@ -82,7 +94,8 @@ def test_an_engine_has_its_schemes_only(tmp_path):
     assert all(scheme.sym for scheme in by_engine["transformers"])
     assert by_engine[None] == by_engine["vllm"]
     assert {scheme.group_size for scheme in by_engine["mlx"]} == {32, 64, 128}
-    assert by_engine["llama.cpp"]
+    assert by_engine["mlx"] >= {Scheme(5, 32), Scheme(6, 128)}
+    assert by_engine["llama.cpp"] == {Scheme(4, 32), Scheme(5, 32), Scheme(8, 32)}
 
 
 def test_tensor_parallelism_is_kept(tmp_path):

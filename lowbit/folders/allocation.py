@@ -26,7 +26,7 @@ class Allocation:
     def budget(self) -> str:
         """What was asked for, as it is typed."""
         asked = mapping(self.report.get("budget"))
-        units = {"bits": "--bits {:g}", "size": "--size {:.0f}", "max_kl": "--max-kl {:g}"}
+        units = {"bits": "--bits {:g}", "size": "--size {:.0f}", "max_kl": "--max-kl {:g}", "fit": "--fit {:.0f}"}
         found = [form.format(value) for key, form in units.items() if (value := number(asked.get(key))) is not None]
         return " ".join(found)
 
@@ -49,6 +49,24 @@ class Allocation:
     @cached_property
     def uniform(self) -> list[Point]:
         return self._points("uniform")
+
+    @property
+    def best_uniform(self) -> Point | None:
+        """Of one scheme for all that is no larger than the result, the one with the least KL."""
+        most = self.chosen.bits if self.chosen else 0.0
+        return min((point for point in self.uniform if point.bits <= most), key=lambda point: point.kl, default=None)
+
+    def to_dict(self) -> dict:
+        """What is shown of it, as JSON."""
+        return {
+            "budget": self.budget,
+            "predicted_kl": self.kl,
+            "parts": [
+                {"part": part, "schemes": schemes, "bytes": size, "kl": kl} for part, schemes, size, kl in self.kinds
+            ],
+            "frontier": [{"bits": point.bits, "kl": point.kl} for point in self.frontier],
+            "uniform": [{"scheme": point.scheme, "bits": point.bits, "kl": point.kl} for point in self.uniform],
+        }
 
     def _points(self, key: str) -> list[Point]:
         entries = mappings(self.report.get(key))
