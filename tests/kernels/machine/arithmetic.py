@@ -57,8 +57,8 @@ def bfe(a: Array, position: Array, length: Array) -> Array:
 
 @functools.cache
 def lop3() -> dict[int, str]:
-    """Table -> a shortest expression of {a}, {b} and {c}, integers, that has bit 4 * a + 2 * b + c of the table for each
-    of their bits. All 256 are found by joining shorter ones."""
+    """Table -> a shortest expression of the integers {a}, {b} and {c} that has bit 4 * a + 2 * b + c of the table, for
+    each of their bits. All 256 are found by joining shorter ones."""
     levels = [{0xF0: "{a}", 0xCC: "{b}", 0xAA: "{c}"}]  # by the number of operations
     found = dict(levels[0])
     while len(found) < 256:

@@ -200,7 +200,7 @@ def prmt(o: Operands) -> list[str]:
 
 def lop3(o: Operands) -> list[str]:
     modifiers(o, set())
-    names = dict(a="first", b="second", c="third")
+    names = {"a": "first", "b": "second", "c": "third"}
     result = arithmetic.lop3()[o.instruction.operands[4].pattern].format(**names)
     return [f"{name} = {o.read(n)}" for n, name in enumerate(names.values(), 1) if name in result] + o.write(result)
 

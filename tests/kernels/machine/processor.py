@@ -157,6 +157,19 @@ class Wave:
         if operand is not None:
             self.registers[operand.file][operand.row][cohort.columns] = value
 
+    def words(self, cohort: Cohort, registers: tuple[Register, ...]) -> Array:
+        """32-bit registers as [register, thread of the cohort]."""
+        return self.registers["b32"][self.block(cohort, registers)]
+
+    def set_words(self, cohort: Cohort, registers: tuple[Register, ...], values: Array) -> None:
+        self.registers["b32"][self.block(cohort, registers)] = values
+
+    @staticmethod
+    def block(cohort: Cohort, registers: tuple[Register, ...]) -> tuple:
+        """Indices of rows and columns."""
+        rows = np.array([register.row for register in registers])
+        return (rows, cohort.columns) if isinstance(cohort.columns, slice) else (rows[:, None], cohort.columns)
+
     def address(self, cohort: Cohort, address: Address) -> Array:
         """Of global memory."""
         return self.value(cohort, address.base, np.uint64) + np.uint64(address.offset & 2**64 - 1)
