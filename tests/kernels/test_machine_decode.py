@@ -11,16 +11,10 @@ if importlib.util.find_spec("triton") is None:
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from executed import decode_runs, process
+from executed import decode_runs
 from executed.source_damage import DECODE_FAULTS
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def compiling(tmp_path_factory):
-    with process.compiling_processes(str(tmp_path_factory.mktemp("triton"))) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("name", DECODE_FAULTS)
