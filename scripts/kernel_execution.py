@@ -55,24 +55,22 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    records, wrong = {}, 0
+    wrong = 0
     for folder in [None, *options.triton]:
         version, record = run_with(folder, options)
-        records[version] = record
         wrong += sum(row["unknown"] for row in record["rows"])
-    if options.write:
-        write(records)
+        if options.write:
+            write(version, record)
     return 1 if wrong else 0
 
 
-def write(records: dict[str, dict]) -> None:
+def write(version: str, record: dict) -> None:
     """Newest triton first."""
     everything = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    for version, record in records.items():
-        before = everything.get(version, {}).get("rows", [])
-        rows = {(row["kernel"], row["gpu"]): row for row in [*before, *record["rows"]]}
-        ordered = sorted(rows.values(), key=lambda row: (KERNELS.index(row["kernel"]), row["gpu"]))
-        everything[version] = record | {"rows": ordered}
+    before = everything.get(version, {}).get("rows", [])
+    rows = {(row["kernel"], row["gpu"]): row for row in [*before, *record["rows"]]}
+    ordered = sorted(rows.values(), key=lambda row: (KERNELS.index(row["kernel"]), row["gpu"]))
+    everything[version] = record | {"rows": ordered}
     everything = dict(sorted(everything.items(), key=lambda item: version_of(item[0]), reverse=True))
     RESULT.write_text(json.dumps(everything, indent=1) + "\n")
 

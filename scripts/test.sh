@@ -19,5 +19,13 @@ quick=()
 
 python -m ruff check .
 python -m ruff format --check .
-python -m mypy
-python -m pytest ${quick[@]+"${quick[@]}"} "$@"
+# Types beside the tests: one process, which would leave the other cores idle for a minute
+types=$(mktemp)
+python -m mypy >"$types" 2>&1 &
+checking=$!
+trap 'kill "$checking" 2>/dev/null || true; rm -f "$types"' EXIT
+failed=0
+python -m pytest ${quick[@]+"${quick[@]}"} "$@" || failed=$?
+wait "$checking" || failed=1
+cat "$types"
+exit "$failed"

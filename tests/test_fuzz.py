@@ -7,7 +7,7 @@ from fuzz import cases, failure, make_folders, quiet
 
 pytestmark = pytest.mark.slow
 
-CASES, SEED = 250, 20251
+CASES, SEED = 150, 20251
 
 
 @pytest.fixture(scope="module")

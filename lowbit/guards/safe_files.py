@@ -10,8 +10,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lowbit.errors import OutputError, UsageError
@@ -123,6 +123,23 @@ def try_lock(file) -> bool | None:
     except (ImportError, OSError):
         return None
     return True
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time, and nothing is left in the folder. Where folders cannot be locked, all go on at once."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def open_lock(path: Path):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import first_line
-from lowbit.guards.safe_files import distrust, make_private, open_existing
+from lowbit.guards.safe_files import alone_in, distrust, make_private, open_existing
 from lowbit.native.abi import AbiError, Library
 from lowbit.system.cache import CACHE_VARIABLE as CACHE_VARIABLE
 from lowbit.system.cache import cache_root
@@ -112,20 +112,32 @@ def _cached(compiler: str) -> Library:
         with tempfile.TemporaryDirectory(prefix="lowbit-kernels-") as private:
             return _load(_compile(compiler, Path(private)))
     path = folder / f"kernels-{_key(compiler)}.so"
-    try:
-        if not (reason := distrust(path)):
-            return _load(path)
-    except FileNotFoundError:
-        logger.info("compiling the CPU kernels (once): %s", path)
-    except (OSError, AbiError) as error:  # cut short, or of another version
-        reason = f"{path} is damaged ({first_line(error)})"
-    if reason:
-        logger.warning("%s: the CPU kernels are compiled anew", reason)
-    with tempfile.TemporaryDirectory(dir=folder) as private:
-        made = _compile(compiler, Path(private))
-        loaded = _load(made)  # under a name of its own: of the one at `path`, what is loaded already would come back
-        os.replace(made, path)  # whole or not at all, whoever else compiles at the same time
+    if not isinstance(kept := _kept(path), str):
+        return kept
+    with alone_in(folder):  # of several processes that start together one compiles
+        if not isinstance(kept := _kept(path), str):
+            return kept
+        if kept:
+            logger.warning("%s: the CPU kernels are compiled anew", kept)
+        else:
+            logger.info("compiling the CPU kernels (once): %s", path)
+        with tempfile.TemporaryDirectory(dir=folder) as private:
+            made = _compile(compiler, Path(private))
+            loaded = _load(
+                made
+            )  # under a name of its own: of the one at `path`, what is loaded already would come back
+            os.replace(made, path)  # whole or not at all, where folders cannot be locked
     return loaded
+
+
+def _kept(path: Path) -> Library | str:
+    """The library at a path, or why it is not loaded: "" if there is none."""
+    try:
+        return distrust(path) or _load(path)
+    except FileNotFoundError:
+        return ""
+    except (OSError, AbiError) as error:  # cut short, or of another version
+        return f"{path} is damaged ({first_line(error)})"
 
 
 def _load(path: Path) -> Library:

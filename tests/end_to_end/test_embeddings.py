@@ -1,5 +1,6 @@
 """Quantized input embeddings: what is written, what the other side makes of it, and what of theirs runs here."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -152,68 +153,68 @@ def test_damaged_tables_are_refused_by_name(tmp_path):
 
 # Plain transformers with compressed-tensors, and no lowbit in the process
 _FOREIGN = """
-import json, sys, torch
+import sys, torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-folder, ids, out = sys.argv[1:]
-loading = CompressedTensorsConfig(dequantize=True)
-model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, quantization_config=loading)
-assert not any(info.values()), info
+ids, *folders = sys.argv[1:]
+for folder in folders:
+    loading = CompressedTensorsConfig(dequantize=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, quantization_config=loading)
+    assert not any(info.values()), (folder, info)
+    with torch.no_grad():
+        torch.save(model(torch.load(ids, weights_only=True)).logits, folder + "/logits.pt")
 assert "lowbit" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.load(ids, weights_only=True)).logits, out)
 """
 # The same by compressed-tensors' own code, which reads several schemes; transformers 5.24 fails to initialise, before
 # that, an embedding without a dense weight
 _PACKED = """
-import json, sys, torch
+import sys, torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-folder, ids, out = sys.argv[1:]
-config = AutoConfig.from_pretrained(folder)
-said = dict(config.quantization_config)
-said.pop("quant_method")
-del config.quantization_config
-model = AutoModelForCausalLM.from_config(config)
-quantization = QuantizationConfig.model_validate(said)
-apply_quantization_config(model, quantization)
-ModelCompressor(quantization_config=quantization).compress_model(model)
-missing, unexpected = model.load_state_dict(load_file(folder + "/model.safetensors"), strict=False)
-# of Gemma: compressing a module makes its computed buffers look like stored ones
-assert not unexpected and all(name.endswith(".embed_scale") for name in missing), (missing, unexpected)
+ids, *folders = sys.argv[1:]
+for folder in folders:
+    config = AutoConfig.from_pretrained(folder)
+    said = dict(config.quantization_config)
+    said.pop("quant_method")
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    quantization = QuantizationConfig.model_validate(said)
+    apply_quantization_config(model, quantization)
+    ModelCompressor(quantization_config=quantization).compress_model(model)
+    missing, unexpected = model.load_state_dict(load_file(folder + "/model.safetensors"), strict=False)
+    # of Gemma: compressing a module makes its computed buffers look like stored ones
+    assert not unexpected and all(name.endswith(".embed_scale") for name in missing), (folder, missing, unexpected)
+    with torch.no_grad():
+        torch.save(model(torch.load(ids, weights_only=True)).logits, folder + "/logits.pt")
 assert "lowbit" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.load(ids, weights_only=True)).logits, out)
 """
 
 
-def theirs(script, folder, tmp_path):
+def compare(script, tmp_path, scheme, embeddings):
+    """Tied and untied models, quantized, run by a script and here. embeddings: by the name of a model."""
+    folders = []
+    for name, tied in itertools.product(embeddings, (True, False)):
+        source = save_tiny(tmp_path / f"dense-{name}-{tied}", name, tie_word_embeddings=tied)
+        folders.append(tmp_path / f"{name}-{tied}")
+        lowbit.quantize(source, folders[-1], scheme=scheme, embeddings=embeddings[name])
     torch.save(token_ids(), tmp_path / "ids.pt")
-    command = [sys.executable, "-c", script, str(folder), tmp_path / "ids.pt", tmp_path / "out.pt"]
+    command = [sys.executable, "-c", script, str(tmp_path / "ids.pt"), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(tmp_path / "out.pt", weights_only=True)
+    for folder in folders:
+        expected = torch.load(folder / "logits.pt", weights_only=True)
+        assert relative_error(logits(lowbit.load(folder)), expected) < 1e-5, folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_plain_transformers_agrees_where_there_is_one_scheme(name, tied, tmp_path):
-    source = save_tiny(tmp_path / "dense", name, tie_word_embeddings=tied)
-    lowbit.quantize(source, tmp_path / "q", scheme="W8A16-G32", embeddings="W8A16-G32")
-    expected = theirs(_FOREIGN, tmp_path / "q", tmp_path)
-    assert relative_error(logits(lowbit.load(tmp_path / "q")), expected) < 1e-5
+def test_plain_transformers_agrees_where_there_is_one_scheme(tmp_path):
+    compare(_FOREIGN, tmp_path, "W8A16-G32", {"llama": "W8A16-G32", "gemma3": "W8A16-G32"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("name", "embeddings"), [("llama", "W8A16-G32"), ("gemma3", "W4A16_ASYM-G32")])
-def test_compressed_tensors_agrees_on_several_schemes(name, embeddings, tied, tmp_path):
-    source = save_tiny(tmp_path / "dense", name, tie_word_embeddings=tied)
-    lowbit.quantize(source, tmp_path / "q", scheme="W4A16-G64", embeddings=embeddings)
-    expected = theirs(_PACKED, tmp_path / "q", tmp_path)
-    assert relative_error(logits(lowbit.load(tmp_path / "q")), expected) < 1e-5
+def test_compressed_tensors_agrees_on_several_schemes(tmp_path):
+    compare(_PACKED, tmp_path, "W4A16-G64", {"llama": "W8A16-G32", "gemma3": "W4A16_ASYM-G32"})
 
 
 def saved_by_llm_compressor(folder, *, tied: bool, head: bool, bits: int, group: int | None, sym: bool):
@@ -254,8 +255,13 @@ def saved_by_llm_compressor(folder, *, tied: bool, head: bool, bits: int, group:
     return expected
 
 
-@pytest.mark.parametrize(("tied", "head"), [(False, False), (True, False), (True, True), (False, True)])
-@pytest.mark.parametrize(("bits", "group", "sym"), [(4, 32, True), (8, None, True), (4, None, False), (2, 32, False)])
+@pytest.mark.parametrize(
+    ("bits", "group", "sym", "tied", "head"),
+    [
+        (4, 32, True, False, False), (4, 32, True, True, False), (2, 32, False, True, True), (4, 32, True, False, True),
+        (8, None, True, True, True), (4, None, False, False, True), (2, 32, False, False, False),
+    ],
+)  # fmt: skip
 def test_lowbit_runs_what_llm_compressor_writes(bits, group, sym, tied, head, tmp_path):
     expected = saved_by_llm_compressor(tmp_path / "theirs", tied=tied, head=head, bits=bits, group=group, sym=sym)
     stored = load_file(tmp_path / "theirs" / "model.safetensors")

@@ -3,6 +3,7 @@
 import logging
 import struct
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,10 @@ def logits(model) -> torch.Tensor:
         return model(token_ids()).logits
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*zip(DENSE, cycle(("Q4_0", "Q8_0")), strict=False), ("llama", "Q8_0"), ("qwen3_moe", "Q8_0")],
+)
 def test_integers_run_packed(name, kind, tmp_path):
     """Through rows in another order, and experts side by side: the logits of the decoded weights, by transformers."""
     file = write_gguf(tmp_path / "model.gguf", name, of_kind(kind))
@@ -76,9 +79,9 @@ KINDS = ["Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_types_are_decoded(kind, tmp_path):
-    """To the bit, in float32 and in bfloat16."""
+    """To the bit in float32, of which every other dtype is made."""
     file = write_gguf(tmp_path / "model.gguf", "llama", of_kind(kind))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if kind in ("Q4_K", "F16") else (torch.float32,):
         ours, expected = lowbit.load(file, dtype=dtype).state_dict(), theirs(file, dtype).state_dict()
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -17,6 +17,7 @@ sys.path[:0] = [str(SCRIPTS), str(SCRIPTS / "benchmarks")]
 
 import tables  # noqa: E402
 from aot import hazard, ptx, sass, shipped  # noqa: E402
+from executed import process  # noqa: E402
 from executed.known_faults import MISSING_FENCE, known_fault  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -33,24 +34,22 @@ REPRESENTATIVE = (
 )
 
 
-def run(*arguments, tmp_path):
-    """A python process of its own: here triton may already be in the interpreter's mode."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join(filter(None, [str(ROOT / "triton_kernels"), str(SCRIPTS), environment.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture
+def printed(compiling):
+    """printed(program) -> what it prints where kernels are compiled."""
+    return lambda program: compiling.submit(process.printed, program).result()
 
 
 @needs_triton
-def test_shipped_kernels_pass_the_check(tmp_path):
+def test_shipped_kernels_pass_the_check(triton_cache):
     """All but one fault, which is that of a triton: it is refused, and nothing else is."""
     import triton
 
-    done = run(SCRIPTS / "kernel_report.py", "--check", "--only", *REPRESENTATIVE, tmp_path=tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join(filter(None, [str(ROOT / "triton_kernels"), str(SCRIPTS), environment.get("PYTHONPATH")]))
+    command = [sys.executable, SCRIPTS / "kernel_report.py", "--check", "--only", *REPRESENTATIVE]
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": triton_cache}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     chosen = [one for one in shipped.find(list(REPRESENTATIVE)) if one.targets]
     faulty = [one for one in chosen if known_fault(one, "sm_90", triton.__version__) is MISSING_FENCE]
     problems = [line for line in done.stdout.splitlines() if "PROBLEM" in line]
@@ -78,10 +77,9 @@ show(replace(good, types=good.types | {"weight": "*i16:1"}))
 
 
 @needs_triton
-def test_bad_kernels_are_flagged(tmp_path):
-    done = run("-c", BAD, tmp_path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    good, slow, few_registers, misaligned = done.stdout.splitlines()
+def test_bad_kernels_are_flagged(printed):
+    out = printed(BAD)
+    good, slow, few_registers, misaligned = out.splitlines()
     assert good == "[]"
     assert "instructions per weight, recorded 1.0" in slow
     assert "spills" in few_registers
@@ -98,10 +96,9 @@ for one in shipped.find(chosen):
 
 
 @needs_triton
-def test_kernels_compile_for_amd(tmp_path):
-    done = run("-c", AMD, tmp_path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    skinny, gemm, dequantize, int8 = done.stdout.splitlines()
+def test_kernels_compile_for_amd(printed):
+    out = printed(AMD)
+    skinny, gemm, dequantize, int8 = out.splitlines()
     assert skinny == gemm == int8 == "yes" and dequantize == "without matrix instructions"
 
 
@@ -147,11 +144,10 @@ for one in shipped.find(["gemm-w4-g128-sym-bf16-m64", "int8-w8-g128-sym-bf16-m12
 
 
 @needs_triton
-def test_two_warps_multiply_from_registers(tmp_path):
+def test_two_warps_multiply_from_registers(printed):
     """What Hopper and Blackwell get from a triton that forgets the fence between cp.async and wgmma or tcgen05."""
-    done = run("-c", TWO_WARPS, tmp_path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["True False", "True False", "0"] * 2
+    out = printed(TWO_WARPS)
+    assert out.splitlines() == ["True False", "True False", "0"] * 2
 
 
 META_LOADS = """
@@ -168,11 +164,10 @@ for one in shipped.find(["hopper-w4-g128-sym-bf16-m128", "hopper-w4-g32-asym", "
 
 
 @needs_triton
-def test_the_hopper_kernel_loads_a_meta_word_once(tmp_path):
+def test_the_hopper_kernel_loads_a_meta_word_once(printed):
     """Two consumers load at four places; a lane has two rows, each with a word, or one for each group of a turn."""
-    done = run("-c", META_LOADS, tmp_path=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert [int(line) for line in done.stdout.split()] == [2 * 4 * 2 * words for words in (1, 4, 1)]
+    out = printed(META_LOADS)
+    assert [int(line) for line in out.split()] == [2 * 4 * 2 * words for words in (1, 4, 1)]
 
 
 def test_report_is_of_what_is_shipped():

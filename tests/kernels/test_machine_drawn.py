@@ -12,18 +12,12 @@ if importlib.util.find_spec("triton") is None:
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import triton
-from executed import drawn_runs, process
+from executed import drawn_runs
 from executed.known_faults import known_fault
 
 pytestmark = pytest.mark.slow
 
 SEEDS = range(8)
-
-
-@pytest.fixture(scope="module")
-def compiling(tmp_path_factory):
-    with process.compiling_processes(str(tmp_path_factory.mktemp("triton"))) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])

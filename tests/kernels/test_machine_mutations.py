@@ -13,19 +13,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import kernel_mutations
 import triton
-from executed import mutations, process, shipped_runs, source_mutations
+from executed import mutations, shipped_runs, source_mutations
 from executed.equivalents import EQUIVALENT, TRITON
 from executed.source_damage import DAMAGE
 
 pytestmark = pytest.mark.slow
 
 SAMPLED = [pair for pair in kernel_mutations.full_names() if pair[0].startswith(("skinny", "int8-w8", "hopper"))]
-
-
-@pytest.fixture(scope="module")
-def compiling(tmp_path_factory):
-    with process.compiling_processes(str(tmp_path_factory.mktemp("triton"))) as pool:
-        yield pool
 
 
 @pytest.mark.skipif(triton.__version__ != TRITON, reason=f"places are those of triton {TRITON}")

@@ -12,19 +12,13 @@ if importlib.util.find_spec("triton") is None:
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import triton
-from executed import process, shipped_runs
+from executed import shipped_runs
 from executed.known_faults import JOINED_SLICES, known_fault
 from executed.shipped_runs import find
 
 pytestmark = pytest.mark.slow
 
 PAIRS = shipped_runs.pairs()
-
-
-@pytest.fixture(scope="module")
-def compiling(tmp_path_factory):
-    with process.compiling_processes(str(tmp_path_factory.mktemp("triton"))) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("kernel", ["skinny", "gemm", "hopper", "int8"])

@@ -12,7 +12,7 @@ from lowbit_kernels import layout as layouts
 
 pytestmark = pytest.mark.slow
 
-# one entry per scheme; rows, shapes and splits take turns, their periods chosen to mix
+# one entry per width and group size; symmetry, rows, shapes and splits take turns, their periods chosen to mix
 INPUTS = {
     32: (224, 416),
     64: (320, 448),
@@ -22,11 +22,11 @@ INPUTS = {
     1024: (2048, 2048),
     -1: (43, 600),
 }
-ROWS, OUTPUTS, SPLITS = cycle((1, 2, 7, 8, 9, 16, 17)), cycle((64, 70, 1)), cycle((1, 2, 3, 4))
+ROWS, OUTPUTS, SPLITS = cycle((1, 2, 7, 8, 9, 16, 17, 1, 8, 3, 16)), cycle((64, 70, 1)), cycle((1, 2, 3, 4))
 CASES = [
-    (Case(bits, group, sym, dtype, next(ROWS), next(OUTPUTS), INPUTS[group][bits == 3]), next(SPLITS))
-    for (bits, group, sym), dtype in zip(
-        product(layouts.SLICES, INPUTS, (True, False)), cycle(("bf16", "bf16", "fp16")), strict=False
+    (Case(bits, group, (b + g) % 2 == 0, dtype, next(ROWS), next(OUTPUTS), INPUTS[group][bits == 3]), next(SPLITS))
+    for ((b, bits), (g, group)), dtype in zip(
+        product(enumerate(layouts.SLICES), enumerate(INPUTS)), cycle(("bf16", "bf16", "fp16")), strict=False
     )
 ]
 

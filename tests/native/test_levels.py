@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 
 import pytest
 import torch
@@ -88,8 +89,9 @@ def test_primitives(on_level, name, bits):
                 assert ((found - wanted).abs() <= 2**-22 * terms).all(), level
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("scheme", "rows"), list(zip(SCHEMES, cycle((1, 5, 5, 1)), strict=False)), ids=lambda one: getattr(one, "name", one)
+)
 def test_product_of_few_rows(on_level, scheme, rows):
     shape = 37, 640
     qweight = random_quantized(scheme, *shape, torch.bfloat16)

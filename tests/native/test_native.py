@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from packaging.version import Version
 from weights import matrix, random_quantized
 
 from lowbit.backends import native
+from lowbit.guards.safe_files import alone_in, make_private
 from lowbit.native import build, operators
 from lowbit.native.linear import _weight_of, product
 from lowbit.native.operators import replay
@@ -310,6 +313,25 @@ def test_a_damaged_library_is_built_anew(cache, caplog, damage):
     assert f"{cache.path} is damaged" in caplog.text
     caplog.clear()
     assert isinstance(cache.library(), ctypes.CDLL) and not caplog.records
+
+
+def test_of_several_processes_one_compiles(cache, monkeypatch):
+    """The others wait, and load what it has made."""
+    looked, kept = threading.Event(), build._kept
+
+    def look(path):
+        found = kept(path)
+        looked.set()
+        return found
+
+    monkeypatch.setattr(build, "_kept", look)
+    make_private(cache.folder)
+    with ThreadPoolExecutor(1) as other:
+        with alone_in(cache.folder):
+            made = other.submit(cache.library)
+            assert looked.wait(600)  # and found nothing
+            cache.plant("theirs")
+        assert isinstance(made.result(), ctypes.CDLL) and cache.loaded() == {"theirs"}
 
 
 def foreign(path) -> None:

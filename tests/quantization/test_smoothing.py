@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from itertools import cycle
 
 import pytest
 import torch
@@ -76,8 +77,9 @@ def rounded_again(model, dtype):
     return model
 
 
-@pytest.mark.parametrize("name", FOLDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=("fp32", "bf16"))
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*zip(FOLDS, cycle((torch.float32, torch.bfloat16)), strict=False), ("llama", torch.bfloat16)]
+)
 def test_smoothing_alone_leaves_the_logits_as_they_were(name, dtype, tmp_path):
     """Before quantization, to rounding; what is not quantized is in the output as it was scaled, and `verify` knows."""
     source = save_with_outliers(tmp_path / "source", name, dtype)

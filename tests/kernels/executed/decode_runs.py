@@ -1,5 +1,7 @@
 """The decode loop on the machine: lowbit's own captures of a step, replayed; and what must be noticed in it."""
 
+import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -96,11 +98,15 @@ def differing(found: list, expected: list) -> list[str]:
     return sorted({what for what, a, b in pairs if not torch.equal(a, b)})
 
 
-def run_faulty(cache: str, name: str) -> list[str]:
-    """The problems of a small step with one of DECODE_FAULTS, in a process of its own."""
-    from executed import process, source_mutations
+def run_faulty(name: str) -> list[str]:
+    """The problems of a small step with one of DECODE_FAULTS, in a process of process.py. It imports what is slow to
+    import and not damaged, and forks another, which imports the damaged package."""
+    import machine.driver  # noqa: F401
+    import transformers.generation  # noqa: F401
+
+    from executed import source_mutations
 
     with source_mutations.damaged_package(DECODE_FAULTS[name]) as folder:
-        pool: ProcessPoolExecutor = process.compiling_processes(cache, 1, str(folder))
-        with pool:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(1, context, sys.path.insert, (0, str(folder))) as pool:
             return pool.submit(run_decode, "sm_90", 0, 1, True).result().problems

@@ -1,5 +1,7 @@
 """A process in which kernels are compiled: here, triton may be in the interpreter's mode, which a process keeps."""
 
+import contextlib
+import io
 import multiprocessing
 import os
 import sys
@@ -20,6 +22,13 @@ def triton_version() -> str:
     import triton
 
     return triton.__version__
+
+
+def printed(program: str) -> str:
+    """What some Python prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(program, {})
+    return out.getvalue()
 
 
 def compiling_processes(cache: str, count: int = 1, triton: str | None = None) -> ProcessPoolExecutor:

@@ -4,6 +4,9 @@ Approximate functions (`ex2.approx`, `rsqrt.approx`, `div.full`) are correctly r
 arithmetic makes is the canonical one; conversions to a wider float keep its payload.
 """
 
+import functools
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,13 +55,21 @@ def bfe(a: Array, position: Array, length: Array) -> Array:
     return np.where(top == 1, field | above, field).astype(U32).view(I32)
 
 
-def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
-    """Bit 4 * a + 2 * b + c of the table, for each bit of the operands."""
-    out = U32(0)
-    for i in range(8):
-        if table >> i & 1:
-            out = out | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
-    return out
+@functools.cache
+def lop3() -> dict[int, str]:
+    """Table -> a shortest expression of the integers {a}, {b} and {c} that has bit 4 * a + 2 * b + c of the table, for
+    each of their bits. All 256 are found by joining shorter ones."""
+    levels = [{0xF0: "{a}", 0xCC: "{b}", 0xAA: "{c}"}]  # by the number of operations
+    found = dict(levels[0])
+    while len(found) < 256:
+        level = {table ^ 255: f"~{text}" for table, text in levels[-1].items()}
+        for shorter, longer in zip(levels, reversed(levels), strict=True):
+            for (f, left), (g, right) in itertools.product(shorter.items(), longer.items()):
+                for table, sign in ((f & g, "&"), (f | g, "|"), (f ^ g, "^")):
+                    level.setdefault(table, f"({left} {sign} {right})")
+        levels.append({table: text for table, text in level.items() if table not in found})
+        found |= levels[-1]
+    return found
 
 
 def prmt(a: Array, b: Array, selector: Array) -> Array:
@@ -140,11 +151,29 @@ def fma_f32(a: Array, b: Array, c: Array) -> Array:
 
 
 def fma_bf16x2(a: Array, b: Array, c: Array) -> Array:
-    return joined(bf16_of_f64(round_to_odd(*(f32_of_bf16(parts(v)) for v in (a, b, c)))))
+    a, b, c = (F64_OF_BF16.take(parts(v)) for v in (a, b, c))
+    product = a * b
+    total = product + c
+    single = total.astype(F32)
+    if not exact(total, product, c, single):
+        return joined(bf16_of_f64(round_to_odd(a, b, c)))
+    bits = single.view(U32)
+    return joined((bits + ((bits >> U32(16) & U32(1)) + U32(0x7FFF))).view(U16)[..., 1::2])
 
 
 def fma_f16x2(a: Array, b: Array, c: Array) -> Array:
-    return joined(f16_of(round_to_odd(*(f32_of_f16(parts(v)) for v in (a, b, c)))))
+    a, b, c = (F64_OF_F16.take(parts(v)) for v in (a, b, c))
+    product = a * b
+    total = product + c
+    if not exact(total, product, c, total):
+        total = round_to_odd(a, b, c)
+    return joined(f16_of(total))
+
+
+def exact(total: Array, product: Array, c: Array, rounded: Array) -> bool:
+    """Are all sums `total` of float64, and all `rounded`, what product and c have without rounding, and finite? The
+    difference of the larger summand is exact, so that it tells; which one is larger need not be known."""
+    return bool(((total - product == c) & (total - c == product) & (rounded == total)).all())
 
 
 def minimum(a: Array, b: Array) -> Array:
@@ -223,6 +252,11 @@ def integer_of(v: Array, dtype: type) -> Array:
     limits = np.iinfo(dtype)
     inside = np.nan_to_num(np.asarray(v, F64), nan=0.0, posinf=limits.max, neginf=limits.min)
     return np.clip(inside, limits.min, limits.max).astype(dtype)
+
+
+# All of them, by their patterns
+with np.errstate(invalid="ignore"):  # of signalling NaN
+    F64_OF_BF16, F64_OF_F16 = (of(np.arange(2**16, dtype=U16)).astype(F64) for of in (f32_of_bf16, f32_of_f16))
 
 
 def pair(high: Array, low: Array) -> Array:

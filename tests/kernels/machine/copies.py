@@ -3,7 +3,6 @@
 What a cp.async copies arrives when its group is waited for, a box of TMA when nothing else can run, or at random.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -173,7 +172,7 @@ class TmaUnit(Unit):
 
     def __init__(self, wave):
         super().__init__(wave)
-        self.flying: deque[Box] = deque()
+        self.flying: list[Box] = []
 
     def start(self, instruction: Instruction, cohort: Cohort) -> None:
         """[to], [tensor map, {column, row}], [mbarrier], by each thread of the cohort."""
@@ -202,11 +201,19 @@ class TmaUnit(Unit):
             knowledge = wave.clocks.release(warp)
             self.flying.append(Box(instruction, tensor, at, source, inside, barrier, in_grid, clock, knowledge))
 
-    def land_one(self) -> None:
-        """Any box in flight arrives and tells its mbarrier."""
+    def land_some(self) -> None:
+        """Any box in flight of each CTA arrives. CTAs that are in step stay so, which is faster; boxes of one CTA tell
+        another nothing."""
+        which, of_cta = self.wave.random.random(), {}
+        for box in self.flying:
+            of_cta.setdefault(box.thread // self.wave.threads_per_cta, []).append(box)
+        for boxes in of_cta.values():
+            self.land(boxes.pop(int(which * len(boxes))))
+        self.flying = [box for boxes in of_cta.values() for box in boxes]
+
+    def land(self, box: Box) -> None:
+        """It arrives and tells its mbarrier."""
         wave = self.wave
-        self.flying.rotate(int(wave.random.integers(len(self.flying))))
-        box = self.flying.popleft()
         wave.shared.data[box.at[:, None] + np.arange(PIECE)] = self.fetch(box)
         if wave.races:
             threads, clock = np.full(len(box.at), box.thread), np.full(len(box.at), box.clock)

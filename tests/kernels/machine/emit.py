@@ -32,11 +32,13 @@ Segment = Callable[[Any, Any], int | None]  # (wave, cohort) -> the next segment
 
 @dataclass
 class Compiled:
-    """segments: functions; starts: number of the first instruction of each."""
+    """segments: functions; starts: number of the first instruction of each; apart: segments of atomics, from which
+    other CTAs may learn who was first."""
 
     program: Program
     segments: list[Segment]
     starts: list[int]
+    apart: set[int]
     wgmma_rows: set[int]  # rows of 32-bit registers that wgmmas take operands from
 
     def instructions(self, segment: int) -> list[Instruction]:
@@ -117,11 +119,12 @@ class _Emitter:
         code = self.program.code
         starts = {0, *self.program.labels.values()}
         for i in code:
-            if self.is_meeting(i) or self.is_jump(i) or any(i.has(point) for point in POINTS):
+            if self.is_meeting(i) or self.is_jump(i) or i.of(POINTS):
                 starts |= {i.number, i.number + 1}
         self.starts = sorted(start for start in starts if start < len(code))
         self.segment_at = {start: n for n, start in enumerate(self.starts)}
-        compiled = Compiled(self.program, [], self.starts, self.wgmma_rows)
+        apart = {n for n, start in enumerate(self.starts) if code[start].parts[0] in ("atom", "red")}
+        compiled = Compiled(self.program, [], self.starts, apart, self.wgmma_rows)
         source = "\n".join(self.function(n, compiled.instructions(n)) for n in range(len(self.starts)))
         exec(compile(source, f"<{self.program.name}>", "exec"), self.namespace)
         compiled.segments = [self.namespace[f"segment{n}"] for n in range(len(self.starts))]
@@ -132,7 +135,7 @@ class _Emitter:
         return i.parts[0] in ("bra", "brx", "ret", "exit")
 
     def is_meeting(self, i: Instruction) -> bool:
-        return any(i.has(opcode) for opcode in self.meetings)
+        return i.of(self.meetings) is not None
 
     def function(self, n: int, instructions: list[Instruction]) -> str:
         lines = [
@@ -154,15 +157,15 @@ class _Emitter:
             lines += [f"  {statement}" for statement in statements]
             lines.append(" columns = cohort.columns")
         else:
-            pause = any(i.has(point) for i in instructions for point in POINTS)
+            pause = any(i.of(POINTS) for i in instructions)
             lines.append(f" return wave.pause(cohort, {n + 1})" if pause else f" return {n + 1}")
         return "\n".join(lines)
 
     def statements(self, i: Instruction) -> list[str]:
         """One instruction that does not end a segment."""
-        for opcode, (unit, method) in self.calls.items():
-            if i.has(opcode):
-                return [f"wave.{unit}.{method}(code[{i.number}], {'cohort' if i.guard is None else 'guarded'})"]
+        if opcode := i.of(self.calls):
+            unit, method = self.calls[opcode]
+            return [f"wave.{unit}.{method}(code[{i.number}], {'cohort' if i.guard is None else 'guarded'})"]
         if i.parts[0] not in COMPUTED and not i.has("ld.param"):
             raise PtxError(f"unknown instruction, {i}")
         operands = _Operands(self, i)
@@ -197,7 +200,7 @@ class _Emitter:
     def meeting(self, i: Instruction, following: int) -> str:
         if i.guard is not None:
             raise PtxError(f"unknown with a guard, {i}")
-        unit, method = next(call for opcode, call in self.meetings.items() if i.has(opcode))
+        unit, method = self.meetings[i.of(self.meetings)]
         return f"wave.{unit}.{method}(code[{i.number}], cohort, {following})"
 
     def target(self, label: str) -> int:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from machine import arithmetic
 from machine.program import Immediate, Instruction, Operand, PtxError, Vector
 
 DTYPES = {
@@ -199,7 +200,9 @@ def prmt(o: Operands) -> list[str]:
 
 def lop3(o: Operands) -> list[str]:
     modifiers(o, set())
-    return o.write(f"a.lop3({o.read(1)}, {o.read(2)}, {o.read(3)}, {o.instruction.operands[4].pattern})")
+    names = {"a": "first", "b": "second", "c": "third"}
+    result = arithmetic.lop3()[o.instruction.operands[4].pattern].format(**names)
+    return [f"{name} = {o.read(n)}" for n, name in enumerate(names.values(), 1) if name in result] + o.write(result)
 
 
 def setp(o: Operands) -> list[str]:

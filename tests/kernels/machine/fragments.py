@@ -18,21 +18,23 @@ def numbers(words: Array, kind: str) -> Array:
     words = np.ascontiguousarray(words)[..., None]
     if kind == "s8":
         return words.view(np.int8).astype(np.float64)
-    of = arithmetic.f32_of_bf16 if kind == "bf16" else arithmetic.f32_of_f16
-    return of(words.view(np.uint16)).astype(np.float64)
+    table = arithmetic.F64_OF_BF16 if kind == "bf16" else arithmetic.F64_OF_F16
+    return table.take(words.view(np.uint16))
 
 
-def left_operand(registers: list[Array], kind: str) -> Array:
-    """4 registers -> A [warps, 16, k]: register 2 * kh + rh holds row 8 * rh + g, columns e * (4 * kh + c) and on."""
-    values = numbers(np.stack(registers), kind)
+def left_operand(registers: Array, kind: str) -> Array:
+    """4 registers, uint32 [4, warps * 32] -> A [warps, 16, k]: register 2 * kh + rh holds row 8 * rh + g, columns
+    e * (4 * kh + c) and on."""
+    values = numbers(registers.reshape(len(registers), -1, LANES), kind)
     _, warps, _, per_register = values.shape
     values = values.reshape(2, 2, warps, 8, 4, per_register)  # kh, rh, warp, g, c, e
     return values.transpose(2, 1, 3, 0, 4, 5).reshape(warps, 16, 8 * per_register)
 
 
-def right_operand(registers: list[Array], kind: str) -> Array:
-    """2 registers -> B [warps, k, 8]: register kh holds column g, rows e * (4 * kh + c) and on."""
-    values = numbers(np.stack(registers), kind)
+def right_operand(registers: Array, kind: str) -> Array:
+    """2 registers, uint32 [2, warps * 32] -> B [warps, k, 8]: register kh holds column g, rows e * (4 * kh + c) and
+    on."""
+    values = numbers(registers.reshape(len(registers), -1, LANES), kind)
     _, warps, _, per_register = values.shape
     values = values.reshape(2, warps, 8, 4, per_register)  # kh, warp, g, c, e
     return values.transpose(1, 0, 3, 4, 2).reshape(warps, 8 * per_register, 8)

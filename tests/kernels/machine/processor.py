@@ -128,7 +128,7 @@ class Wave:
         self.state = np.full(self.total, RUNNING, np.int8)
         for name, unit in UNITS.items():
             setattr(self, name, unit(self))
-        # CTAs go side by side, by twos and threes, or one by one
+        # CTAs go side by side; to an atomic together, some at a time, or one by one
         self.mode = self.random.choice(["together", "some", "alone"], p=[0.5, 0.3, 0.2])
 
     def special_registers(self, ctas: Array) -> dict[str, Array]:
@@ -157,6 +157,19 @@ class Wave:
         if operand is not None:
             self.registers[operand.file][operand.row][cohort.columns] = value
 
+    def words(self, cohort: Cohort, registers: tuple[Register, ...]) -> Array:
+        """32-bit registers as [register, thread of the cohort]."""
+        return self.registers["b32"][self.block(cohort, registers)]
+
+    def set_words(self, cohort: Cohort, registers: tuple[Register, ...], values: Array) -> None:
+        self.registers["b32"][self.block(cohort, registers)] = values
+
+    @staticmethod
+    def block(cohort: Cohort, registers: tuple[Register, ...]) -> tuple:
+        """Indices of rows and columns."""
+        rows = np.array([register.row for register in registers])
+        return (rows, cohort.columns) if isinstance(cohort.columns, slice) else (rows[:, None], cohort.columns)
+
     def address(self, cohort: Cohort, address: Address) -> Array:
         """Of global memory."""
         return self.value(cohort, address.base, np.uint64) + np.uint64(address.offset & 2**64 - 1)
@@ -181,23 +194,27 @@ class Wave:
 
     def run(self) -> None:
         """Until all threads are done. Raises Fault for a deadlock."""
-        segments, executed = self.launch.compiled.segments, self.launch.executed
+        segments, apart, executed = self.launch.compiled.segments, self.launch.compiled.apart, self.launch.executed
         while not (self.state == DONE).all():
             if self.tma.flying and self.random.random() < 0.3:
-                self.tma.land_one()
+                self.tma.land_some()
             if not (self.state == RUNNING).any():
                 if not self.tma.flying:
                     raise Fault(f"deadlock: {self.standing()}")
-                self.tma.land_one()
+                self.tma.land_some()
                 continue
             cohort, at = self.draw()
             while at is not None:
                 executed[at] += cohort.count
                 at = segments[at](self, cohort)
+                if at in apart and self.mode != "together":
+                    self.at[cohort.threads] = at
+                    break
         self.copies.check_finished()
 
     def draw(self) -> tuple[Cohort, int]:
-        """Threads that run next, and the segment they are at: lanes of a warp that lag behind go first."""
+        """Threads that run next, and the segment they are at: lanes of a warp that lag behind go first. Of CTAs only
+        atomics tell who was first, so all of a wave go together up to one: races are found in any order."""
         ready = self.state == RUNNING
         at = np.where(ready, self.at, NOT_READY).reshape(-1, LANES)
         lowest = at.min(1)
@@ -205,7 +222,7 @@ class Wave:
         chosen = int(self.random.choice(warps))
         segment = int(lowest[chosen])
         members = warps[lowest[warps] == segment]
-        if self.mode != "together":
+        if self.mode != "together" and segment in self.launch.compiled.apart:
             with_chosen = np.zeros(self.ctas, bool)
             if self.mode == "some":
                 with_chosen = self.random.random(self.ctas) < 0.5

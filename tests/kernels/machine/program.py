@@ -5,8 +5,10 @@ block `{ .reg ... }` declares are local to it, and so are its labels; blocks tha
 """
 
 import bisect
+import functools
 import re
 import struct
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 LONGEST = 120  # characters of an instruction in a message
@@ -50,6 +52,13 @@ class Address:
 Operand = Register | Immediate | Symbol | Vector | Address | None
 
 
+@functools.cache
+def prefixes(opcode: str) -> tuple[str, ...]:
+    """An opcode without its last modifiers, the longest first: a.b.c, a.b, a."""
+    parts = opcode.split(".")
+    return tuple(".".join(parts[:n]) for n in range(len(parts), 0, -1))
+
+
 @dataclass
 class Instruction:
     number: int
@@ -69,7 +78,11 @@ class Instruction:
 
     def has(self, prefix: str) -> bool:
         """Is the opcode this one, perhaps with more modifiers? `ldmatrix` has no `ld`."""
-        return self.opcode == prefix or self.opcode.startswith(prefix + ".")
+        return prefix in prefixes(self.opcode)
+
+    def of(self, names: Container[str]) -> str | None:
+        """The one of `names`, a set or dict of opcodes, that this has with the most modifiers."""
+        return next((prefix for prefix in prefixes(self.opcode) if prefix in names), None)
 
 
 @dataclass
@@ -102,6 +115,8 @@ def parse(text: str) -> Program:
 
 def split(text: str) -> list[str]:
     """At commas outside of brackets."""
+    if not ("{" in text or "[" in text):
+        return text.split(",") if text.strip() else []
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "{[") - (character in "}]")
@@ -119,6 +134,17 @@ def pattern_of(text: str) -> int:
     if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
     return struct.unpack("<I", struct.pack("<f", float(text)))[0]
+
+
+# What a statement starts with, if it is no instruction
+_STATEMENT = re.compile(
+    r"""\s*(?: (?P<begin> \{ ) | (?P<end> \} ) | (?P<nothing> ; | \.(?:loc|file)\b[^\n]*\n | \.pragma[^;]*; )
+    | (?P<targets> [\w$]+ ) \s*:\s* \.branchtargets | (?P<label> [\w$]+ ) \s*:(?!:)
+    | \.reg\s+\.(?P<registers> \w+ )\s+ )?""",
+    re.VERBOSE,
+)
+_GUARD = re.compile(r"@(!?)([\w%$]+)\s+")
+_OFFSET = re.compile(r"(.+?)\s*\+\s*(-?\w+)")
 
 
 class _Parser:
@@ -164,33 +190,24 @@ class _Parser:
 
     def statement(self) -> None:
         """One statement, from `at` on."""
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
-        if self.at == len(self.text):
-            raise self.error("the kernel does not end")
-        rest = self.text[self.at : self.at + 200]
-        if rest[0] == "{":
+        found = _STATEMENT.match(self.text, self.at)
+        self.at, kind = found.end(), found.lastgroup
+        if kind == "begin":
             self.scopes.append({})
             self.blocks += 1
-            self.at += 1
-        elif rest[0] == "}":
+        elif kind == "end":
             self.leave_block()
-        elif rest[0] == ";":
-            self.at += 1
-        elif found := re.match(r"([\w$]+)\s*:(?!:)\s*(\.branchtargets)?", rest):
-            self.at += found.end()
-            if found[2]:
-                self.program.branch_targets[found[1]] = [name.strip() for name in self.until(";").split(",")]
-            else:
-                self.program.labels[self.label(found[1], create=True)] = len(self.program.code)
-        elif found := re.match(r"\.reg\s+\.(\w+)\s+", rest):
-            self.at += found.end()
-            self.declare(found[1], self.until(";"))
-        elif re.match(r"\.(loc|file)\b", rest):
-            self.until("\n")
-        elif rest.startswith(".pragma"):
-            self.until(";")
-        elif rest[0] == ".":
+        elif kind == "targets":
+            self.program.branch_targets[found["targets"]] = [name.strip() for name in self.until(";").split(",")]
+        elif kind == "label":
+            self.program.labels[self.label(found["label"], create=True)] = len(self.program.code)
+        elif kind == "registers":
+            self.declare(found["registers"], self.until(";"))
+        elif kind == "nothing":
+            pass
+        elif self.at == len(self.text):
+            raise self.error("the kernel does not end")
+        elif self.text[self.at] == ".":
             raise self.error("unknown directive")
         else:
             line = self.line()
@@ -200,7 +217,6 @@ class _Parser:
         for local in self.scopes.pop().values():
             if isinstance(local, Register):
                 self.free[local.file].append(local.row)
-        self.at += 1
 
     def declare(self, kind: str, names: str) -> None:
         """.reg .kind names: one by one, or `%r<12>` for twelve."""
@@ -225,7 +241,7 @@ class _Parser:
 
     def instruction(self, text: str, line: int) -> None:
         guard, negated, body = None, False, text
-        if found := re.match(r"@(!?)([\w%$]+)\s+", text):
+        if found := _GUARD.match(text):
             guard, negated, body = self.operand(found[2]), bool(found[1]), text[found.end() :]
         opcode, _, rest = body.partition(" ")
         operands = [self.operand(part) for part in split(rest)]
@@ -252,7 +268,7 @@ class _Parser:
     def address(self, parts: list[str]) -> Address:
         """[base + offset] or, of a tensor map, [base, {coordinates}]."""
         base, offset = parts[0].strip(), 0
-        if found := re.fullmatch(r"(.+?)\s*\+\s*(-?\w+)", base):
+        if found := _OFFSET.fullmatch(base):
             base, offset = found[1], pattern_of(found[2])
         coordinates = self.operand(parts[1]).items if len(parts) > 1 else ()
         return Address(self.operand(base), offset, coordinates)

@@ -105,8 +105,9 @@ class SharedHistory(AccessHistory):
         """granules: of a CTA; first_warps [ctas]: the first warp, in the grid, of each CTA; warps: of a CTA."""
         super().__init__(clocks, ctas * granules, report)
         self.granules_per_cta, self.first_warps = granules, first_warps
-        self.read_at = np.zeros((warps, ctas * granules), np.int32)  # clock of the reader's warp
-        self.reader = np.full((warps, ctas * granules), NOBODY, np.int32)
+        self.starts = np.arange(warps) * (ctas * granules)  # of each warp of a CTA in what is kept by warp and granule
+        self.read_at = np.zeros(warps * ctas * granules, np.int32)  # clock of the reader's warp
+        self.reader = np.full(warps * ctas * granules, NOBODY, np.int32)
         self.in_flight = np.zeros(ctas * granules, bool)  # an asynchronous write has started
         self.being_read = np.zeros(ctas * granules, np.int16)  # asynchronous reads that have started
 
@@ -125,29 +126,30 @@ class SharedHistory(AccessHistory):
                 self.tell(rule, instruction, threads, granules, unfenced)
 
     def note_read(self, threads: Array, granules: Array) -> None:
-        warp = threads // LANES
-        local = (warp - self.first_warps[granules[:, 0] // self.granules_per_cta])[:, None]
+        warp, thread = threads // LANES, threads[:, None]
+        local = warp - self.first_warps[granules[:, 0] // self.granules_per_cta]
+        at = self.starts[local][:, None] + granules
         now = self.clocks.own[warp][:, None]
-        others = (self.read_at[local, granules] == now) & (self.reader[local, granules] != threads[:, None])
-        reader = np.where(others, SEVERAL, threads[:, None]).astype(np.int32)
-        self.read_at[local, granules] = now
-        self.reader[local, granules] = reader
-        several = self.reader[local, granules] != reader  # lanes of this very read
+        others = (self.read_at.take(at) == now) & (self.reader.take(at) != thread)
+        reader = np.where(others, SEVERAL, thread).astype(np.int32)
+        self.read_at[at] = now
+        self.reader[at] = reader
+        several = self.reader.take(at) != reader  # lanes of this very read
         if several.any():
-            self.reader[np.broadcast_to(local, granules.shape)[several], granules[several]] = SEVERAL
+            self.reader[at[several]] = SEVERAL
 
     def check_write(self, instruction: object, threads: Array, granules: Array, changes: Array | bool = True) -> None:
         super().check_write(instruction, threads, granules, changes)
         warp = threads // LANES
-        first = self.first_warps[granules[:, 0] // self.granules_per_cta]
-        for local in range(len(self.read_at)):
-            read_at = self.read_at[local][granules]
-            bad = read_at > self.clocks.heard[warp, first + local][:, None]
-            if bad.any():
-                reader = self.reader[local][granules]
-                bad &= ~((first + local == warp)[:, None] & (reader == threads[:, None]))
-            if bad.any():
-                self.tell("writes what another thread has read, unordered", instruction, threads, granules, bad, reader)
+        readers = self.first_warps[granules[:, 0] // self.granules_per_cta] + np.arange(len(self.starts))[:, None]
+        at = self.starts[:, None, None] + granules  # [warp of the CTA, thread, granule]
+        bad = self.read_at.take(at) > self.clocks.heard[warp, readers][:, :, None]
+        if bad.any():
+            reader = self.reader.take(at)
+            bad &= ~((readers == warp)[:, :, None] & (reader == threads[:, None]))
+        for local in np.flatnonzero(bad.any((1, 2))):
+            rule = "writes what another thread has read, unordered"
+            self.tell(rule, instruction, threads, granules, bad[local], reader[local])
         if (flying := self.in_flight[granules]).any():
             self.tell("writes what an asynchronous copy is writing", instruction, threads, granules, flying)
         if (busy := self.being_read[granules] > 0).any():

@@ -19,7 +19,7 @@ PAGE = 1024  # CTAs start at multiples of it, where the swizzles of wgmma and TM
 
 def shared_granule(code: list[Instruction]) -> int:
     """Bytes that races are told apart by: 4, or as few as a load or store moves."""
-    accesses = (i for i in code if any(i.has(opcode) for opcode in SharedUnit.OPCODES))
+    accesses = (i for i in code if i.of(SharedUnit.OPCODES))
     return min([4, *(element(i)[0] for i in accesses)])
 
 

@@ -126,9 +126,7 @@ class WarpUnit(Unit):
         if not known or not (layouts == ["row", "col"] or (saturating and kind == "s8")):
             raise PtxError(f"unknown instruction, {instruction}")
         to_registers, *sources = (operand.items for operand in instruction.operands)
-        a, b, c = ([self.lanes(cohort, register) for register in source] for source in sources)
+        a, b, c = (self.wave.words(cohort, source) for source in sources)
         product = np.matmul(fragments.left_operand(a, kind), fragments.right_operand(b, kind))
-        before = fragments.accumulators(np.stack(c).reshape(len(c), -1), accumulates)
-        total = fragments.accumulator_registers(product) + before
-        for register, words in zip(to_registers, fragments.rounded(total, accumulates, saturating), strict=True):
-            self.wave.set(cohort, register, words)
+        total = fragments.accumulator_registers(product) + fragments.accumulators(c, accumulates)
+        self.wave.set_words(cohort, to_registers, fragments.rounded(total, accumulates, saturating))

@@ -129,7 +129,7 @@ class WgmmaUnit(Unit):
         if wave.races:
             for threads, granules in self.operand_granules(product):
                 wave.shared.history.check_read(instruction, threads, granules, asynchronous=True)
-                np.add.at(wave.shared.history.being_read, granules, 1)
+                np.add.at(wave.shared.history.being_read, granules.ravel(), np.int16(1))
         self.running.append(product)
 
     def mark(self, warps: Array, registers: list[int], sums: list[int]) -> None:
@@ -180,9 +180,7 @@ class WgmmaUnit(Unit):
         _, first, which = np.unique(product.right[:, 0, 0], return_index=True, return_inverse=True)
         b = self.elements(product.right[first], product.kind).transpose(0, 2, 1)[which.ravel()]  # [w, k, n]
         if product.left is None:
-            a = fragments.left_operand(
-                [registers[row][threads].reshape(-1, LANES) for row in product.registers], product.kind
-            )
+            a = fragments.left_operand(registers[np.array(product.registers)[:, None], threads], product.kind)
         else:
             a = self.elements(product.left, product.kind)
         before = fragments.accumulators(registers[np.array(product.sums)[:, None], threads], product.accumulates)
@@ -192,7 +190,7 @@ class WgmmaUnit(Unit):
         if self.wave.races:
             history = self.wave.shared.history
             for readers, granules in self.operand_granules(product):
-                np.subtract.at(history.being_read, granules, 1)
+                np.add.at(history.being_read, granules.ravel(), np.int16(-1))
                 history.note_read(readers, granules)
 
     def elements(self, at: Array, kind: str) -> Array:
@@ -200,5 +198,5 @@ class WgmmaUnit(Unit):
         data = self.wave.shared.data[at]
         if kind == "s8":
             return data.view(np.int8).astype(np.float64)
-        of = arithmetic.f32_of_bf16 if kind == "bf16" else arithmetic.f32_of_f16
-        return of(np.ascontiguousarray(data).view(np.uint16)).astype(np.float64)
+        table = arithmetic.F64_OF_BF16 if kind == "bf16" else arithmetic.F64_OF_F16
+        return table.take(np.ascontiguousarray(data).view(np.uint16))
