@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from encoded import COMPRESSED, FP8, compressed, fp8_blocks
 from folders import edit_config, stored_tensors
 from safetensors.torch import save_file
@@ -37,6 +39,31 @@ def as_compressed(kind: str) -> Encode:
         return {name.removesuffix("weight") + key.removeprefix("x."): part for key, part in stored.items()}
 
     return encode
+
+
+_INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+# As llm-compressor writes a recipe of two modifiers: each group has a format of its own, a regex goes before a class
+MIXED = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {"targets": ["re:.*self_attn.*"], "weights": COMPRESSED["channel"][1], "format": "float-quantized"},
+        "group_1": {"targets": ["Linear"], "weights": _INT4, "format": "pack-quantized"},
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def as_mixed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """FP8 in attention, packed integers elsewhere, both as compressed-tensors writes them."""
+    if "self_attn" in name:
+        return as_compressed("channel")(name, weight)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**_INT4), format="pack-quantized")
+    scales = (weight.float().view(len(weight), -1, 32).abs().amax(-1) / 7.5).bfloat16()
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    stored = compressor.compress({"weight": weight, "weight_scale": scales}, scheme)
+    return {name.removesuffix("weight") + key: part for key, part in stored.items()}
 
 
 def as_nvfp4_of_modelopt(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -72,6 +99,7 @@ def as_int8_of_rows(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 ENCODERS: dict[str, tuple[dict, Encode]] = {
     "fp8": (FP8 | {"weight_block_size": [64, 64]}, as_fp8),
     **{each: (compressed(torch.ones(128, 128).bfloat16(), each)[2], as_compressed(each)) for each in COMPRESSED},
+    "mixed": (MIXED, as_mixed),
     "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, as_fp8_of_modelopt),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, as_nvfp4_of_modelopt),
     "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, as_int8_of_rows),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encoded import COMPRESSED, FP8, compressed, fp8_blocks
+from encoded_models import ENCODERS, rewritten
 from folders import edit_config, stored_tensors
 from models import relative_error, save_tiny, token_ids
 from safetensors.torch import save_file
@@ -17,62 +17,6 @@ from lowbit.folders.opened import summarize
 
 # All experts are used: which are chosen would change with the smallest error
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts_per_tok": 4}
-
-
-def rewritten(folder: Path, quantization: dict, encode) -> Path:
-    """The model in `folder` with each matrix of a linear or an expert as `encode(name, weight)` stores it."""
-    target = folder.with_name("encoded")
-    shutil.copytree(folder, target)
-    made = {}
-    for name, weight in stored_tensors(folder).items():
-        made |= encode(name, weight) if name.endswith("proj.weight") else {name: weight}
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, target / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    edit_config(target, quantization_config=quantization)
-    return target
-
-
-def as_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    codes, scales = fp8_blocks(weight, (64, 64))
-    return {name: codes, f"{name}_scale_inv": scales}
-
-
-def as_compressed(kind: str):
-    """What compressed-tensors writes."""
-
-    def encode(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        stored, _, _ = compressed(weight, kind)
-        return {name.removesuffix("weight") + key.removeprefix("x."): part for key, part in stored.items()}
-
-    return encode
-
-
-def as_nvfp4_of_modelopt(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    stored, _, _ = compressed(weight, "nvfp4")
-    return {
-        name: stored["x.weight_packed"],
-        f"{name}_scale": stored["x.weight_scale"],
-        f"{name}_scale_2": 1 / stored["x.weight_global_scale"].view(()),
-        f"{name.removesuffix('weight')}input_scale": torch.ones(()),
-    }
-
-
-def as_fp8_of_modelopt(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    scale = weight.float().abs().max() / 448
-    return {name: (weight.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
-
-
-def as_four_bits_of_bitsandbytes(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    functional = pytest.importorskip("bitsandbytes").functional
-    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True, blocksize=64)
-    return {name: packed} | {f"{name}.{part}": value for part, value in state.as_dict(packed=True).items()}
-
-
-def as_int8_of_rows(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """LLM.int8 of bitsandbytes."""
-    largest = weight.float().abs().amax(1)
-    codes = (weight.float() / largest.unsqueeze(1) * 127).round().to(torch.int8)
-    return {name: codes, f"{name.removesuffix('weight')}SCB": largest}
 
 
 def gpt_oss_in_mxfp4(tmp_path: Path) -> Path:
@@ -98,15 +42,9 @@ def encoded_model(kind: str, architecture: str, tmp_path: Path) -> Path:
     if (kind, architecture) == ("mxfp4", "gpt_oss"):
         return gpt_oss_in_mxfp4(tmp_path)
     folder = save_tiny(tmp_path / "plain", architecture, torch.bfloat16, **SIZES)
-    config, encode = {
-        "fp8": (FP8 | {"weight_block_size": [64, 64]}, as_fp8),
-        **{each: (compressed(torch.ones(128, 128).bfloat16(), each)[2], as_compressed(each)) for each in COMPRESSED},
-        "modelopt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, as_fp8_of_modelopt),
-        "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, as_nvfp4_of_modelopt),
-        "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, as_int8_of_rows),
-        "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, as_four_bits_of_bitsandbytes),
-    }[kind]
-    return rewritten(folder, config, encode)
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    return rewritten(folder, folder.with_name("encoded"), *ENCODERS[kind])
 
 
 CASES = [("fp8", "llama"), ("fp8", "qwen3_moe"), ("nvfp4", "llama"), ("nvfp4", "qwen3_moe"), ("int8", "llama"),

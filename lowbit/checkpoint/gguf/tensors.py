@@ -18,7 +18,7 @@ from lowbit.checkpoint.encodings import EncodedWeight
 from lowbit.checkpoint.gguf.blocks import Piece, all_decoded, decoded, pieces_of
 from lowbit.checkpoint.gguf.header import PLAIN, Blocks, read_head
 from lowbit.checkpoint.gguf.index import Index
-from lowbit.checkpoint.gguf.rules import Rules
+from lowbit.checkpoint.gguf.rules import Rules, rules_of
 from lowbit.checkpoint.layout import TensorInfo
 from lowbit.checkpoint.names import output_name
 from lowbit.errors import InputError, first_line
@@ -128,7 +128,7 @@ def gguf_tensors(folder: Path, index: Index, config: Mapping) -> dict[str, Tenso
         InputError: A file is damaged, or lacks a tensor that the index names.
     """
     blocks = read_blocks([folder / name for name in index.files])
-    dtype, rules = model_dtype(config), Rules(index.architecture, config, index.names)
+    dtype, rules = model_dtype(config), rules_of(index.architecture, config, index.names)
     sources = defaultdict(list)
     for found in blocks.values():
         if (parameter := rules.parameter_of(found.name)) is not None:
