@@ -96,4 +96,4 @@ def as_dense(reader: Headers, trust_remote_code: bool = False) -> Headers:
         return made
     source = QuantizedFolder(reader.folder, trust_remote_code=trust_remote_code)
     weights = [dequantized(source, weight) for weight in source.stored.weights.values()]
-    return unquantized(reader, [*weights, *source.kept])
+    return unquantized(reader, [*weights, *source.kept, *source.beside])

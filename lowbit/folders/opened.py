@@ -14,6 +14,7 @@ from pathlib import Path
 from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.decoded import decoded
 from lowbit.checkpoint.extras import judge
+from lowbit.checkpoint.report_file import copied_tensors
 from lowbit.discovery import CheckpointNames, find_sites, known_as, skeleton
 from lowbit.errors import InputError
 from lowbit.folders.locate import load_config
@@ -70,8 +71,14 @@ class OpenedFolder:
         return parameters_of(name, self.names)
 
     @cached_property
+    def copied(self) -> frozenset[str]:
+        """Tensors that the model has no parameter for, and that the run which wrote the folder knows of."""
+        return copied_tensors(self.path)
+
+    @cached_property
     def _extras(self) -> tuple[dict[str, str], dict[str, str]]:
-        return judge(self.reader, without_parameter(self.model, self.names, self.stored.plain))
+        unknown = without_parameter(self.model, self.names, self.stored.plain)
+        return judge(self.reader, [name for name in unknown if name not in self.copied])
 
     @property
     def harmless(self) -> dict[str, str]:
@@ -84,16 +91,16 @@ class OpenedFolder:
         return self._extras[1]
 
     def is_for_others(self, name: str) -> bool:
-        """Whether a tensor is passed over by its name: see `unclaimed`."""
-        return is_for_others(self.model, name)
+        """Whether a tensor that the model has no parameter for is passed over: see `unclaimed`."""
+        return name in self.copied or is_for_others(self.model, name)
 
     @cached_property
     def for_others(self) -> set[str]:
-        """Tensors, and bases of quantized weights, that the model has no parameter for and other programs use."""
+        """Tensors, and bases of quantized weights, that the model has no parameter for and other programs may use."""
         weights = self.stored.weights
         quantized = [replace(next(iter(weight.tensors.values())), name=base) for base, weight in weights.items()]
         found = unclaimed(self.model, self.names, [*self.stored.plain, *quantized])
-        return {name for name, for_others in found.items() if for_others}
+        return {name for name, for_others in found.items() if for_others or name in self.copied}
 
     def require_known(self) -> None:
         """Raise InputError for the tensors that `lowbit.load` refuses."""

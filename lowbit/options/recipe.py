@@ -93,8 +93,8 @@ class RecipeOptions:
     )
     unclaimed: str = option(
         "copy",
-        "Of layers that predict further tokens (MTP), which transformers passes over and servers use: copy them, "
-        "quantize their linears as those of other layers, or drop them.",
+        "Of tensors that no module of the model has, most of them of layers that predict further tokens (MTP), which "
+        "servers use: copy them, quantize their linears as those of other layers, or drop them.",
     )
     activation_range: str | None = option(
         None, "Of W8A8-STATIC: the range of inputs is mse, minmax or percentile (default mse)."

@@ -109,7 +109,7 @@ def _tensors(folder: Folder) -> Check:
         if count not in (wanted, site.experts if site is not None else 1):
             problems.add(f"{parameter} has {count} of {wanted} stored matrices of its experts")
     known = len(found & folder.state.keys())
-    others = f"; {len(folder.for_others)} tensors for other programs (MTP)" if folder.for_others else ""
+    others = f"; {len(folder.for_others)} tensors that no module of it has, for other programs" if folder.for_others else ""
     return problems.check("tensors", f"{known} parameters of the model, none missing, none unknown{others}")
 
 
