@@ -71,7 +71,7 @@ class QuantizedFolder(OpenedFolder):
         """What is left out, a line for each kind."""
         counts = Counter(self.harmless.values())
         if self.beside:
-            counts["nobody, copied before"] = len(self.beside)
+            counts["no module of the model"] = len(self.beside)
         return tuple(f"left out: {count} tensors of {meaning}" for meaning, count in counts.items())
 
     def site(self, name: str) -> Site | None:

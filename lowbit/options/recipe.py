@@ -245,3 +245,9 @@ class OnLoadOptions:
     include_vision: bool = like(RecipeOptions, "include_vision")
     fuse: bool = like(LoadOptions, "fuse")
     overrides: Mapping[str, str | Scheme] | Iterable[tuple[str, str | Scheme]] = like(RecipeOptions, "overrides")
+    embeddings: str | Scheme | None = like(
+        RecipeOptions,
+        "embeddings",
+        help="Quantize the input embedding too, to a scheme such as W8A16-G128. An output embedding that is tied to it "
+        "gets a table of its own, in 8 bits.",
+    )

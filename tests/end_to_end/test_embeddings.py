@@ -8,8 +8,10 @@ import pytest
 import torch
 from models import relative_error, save_tiny, tiny_model, token_ids
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import lowbit
+from lowbit import LowbitConfig
 from lowbit.discovery.sites import embedding_of
 from lowbit.errors import InputError, UsageError
 from lowbit.layers.embedding import QuantizedEmbedding
@@ -67,6 +69,23 @@ def test_config_names_the_class_as_llm_compressor_does(tmp_path):
     assert [group["targets"] for group in said["config_groups"].values()] == [["Linear"], ["Embedding", "lm_head"]]
     assert said["ignore"] == ["transformer.wpe"]
     assert config_of(tmp_path / "q")["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("name", "tied"), [("llama", True), ("llama", False), ("gemma3", True)])
+def test_quantized_while_they_are_loaded(name, tied, tmp_path):
+    """The same tensors and the same config as of a folder that was quantized."""
+    source = save_tiny(tmp_path / "dense", name, tie_word_embeddings=tied)
+    lowbit.quantize(source, tmp_path / "q", scheme="W4A16-G32", embeddings="W8A16-G32")
+    config = LowbitConfig(bits=4, group_size=32, embeddings="W8A16-G32")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    assert isinstance(embedding_of(model), QuantizedEmbedding)
+    model.save_pretrained(tmp_path / "saved")
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("q", "saved"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    said, saved = (config_of(tmp_path / folder) for folder in ("q", "saved"))
+    assert said["quantization_config"] == saved["quantization_config"]
+    assert said["tie_word_embeddings"] is saved["tie_word_embeddings"] is False
+    assert relative_error(logits(model), logits(lowbit.load(tmp_path / "saved"))) < 1e-6
 
 
 def test_head_of_a_tied_model_gets_its_own_scheme(tmp_path):
@@ -167,6 +186,7 @@ with torch.no_grad():
 _PACKED = """
 import json, sys, torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config

@@ -142,7 +142,7 @@ def test_tensors_of_nobody_are_copied_counted_and_named(method, tmp_path, caplog
     data = {"dataset": ids} if method == "gptq" else {}
     report = lowbit.quantize(folder, tmp_path / "out", scheme="W8A16-G32", method=method, **data)
     copied = [name for name in NOBODYS if name != _LEFT_OUT]
-    left = f"left out: compressed-tensors takes it for a part of a weight"
+    left = "left out: compressed-tensors takes it for a part of a weight"
     assert report.unclaimed == dict.fromkeys(copied, "copied") | {_LEFT_OUT: left}
     assert report.unclaimed == lowbit.plan(folder, scheme="W8A16-G32").unclaimed
     assert "adapter.weight of" in caplog.text and "(and 2 more such tensors) is unknown to the model: copied" in caplog.text
@@ -173,11 +173,11 @@ def test_tensors_of_nobody_stay_through_another_run_or_are_dropped(tmp_path):
 
 def test_what_no_report_names_is_refused(tmp_path):
     folder = with_tensors_of_nobody(save_tiny(tmp_path / "source"))
-    with pytest.raises(InputError, match=r"adapter.weight is unknown to the model"):
+    with pytest.raises(InputError, match=r"is unknown to the model .*\(and 2 more such tensors\)"):
         lowbit.load(folder)
     lowbit.quantize(folder, tmp_path / "out", scheme="W8A16-G32")
     (tmp_path / "out" / "lowbit_report.json").unlink()
-    with pytest.raises(InputError, match=r"adapter.weight is unknown to the model"):
+    with pytest.raises(InputError, match=r"is unknown to the model .*\(and 1 more such tensors\)"):
         lowbit.load(tmp_path / "out")
 
 
