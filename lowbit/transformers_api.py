@@ -382,9 +382,7 @@ class GgufConversions:
         patterns, targets = converter.source_patterns, converter.target_patterns
         made = {pattern: sources[pattern] for pattern in patterns if pattern in sources}
         for operation in converter.operations:
-            made = operation.convert(
-                made, source_patterns=patterns, target_patterns=targets, full_layer_name=parameter
-            )
+            made = operation.convert(made, source_patterns=patterns, target_patterns=targets, full_layer_name=parameter)
         part = next(iter(made.values()))
         return part[0] if isinstance(part, list) else part
 

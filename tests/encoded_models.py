@@ -41,7 +41,7 @@ def as_compressed(kind: str) -> Encode:
     return encode
 
 
-_INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 # As llm-compressor writes a recipe of two modifiers: each group has a format of its own, a regex goes before a class
 MIXED = {
     "quant_method": "compressed-tensors",
@@ -49,7 +49,7 @@ MIXED = {
     "quantization_status": "compressed",
     "config_groups": {
         "group_0": {"targets": ["re:.*self_attn.*"], "weights": COMPRESSED["channel"][1], "format": "float-quantized"},
-        "group_1": {"targets": ["Linear"], "weights": _INT4, "format": "pack-quantized"},
+        "group_1": {"targets": ["Linear"], "weights": INT4, "format": "pack-quantized"},
     },
     "ignore": ["lm_head"],
 }
@@ -59,7 +59,7 @@ def as_mixed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     """FP8 in attention, packed integers elsewhere, both as compressed-tensors writes them."""
     if "self_attn" in name:
         return as_compressed("channel")(name, weight)
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**_INT4), format="pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**INT4), format="pack-quantized")
     scales = (weight.float().view(len(weight), -1, 32).abs().amax(-1) / 7.5).bfloat16()
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     stored = compressor.compress({"weight": weight, "weight_scale": scales}, scheme)

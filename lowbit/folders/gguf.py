@@ -182,9 +182,7 @@ class _Maker:
         linears = tuple(parameter for parameter in sources if parameter in chosen)
         return Index(self._names, architecture, names, shapes, experts, tuple(packed), linears), packed
 
-    def _check_complete(
-        self, architecture: str, model: nn.Module, names: Mapping[str, str], sources: Mapping
-    ) -> None:
+    def _check_complete(self, architecture: str, model: nn.Module, names: Mapping[str, str], sources: Mapping) -> None:
         """Raise InputError for a parameter that nothing in the file is read into."""
         tied, computed = tied_weights(model), ignored_if_missing(model)
         stored = {parameter: name for name, parameter in names.items()}

@@ -52,8 +52,8 @@ def loading_config(
     reader = decoded(CheckpointReader(folder))
     if (encoded := next((info for info in reader.tensors.values() if info.is_encoded), None)) is not None:
         raise InputError(
-            f"{encoded.name} of {reader.place} is stored as {encoded.stored_as}, which from_pretrained does not decode: "
-            "load it with lowbit.load, or `lowbit dequantize` it"
+            f"{encoded.name} of {reader.place} is stored as {encoded.stored_as}, which from_pretrained does not decode"
+            ": load it with lowbit.load, or `lowbit dequantize` it"
         )
     return _loading_config(reader, backend, trust_remote_code, fuse, exact)
 

@@ -108,9 +108,7 @@ def _quantized_class(embedding_class: type) -> type:
     return type(f"Quantized{embedding_class.__name__}", (QuantizedEmbedding, embedding_class), {})
 
 
-def quantize_embedding(
-    module: nn.Embedding, scheme: Scheme, dtype: torch.dtype, placeholder: bool = False
-) -> None:
+def quantize_embedding(module: nn.Embedding, scheme: Scheme, dtype: torch.dtype, placeholder: bool = False) -> None:
     """Give an embedding the packed parameters (uninitialised) of its table in place of the dense one.
 
     Args:

@@ -182,7 +182,9 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
 def _taken(names: Iterable[str], fmt: ModuleType) -> dict[str, str]:
     """Those names of tensors that only quantized weights may have: readers would look for the rest of one."""
     suffixes = tuple(f".{suffix}" for suffix in fmt.SUFFIXES if suffix != "weight")
-    return {name: f"left out: {fmt.METHOD} takes it for a part of a weight" for name in names if name.endswith(suffixes)}
+    return {
+        name: f"left out: {fmt.METHOD} takes it for a part of a weight" for name in names if name.endswith(suffixes)
+    }
 
 
 def _like_others(steps: list[Step], nobodys: dict[str, bool], fmt: ModuleType, default: Scheme) -> Iterator[Step]:

@@ -77,7 +77,9 @@ def measure_once(source: str, output: str, scheme: str) -> None:
 def measured(source: Path, scheme: str) -> dict:
     output = WORK / "sources-made"
     command = [sys.executable, __file__, "--once", str(source), str(output), scheme]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     shutil.rmtree(output)
     return json.loads(done.stdout.splitlines()[-1])
 

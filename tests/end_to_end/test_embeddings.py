@@ -169,71 +169,69 @@ def test_damaged_tables_are_refused_by_name(tmp_path):
             lowbit.load(tmp_path / "q")
 
 
-# Plain transformers with compressed-tensors, and no lowbit in the process
-_FOREIGN = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-folder, ids, out = sys.argv[1:]
-loading = CompressedTensorsConfig(dequantize=True)
-model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, quantization_config=loading)
-assert not any(info.values()), info
-assert "lowbit" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.load(ids, weights_only=True)).logits, out)
-"""
-# The same by compressed-tensors' own code, which reads several schemes; transformers 5.24 fails to initialise, before
-# that, an embedding without a dense weight
-_PACKED = """
+# In a process without lowbit. Plain transformers with compressed-tensors; and compressed-tensors' own code, which reads
+# several schemes: transformers 5.24 fails to initialise, before that, an embedding without a dense weight
+_THEIRS = """
 import json, sys, torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-folder, ids, out = sys.argv[1:]
-config = AutoConfig.from_pretrained(folder)
-said = dict(config.quantization_config)
-said.pop("quant_method")
-del config.quantization_config
-model = AutoModelForCausalLM.from_config(config)
-quantization = QuantizationConfig.model_validate(said)
-apply_quantization_config(model, quantization)
-ModelCompressor(quantization_config=quantization).compress_model(model)
-missing, unexpected = model.load_state_dict(load_file(folder + "/model.safetensors"), strict=False)
-# of Gemma: compressing a module makes its computed buffers look like stored ones
-assert not unexpected and all(name.endswith(".embed_scale") for name in missing), (missing, unexpected)
+
+def plain_transformers(folder):
+    loading = CompressedTensorsConfig(dequantize=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, quantization_config=loading)
+    assert not any(info.values()), info
+    return model
+
+def compressed_tensors(folder):
+    config = AutoConfig.from_pretrained(folder)
+    said = dict(config.quantization_config)
+    said.pop("quant_method")
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    quantization = QuantizationConfig.model_validate(said)
+    apply_quantization_config(model, quantization)
+    ModelCompressor(quantization_config=quantization).compress_model(model)
+    missing, unexpected = model.load_state_dict(load_file(folder + "/model.safetensors"), strict=False)
+    # of Gemma: compressing a module makes its computed buffers look like stored ones
+    assert not unexpected and all(name.endswith(".embed_scale") for name in missing), (missing, unexpected)
+    return model
+
+ids, made = torch.load("ids.pt", weights_only=True), {}
+for folder, reader in json.loads(sys.argv[1]):
+    with torch.no_grad():
+        made[folder] = globals()[reader](folder)(ids).logits
 assert "lowbit" not in sys.modules
-with torch.no_grad():
-    torch.save(model(torch.load(ids, weights_only=True)).logits, out)
+torch.save(made, "logits.pt")
 """
+# (architecture, scheme of the linears, of the input embedding, who reads it), each with a tied head and without
+_READ = [
+    ("llama", "W8A16-G32", "W8A16-G32", "plain_transformers"),
+    ("gemma3", "W8A16-G32", "W8A16-G32", "plain_transformers"),
+    ("llama", "W4A16-G64", "W8A16-G32", "compressed_tensors"),
+    ("gemma3", "W4A16-G64", "W4A16_ASYM-G32", "compressed_tensors"),
+]
 
 
-def theirs(script, folder, tmp_path):
+@pytest.mark.slow
+def test_transformers_and_compressed_tensors_agree(tmp_path):
+    """One process reads them all: starting it takes longer than all else."""
+    jobs = []
+    for number, (name, scheme, embeddings, reader) in enumerate(_READ):
+        for tied in (True, False):
+            source, folder = tmp_path / f"dense {number}{tied}", tmp_path / f"q{number}{tied}"
+            save_tiny(source, name, tie_word_embeddings=tied)
+            lowbit.quantize(source, folder, scheme=scheme, embeddings=embeddings)
+            jobs.append((str(folder), reader))
     torch.save(token_ids(), tmp_path / "ids.pt")
-    command = [sys.executable, "-c", script, str(folder), tmp_path / "ids.pt", tmp_path / "out.pt"]
+    command = [sys.executable, "-c", _THEIRS, json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(tmp_path / "out.pt", weights_only=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_plain_transformers_agrees_where_there_is_one_scheme(name, tied, tmp_path):
-    source = save_tiny(tmp_path / "dense", name, tie_word_embeddings=tied)
-    lowbit.quantize(source, tmp_path / "q", scheme="W8A16-G32", embeddings="W8A16-G32")
-    expected = theirs(_FOREIGN, tmp_path / "q", tmp_path)
-    assert relative_error(logits(lowbit.load(tmp_path / "q")), expected) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("name", "embeddings"), [("llama", "W8A16-G32"), ("gemma3", "W4A16_ASYM-G32")])
-def test_compressed_tensors_agrees_on_several_schemes(name, embeddings, tied, tmp_path):
-    source = save_tiny(tmp_path / "dense", name, tie_word_embeddings=tied)
-    lowbit.quantize(source, tmp_path / "q", scheme="W4A16-G64", embeddings=embeddings)
-    expected = theirs(_PACKED, tmp_path / "q", tmp_path)
-    assert relative_error(logits(lowbit.load(tmp_path / "q")), expected) < 1e-5
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert len(theirs) == 8
+    for folder, expected in theirs.items():
+        assert relative_error(logits(lowbit.load(folder)), expected) < 1e-5, folder
 
 
 def saved_by_llm_compressor(folder, *, tied: bool, head: bool, bits: int, group: int | None, sym: bool):

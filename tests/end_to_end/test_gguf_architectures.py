@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import add_vocabulary, quantized, theirs, write_gguf
-from models import relative_error, token_ids
+from models import relative_error, tiny_model, token_ids
 from transformers import AutoModelForCausalLM, Lfm2Config, Qwen3_5MoeTextConfig, Qwen3_5TextConfig
 
 import lowbit
@@ -107,7 +107,7 @@ def written(path, architecture: str, kind: str):
         add(f"{architecture}.{key}", value)
     add_vocabulary(file, config.vocab_size)
     for name, values in stored(model, architecture).items():
-        plain = values.ndim < 2 or values.shape[-1] % 32 or "conv" in name and "proj" not in name
+        plain = values.ndim < 2 or values.shape[-1] % 32 or ("conv" in name and "proj" not in name)
         chosen = gguf.GGMLQuantizationType["F32" if plain or "ffn_gate_inp" in name else kind]
         file.add_tensor(name, values if chosen.name == "F32" else quantized(values, chosen), raw_dtype=chosen)
     file.write_header_to_file()
@@ -145,5 +145,32 @@ def test_newer_rules_of_transformers(architecture, tmp_path):
 def test_architectures_that_transformers_does_not_read_are_named(tmp_path):
     file = write_gguf(tmp_path / "model.gguf")
     file.write_bytes(file.read_bytes().replace(b"llama", b"wombt"))
-    with pytest.raises(InputError, match="of architecture 'wombt': GGUF model with architecture wombt is not supported"):
+    with pytest.raises(
+        InputError, match="of architecture 'wombt': GGUF model with architecture wombt is not supported"
+    ):
         lowbit.load(file)
+
+
+def test_parameters_that_transformers_finds_nothing_for_are_named(tmp_path):
+    """Of gpt-oss it knows the config, and no tensors of experts."""
+    model = tiny_model("gpt_oss")
+    config, path = model.config, tmp_path / "model.gguf"
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == "gpt-oss")
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    file = gguf.GGUFWriter(path, "gpt-oss")
+    for key in ("context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
+        file.add_uint32(f"gpt-oss.{key}", 64)
+    file.add_uint32("gpt-oss.block_count", config.num_hidden_layers)
+    file.add_uint32("gpt-oss.expert_count", 4)
+    add_vocabulary(file, config.vocab_size)
+    for key, tensor in model.state_dict().items():
+        base, dot, suffix = key.rpartition(".")
+        base, end = (base, dot + suffix) if suffix in ("weight", "bias") else (key, "")
+        if (name := names.get_name(base)) is not None:
+            file.add_tensor(name + end, tensor.float().numpy())
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    with pytest.raises(InputError, match=r"of architecture 'gpt-oss'.*could be made of: take the original model"):
+        lowbit.load(path)

@@ -145,7 +145,10 @@ def test_tensors_of_nobody_are_copied_counted_and_named(method, tmp_path, caplog
     left = "left out: compressed-tensors takes it for a part of a weight"
     assert report.unclaimed == dict.fromkeys(copied, "copied") | {_LEFT_OUT: left}
     assert report.unclaimed == lowbit.plan(folder, scheme="W8A16-G32").unclaimed
-    assert "adapter.weight of" in caplog.text and "(and 2 more such tensors) is unknown to the model: copied" in caplog.text
+    assert (
+        "adapter.weight of" in caplog.text
+        and "(and 2 more such tensors) is unknown to the model: copied" in caplog.text
+    )
     made = stored_tensors(tmp_path / "out")
     assert all(torch.equal(made[name], NOBODYS[name]) for name in copied) and _LEFT_OUT not in made
     assert lowbit.verify(tmp_path / "out", reference=folder).ok

@@ -119,7 +119,7 @@ class _Converted(Rules):
         return {name: parameter for name, parameter in found.items() if parameter in known}
 
     def applied(self, tensors: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        sources = defaultdict(dict)
+        sources: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for name, values in tensors.items():
             sources[self._names[name]][name] = torch.from_numpy(np.ascontiguousarray(values))
         return {parameter: self._rules.convert(parameter, of_it) for parameter, of_it in sources.items()}
