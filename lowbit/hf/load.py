@@ -24,7 +24,7 @@ from lowbit.system.read_ahead import read_ahead
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
 _ELSEWHERE = {
-    "config": "edit config.json, or pass config=lowbit.loading_config(path) to from_pretrained",
+    "config": "edit config.json, or pass config=lowbit.hf.loading_config(path) to from_pretrained",
     "gguf_file": "pass the file itself",
     "state_dict": "use from_pretrained of transformers",
     "subfolder": "pass the folder itself",

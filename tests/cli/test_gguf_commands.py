@@ -40,7 +40,7 @@ def test_commands(kind, file, cli, tmp_path, monkeypatch):
     done("dequantize", file, "-o", tmp_path / "plain")
     done("verify", file, "--reference", tmp_path / "plain")
     done("eval", file, "--reference", tmp_path / "plain", "--num-tokens", 64)
-    done("quantize", file, "-o", tmp_path / "made", "--group-size", 32)
+    done("quantize", file, "-o", tmp_path / "made", "--scheme", "W8A16-G32")
     assert not (tmp_path / "made" / "gguf_index.json").exists()
     done("verify", tmp_path / "made", "--reference", file)
     sides = json.loads(done("bench", file, *BENCH, "--lm-head", "none", "--json"))["sides"]

@@ -122,7 +122,7 @@ def test_integers_run_packed_on_gpu_kernels(tmp_path, monkeypatch):
 
     pytest.importorskip("triton")
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    small = tiny_model("llama", **SIZES, num_hidden_layers=1)
+    small = tiny_model("llama", **SIZES | {"hidden_size": 128, "intermediate_size": 128}, num_hidden_layers=1)
     kinds = lambda name: "Q8_0" if "attn" in name else "Q4_0"  # noqa: E731
     file = write_gguf(tmp_path / "model.gguf", "llama", kinds, model=small)
     model = lowbit.load(file, dtype=torch.float16, backend="triton", fuse=False)
@@ -140,7 +140,9 @@ SOURCES = [("llama", mixed), ("qwen3_moe", of_kind("Q8_0"))]
 
 @pytest.mark.parametrize(("name", "kinds"), SOURCES)
 def test_quantize_verify_load(name, kinds, tmp_path, caplog):
-    file, plain, made = write_gguf(tmp_path / "model.gguf", name, kinds), tmp_path / "plain", tmp_path / "made"
+    model = tiny_model(name, **SIZES, num_hidden_layers=1)
+    file = write_gguf(tmp_path / "model.gguf", name, kinds, model=model)
+    plain, made = tmp_path / "plain", tmp_path / "made"
     done = lowbit.dequantize(file, plain)
     assert done.source_format.startswith("gguf") and done.source_bytes < done.output_bytes
     wanted = logits(theirs(file))
@@ -234,7 +236,7 @@ def test_split_files(tmp_path):
 
 
 def test_a_calibrated_run_takes_them_too(tmp_path):
-    file = write_gguf(tmp_path / "model.gguf", "llama", mixed)
+    file = write_gguf(tmp_path / "model.gguf", "llama", mixed, model=tiny_model("llama", **SIZES, num_hidden_layers=1))
     ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
     lowbit.quantize(file, tmp_path / "made", scheme="W4A16-G32", method="gptq", dataset=ids)
     assert lowbit.verify(tmp_path / "made", reference=file).ok
