@@ -6,7 +6,7 @@ in a minute, under any release, which of them it has taken away.
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -345,46 +345,8 @@ def _natural(name: str) -> list:
 
 
 def is_converted_gguf(architecture: str) -> bool:
-    """Whether transformers reads GGUF files of an architecture by `GgufConversions`."""
+    """Whether transformers reads GGUF files of an architecture by its newer loader."""
     return use("is_gguf_arch_supported")(architecture)
-
-
-class GgufConversions:
-    """What the newer of transformers' loaders of GGUF files does to tensors of an architecture.
-
-    Args:
-        architecture: One of which `is_converted_gguf`.
-        config: The config of the model, as config.json has it.
-    """
-
-    def __init__(self, architecture: str, config: Mapping):
-        from transformers import AutoConfig, WeightConverter
-
-        described = {name: value for name, value in config.items() if name != "quantization_config"}
-        mapping = use("get_gguf_conversion_mapping")(architecture, AutoConfig.for_model(**described))
-        self._renamings = [entry for entry in mapping if isinstance(entry, use("WeightRenaming"))]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._by_source = {source: c for c in self._converters for source in c.source_patterns}
-
-    def _renamed(self, name: str) -> tuple[str, str | None]:
-        return use("rename_source_key")(name, self._renamings, self._converters)
-
-    def parameter(self, name: str) -> str:
-        """The name of the parameter that a tensor of the file is part of, whether or not the model has it."""
-        return self._renamed(name)[0]
-
-    def convert(self, parameter: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """A parameter, made of all of its tensors by name. Raises whatever the operations raise."""
-        sources = {self._renamed(name)[1]: [tensor] for name, tensor in tensors.items()}
-        converter = self._by_source.get(next(iter(sources)))
-        if converter is None:
-            return next(iter(tensors.values()))
-        patterns, targets = converter.source_patterns, converter.target_patterns
-        made = {pattern: sources[pattern] for pattern in patterns if pattern in sources}
-        for operation in converter.operations:
-            made = operation.convert(made, source_patterns=patterns, target_patterns=targets, full_layer_name=parameter)
-        part = next(iter(made.values()))
-        return part[0] if isinstance(part, list) else part
 
 
 class CheckpointNames:

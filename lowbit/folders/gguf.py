@@ -26,7 +26,7 @@ from lowbit.checkpoint.gguf.tensors import read_blocks
 from lowbit.checkpoint.layout import TensorInfo
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites, named_in_config, skeleton
-from lowbit.errors import InputError, OutputError, first_line
+from lowbit.errors import InputError, LowbitError, OutputError, first_line
 from lowbit.folders.gguf_settings import with_all_settings
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.formats.gguf import SCHEMES, import_gguf
@@ -156,6 +156,8 @@ class _Maker:
         """What the tensors of the file are in the model, and the schemes of those that stay in integers."""
         try:
             names = rules_of(architecture, config.to_dict(), {}).names_of(model, self._blocks)
+        except LowbitError:
+            raise
         except Exception as error:  # of an architecture that it does not know
             raise InputError(
                 f"transformers cannot read the tensors of {self._file}, of architecture {shown(architecture)}: "

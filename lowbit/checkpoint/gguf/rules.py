@@ -108,21 +108,46 @@ class _Converted(Rules):
     """Those of conversions, which rename tensors and compute parameters as for any other checkpoint."""
 
     def __init__(self, architecture: str, config: Mapping, names: Mapping[str, str]):
-        from lowbit.transformers_api import GgufConversions
+        from transformers import AutoConfig, WeightConverter
+
+        from lowbit.transformers_api import WeightRenaming, get_gguf_conversion_mapping
 
         super().__init__(names)
-        self._rules = GgufConversions(architecture, config)
+        described = {name: value for name, value in config.items() if name != "quantization_config"}
+        mapping = get_gguf_conversion_mapping(architecture, AutoConfig.for_model(**described))
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._by_source = {source: c for c in self._converters for source in c.source_patterns}
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        """(the parameter that a tensor is part of, the pattern of the converter that takes it or None)"""
+        from lowbit.transformers_api import rename_source_key
+
+        return rename_source_key(name, self._renamings, self._converters)
 
     def names_of(self, model: nn.Module, stored: Iterable[str]) -> dict[str, str]:
         known = model.state_dict()
-        found = {name: self._rules.parameter(name) for name in stored}
+        found = {name: self._renamed(name)[0] for name in stored}
         return {name: parameter for name, parameter in found.items() if parameter in known}
 
     def applied(self, tensors: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         sources: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         for name, values in tensors.items():
             sources[self._names[name]][name] = torch.from_numpy(np.ascontiguousarray(values))
-        return {parameter: self._rules.convert(parameter, of_it) for parameter, of_it in sources.items()}
+        return {parameter: self._converted(parameter, of_it) for parameter, of_it in sources.items()}
+
+    def _converted(self, parameter: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """A parameter, made of all of its tensors by name."""
+        sources = {self._renamed(name)[1]: [tensor] for name, tensor in tensors.items()}
+        converter = self._by_source.get(next(iter(sources)))
+        if converter is None:
+            return next(iter(tensors.values()))
+        patterns, targets = converter.source_patterns, converter.target_patterns
+        made = {pattern: sources[pattern] for pattern in patterns if pattern in sources}
+        for operation in converter.operations:
+            made = operation.convert(made, source_patterns=patterns, target_patterns=targets, full_layer_name=parameter)
+        part = next(iter(made.values()))
+        return part[0] if isinstance(part, list) else part
 
 
 def rules_of(architecture: str, config: Mapping, names: Mapping[str, str]) -> Rules:
