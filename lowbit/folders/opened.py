@@ -71,14 +71,14 @@ class OpenedFolder:
         return parameters_of(name, self.names)
 
     @cached_property
-    def copied(self) -> frozenset[str]:
-        """Tensors that the model has no parameter for, and that the run which wrote the folder knows of."""
-        return copied_tensors(self.path)
+    def _extras(self) -> tuple[dict[str, str], dict[str, str]]:
+        return judge(self.reader, without_parameter(self.model, self.names, self.stored.plain))
 
     @cached_property
-    def _extras(self) -> tuple[dict[str, str], dict[str, str]]:
-        unknown = without_parameter(self.model, self.names, self.stored.plain)
-        return judge(self.reader, [name for name in unknown if name not in self.copied])
+    def copied(self) -> frozenset[str]:
+        """Tensors that the model has no parameter for and that may change its results, which the run that wrote the
+        folder has copied all the same."""
+        return copied_tensors(self.path) & self._extras[1].keys() if self._extras[1] else frozenset()
 
     @property
     def harmless(self) -> dict[str, str]:
@@ -88,7 +88,7 @@ class OpenedFolder:
     @property
     def refused(self) -> dict[str, str]:
         """Tensors that the model has no parameter for and that may change its results, and why."""
-        return self._extras[1]
+        return {name: reason for name, reason in self._extras[1].items() if name not in self.copied}
 
     def is_for_others(self, name: str) -> bool:
         """Whether a tensor that the model has no parameter for is passed over: see `unclaimed`."""

@@ -139,9 +139,10 @@ class _Converted(Rules):
     def _converted(self, parameter: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         """A parameter, made of all of its tensors by name."""
         sources = {self._renamed(name)[1]: [tensor] for name, tensor in tensors.items()}
-        converter = self._by_source.get(next(iter(sources)))
-        if converter is None:
+        pattern = next(iter(sources))
+        if pattern is None:
             return next(iter(tensors.values()))
+        converter = self._by_source[pattern]
         patterns, targets = converter.source_patterns, converter.target_patterns
         made = {pattern: sources[pattern] for pattern in patterns if pattern in sources}
         for operation in converter.operations:
