@@ -180,8 +180,11 @@ def scaled(
         rows = codes[start : start + at_once]
         values = float4(rows) if packed else rows.float()
         of_rows = grid[torch.arange(start, start + len(rows)) // block[0]]
-        wide = of_rows if of_rows.shape[1] == 1 else of_rows.repeat_interleave(block[1], 1)[:, :columns]
-        made[start : start + at_once] = values.mul_(wide)
+        if of_rows.shape[1] * block[1] == columns:
+            values.view(*of_rows.shape, block[1]).mul_(of_rows.unsqueeze(-1))
+        else:  # one for all columns, or the last block is cut
+            values.mul_(of_rows if of_rows.shape[1] == 1 else of_rows.repeat_interleave(block[1], 1)[:, :columns])
+        made[start : start + at_once] = values
     return made
 
 
