@@ -41,7 +41,8 @@ IMPORTED = {
          ("GenerationState", "Modality", "_StreamError", "get_response_template", "response_events_to_chunks")),
         ("integrations.ggml", "know how transformers reads a GGUF file",
          ("GGUF_CONFIG_DEFAULTS_MAPPING", "GGUF_CONFIG_MAPPING")),
-        ("integrations.gguf.utils", "know how transformers reads a GGUF file", ("is_gguf_arch_supported",)),
+        ("integrations.gguf.utils", "know how transformers reads a GGUF file",
+         ("is_gguf_arch_supported", "get_gguf_conversion_mapping")),
         ("modeling_gguf_pytorch_utils", "know how transformers reads a GGUF file",
          ("TENSOR_PROCESSORS", "TensorProcessor", "get_gguf_hf_weights_map")),
         ("integrations.gguf.gguf_tokenizer_mapping", "name the pre-tokenizer of a GGUF file",  # from 5.23 on
@@ -341,6 +342,11 @@ class Conversion:
 def _natural(name: str) -> list:
     """Sorts names as transformers does: numbers in them by value."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def is_converted_gguf(architecture: str) -> bool:
+    """Whether transformers reads GGUF files of an architecture by its newer loader."""
+    return use("is_gguf_arch_supported")(architecture)
 
 
 class CheckpointNames:

@@ -17,6 +17,7 @@ from packaging.version import Version
 
 import lowbit
 from lowbit import transformers_api
+from lowbit.checkpoint.gguf.rules import rules_of
 from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.generation import Decoder, Draft
 from lowbit.generation.notices import say_once
@@ -207,6 +208,10 @@ def export_gguf(quantized):
     lowbit.convert(folder / "llama4", folder / "llama.gguf", format="gguf", overwrite=True)
 
 
+def read_converted_gguf(quantized):
+    rules_of("lfm2", transformers.Lfm2Config().to_dict(), {})
+
+
 @pytest.mark.parametrize(
     ("name", "act"),
     [
@@ -220,6 +225,7 @@ def export_gguf(quantized):
         ("GGUF_CONFIG_DEFAULTS_MAPPING", export_gguf),
         ("GGUF_CONFIG_MAPPING", export_gguf),
         ("is_gguf_arch_supported", export_gguf),
+        ("get_gguf_conversion_mapping", read_converted_gguf),
         ("TENSOR_PROCESSORS", export_gguf),
         ("TensorProcessor", export_gguf),
         ("get_gguf_hf_weights_map", export_gguf),

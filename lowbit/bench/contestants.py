@@ -132,14 +132,18 @@ class Checkpoint:
         return resolve(self.model, self.setting.revision)
 
     @cached_property
-    def is_encoded(self) -> bool:
-        """Whether its weights are in an encoding of others, which are decoded when they are read."""
-        reader = CheckpointReader(self.folder)
-        return decoded(reader) is not reader
+    def _reader(self) -> CheckpointReader:
+        return decoded(CheckpointReader(self.folder))
 
-    @cached_property
+    @property
     def is_quantized(self) -> bool:
-        return CheckpointReader(self.folder).quantization_config is not None and not self.is_encoded
+        """Whether it has integers that run as they are stored."""
+        return self._reader.quantization_config is not None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether all that is quantized in it is decoded when it is read."""
+        return not self.is_quantized and any(info.is_encoded for info in self._reader.tensors.values())
 
     @property
     def describes(self) -> str:

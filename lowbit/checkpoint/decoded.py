@@ -58,8 +58,8 @@ def decoded(reader: Headers) -> Headers:
         reader: A folder, or the headers of a repository.
 
     Returns:
-        The same, with each encoded weight in place of its parts, and nothing in its config that says so; `reader`
-        itself, where its weights are in no encoding of `ENCODINGS`.
+        The same, with each encoded weight in place of its parts, and nothing in its config that says so, but of
+        integers beside them; `reader` itself, where its weights are in no encoding of `ENCODINGS`.
 
     Raises:
         InputError: Parts are missing or do not fit each other.
@@ -75,7 +75,12 @@ def decoded(reader: Headers) -> Headers:
         codes[first] = weight
         others.update(rest, weight.unused)
     made = {name: DecodedTensor(weight.name, dtype, weight.shape, weight) for name, weight in codes.items()}
-    return unquantized(reader, (made.get(name, info) for name, info in reader.tensors.items() if name not in others))
+    plain = unquantized(reader, (made.get(name, info) for name, info in reader.tensors.items() if name not in others))
+    remaining = getattr(encoding, "remaining", None)
+    integers = remaining(config, [weight.name for weight in weights]) if remaining is not None else None
+    if integers is not None:
+        plain.config = {**plain.config, "quantization_config": integers}
+    return plain
 
 
 def decoded_to(reader: Headers, dtype: torch.dtype) -> Headers:

@@ -32,6 +32,16 @@ def save_report(folder: Path, report: dict) -> None:
     write_whole(folder / REPORT_NAME, json.dumps(report, indent=1) + "\n")
 
 
+def copied_tensors(folder: Path) -> frozenset[str]:
+    """The tensors that no module of the model has, and that the run which wrote the folder has copied all the same, as
+    its report says; none, where there is no report."""
+    try:
+        said = load_report(folder).get("unclaimed")
+    except InputError:
+        return frozenset()
+    return frozenset(name for name, what in said.items() if what == "copied") if isinstance(said, dict) else frozenset()
+
+
 def converted_dtype(folder: Path) -> torch.dtype | None:
     """What `convert_dtype` made of all floating tensors of a folder, by its report; None: it did not write it."""
     try:

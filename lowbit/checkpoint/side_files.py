@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from lowbit.checkpoint.gguf.index import INDEX_NAME as GGUF_INDEX_NAME
 from lowbit.checkpoint.manifest import MANIFEST_NAME, REPORT_NAME
 from lowbit.checkpoint.reader import PICKLE_SUFFIXES
 from lowbit.errors import InputError
@@ -24,7 +25,9 @@ WEIGHT_SUFFIXES = (
     ".ot",
 )
 # In any of the formats; a report says nothing about a model that is made from the output of its run
-WRITTEN_ANEW = ("config.json", "quantize_config.json", "quant_config.json", MANIFEST_NAME, REPORT_NAME)
+WRITTEN_ANEW = (
+    "config.json", "quantize_config.json", "quant_config.json", MANIFEST_NAME, REPORT_NAME, GGUF_INDEX_NAME,
+)  # fmt: skip
 
 
 def visible(folder: Path) -> list[Path]:

@@ -110,8 +110,13 @@ def _running_checks(path: Path, source: Path | None, device_map, trust_remote_co
     if source is None:
         yield Check("near the reference", None, "no --reference was given")
         return
+    try:
+        original = load(source, **options)
+    except InputError as error:  # such as tensors that no module has: what is checked names them, it may not
+        yield Check("near the reference", None, f"the reference does not load: {error}")
+        return
     ids, bos = some_tokens(path, model, trust_remote_code)
-    quality = evaluate(model, ids, reference=load(source, **options), bos=bos)
+    quality = evaluate(model, ids, reference=original, bos=bos)
     weights = stored_weights(path).weights.values()
     limit = _LARGEST_KL[min((weight.scheme.bits for weight in weights), default=16)]
     measured = (

@@ -19,6 +19,9 @@ from lowbit.folders.stored import StoredWeight
 from lowbit.formats import is_format
 from lowbit.numerics.grid import dequantize
 
+# Weights that are dequantized at a time: their float32 copies stay in the cache
+_AT_ONCE = 2**19
+
 
 @dataclass(frozen=True)
 class DequantizedTensor(TensorInfo):
@@ -40,10 +43,19 @@ class DequantizedTensor(TensorInfo):
 
     def read(self) -> torch.Tensor:
         """Its data in memory of its own. Raises InputError for values that are too large for its dtype."""
-        matrices = [dequantize(qweight, torch.float32) for qweight in self.source.stored.quantized(self.weight)]
-        matrices = [matrix.T if self.transposed else matrix for matrix in matrices]
-        dense = torch.stack(matrices) if self.weight.experts else matrices[0].contiguous()
-        return cast_checked(dense, self.dtype, self.name)
+        matrices = self.source.stored.quantized(self.weight)
+        dense = torch.empty(len(matrices), *self.shape[-2:], dtype=self.dtype)
+        for made, qweight in zip(dense, matrices, strict=True):
+            rows = max(1, _AT_ONCE // qweight.in_features)
+            for start in range(0, qweight.out_features, rows):
+                some = slice(start, min(start + rows, qweight.out_features))
+                part = dequantize(qweight.rows(some.start, some.stop), torch.float32)
+                part = cast_checked(part, self.dtype, self.name)
+                if self.transposed:
+                    made[:, some] = part.T
+                else:
+                    made[some] = part
+        return dense if self.weight.experts else dense[0]
 
     def read_rows(self, indices: Sequence[int]) -> torch.Tensor:
         """Some rows (of the first dimension), one after the other."""
@@ -84,4 +96,4 @@ def as_dense(reader: Headers, trust_remote_code: bool = False) -> Headers:
         return made
     source = QuantizedFolder(reader.folder, trust_remote_code=trust_remote_code)
     weights = [dequantized(source, weight) for weight in source.stored.weights.values()]
-    return unquantized(reader, [*weights, *source.kept])
+    return unquantized(reader, [*weights, *source.kept, *source.beside])

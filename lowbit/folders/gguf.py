@@ -21,12 +21,12 @@ from lowbit import __version__
 from lowbit.checkpoint.gguf.blocks import decoded
 from lowbit.checkpoint.gguf.header import PLAIN, read_head
 from lowbit.checkpoint.gguf.index import INDEX_NAME, Index, write_index
-from lowbit.checkpoint.gguf.rules import Rules
+from lowbit.checkpoint.gguf.rules import Rules, rules_of
 from lowbit.checkpoint.gguf.tensors import read_blocks
 from lowbit.checkpoint.layout import TensorInfo
 from lowbit.checkpoint.writer import StagedFolder
 from lowbit.discovery import CheckpointNames, Site, choose, find_sites, named_in_config, skeleton
-from lowbit.errors import InputError, OutputError, first_line
+from lowbit.errors import InputError, LowbitError, OutputError, first_line
 from lowbit.folders.gguf_settings import with_all_settings
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.formats.gguf import SCHEMES, import_gguf
@@ -110,8 +110,6 @@ class _Maker:
 
     def _architecture(self) -> str:
         """Raises InputError for a count that the file does not bear out: transformers makes lists as long as it."""
-        from lowbit.transformers_api import is_gguf_arch_supported
-
         architecture = self._head.metadata.get("general.architecture")
         if not isinstance(architecture, str):
             raise InputError(f"{self._file.name} does not say its architecture: it holds no model")
@@ -121,11 +119,6 @@ class _Maker:
                 f"{self._file.name} says that it has {shown(layers)} layers, and holds {len(self._blocks)} tensors: it "
                 "is damaged, download it again"
             )
-        if is_gguf_arch_supported(architecture):
-            raise InputError(
-                f"{self._file.name} is of architecture {shown(architecture)}, which transformers reads by rules that "
-                "lowbit does not follow: load it with transformers, or take the original model"
-            )
         return architecture
 
     def _config(self):
@@ -133,7 +126,11 @@ class _Maker:
         try:
             config = AutoConfig.from_pretrained(self._path, gguf_file=self._names[0])
         except Exception as error:  # transformers checks little: whatever it stumbles over comes from this file
-            raise InputError(f"transformers cannot read the config of {self._file}: {first_line(error)}") from None
+            architecture = shown(self._head.metadata["general.architecture"])
+            raise InputError(
+                f"transformers cannot read the config of {self._file}, of architecture {architecture}: "
+                f"{first_line(error)}"
+            ) from None
         config = self._with_all_settings(config)
         config.dtype = _dtype({each.kind for each in self._blocks.values()})
         if len(self._names) > 1 and "output.weight" in self._blocks:  # it has looked at the first file only
@@ -157,18 +154,22 @@ class _Maker:
 
     def _index(self, architecture: str, config, model: nn.Module) -> tuple[Index, dict[str, Scheme]]:
         """What the tensors of the file are in the model, and the schemes of those that stay in integers."""
-        rules = Rules(architecture, config.to_dict(), {})
         try:
-            names = rules.names_of(model)
+            names = rules_of(architecture, config.to_dict(), {}).names_of(model, self._blocks)
+        except LowbitError:
+            raise
         except Exception as error:  # of an architecture that it does not know
-            raise InputError(f"transformers cannot read the tensors of {self._file}: {first_line(error)}") from None
-        rules = Rules(architecture, config.to_dict(), names)
+            raise InputError(
+                f"transformers cannot read the tensors of {self._file}, of architecture {shown(architecture)}: "
+                f"{first_line(error)}"
+            ) from None
+        rules = rules_of(architecture, config.to_dict(), names)
         sources = defaultdict(list)
         for each in self._blocks.values():
             if (parameter := rules.parameter_of(each.name)) is not None:
                 sources[parameter].append(each)
         state = model.state_dict()
-        self._check_complete(model, names, sources)
+        self._check_complete(architecture, model, names, sources)
         self._say_what_is_left_out(rules)
         shapes = {parameter: tuple(state[parameter].shape) for parameter in sources}
         checkpoint = CheckpointNames(model)
@@ -183,7 +184,7 @@ class _Maker:
         linears = tuple(parameter for parameter in sources if parameter in chosen)
         return Index(self._names, architecture, names, shapes, experts, tuple(packed), linears), packed
 
-    def _check_complete(self, model: nn.Module, names: Mapping[str, str], sources: Mapping) -> None:
+    def _check_complete(self, architecture: str, model: nn.Module, names: Mapping[str, str], sources: Mapping) -> None:
         """Raise InputError for a parameter that nothing in the file is read into."""
         tied, computed = tied_weights(model), ignored_if_missing(model)
         stored = {parameter: name for name, parameter in names.items()}
@@ -195,7 +196,10 @@ class _Maker:
                     f"{stored[parameter]}, which {parameter} is made of, is not in {self._file.name}: the file is "
                     "damaged, or of another model than it says"
                 )
-            raise InputError(f"transformers knows no tensor of {self._file.name} that {parameter} could be made of")
+            raise InputError(
+                f"transformers knows no tensor of {self._file.name}, of architecture {shown(architecture)}, that "
+                f"{parameter} could be made of: take the original model"
+            )
 
     def _say_what_is_left_out(self, rules: Rules) -> None:
         left = [name for name in self._blocks if rules.parameter_of(name) is None and name not in _SETTINGS]

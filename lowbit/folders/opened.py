@@ -14,6 +14,7 @@ from pathlib import Path
 from lowbit.checkpoint import CheckpointReader, TensorInfo
 from lowbit.checkpoint.decoded import decoded
 from lowbit.checkpoint.extras import judge
+from lowbit.checkpoint.report_file import copied_tensors
 from lowbit.discovery import CheckpointNames, find_sites, known_as, skeleton
 from lowbit.errors import InputError
 from lowbit.folders.locate import load_config
@@ -73,6 +74,12 @@ class OpenedFolder:
     def _extras(self) -> tuple[dict[str, str], dict[str, str]]:
         return judge(self.reader, without_parameter(self.model, self.names, self.stored.plain))
 
+    @cached_property
+    def copied(self) -> frozenset[str]:
+        """Tensors that the model has no parameter for and that may change its results, which the run that wrote the
+        folder has copied all the same."""
+        return copied_tensors(self.path) & self._extras[1].keys() if self._extras[1] else frozenset()
+
     @property
     def harmless(self) -> dict[str, str]:
         """Tensors that the model has no parameter for and that change no result, and what they are."""
@@ -81,19 +88,19 @@ class OpenedFolder:
     @property
     def refused(self) -> dict[str, str]:
         """Tensors that the model has no parameter for and that may change its results, and why."""
-        return self._extras[1]
+        return {name: reason for name, reason in self._extras[1].items() if name not in self.copied}
 
     def is_for_others(self, name: str) -> bool:
-        """Whether a tensor is passed over by its name: see `unclaimed`."""
-        return is_for_others(self.model, name)
+        """Whether a tensor that the model has no parameter for is passed over: see `unclaimed`."""
+        return name in self.copied or is_for_others(self.model, name)
 
     @cached_property
     def for_others(self) -> set[str]:
-        """Tensors, and bases of quantized weights, that the model has no parameter for and other programs use."""
+        """Tensors, and bases of quantized weights, that the model has no parameter for and other programs may use."""
         weights = self.stored.weights
         quantized = [replace(next(iter(weight.tensors.values())), name=base) for base, weight in weights.items()]
         found = unclaimed(self.model, self.names, [*self.stored.plain, *quantized])
-        return {name for name, for_others in found.items() if for_others}
+        return {name for name, for_others in found.items() if for_others or name in self.copied}
 
     def require_known(self) -> None:
         """Raise InputError for the tensors that `lowbit.load` refuses."""

@@ -9,7 +9,7 @@ from lowbit.checkpoint.decoded import DecodedTensor, decoded
 from lowbit.discovery import Site, named_in_config
 from lowbit.errors import InputError
 from lowbit.folders.locate import resolve
-from lowbit.folders.opened import OpenedFolder
+from lowbit.folders.opened import OpenedFolder, is_for_others
 from lowbit.numerics.scheme import Scheme
 
 
@@ -55,13 +55,23 @@ class QuantizedFolder(OpenedFolder):
 
     @property
     def kept(self) -> list[TensorInfo]:
-        """The tensors that are not quantized and belong to the model; the harmless ones beside them are left out."""
-        return [info for info in self.stored.plain if info.name not in self.harmless]
+        """The tensors that are not quantized and belong to the model, or are there for other programs by their name;
+        all else beside them is left out."""
+        left = self.harmless.keys() | {info.name for info in self.beside}
+        return [info for info in self.stored.plain if info.name not in left]
+
+    @property
+    def beside(self) -> list[TensorInfo]:
+        """Tensors of nobody that a run has copied: no folder but that with its report may hold them."""
+        known = {name for name in self.for_others if is_for_others(self.model, name)}
+        return [info for info in self.stored.plain if info.name in self.copied & self.for_others - known]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is left out, a line for each kind."""
         counts = Counter(self.harmless.values())
+        if self.beside:
+            counts["no module of the model"] = len(self.beside)
         return tuple(f"left out: {count} tensors of {meaning}" for meaning, count in counts.items())
 
     def site(self, name: str) -> Site | None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowbit.checkpoint import CheckpointReader, TensorInfo
-from lowbit.checkpoint.checked import read_checked
+from lowbit.checkpoint.checked import check_finite, read_checked
 from lowbit.checkpoint.extras import judge
+from lowbit.checkpoint.gguf.tensors import GgufIntegers
 from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.formats import detect_format, get_format
@@ -94,6 +95,12 @@ class StoredWeights:
 
     def quantized(self, weight: StoredWeight) -> list[QuantWeight]:
         """Read a weight: one matrix, or one for each of its experts. Raises InputError for NaN and infinite scales."""
+        first = next(iter(weight.tensors.values()))
+        if isinstance(first, GgufIntegers):  # all parts are of the same blocks: these are read and taken apart once
+            matrices = first.matrices()
+            for matrix in matrices:
+                check_finite(matrix.scales, weight.tensors["weight_scale"])
+            return matrices
         tensors = {suffix: read_checked(self.reader, info.name) for suffix, info in weight.tensors.items()}
         return self.unpacked(weight, tensors)
 

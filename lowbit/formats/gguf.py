@@ -98,12 +98,17 @@ def unpack(blocks: torch.Tensor, block: str) -> QuantWeight:
     parts = blocks.view(len(blocks), -1, 2 + BLOCK * scheme.bits // 8)
     scales = parts[..., :2].contiguous().view(torch.float16).squeeze(-1)
     stored = parts[..., 2:]
-    codes = torch.cat([stored & 0xF, stored >> 4], dim=-1) if scheme.bits == 4 else stored ^ scheme.middle
+    codes = torch.empty(*scales.shape, BLOCK, dtype=torch.uint8)
+    if scheme.bits == 4:
+        low, high = codes.chunk(2, dim=-1)
+        torch.bitwise_and(stored, 0xF, out=low)
+        torch.bitwise_right_shift(stored, 4, out=high)
+    else:
+        torch.bitwise_xor(stored, scheme.middle, out=codes)
     empty = scales == 0
     if empty.any():
-        codes = codes.masked_fill(empty.unsqueeze(-1), scheme.middle)
-        scales = scales.masked_fill(empty, 1)
-    return QuantWeight(codes.reshape(len(blocks), -1), scales, scheme)
+        codes[empty], scales[empty] = scheme.middle, 1
+    return QuantWeight(codes.view(len(blocks), -1), scales, scheme)
 
 
 def _values(qweight: QuantWeight) -> torch.Tensor:

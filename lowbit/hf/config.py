@@ -32,6 +32,9 @@ class LowbitConfig(QuantizationConfigMixin):
             options.overrides,  # type: ignore[arg-type]  # which makes tuples of both
             options.ignore,  # type: ignore[arg-type]
             include_vision=options.include_vision,
+            embeddings=(
+                Scheme.parse(options.embeddings) if isinstance(options.embeddings, str) else options.embeddings
+            ),
         )
         self.backend, self.fuse, self.source = options.backend, options.fuse, options.source
         self.folder: Path | None = None  # where integers are that `from_pretrained` is handed as a state_dict

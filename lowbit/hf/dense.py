@@ -38,6 +38,11 @@ class DenseModel:
         self.tensors = [(info.name, len(info.shape)) for info in loaded]
         conversions = [info.conversion for info in loaded if isinstance(info, ComputedTensor)]
         self.computed_from = {pattern for conversion in conversions for pattern in conversion.sources.values()}
+        # the input embedding -> output embeddings that are made of the same tensor, as the checkpoint has no other
+        found = {names.locate(name)[0] for name, _ in self.tensors}
+        heads = [name for name, of in sites.items() if of.site.is_head and name not in found]
+        self.tensors += [(name, 2) for name in heads]
+        self.made_of = {name: heads for name, of in sites.items() if of.site.kind == "embedding"}
 
     def conversions(self, of_packed: list) -> list:
         return of_packed
@@ -68,7 +73,11 @@ class QuantizeOnLoad(ConversionOps):
         made = {}
         for name, tensor in zip(names, input_dict.values(), strict=True):
             tensor = tensor[0] if isinstance(tensor, list) else tensor
-            made |= self._packed(name, tensor, model, missing_keys) if name in self._source.sites else {name: tensor}
+            if name not in self._source.sites:
+                made[name] = tensor
+                continue
+            for parameter in (name, *self._source.made_of.get(name, ())):
+                made |= self._packed(parameter, tensor, model, missing_keys)
         return made
 
     def _packed(

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ConversionOps, WeightConverter
 
 from lowbit.checkpoint import CheckpointReader
+from lowbit.checkpoint.decoded import decoded
 from lowbit.checkpoint.extras import judge
 from lowbit.discovery import CheckpointNames, Site, find_sites, known_as
 from lowbit.errors import InputError
@@ -43,7 +44,7 @@ class StoredModel:
         self.names = names
         sites = find_sites(model)
         reader = CheckpointReader(files) if isinstance(files, Path) else CheckpointReader(Path(files[0]).parent, files)
-        self.stored = StoredWeights(reader, known_as(names, sites))
+        self.stored = StoredWeights(decoded(reader), known_as(names, sites))
         # transformers drops what is called like the tensors that have no place here (`idle`), whatever it holds
         alike = [info.name for info in self.stored.plain if info.name.endswith(_IDLE)]
         for name, reason in judge(reader, alike)[1].items():

@@ -24,7 +24,7 @@ from lowbit.system.read_ahead import read_ahead
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
 _ELSEWHERE = {
-    "config": "edit config.json, or pass config=lowbit.loading_config(path) to from_pretrained",
+    "config": "edit config.json, or pass config=lowbit.hf.loading_config(path) to from_pretrained",
     "gguf_file": "pass the file itself",
     "state_dict": "use from_pretrained of transformers",
     "subfolder": "pass the folder itself",
@@ -45,21 +45,33 @@ def loading_config(
     """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
 
     AutoModelForCausalLM.from_pretrained(path, config=loading_config(path))
+
+    Raises InputError for weights that `from_pretrained` would take for plain numbers: `load` decodes them.
     """
     folder = resolve(path, revision)
-    config = load_config(folder, trust_remote_code)
-    reader = CheckpointReader(folder)
+    reader = decoded(CheckpointReader(folder))
+    if (encoded := next((info for info in reader.tensors.values() if info.is_encoded), None)) is not None:
+        raise InputError(
+            f"{encoded.name} of {reader.place} is stored as {encoded.stored_as}, which from_pretrained does not decode"
+            ": load it with lowbit.load, or `lowbit dequantize` it"
+        )
+    return _loading_config(reader, backend, trust_remote_code, fuse, exact)
+
+
+def _loading_config(
+    reader: CheckpointReader, backend: str | None, trust_remote_code: bool, fuse: bool, exact: bool | None
+):
+    """reader: of a folder, decoded; its integers are what lowbit's layers hold."""
+    config = load_config(reader.folder, trust_remote_code)
     source = reader.quantization_config
-    if decoded(reader) is not reader:
-        del config.quantization_config
-    elif source is not None:
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    if source is not None:
         detect_format(source)
         config.quantization_config = {
             "quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse, "exact": exact,
         }  # fmt: skip
-        text = config.get_text_config()
-        if text is not config and hasattr(text, "quantization_config"):
-            del text.quantization_config
     return config
 
 
@@ -87,9 +99,7 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     folder = resolve(path, source.revision, **hub)
     # headers only: transformers follows an index anywhere and trips over damaged files
     reader = decoded(CheckpointReader(folder))
-    config = loading_config(
-        folder, run.backend, trust_remote_code=source.trust_remote_code, fuse=run.fuse, exact=run.exact
-    )
+    config = _loading_config(reader, run.backend, source.trust_remote_code, run.fuse, run.exact)
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:

@@ -56,7 +56,7 @@ def replace_modules(
             if not placeholders:
                 finish_experts(module, leaf)
         elif found.site.kind == "embedding":
-            quantize_embedding(cast(nn.Embedding, module), found.scheme, dtype)
+            quantize_embedding(cast(nn.Embedding, module), found.scheme, dtype, placeholders)
         else:
             model.set_submodule(found.site.module, _empty_linear(found, module, dtype, backend, placeholders))
     if any(found.site.kind == "experts" for found in sites.values()):

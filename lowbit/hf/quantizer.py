@@ -24,7 +24,7 @@ from lowbit.hf.modules import (
     replace_modules,
 )
 from lowbit.hf.packed import PackedNames, QuantizedSite
-from lowbit.hf.tied import tied_to_quantized, untie_quantized
+from lowbit.hf.tied import tied_to_quantized, untie_from_table, untie_quantized
 from lowbit.layers.inputs import choose_inputs
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
@@ -70,8 +70,9 @@ class LowbitQuantizer(HfQuantizer):
             with torch.device("cpu"):  # it reads some tensors, and transformers is building a model on meta
                 return StoredModel(model, names, self.quantization_config.folder or files or ())
         recipe = self.quantization_config.recipe
-        chosen, _ = choose(model, recipe)
-        return DenseModel(names, files or (), {name: QuantizedSite(*of) for name, of in chosen.items()}, recipe)
+        chosen = {name: QuantizedSite(*of) for name, of in choose(model, recipe)[0].items()}
+        heads = {} if recipe.embeddings is None else untie_from_table(model, find_sites(model), recipe.embeddings)
+        return DenseModel(names, files or (), chosen | heads, recipe)
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         return not self.pre_quantized and param_name in self.packed.schemes

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowbit.discovery import Site
+from lowbit.discovery import Site, head_beside, table_and_heads
 from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.hf.foreign import StoredModel
 from lowbit.hf.packed import QuantizedSite
+from lowbit.numerics.scheme import Scheme
 from lowbit.transformers_api import tie, tied_weights, untie
 
 
@@ -37,6 +38,15 @@ def tied_to_quantized(model: nn.Module, source: StoredModel, sites: Mapping[str,
     if _has_embedding(quantized):
         tie(model, names)
     return found
+
+
+def untie_from_table(model: nn.Module, sites: Mapping[str, Site], embeddings: Scheme) -> dict[str, QuantizedSite]:
+    """The output embeddings that are tied to the input embedding, which is about to be quantized to `embeddings`:
+    parameter -> QuantizedSite. From here on they are none. Raises UsageError for a table that cannot be quantized."""
+    _, heads = table_and_heads(model, sites)
+    if heads:
+        untie(model)
+    return {name: QuantizedSite(sites[name], head_beside(embeddings)) for name in heads}
 
 
 def untie_quantized(model: PreTrainedModel, quantized: Mapping[str, QuantizedSite]) -> None:

@@ -108,16 +108,19 @@ def _quantized_class(embedding_class: type) -> type:
     return type(f"Quantized{embedding_class.__name__}", (QuantizedEmbedding, embedding_class), {})
 
 
-def quantize_embedding(module: nn.Embedding, scheme: Scheme, dtype: torch.dtype) -> None:
+def quantize_embedding(module: nn.Embedding, scheme: Scheme, dtype: torch.dtype, placeholder: bool = False) -> None:
     """Give an embedding the packed parameters (uninitialised) of its table in place of the dense one.
 
     Args:
         module: The embedding, of any class that looks rows up in `weight`.
         scheme: Of the table; its groups lie along embedding_dim.
         dtype: Of the scales, and of the rows.
+        placeholder: Keep a dense `weight` on the meta device, as the slot that a loader fills with what it quantizes.
     """
-    device = module.weight.device
+    device, dense = module.weight.device, torch.empty_like(module.weight, device="meta")
     del module.weight
+    if placeholder:
+        module.register_parameter("weight", nn.Parameter(dense, requires_grad=False))
     module.__class__ = _quantized_class(type(module))
     module.scheme = scheme  # type: ignore[assignment]  # mypy does not see the new class
     for name, (shape, stored) in packed_format.shapes(scheme, module.num_embeddings, module.embedding_dim).items():

@@ -212,8 +212,8 @@ class Recipe:
     include_vision: of a model that sees or hears, quantize all of it, not its language model alone. smooth: scale the
     inputs of linears before they are quantized, by the alpha of SmoothQuant, or "auto", which searches it.
     activation_range: how static schemes find the range of their inputs, "mse", "minmax" or "percentile"
-    (`lowbit.numerics.activations`). unclaimed: what becomes of layers that predict further tokens, which the model has
-    no modules for: "copy", "quantize" or "drop".
+    (`lowbit.numerics.activations`). unclaimed: what becomes of tensors that the model has no modules for, such as those
+    of layers that predict further tokens: "copy", "quantize" or "drop".
     """
 
     scheme: Scheme = field(default_factory=Scheme)

@@ -93,8 +93,8 @@ class RecipeOptions:
     )
     unclaimed: str = option(
         "copy",
-        "Of layers that predict further tokens (MTP), which transformers passes over and servers use: copy them, "
-        "quantize their linears as those of other layers, or drop them.",
+        "Of tensors that no module of the model has, most of them of layers that predict further tokens (MTP), which "
+        "servers use: copy them, quantize their linears as those of other layers, or drop them.",
     )
     activation_range: str | None = option(
         None, "Of W8A8-STATIC: the range of inputs is mse, minmax or percentile (default mse)."
@@ -253,3 +253,9 @@ class OnLoadOptions:
     include_vision: bool = like(RecipeOptions, "include_vision")
     fuse: bool = like(LoadOptions, "fuse")
     overrides: Mapping[str, str | Scheme] | Iterable[tuple[str, str | Scheme]] = like(RecipeOptions, "overrides")
+    embeddings: str | Scheme | None = like(
+        RecipeOptions,
+        "embeddings",
+        help="Quantize the input embedding too, to a scheme such as W8A16-G128. An output embedding that is tied to it "
+        "gets a table of its own, in 8 bits.",
+    )

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import ModuleType
@@ -72,7 +72,7 @@ class Plan:
     steps: tuple[Step, ...]
     quantization_config: dict
     left: dict[str, tuple[Site, str]] = field(default_factory=dict)
-    unknown: dict[str, str] = field(default_factory=dict)  # tensors that are left out, as the model has none like them
+    unknown: frozenset[str] = frozenset()  # tensors that nothing says the purpose of
     unclaimed: dict[str, str] = field(default_factory=dict)  # tensors that no module has -> what becomes of them
 
     @cached_property
@@ -142,9 +142,12 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     checkpoint_names = CheckpointNames(model)
     steps, fulfilled, elsewhere = [], {}, set()
     nobodys = unclaimed(model, checkpoint_names, reader.tensors.values())
-    _, unknown = judge(reader, [name for name, for_others in nobodys.items() if not for_others])
+    unknown = set(judge(reader, [name for name, for_others in nobodys.items() if not for_others])[1])
+    left_out = _taken(unknown, fmt)
+    if recipe.unclaimed == "drop":
+        left_out |= dict.fromkeys({name for name, for_others in nobodys.items() if for_others} | unknown, "dropped")
     for info in as_loaded(reader.tensors, checkpoint_names, chosen).values():
-        if info.name in unknown or (recipe.unclaimed == "drop" and nobodys.get(info.name)):
+        if info.name in left_out:
             continue
         parameter, direct = checkpoint_names.locate(info.name)
         step = _copy(info)
@@ -172,7 +175,16 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     exceptions, ignored = exceptions_and_ignored(model, named, elsewhere - of_others.keys(), recipe.scheme)
     exceptions |= {base: scheme for base, scheme in of_others.items() if scheme != recipe.scheme}
     config = fmt.config(recipe.scheme, exceptions, ignored)
-    return Plan(recipe, format_name, tuple(steps), config, left, unknown, _said(steps, nobodys, unknown))
+    said = _said(steps, nobodys, left_out)
+    return Plan(recipe, format_name, tuple(steps), config, left, frozenset(unknown), said)
+
+
+def _taken(names: Iterable[str], fmt: ModuleType) -> dict[str, str]:
+    """Those names of tensors that only quantized weights may have: readers would look for the rest of one."""
+    suffixes = tuple(f".{suffix}" for suffix in fmt.SUFFIXES if suffix != "weight")
+    return {
+        name: f"left out: {fmt.METHOD} takes it for a part of a weight" for name in names if name.endswith(suffixes)
+    }
 
 
 def _like_others(steps: list[Step], nobodys: dict[str, bool], fmt: ModuleType, default: Scheme) -> Iterator[Step]:
@@ -195,14 +207,12 @@ def _in_layer(name: str) -> str:
     return re.sub(r"^.*\blayers\.\d+\.", "", name)
 
 
-def _said(steps: list[Step], nobodys: dict[str, bool], unknown: dict[str, str]) -> dict[str, str]:
+def _said(steps: list[Step], nobodys: dict[str, bool], left_out: dict[str, str]) -> dict[str, str]:
     """What becomes of each tensor that no module has."""
     done = {step.source.name: step.scheme for step in steps}
-    said = {name: f"left out: {reason}" for name, reason in unknown.items()}
-    for name in nobodys.keys() - unknown.keys():
-        scheme = done.get(name)
-        said[name] = f"quantized: {scheme.name}" if scheme else "copied" if name in done else "dropped"
-    return dict(sorted(said.items()))
+    schemes = {name: done[name] for name in nobodys.keys() - left_out.keys()}
+    said = {name: f"quantized: {scheme.name}" if scheme else "copied" for name, scheme in schemes.items()}
+    return dict(sorted((said | left_out).items()))
 
 
 def _copy(info: TensorInfo, site: Site | None = None, reason: str = "") -> Step:

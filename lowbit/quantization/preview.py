@@ -134,7 +134,7 @@ def plan(
         unclaimed=planned.unclaimed,
         fallbacks={step.source.name: step.scheme.name for step in planned.fallbacks},
         skipped={step.source.name: step.reason for step in planned.steps if step.site and not step.scheme}
-        | {name: f"left out: {reason}" for name, reason in planned.unknown.items()},
+        | {name: done for name, done in planned.unclaimed.items() if done.startswith("left out")},
         engines=[_engine(verdict) for verdict in _verdicts(planned, runnable)],
         allocation=allocated and allocated.facts,
         memory=memory,

@@ -134,9 +134,10 @@ def quantize_dense(
     started = time.perf_counter()
     start = opened(reader, config, recipe, data.trust_remote_code)
     plan = make_plan(start.reader, start.model, start.recipe, files.format)
-    for tensor, reason in list(plan.unknown.items())[:1]:
+    for tensor in sorted(plan.unknown)[:1]:
         more = f" (and {len(plan.unknown) - 1} more such tensors)" if len(plan.unknown) > 1 else ""
-        logger.warning("%s of %s is left out%s: %s", tensor, reader.folder, more, reason)
+        done = plan.unclaimed[tensor]
+        logger.warning("%s of %s%s is unknown to the model: %s", tensor, reader.folder, more, done)
     if plan.converted:
         logger.warning(
             "%d of %d weights are integers that their schemes hold: they are converted exactly, not rounded again",

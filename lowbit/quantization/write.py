@@ -60,7 +60,7 @@ def _write(reader, plan: Plan, folder: Path, shard_bytes: int, report: Report, p
         written = None
         for step, outputs, finished_before in _read_ahead(reader, plan.steps, made, reading):
             if step.scheme is not None and not finished_before:
-                packed, error = _quantize_tensor(outputs[step.source.name], step, plan.recipe, fmt)
+                packed, error = _quantized(outputs, step, plan.recipe, fmt)
                 outputs = {step.output_name(suffix): part for suffix, part in packed.items()}
                 report.add(step, error)
             if written is not None:
@@ -81,13 +81,17 @@ def _write_all(writer: CheckpointWriter, tensors: dict[str, torch.Tensor]) -> No
 
 def _read_ahead(
     reader: CheckpointReader, steps: Iterable[Step], made: Made, pool
-) -> Iterator[tuple[Step, dict[str, torch.Tensor], bool]]:
-    """Yield (step, tensors, finished). The tensors are those of the output if a calibrated run has produced them
-    (`finished`), else that of the source. The next step is prefetched."""
+) -> Iterator[tuple[Step, dict[str, torch.Tensor] | list[QuantWeight], bool]]:
+    """Yield (step, read, finished). What is read is the output if a calibrated run has produced it (`finished`), the
+    integers of a source that are converted exactly, else its tensor. The next step is prefetched."""
 
-    def read(step: Step):
+    def read(step: Step) -> tuple[dict[str, torch.Tensor] | list[QuantWeight], bool]:
         outputs = made(step)
-        return outputs or {step.source.name: read_checked(reader, step.source.name)}, outputs is not None
+        if outputs is not None:
+            return outputs, True
+        if step.is_exact:
+            return _converted(step), False
+        return {step.source.name: read_checked(reader, step.source.name)}, False
 
     pending = None
     for step in steps:
@@ -105,10 +109,13 @@ def _matrices(tensor: torch.Tensor, step: Step) -> Iterator[torch.Tensor]:
         yield matrix.T.contiguous() if step.transposed else matrix
 
 
-def _quantize_tensor(tensor: torch.Tensor, step: Step, recipe: Recipe, fmt) -> tuple[dict[str, torch.Tensor], float]:
-    if step.is_exact:
-        packed = [fmt.pack(qweight) for qweight in _converted(step)]
-        return _stacked(packed, tensor.ndim), 0.0
+def _quantized(
+    read: dict[str, torch.Tensor] | list[QuantWeight], step: Step, recipe: Recipe, fmt
+) -> tuple[dict[str, torch.Tensor], float]:
+    """(the tensors of a step, the relative error) of what `_read_ahead` has read for it."""
+    if isinstance(read, list):
+        return _stacked([fmt.pack(qweight) for qweight in read], len(step.source.shape)), 0.0
+    tensor = read[step.source.name]
     quantizer, options = get_quantizer(recipe.method), recipe.options
     if quantizer.needs(options):  # there are no statistics here
         quantizer, options = get_quantizer("rtn"), {"scale_search": "mse"}

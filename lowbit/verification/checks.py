@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lowbit.checkpoint.decoded import DecodedTensor
+from lowbit.checkpoint.gguf.header import is_gguf
 from lowbit.checkpoint.manifest import file_digest
 from lowbit.checkpoint.reader import INDEX_NAME
 from lowbit.checkpoint.side_files import foreign_links, is_own, side_files, visible
@@ -109,7 +110,9 @@ def _tensors(folder: Folder) -> Check:
         if count not in (wanted, site.experts if site is not None else 1):
             problems.add(f"{parameter} has {count} of {wanted} stored matrices of its experts")
     known = len(found & folder.state.keys())
-    others = f"; {len(folder.for_others)} tensors for other programs (MTP)" if folder.for_others else ""
+    others = (
+        f"; {len(folder.for_others)} tensors that no module of it has, for other programs" if folder.for_others else ""
+    )
     return problems.check("tensors", f"{known} parameters of the model, none missing, none unknown{others}")
 
 
@@ -184,7 +187,9 @@ def _left_on_purpose(path: Path) -> dict[str, str]:
 def _side_files(folder: Folder, reference: Path | None) -> Check:
     """Files that are listed and gone; a tokenizer that loads; what the model it was made from has."""
     problems, changed = Problems(), []
-    foreign = foreign_links(folder.path, visible(folder.path))
+    # a GGUF file is opened by a folder with a link to it
+    opened = {path for path in folder.files.files if is_gguf(path)}
+    foreign = [path for path in foreign_links(folder.path, visible(folder.path)) if path not in opened]
     for path in foreign:
         problems.add(f"{path.relative_to(folder.path)} is a link to something that is no file of the folder")
     for name, expected in (folder.manifest.files if folder.manifest else {}).items():

@@ -1,6 +1,5 @@
 """Quantized input embeddings: what is written, what the other side makes of it, and what of theirs runs here."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -9,8 +8,10 @@ import pytest
 import torch
 from models import relative_error, save_tiny, tiny_model, token_ids
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import lowbit
+from lowbit import LowbitConfig
 from lowbit.discovery.sites import embedding_of
 from lowbit.errors import InputError, UsageError
 from lowbit.layers.embedding import QuantizedEmbedding
@@ -68,6 +69,23 @@ def test_config_names_the_class_as_llm_compressor_does(tmp_path):
     assert [group["targets"] for group in said["config_groups"].values()] == [["Linear"], ["Embedding", "lm_head"]]
     assert said["ignore"] == ["transformer.wpe"]
     assert config_of(tmp_path / "q")["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("name", "tied"), [("llama", True), ("llama", False), ("gemma3", True)])
+def test_quantized_while_they_are_loaded(name, tied, tmp_path):
+    """The same tensors and the same config as of a folder that was quantized."""
+    source = save_tiny(tmp_path / "dense", name, tie_word_embeddings=tied)
+    lowbit.quantize(source, tmp_path / "q", scheme="W4A16-G32", embeddings="W8A16-G32")
+    config = LowbitConfig(bits=4, group_size=32, embeddings="W8A16-G32")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    assert isinstance(embedding_of(model), QuantizedEmbedding)
+    model.save_pretrained(tmp_path / "saved")
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("q", "saved"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    said, saved = (config_of(tmp_path / folder) for folder in ("q", "saved"))
+    assert said["quantization_config"] == saved["quantization_config"]
+    assert said["tie_word_embeddings"] is saved["tie_word_embeddings"] is False
+    assert relative_error(logits(model), logits(lowbit.load(tmp_path / "saved"))) < 1e-6
 
 
 def test_head_of_a_tied_model_gets_its_own_scheme(tmp_path):
@@ -151,29 +169,22 @@ def test_damaged_tables_are_refused_by_name(tmp_path):
             lowbit.load(tmp_path / "q")
 
 
-# Plain transformers with compressed-tensors, and no lowbit in the process
-_FOREIGN = """
-import sys, torch
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-ids, *folders = sys.argv[1:]
-for folder in folders:
-    loading = CompressedTensorsConfig(dequantize=True)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, quantization_config=loading)
-    assert not any(info.values()), (folder, info)
-    with torch.no_grad():
-        torch.save(model(torch.load(ids, weights_only=True)).logits, folder + "/logits.pt")
-assert "lowbit" not in sys.modules
-"""
-# The same by compressed-tensors' own code, which reads several schemes; transformers 5.24 fails to initialise, before
-# that, an embedding without a dense weight
-_PACKED = """
-import sys, torch
+# In a process without lowbit. Plain transformers with compressed-tensors; and compressed-tensors' own code, which reads
+# several schemes: transformers 5.24 fails to initialise, before that, an embedding without a dense weight
+_THEIRS = """
+import json, sys, torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-ids, *folders = sys.argv[1:]
-for folder in folders:
+
+def plain_transformers(folder):
+    loading = CompressedTensorsConfig(dequantize=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, quantization_config=loading)
+    assert not any(info.values()), info
+    return model
+
+def compressed_tensors(folder):
     config = AutoConfig.from_pretrained(folder)
     said = dict(config.quantization_config)
     said.pop("quant_method")
@@ -184,37 +195,43 @@ for folder in folders:
     ModelCompressor(quantization_config=quantization).compress_model(model)
     missing, unexpected = model.load_state_dict(load_file(folder + "/model.safetensors"), strict=False)
     # of Gemma: compressing a module makes its computed buffers look like stored ones
-    assert not unexpected and all(name.endswith(".embed_scale") for name in missing), (folder, missing, unexpected)
+    assert not unexpected and all(name.endswith(".embed_scale") for name in missing), (missing, unexpected)
+    return model
+
+ids, made = torch.load("ids.pt", weights_only=True), {}
+for folder, reader in json.loads(sys.argv[1]):
     with torch.no_grad():
-        torch.save(model(torch.load(ids, weights_only=True)).logits, folder + "/logits.pt")
+        made[folder] = globals()[reader](folder)(ids).logits
 assert "lowbit" not in sys.modules
+torch.save(made, "logits.pt")
 """
+# (architecture, scheme of the linears, of the input embedding, who reads it), each with a tied head and without
+_READ = [
+    ("llama", "W8A16-G32", "W8A16-G32", "plain_transformers"),
+    ("gemma3", "W8A16-G32", "W8A16-G32", "plain_transformers"),
+    ("llama", "W4A16-G64", "W8A16-G32", "compressed_tensors"),
+    ("gemma3", "W4A16-G64", "W4A16_ASYM-G32", "compressed_tensors"),
+]
 
 
-def compare(script, tmp_path, scheme, embeddings):
-    """Tied and untied models, quantized, run by a script and here. embeddings: by the name of a model."""
-    folders = []
-    for name, tied in itertools.product(embeddings, (True, False)):
-        source = save_tiny(tmp_path / f"dense-{name}-{tied}", name, tie_word_embeddings=tied)
-        folders.append(tmp_path / f"{name}-{tied}")
-        lowbit.quantize(source, folders[-1], scheme=scheme, embeddings=embeddings[name])
+@pytest.mark.slow
+def test_transformers_and_compressed_tensors_agree(tmp_path):
+    """One process reads them all: starting it takes longer than all else."""
+    jobs = []
+    for number, (name, scheme, embeddings, reader) in enumerate(_READ):
+        for tied in (True, False):
+            source, folder = tmp_path / f"dense {number}{tied}", tmp_path / f"q{number}{tied}"
+            save_tiny(source, name, tie_word_embeddings=tied)
+            lowbit.quantize(source, folder, scheme=scheme, embeddings=embeddings)
+            jobs.append((str(folder), reader))
     torch.save(token_ids(), tmp_path / "ids.pt")
-    command = [sys.executable, "-c", script, str(tmp_path / "ids.pt"), *map(str, folders)]
+    command = [sys.executable, "-c", _THEIRS, json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    for folder in folders:
-        expected = torch.load(folder / "logits.pt", weights_only=True)
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert len(theirs) == 8
+    for folder, expected in theirs.items():
         assert relative_error(logits(lowbit.load(folder)), expected) < 1e-5, folder
-
-
-@pytest.mark.slow
-def test_plain_transformers_agrees_where_there_is_one_scheme(tmp_path):
-    compare(_FOREIGN, tmp_path, "W8A16-G32", {"llama": "W8A16-G32", "gemma3": "W8A16-G32"})
-
-
-@pytest.mark.slow
-def test_compressed_tensors_agrees_on_several_schemes(tmp_path):
-    compare(_PACKED, tmp_path, "W4A16-G64", {"llama": "W8A16-G32", "gemma3": "W4A16_ASYM-G32"})
 
 
 def saved_by_llm_compressor(folder, *, tied: bool, head: bool, bits: int, group: int | None, sym: bool):
@@ -255,13 +272,8 @@ def saved_by_llm_compressor(folder, *, tied: bool, head: bool, bits: int, group:
     return expected
 
 
-@pytest.mark.parametrize(
-    ("bits", "group", "sym", "tied", "head"),
-    [
-        (4, 32, True, False, False), (4, 32, True, True, False), (2, 32, False, True, True), (4, 32, True, False, True),
-        (8, None, True, True, True), (4, None, False, False, True), (2, 32, False, False, False),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("tied", "head"), [(False, False), (True, False), (True, True), (False, True)])
+@pytest.mark.parametrize(("bits", "group", "sym"), [(4, 32, True), (8, None, True), (4, None, False), (2, 32, False)])
 def test_lowbit_runs_what_llm_compressor_writes(bits, group, sym, tied, head, tmp_path):
     expected = saved_by_llm_compressor(tmp_path / "theirs", tied=tied, head=head, bits=bits, group=group, sym=sym)
     stored = load_file(tmp_path / "theirs" / "model.safetensors")

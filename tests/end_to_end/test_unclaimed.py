@@ -121,14 +121,67 @@ def test_a_calibrated_run_quantizes_them_without_data(tmp_path):
     )
 
 
-def test_others_are_left_out_and_named(tmp_path, caplog):
-    folder = save_tiny(tmp_path / "source")
-    edit_tensors(folder, lambda tensors: tensors.update({"adapter.weight": torch.ones(64, 64)}))
-    report = lowbit.quantize(folder, tmp_path / "out", scheme="W8A16-G32")
-    assert report.unclaimed == {"adapter.weight": "left out: the model has no such parameter"}
-    assert "adapter.weight of" in caplog.text and "is left out" in caplog.text
-    with pytest.raises(InputError, match=r"adapter.weight is unknown to the model"):
+def with_tensors_of_nobody(folder):
+    edit_tensors(folder, lambda tensors: tensors.update(NOBODYS))
+    return folder
+
+
+# A matrix beside the model, a buffer in a layer, and what the format would take for a part of a quantized weight
+NOBODYS = {
+    "adapter.weight": torch.ones(64, 64),
+    "model.layers.0.counts": torch.arange(4),
+    "model.extra.weight_scale": torch.ones(4, 2),
+}
+_LEFT_OUT = "model.extra.weight_scale"
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_tensors_of_nobody_are_copied_counted_and_named(method, tmp_path, caplog):
+    folder = with_tensors_of_nobody(save_tiny(tmp_path / "source"))
+    ids = torch.randint(3, 100, (4, 16), generator=torch.Generator().manual_seed(0))
+    data = {"dataset": ids} if method == "gptq" else {}
+    report = lowbit.quantize(folder, tmp_path / "out", scheme="W8A16-G32", method=method, **data)
+    copied = [name for name in NOBODYS if name != _LEFT_OUT]
+    left = "left out: compressed-tensors takes it for a part of a weight"
+    assert report.unclaimed == dict.fromkeys(copied, "copied") | {_LEFT_OUT: left}
+    assert report.unclaimed == lowbit.plan(folder, scheme="W8A16-G32").unclaimed
+    assert (
+        "adapter.weight of" in caplog.text
+        and "(and 2 more such tensors) is unknown to the model: copied" in caplog.text
+    )
+    made = stored_tensors(tmp_path / "out")
+    assert all(torch.equal(made[name], NOBODYS[name]) for name in copied) and _LEFT_OUT not in made
+    assert lowbit.verify(tmp_path / "out", reference=folder).ok
+    plain = tmp_path / "plain"
+    lowbit.dequantize(tmp_path / "out", plain)
+    assert not set(copied) & stored_tensors(plain).keys()
+    wanted = logits(lowbit.load(plain))
+    torch.testing.assert_close(logits(lowbit.load(tmp_path / "out")), wanted, rtol=1e-4, atol=1e-4)
+    # transformers alone loads it, and says what it does not use
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) == set(copied)
+    torch.testing.assert_close(logits(theirs), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_tensors_of_nobody_stay_through_another_run_or_are_dropped(tmp_path):
+    folder = with_tensors_of_nobody(save_tiny(tmp_path / "source"))
+    lowbit.quantize(folder, tmp_path / "out", scheme="W8A16-G32")
+    again = lowbit.quantize(tmp_path / "out", tmp_path / "again", scheme="W4A16-G32")
+    assert again.unclaimed == dict.fromkeys(sorted(NOBODYS.keys() - {_LEFT_OUT}), "copied")
+    lowbit.load(tmp_path / "again")
+    dropped = lowbit.quantize(folder, tmp_path / "dropped", scheme="W8A16-G32", unclaimed="drop")
+    assert dropped.unclaimed == dict.fromkeys(sorted(NOBODYS), "dropped")
+    assert not NOBODYS.keys() & stored_tensors(tmp_path / "dropped").keys()
+
+
+def test_what_no_report_names_is_refused(tmp_path):
+    folder = with_tensors_of_nobody(save_tiny(tmp_path / "source"))
+    with pytest.raises(InputError, match=r"is unknown to the model .*\(and 2 more such tensors\)"):
         lowbit.load(folder)
+    lowbit.quantize(folder, tmp_path / "out", scheme="W8A16-G32")
+    (tmp_path / "out" / "lowbit_report.json").unlink()
+    with pytest.raises(InputError, match=r"is unknown to the model .*\(and 1 more such tensors\)"):
+        lowbit.load(tmp_path / "out")
 
 
 def test_unknown_choices(tmp_path):

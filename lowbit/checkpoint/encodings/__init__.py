@@ -59,6 +59,8 @@ class Encoding(Protocol):
             InputError: A tensor is missing, or its dtype or shape does not fit the others.
         """
 
+    # One whose `quant_method` has integers too: def remaining(config, decoded) -> dict | None, the config of these
+
 
 def get_encoding(method: object) -> Encoding | None:
     """The module that decodes checkpoints of a `quant_method`; None if there is none."""

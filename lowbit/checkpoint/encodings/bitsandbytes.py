@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.checkpoint.encodings import EncodedWeight
-from lowbit.checkpoint.encodings.blocks import companion, require_dtype, scale_values
+from lowbit.checkpoint.encodings.blocks import companion, of_pairs, require_dtype, scale_values
 from lowbit.checkpoint.layout import StoredTensor, TensorInfo
 from lowbit.errors import InputError
 from lowbit.guards.reading import parse_json
@@ -23,7 +23,7 @@ from lowbit.guards.records import record
 _STATE = ".quant_state.bitsandbytes__"
 _PER_CODE = 7.874015718698502e-3  # 1 / 127, as bitsandbytes multiplies by it
 _LONGEST_STATE = 10_000  # bytes of JSON; real ones have about 150
-_AT_ONCE = 2**22  # elements that are decoded at a time, in whole blocks
+_AT_ONCE = 2**19  # elements that are decoded at a time, in whole blocks
 _LONGEST_BLOCK = 2**16  # codes; bitsandbytes has 32 to 4096, and 256 scales to a nested one
 
 
@@ -94,9 +94,9 @@ def _four_bits(
         for first in range(0, blocks, at_once):
             start, stop = first * state.blocksize, min((first + at_once) * state.blocksize, count)
             pairs = packed[start // 2 : -(-stop // 2)]
-            codes = torch.stack([pairs >> 4, pairs & 0xF], dim=-1).view(-1)[: stop - start]
+            numbers = of_pairs(pairs, values, first_is_high=True).view(-1)[: stop - start]
             wide = scales[first : first + at_once].repeat_interleave(state.blocksize)[: stop - start]
-            made[start:stop] = values[codes.int()].mul_(wide)
+            made[start:stop] = numbers.mul_(wide)
         return made.view(state.shape)
 
     kind = state_info.name.rpartition("__")[2].upper()

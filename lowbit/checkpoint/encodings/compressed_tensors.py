@@ -1,10 +1,11 @@
 """The floating-point formats of compressed-tensors: FP8 by tensor, row or block, MXFP8, MXFP4 and NVFP4.
 
 `x.weight` in float8, or `x.weight_packed` in E2M1, with `x.weight_scale`, which is E8M0 where it is bytes. NVFP4 has
-scales in float8, and `x.weight_global_scale` divides them. Integers are `lowbit.formats.compressed_tensors`.
+scales in float8, and `x.weight_global_scale` divides them. Integers are `lowbit.formats.compressed_tensors`; where a
+checkpoint has groups of both kinds (`mixed-precision`), `remaining` is what that reads of its config.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,14 +41,9 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping) -> Iterator[Enco
     if not structures:
         return
     blocks = [(block[0], block[1]) for block in structures if block is not None and len(block) == 2]
-    integers = next((name for name, info in tensors.items() if _is_packed(name) and info.dtype == torch.int32), None)
     for name, codes in tensors.items():
         base, suffix = name.rpartition(".weight")[0], name.rpartition(".")[2]
         if (suffix == "weight" and codes.dtype in FLOAT8) or (_is_packed(name) and codes.dtype == torch.uint8):
-            if integers is not None:
-                raise InputError(
-                    f"{name} holds floating-point codes and {integers} integers: expected one of both only"
-                )
             if f"{base}.weight_zero_point" in tensors:
                 raise InputError(f"{base}.weight_zero_point is in the checkpoint: floating-point codes have no zeros")
             yield block_scaled(
@@ -59,6 +55,22 @@ def weights(tensors: Mapping[str, TensorInfo], config: Mapping) -> Iterator[Enco
                 is_divisor=True,
                 unused=[f"{base}.{name}" for name in _UNUSED],
             )
+
+
+def remaining(config: Mapping, decoded: Iterable[str]) -> dict | None:
+    """The config of a checkpoint whose floating-point weights are plain ones; None where it has no groups of integers.
+
+    Args:
+        config: Its `quantization_config`.
+        decoded: The names of these weights. They are listed as ignored: a group of integers may have targets that
+            fit them too.
+    """
+    groups = record(_Config, config, "quantization_config").config_groups or {}
+    integers = [name for name, each in groups.items() if each.weights is not None and each.weights.type == "int"]
+    if not integers:
+        return None
+    ignored = [*(config.get("ignore") or ()), *(name.removesuffix(".weight") for name in decoded)]
+    return {**config, "config_groups": {name: config["config_groups"][name] for name in integers}, "ignore": ignored}
 
 
 def _is_packed(name: str) -> bool:

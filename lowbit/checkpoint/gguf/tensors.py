@@ -18,7 +18,7 @@ from lowbit.checkpoint.encodings import EncodedWeight
 from lowbit.checkpoint.gguf.blocks import Piece, all_decoded, decoded, pieces_of
 from lowbit.checkpoint.gguf.header import PLAIN, Blocks, read_head
 from lowbit.checkpoint.gguf.index import Index
-from lowbit.checkpoint.gguf.rules import Rules
+from lowbit.checkpoint.gguf.rules import Rules, rules_of
 from lowbit.checkpoint.layout import TensorInfo
 from lowbit.checkpoint.names import output_name
 from lowbit.errors import InputError, first_line
@@ -63,7 +63,15 @@ class GgufTensor(TensorInfo):
 
 @dataclass(frozen=True)
 class GgufIntegers(GgufTensor):
-    """A part of a quantized weight: its codes, its scales, or its shape. The same numbers take the same bytes."""
+    """A part of a quantized weight: its codes, its scales, or its shape. The same numbers take the same bytes.
+
+    Attributes:
+        pieces: The blocks of the weight, in the order of its rows.
+        experts: How many matrices there are, one below the other; 0 for a plain one.
+    """
+
+    pieces: tuple[Piece, ...]
+    experts: int
 
     @property
     def stored_bytes(self) -> int:
@@ -72,6 +80,13 @@ class GgufIntegers(GgufTensor):
     @property
     def is_encoded(self) -> bool:
         return False  # its numbers are what is stored
+
+    def matrices(self) -> list[QuantWeight]:
+        """The weight that it is a part of, one for each expert. Raises InputError if the file cannot be read."""
+        parts = [unpack(piece.read(), piece.blocks.kind) for piece in self.pieces]
+        whole = parts[0] if len(parts) == 1 else QuantWeight.concatenated(parts)
+        rows = whole.out_features // max(self.experts, 1)
+        return [whole.rows(start, start + rows) for start in range(0, whole.out_features, rows)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +128,7 @@ def gguf_tensors(folder: Path, index: Index, config: Mapping) -> dict[str, Tenso
         InputError: A file is damaged, or lacks a tensor that the index names.
     """
     blocks = read_blocks([folder / name for name in index.files])
-    dtype, rules = model_dtype(config), Rules(index.architecture, config, index.names)
+    dtype, rules = model_dtype(config), rules_of(index.architecture, config, index.names)
     sources = defaultdict(list)
     for found in blocks.values():
         if (parameter := rules.parameter_of(found.name)) is not None:
@@ -216,7 +231,8 @@ def _packed(name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> Ite
         return compute
 
     for suffix, like in meta.items():
-        yield GgufIntegers(output_name(name, suffix), like.dtype, (*lead, *like.shape), stored, tensor(suffix))
+        part, experts = output_name(name, suffix), math.prod(lead) if lead else 0
+        yield GgufIntegers(part, like.dtype, (*lead, *like.shape), stored, tensor(suffix), pieces, experts)
 
 
 def _by_rule(
