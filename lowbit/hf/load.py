@@ -16,10 +16,13 @@ from lowbit.folders.opened import OpenedFolder
 from lowbit.formats import detect_format
 from lowbit.guards.model_size import no_larger_than
 from lowbit.hf.config import LowbitConfig
-from lowbit.hf.head import set_head, wanted_head
+from lowbit.hf.divided import cut_dense
+from lowbit.hf.head import AUTO, set_head, wanted_head
 from lowbit.hf.quiet import quiet_transformers
+from lowbit.hf.shares import Wanted, shares_of
 from lowbit.layers.inputs import choose_inputs, wanted_exactness
 from lowbit.options import LoadOptions, SourceOptions, takes_options
+from lowbit.parallel import Ranks, ranks_of
 from lowbit.system.read_ahead import read_ahead
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
@@ -41,6 +44,7 @@ def loading_config(
     trust_remote_code: bool = False,
     fuse: bool = True,
     exact: bool | None = None,
+    tp_plan: Wanted | None = None,
 ):
     """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
 
@@ -56,6 +60,7 @@ def loading_config(
         detect_format(source)
         config.quantization_config = {
             "quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse, "exact": exact,
+            "tp_plan": tp_plan,
         }  # fmt: skip
         text = config.get_text_config()
         if text is not config and hasattr(text, "quantization_config"):
@@ -82,16 +87,19 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     if run.backend is not None:
         get_backend(run.backend)  # also where nothing is quantized: a name that does not exist is a mistake
     wanted_exactness(run.exact)  # a variable that nothing understands is a mistake, too
-    head = wanted_head(run.lm_head)
+    head, ranks = wanted_head(run.lm_head), _ranks(run)
     kwargs, dtype, hub, wants_info = _keywords(kwargs, run.dtype)
     folder = resolve(path, source.revision, **hub)
     # headers only: transformers follows an index anywhere and trips over damaged files
     reader = decoded(CheckpointReader(folder))
+    shared = run.tp_plan if ranks.world > 1 else None
     config = loading_config(
-        folder, run.backend, trust_remote_code=source.trust_remote_code, fuse=run.fuse, exact=run.exact
+        folder, run.backend, trust_remote_code=source.trust_remote_code, fuse=run.fuse, exact=run.exact, tp_plan=shared
     )
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
+    if kwargs.get("quantization_config") is not None and shared is not None:
+        kwargs["quantization_config"].tp_plan = shared
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
@@ -109,7 +117,7 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
             folder if weights is None else None,
             config=config,
             state_dict=weights,
-            device_map=run.device_map,
+            device_map=run.device_map if shared is None else {"": ranks.device},
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
@@ -122,10 +130,26 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
     _check(folder, info, source.trust_remote_code)
-    if head is not None:
+    if shared is not None and ranks_of(model) is None:  # it is dense: no quantizer has done it
+        cut_dense(model, shares_of(model, shared, ranks))
+    if head is not None and shared is None:
         set_head(model, head, folder, run.backend)
         choose_inputs(model, run.exact)
     return (model, info) if wants_info else model
+
+
+def _ranks(run: LoadOptions) -> Ranks:
+    """The processes that share the model. Raises UsageError for what does not go together with sharing."""
+    if run.tp_plan is None:
+        return Ranks.alone()
+    ranks = Ranks()
+    if ranks.world > 1:
+        ranks.stay()
+        if run.device_map not in (None, ranks.device.type):
+            raise UsageError(f"device_map={run.device_map!r} and tp_plan= do not go together: each process has a device")
+        if run.lm_head not in (None, AUTO):
+            raise UsageError("lm_head= and tp_plan= do not go together: `lowbit quantize --lm-head` writes such a model")
+    return ranks
 
 
 def _decoded(reader: CheckpointReader, config, dtype) -> dict[str, torch.Tensor]:

@@ -16,8 +16,9 @@ from lowbit.cli.common import (
     one_model,
 )
 from lowbit.cli.terminal import console, print_json, progress, table
+from lowbit.cli.together import is_first, shared_plan
 from lowbit.errors import UsageError
-from lowbit.options import DeviceOptions, SourceOptions, keywords, option
+from lowbit.options import DeviceOptions, ShareOptions, SourceOptions, keywords, option
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def evaluate(
     *,
     text: TextOptions,
     device: DeviceOptions,
+    share: ShareOptions,
     source: SourceOptions,
     save: Annotated[
         bool, typer.Option("--save", help="Record the result in the report of the quantized folder MODEL.")
@@ -68,17 +70,20 @@ def evaluate(
     _require_text(folder, trust)
     tokenizer = load_tokenizer(folder, trust)
     stream = token_stream(tokenizer, text.dataset, text.num_tokens)
-    loaded = _load(folder, device, trust)
+    plan = shared_plan(share.tp_plan)
+    loaded = _load(folder, device, plan, trust)
     other = None
     if reference is not None:
         original = resolve(reference)
         _require_text(original, trust)
-        other = _load(original, replace(device, backend=None), trust)
+        other = _load(original, replace(device, backend=None), plan, trust)
     bos = tokenizer.bos_token_id if starts_with_bos(tokenizer) else None
-    with progress("evaluating", 1, quiet=json) as advance:
+    with progress("evaluating", 1, quiet=json or not is_first()) as advance:
         done = measure(
             loaded, stream, reference=other, seqlen=text.seqlen, bos=bos, on_window=lambda _, total: advance(1 / total)
         )
+    if not is_first():
+        return
     result = {"reference": reference, "dataset": text.dataset, **done.to_dict()}
     if json:
         print_json({"model": name, **result})
@@ -97,10 +102,11 @@ def _require_text(folder: Path, trust_remote_code: bool) -> None:
     require_language_head(load_config(folder, trust_remote_code), folder, trust_remote_code)
 
 
-def _load(folder: Path, device: DeviceOptions, trust_remote_code: bool):
+def _load(folder: Path, device: DeviceOptions, plan: str | None, trust_remote_code: bool):
     from lowbit.hf import load
 
-    placed = {**keywords(device), "device_map": default_device_map(device.device_map)}
+    device_map = default_device_map(device.device_map) if plan is None else device.device_map
+    placed = {**keywords(device), "device_map": device_map, "tp_plan": plan}
     return load(folder, **placed, trust_remote_code=trust_remote_code)
 
 

@@ -11,7 +11,7 @@ from lowbit.guards.safe_files import remove, write_whole
 from lowbit.options import DrawnSampleOptions
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.options import Calibration
-from lowbit.quantization.calibrated.ranks import Ranks
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import Announce
 from lowbit.text.samples import Samples, calibration_samples, checked_ids
 

@@ -13,7 +13,7 @@ from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.layer import quantize_layer
 from lowbit.quantization.calibrated.layer_run import LayerRun
 from lowbit.quantization.calibrated.model import LayeredModel
-from lowbit.quantization.calibrated.ranks import Ranks
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import StepDone
 from lowbit.quantization.calibrated.smoothing import Smoothed, Smoother
 from lowbit.quantization.calibrated.streams import NoStreams, Streams, StreamsWriter
