@@ -53,6 +53,8 @@ class CutPacked(ConversionOps):
     def in_conversions(self, conversions: list) -> list:
         """Those by which packed tensors load, each with this operation at its end, and new ones for the tensors that
         would load as they are."""
+        if not self._suffixes:
+            return conversions
         for conversion in conversions:
             if isinstance(conversion, WeightConverter) and gives_packed(conversion):
                 conversion.operations = [*conversion.operations, self]
@@ -72,8 +74,8 @@ def cut_dense(model: PreTrainedModel, shares: Shares) -> None:
         module = model.get_submodule(share.site.module)
         if not isinstance(module, LowbitLinear):
             _cut_linear(module, share, view=module.weight is tied)
-        if module.bias is not None:
-            module.bias = _cut_bias(module.bias, share)
+        if (bias := dict(module.named_parameters(recurse=False)).get("bias")) is not None:
+            module.bias = _cut_bias(bias, share)
         _join_linear(module, share, shares.ranks)
     for name in dict.fromkeys(s.site.parameter.rpartition(".")[0] for s in _experts(shares)):
         _divide_experts(model.get_submodule(name), shares.of_experts(name), shares.ranks)
@@ -95,13 +97,13 @@ def _parameter(tensor: torch.Tensor) -> nn.Parameter:
 def _cut_linear(module: nn.Module, share: Share, view: bool) -> None:
     """view: the weight is the table of an embedding, too: no copy of its part is made."""
     dim = share.dim if not share.site.transposed else {INPUTS: OUTPUTS, OUTPUTS: INPUTS}[share.dim]
-    weight = share.part.of(module.weight.detach(), dim)
+    weight = share.part.of(module.get_parameter("weight").detach(), dim)
     module.weight = nn.Parameter(weight, requires_grad=False) if view else _parameter(weight)
     _, out_features, in_features = share.shape
     if share.site.transposed:
-        module.nf, module.nx = out_features, in_features
+        module.nf, module.nx = out_features, in_features  # type: ignore[assignment]  # not all are tensors
     else:
-        module.out_features, module.in_features = out_features, in_features
+        module.out_features, module.in_features = out_features, in_features  # type: ignore[assignment]
 
 
 def _cut_bias(bias: nn.Parameter, share: Share) -> nn.Parameter:

@@ -103,14 +103,7 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
-    weights = None  # transformers reads those of the folder
-    if not all(isinstance(info, StoredTensor) for info in reader.tensors.values()):
-        if kwargs.get("quantization_config") is not None:
-            raise UsageError(
-                f"{reader.place} is none of safetensors in plain numbers: `lowbit quantize` it, or leave "
-                "quantization_config out"
-            )
-        weights = _decoded(reader, config, dtype)
+    weights = _decoded(reader, config, dtype, kwargs)
     build = no_larger_than(reader.tensors.values())(model_class(config, source.trust_remote_code).from_pretrained)
     try:
         model, info = build(
@@ -146,15 +139,22 @@ def _ranks(run: LoadOptions) -> Ranks:
     if ranks.world > 1:
         ranks.stay()
         if run.device_map not in (None, ranks.device.type):
-            raise UsageError(f"device_map={run.device_map!r} and tp_plan= do not go together: each process has a device")
+            raise UsageError(f"device_map={run.device_map!r} and tp_plan= do not go together: each has its device")
         if run.lm_head not in (None, AUTO):
-            raise UsageError("lm_head= and tp_plan= do not go together: `lowbit quantize --lm-head` writes such a model")
+            raise UsageError("lm_head= and tp_plan= do not go together: `quantize --lm-head` writes such a model")
     return ranks
 
 
-def _decoded(reader: CheckpointReader, config, dtype) -> dict[str, torch.Tensor]:
+def _decoded(reader: CheckpointReader, config, dtype, given: dict) -> dict[str, torch.Tensor] | None:
     """The weights of a checkpoint that transformers cannot read, in the dtype that is asked for; `config` is told where
-    its integers are."""
+    its integers are. None for one whose folder it reads itself. given: keywords of `from_pretrained`."""
+    if all(isinstance(info, StoredTensor) for info in reader.tensors.values()):
+        return None
+    if given.get("quantization_config") is not None:
+        raise UsageError(
+            f"{reader.place} is none of safetensors in plain numbers: `lowbit quantize` it, or leave "
+            "quantization_config out"
+        )
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if isinstance(wanted, torch.dtype):
         reader = decoded_to(reader, wanted)

@@ -61,7 +61,9 @@ def replace_modules(
         elif found.site.kind == "embedding":
             quantize_embedding(cast(nn.Embedding, module), found.scheme, dtype)
         else:
-            model.set_submodule(found.site.module, _empty_linear(found, shape[1:], module, dtype, backend, placeholders))
+            model.set_submodule(
+                found.site.module, _empty_linear(found, shape[1:], module, dtype, backend, placeholders)
+            )
     if any(found.site.kind == "experts" for found in sites.values()):
         # packed experts are multiplied one by one: the other implementations take the whole parameter at once
         model.set_experts_implementation("eager")

@@ -73,9 +73,7 @@ class LowbitQuantizer(HfQuantizer):
         if config.tp_plan is not None:
             self.shares = shares_of(model, config.tp_plan, Ranks(), chosen)
         self.cut = CutPacked(chosen, self.shares)
-        replace_modules(
-            model, chosen, names, self.dtype, config.backend, not self.pre_quantized, self.shares.weights
-        )
+        replace_modules(model, chosen, names, self.dtype, config.backend, not self.pre_quantized, self.shares.weights)
         self._expected = expected_of(model)
 
     def _open(self, model: nn.Module, names: CheckpointNames, files: list[str] | None) -> DenseModel | StoredModel:

@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from lowbit.discovery import Site, find_sites
+from lowbit.discovery import Site, find_sites, heads_in
 from lowbit.errors import InputError, UsageError
 from lowbit.hf.packed import QuantizedSite
 from lowbit.numerics.scheme import PER_CHANNEL
@@ -20,8 +21,8 @@ from lowbit.transformers_api import expert_parallel_plan, generic_name, tensor_p
 AUTO, BY_EXPERT = "auto", "experts"
 Wanted = str | Mapping[str, str]
 
-# Styles of linears -> (what is divided, whether the other side is whole on each process: inputs that come whole, outputs
-# that are put together again)
+# Styles of linears -> (what is divided, whether the other side is whole on each process: inputs that come whole,
+# outputs that are put together again)
 _LINEAR = {
     "colwise": (OUTPUTS, False),
     "colwise_gather_output": (OUTPUTS, True),
@@ -30,7 +31,7 @@ _LINEAR = {
     "rowwise_split_input": (INPUTS, True),
     "rowwise_rep": (INPUTS, True),
 }
-# Of parameters of experts -> (the dimension that is divided as they are stored, pieces that are divided each for itself)
+# Of parameters of experts -> (the dimension that is divided as they are stored, pieces that are divided by themselves)
 _OF_EXPERTS = {
     "colwise": (OUTPUTS, 1),
     "rowwise": (INPUTS, 1),
@@ -45,8 +46,6 @@ _WHOLE = (
     "embedding_rowwise", "embedding_colwise", "replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj",
     "local_params",
 )  # fmt: skip
-# What modules that work by heads have one of
-_OF_HEADS = ("head_dim", "qk_head_dim", "v_head_dim", "num_heads")
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,14 @@ def styles_of(model: nn.Module, wanted: Wanted) -> dict[str, str]:
 
 
 def shares_of(
-    model: nn.Module, wanted: Wanted, ranks: Ranks, quantized: Mapping[str, QuantizedSite] | None = None
+    model: PreTrainedModel, wanted: Wanted, ranks: Ranks, quantized: Mapping[str, QuantizedSite] | None = None
 ) -> Shares:
     """Parameter -> what this process has of it, for those that are divided. quantized: those that are.
 
     Raises InputError, with the numbers, where the plan cannot be followed.
     """
-    styles, sites, problems = styles_of(model, wanted), find_sites(model), []
+    styles, sites = styles_of(model, wanted), find_sites(model)
+    problems: list[str] = []
     shares = {name: share for name, site in sites.items() if (share := _share(styles, site, ranks)) is not None}
     for name, share in shares.items():
         problems += _problems(model, share, (quantized or {}).get(name), ranks.world)
@@ -163,42 +163,32 @@ def _is_odd(share: Share) -> bool:
     return share.dim == OUTPUTS and share.whole_side and share.site.out_features % share.part.size > 0
 
 
-def _problems(model: nn.Module, share: Share, found: QuantizedSite | None, world: int) -> Iterator[str]:
+def _problems(model: PreTrainedModel, share: Share, found: QuantizedSite | None, world: int) -> Iterator[str]:
     """Why a weight cannot be divided so."""
     site, name, dim = share.site, share.site.module, share.dim
     length = {EXPERTS: site.experts, OUTPUTS: site.out_features, INPUTS: site.in_features}[dim]
     side = {EXPERTS: "experts", OUTPUTS: "out_features", INPUTS: "in_features"}[dim]
     if dim == EXPERTS and not site.routed:
         yield f"{name} is not called with the experts of each token: its experts cannot be divided"
+    heads = 0 if share.whole_side or dim == EXPERTS else heads_in(model, site, outputs=dim == OUTPUTS)
+    if heads % world:
+        yield f"{name} has {heads} heads: {world} processes cannot share them equally"
     if length % (world * share.part.pieces):
         if not _is_odd(share):
             pieces = f" in {share.part.pieces} pieces" if share.part.pieces > 1 else ""
             yield f"{name} has {length} {side}{pieces}: {world} processes cannot share them equally"
         return
-    yield from _cut_heads(model, share, world)
     if found is None or dim != INPUTS:
         return
     group, part = found.scheme.group_size, share.part.length(length)
     if group != PER_CHANNEL and part % group:
         hint = f"; tp_plan={BY_EXPERT!r} leaves experts whole" if site.kind == "experts" else ""
-        yield f"{name} has {part} of {length} in_features on each of {world} processes, expected whole groups of {group}{hint}"
+        yield (
+            f"{name} has {part} of {length} in_features on each of {world} processes, expected whole groups of "
+            f"{group}{hint}"
+        )
     if found.act_order:
         yield f"{name} has act-order: its inputs, which {world} processes would share, belong to groups all over"
-
-
-def _cut_heads(model: nn.Module, share: Share, world: int) -> Iterator[str]:
-    """Where a share of what an attention computes is no number of whole heads."""
-    parent = model.get_submodule(share.site.module.rpartition(".")[0])
-    if share.whole_side or share.dim == EXPERTS or not any(hasattr(parent, name) for name in _OF_HEADS):
-        return
-    config = model.config.get_text_config()
-    heads, name = getattr(config, "num_attention_heads", None), share.site.module
-    if isinstance(heads, int) and heads % world:
-        yield f"{name} is of an attention with {heads} heads: {world} processes cannot share them equally"
-    size = getattr(parent, "head_dim", None)
-    length = share.site.out_features if share.dim == OUTPUTS else share.site.in_features
-    if isinstance(size, int) and size and length % size == 0 and length // size % world:
-        yield f"{name} has {length // size} heads of {size}: {world} processes cannot share them equally"
 
 
 def _unknown(

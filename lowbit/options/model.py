@@ -64,8 +64,8 @@ class ShareOptions:
 
     tp_plan: "str | Mapping[str, str] | None" = option(
         None,
-        "How the processes of torchrun share the weights: auto for the tensor parallel plan of transformers, experts for "
-        "that with whole experts on each.",
+        "How the processes of torchrun share the weights: auto for the tensor parallel plan of transformers, "
+        "experts for that with whole experts on each.",
         spelled="(default: auto under torchrun).", typed=str | None,
     )  # fmt: skip
 

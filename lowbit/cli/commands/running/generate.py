@@ -19,8 +19,8 @@ from lowbit.cli.common import (
     heavy_imports,
     one_model,
 )
-from lowbit.cli.together import one_voice, refuse_together, shared_plan
 from lowbit.cli.terminal import console, notes, print_json, table
+from lowbit.cli.together import one_voice, refuse_together, shared_plan
 from lowbit.errors import InputError, UsageError
 from lowbit.options import (
     DeviceOptions,
