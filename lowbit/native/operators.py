@@ -22,8 +22,8 @@ from lowbit.numerics.scheme import Scheme
 # From how many rows on inputs are rounded, where they may be: fewer are decoding, which is bound by memory
 ROUNDED_ROWS = 8
 # From how many rows of 16-bit integers on dequantize + GEMM wins: in float32 as scripts/benchmarks/cpu_linear.py has it
-# with AVX2 (96 in groups of 32, 300 in one group); in bf16 it is 160 in processor time of one thread with AVX-512 (8192 x
-# 2048 in 4 and 8 bits, groups of 128), and less where AMX multiplies the dense copy, which nobody has measured
+# with AVX2 (96 in groups of 32, 300 in one group); in bf16 it is 160 in processor time of one thread with AVX-512
+# (8192 x 2048 in 4 and 8 bits, groups of 128), and less where AMX multiplies the dense copy, which nobody has measured
 _CROSSOVER_BF16, _CROSSOVER_FP32 = 96, 128
 # Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
 _ROWS_OF_INTEGERS = 64
