@@ -44,7 +44,7 @@ _EXPERT_MODULES = ("moe_tp_experts", "ep_dispatch_experts", "ep_router")
 # What changes nothing where a model only runs, or is a matter of memory alone (tables of embeddings stay whole)
 _WHOLE = (
     "embedding_rowwise", "embedding_colwise", "replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj",
-    "local_params",
+    "local_params", "ep_router",
 )  # fmt: skip
 
 
