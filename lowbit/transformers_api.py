@@ -60,6 +60,7 @@ ATTRIBUTES = {
         ("PreTrainedModel._is_stateful", "know which models keep a state that cannot be taken back"),
         ("PreTrainedModel._from_config", "build a model of a class that no auto class has"),
         ("PreTrainedModel._tp_plan", "know how linears are split over GPUs"),
+        ("PreTrainedModel._ep_plan", "know which experts are divided over GPUs"),
         ("PreTrainedModel.all_tied_weights_keys", "know which weights are tied"),
         ("PreTrainedModel._keys_to_ignore_on_load_missing", "know which parameters no checkpoint holds"),
         ("PreTrainedModel._keys_to_ignore_on_load_unexpected", "know which tensors of a checkpoint carry nothing"),
@@ -162,6 +163,16 @@ def tie(model, names: dict[str, str]) -> None:
 def tensor_parallel_plan(model) -> dict[str, str]:
     """Patterns of module names ("model.layers.*.mlp.up_proj") -> how they are split ("colwise", ...)."""
     return ATTRIBUTES["_tp_plan"].of(model) or {}
+
+
+def expert_parallel_plan(model) -> dict[str, str]:
+    """The same of experts that are divided among processes, each of them whole."""
+    return ATTRIBUTES["_ep_plan"].of(model) or {}
+
+
+def generic_name(name: str) -> str:
+    """The name of a module as such plans spell it: numbers between dots are `*`."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def ignored_if_missing(model) -> Iterable[str]:

@@ -22,7 +22,7 @@ from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.generation import Decoder, Draft
 from lowbit.generation.notices import say_once
 from lowbit.generation.steps.cache import static_cache
-from lowbit.transformers_api import ATTRIBUTES, IMPORTED
+from lowbit.transformers_api import ATTRIBUTES, IMPORTED, expert_parallel_plan
 from lowbit.upstream import MissingNameError, UpstreamName
 
 RELEASE = Version(transformers.__version__)
@@ -169,6 +169,12 @@ def test_the_split_over_gpus_is_guessed(gone, quantized, caplog):
     gone("_tp_plan")
     planned = lowbit.plan(quantized.parent / "dense", group_size=16)
     assert planned and "gone__tp_plan" in caplog.text
+
+
+def test_experts_are_not_divided_without_a_plan(gone, quantized):
+    gone("_ep_plan")
+    with pytest.raises(MissingNameError, match="gone__ep_plan"):
+        expert_parallel_plan(tiny_model())
 
 
 def check_draft(quantized):

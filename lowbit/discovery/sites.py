@@ -108,6 +108,21 @@ def _is_transposed(module: nn.Module, parameters: list[nn.Parameter]) -> bool:
     return getattr(module, "is_transposed", by_shape)
 
 
+# What modules that work by heads have one of
+_OF_HEADS = ("head_dim", "qk_head_dim", "v_head_dim", "num_heads")
+
+
+def heads_in(model: nn.Module, site: Site, outputs: bool) -> int:
+    """How many heads of attention the outputs of a linear are for, or its inputs come from; 0 outside of attention."""
+    parent = model.get_submodule(site.module.rpartition(".")[0])
+    if site.kind == "experts" or not any(hasattr(parent, name) for name in _OF_HEADS):
+        return 0
+    length, size = site.out_features if outputs else site.in_features, getattr(parent, "head_dim", None)
+    if isinstance(size, int) and size and length % size == 0:
+        return length // size
+    return getattr(model.config.get_text_config(), "num_attention_heads", 0)  # type: ignore[operator, union-attr]
+
+
 def head_of(module: nn.Module) -> nn.Module | None:
     return module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
 

@@ -20,6 +20,7 @@ from lowbit.guards.patterns import Patterns
 from lowbit.guards.records import record, shown
 from lowbit.numerics.qweight import QuantWeight, input_grid
 from lowbit.numerics.scheme import PER_CHANNEL, Activations, Scheme
+from lowbit.parallel.part import EXPERTS, INPUTS, Part
 
 METHOD = "compressed-tensors"
 # Codes and scales of fused experts are stored as they are in memory where a family stores them fused
@@ -91,6 +92,30 @@ def shapes(
         "input_zero_point": ((1,), torch.int8),
     }
     return {suffix: table[suffix] for suffix in suffixes(scheme)}
+
+
+def part_of(
+    suffix: str, tensor: torch.Tensor, scheme: Scheme, shape: tuple[int, int], dim: int, part: Part
+) -> torch.Tensor:
+    """What the tensor of a weight [N, K] = `shape` becomes where a part of its outputs or inputs is kept, or that of
+    experts [E, N, K] where a part of any of the three is.
+
+    Parts of codes that lie inside of words are taken out and packed anew. Parts of inputs are whole groups.
+    """
+    if dim == EXPERTS:
+        return part.of(tensor, 0) if suffix not in INPUT_SUFFIXES.values() else tensor
+    if suffix == "weight_shape":
+        side = (torch.arange(tensor.shape[-1]) % 2 == dim + 2).to(tensor.device)
+        return torch.where(side, tensor // part.size, tensor)
+    if suffix in INPUT_SUFFIXES.values():
+        return tensor
+    if _STREAM_DIM.get(suffix) == dim + 2 and tensor.dtype == torch.int32:
+        rows = tensor.movedim(dim, -1)
+        codes = part.of(unpack(rows.reshape(-1, rows.shape[-1]), scheme.bits, shape[dim]), 1)
+        return pack_bits(codes.contiguous(), scheme.bits).view(*rows.shape[:-1], -1).movedim(-1, dim).contiguous()
+    if dim == INPUTS and suffix in ("weight_scale", "weight_zero_point") and scheme.groups(shape[1]) == 1:
+        return tensor
+    return part.of(tensor, dim).contiguous()
 
 
 def unpack_weight(

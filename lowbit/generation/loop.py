@@ -17,6 +17,7 @@ from lowbit.generation.eligibility import Eligibility, Refusal, refuse
 from lowbit.generation.fallback import Fallback, generate_plainly
 from lowbit.generation.request import Request, checked_prompt, token_settings
 from lowbit.generation.sampling import Sampling
+from lowbit.generation.shared import check_shared, in_step
 from lowbit.generation.stats import Stats
 from lowbit.generation.steps.graph import Graphs, Pipeline
 from lowbit.generation.steps.runner import MakeCache, StepRunner
@@ -84,6 +85,7 @@ class Decoder:
             if int8_cache or compile or make_cache is not None:
                 raise UsageError("drafts go with transformers' own cache and step: no int8 cache, no compiling")
             draft.check(model)
+        check_shared(model, compile=bool(compile), draft=draft)
         self.model, self.draft = model, draft
         self.runner = StepRunner(
             model, make_cache=make_cache, compile=bool(compile), graphs=graphs, int8_cache=int8_cache
@@ -117,7 +119,8 @@ class Decoder:
             attention_mask: [B, T], 0 where a prompt is padded, on the left; by default nowhere.
             eos_token_id: What ends a row; by default as the model's generation_config says, () for nothing.
             prefill_chunk: Prompt positions that are run at once; None for all, as where `model.generate` runs.
-            on_token: Called with the B tokens of each step; True ends the generation.
+            on_token: Called with the B tokens of each step; True ends the generation. Where several processes share
+                the model, that of the first one alone is called, and ends it in all of them.
 
         Raises:
             UsageError: For options and prompts that cannot be.
@@ -128,7 +131,8 @@ class Decoder:
         sampling = Sampling(**{each.name: getattr(tokens, each.name) for each in fields(Sampling)})
         prompt = checked_prompt(self.model, input_ids, attention_mask)
         settings = token_settings(self.model, sampling, eos_token_id)
-        request = Request(prompt, settings, tokens.max_new_tokens, prefill_chunk, tokens.seed)
+        seed, on_token = in_step(self.model, tokens.seed, on_token)
+        request = Request(prompt, settings, tokens.max_new_tokens, prefill_chunk, seed)
         if self.draft is not None and request.rows > 1:
             raise UsageError(f"drafts are checked for one prompt at a time: got {request.rows}")
         return self._answer(request, Answer(request.rows, settings.eos, on_token))

@@ -38,7 +38,7 @@ class LowbitConfig(QuantizationConfigMixin):
         )
         self.backend, self.fuse, self.source = options.backend, options.fuse, options.source
         self.folder: Path | None = None  # where integers are that `from_pretrained` is handed as a state_dict
-        self.exact = options.exact
+        self.exact, self.tp_plan = options.exact, options.tp_plan
 
     def to_dict(self) -> dict:
         if self.source is not None:

@@ -1,6 +1,6 @@
 """Dense checkpoints, quantized while transformers loads them: no dense copy of the model is ever in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -65,8 +65,9 @@ class QuantizeOnLoad(ConversionOps):
     """Takes dense tensors, of one parameter or of those that one tensor is split into, and gives the packed tensors of
     those that are quantized, under their full names."""
 
-    def __init__(self, source: DenseModel, dtype: torch.dtype):
-        self._source, self._dtype = source, dtype
+    def __init__(self, source: DenseModel, dtype: torch.dtype, cut: Callable[[str, torch.Tensor], torch.Tensor]):
+        """cut: (full name of a packed tensor, the tensor) -> what this process has of it."""
+        self._source, self._dtype, self._cut = source, dtype, cut
 
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
         names = [full_layer_name] if len(input_dict) == 1 else list(input_dict)
@@ -89,6 +90,8 @@ class QuantizeOnLoad(ConversionOps):
         missing_keys.discard(name)
         if site.kind == "experts":
             finish_experts(module, leaf)
-            return {packed_name(name, suffix): part for suffix, part in packed.items()}
-        delattr(module, "weight")  # the placeholder
-        return {f"{site.module}.{suffix}": part for suffix, part in packed.items()}
+            made = {packed_name(name, suffix): part for suffix, part in packed.items()}
+        else:
+            delattr(module, "weight")  # the placeholder
+            made = {f"{site.module}.{suffix}": part for suffix, part in packed.items()}
+        return {full: self._cut(full, part) for full, part in made.items()}

@@ -16,10 +16,13 @@ from lowbit.folders.opened import OpenedFolder
 from lowbit.formats import detect_format
 from lowbit.guards.model_size import no_larger_than
 from lowbit.hf.config import LowbitConfig
-from lowbit.hf.head import set_head, wanted_head
+from lowbit.hf.divided import cut_dense
+from lowbit.hf.head import AUTO, set_head, wanted_head
 from lowbit.hf.quiet import quiet_transformers
+from lowbit.hf.shares import Wanted, shares_of
 from lowbit.layers.inputs import choose_inputs, wanted_exactness
 from lowbit.options import LoadOptions, SourceOptions, takes_options
+from lowbit.parallel import Ranks, ranks_of
 from lowbit.system.read_ahead import read_ahead
 
 # Keywords of `from_pretrained` by which it reads other files than those of the folder -> what to do
@@ -41,6 +44,7 @@ def loading_config(
     trust_remote_code: bool = False,
     fuse: bool = True,
     exact: bool | None = None,
+    tp_plan: Wanted | None = None,
 ):
     """The config that makes `from_pretrained` load a quantized checkpoint into lowbit's layers:
 
@@ -55,12 +59,13 @@ def loading_config(
             f"{encoded.name} of {reader.place} is stored as {encoded.stored_as}, which from_pretrained does not decode"
             ": load it with lowbit.load, or `lowbit dequantize` it"
         )
-    return _loading_config(reader, backend, trust_remote_code, fuse, exact)
+    return _loading_config(reader, backend, trust_remote_code, fuse, exact, tp_plan)
 
 
 def _loading_config(
-    reader: CheckpointReader, backend: str | None, trust_remote_code: bool, fuse: bool, exact: bool | None
-):
+    reader: CheckpointReader, backend: str | None, trust_remote_code: bool, fuse: bool, exact: bool | None,
+    tp_plan: Wanted | None,
+):  # fmt: skip
     """reader: of a folder, decoded; its integers are what lowbit's layers hold."""
     config = load_config(reader.folder, trust_remote_code)
     source = reader.quantization_config
@@ -71,6 +76,7 @@ def _loading_config(
         detect_format(source)
         config.quantization_config = {
             "quant_method": "lowbit", "source": source, "backend": backend, "fuse": fuse, "exact": exact,
+            "tp_plan": tp_plan,
         }  # fmt: skip
     return config
 
@@ -94,32 +100,28 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     if run.backend is not None:
         get_backend(run.backend)  # also where nothing is quantized: a name that does not exist is a mistake
     wanted_exactness(run.exact)  # a variable that nothing understands is a mistake, too
-    head = wanted_head(run.lm_head)
+    head, ranks = wanted_head(run.lm_head), _ranks(run)
     kwargs, dtype, hub, wants_info = _keywords(kwargs, run.dtype)
     folder = resolve(path, source.revision, **hub)
     # headers only: transformers follows an index anywhere and trips over damaged files
     reader = decoded(CheckpointReader(folder))
-    config = _loading_config(reader, run.backend, source.trust_remote_code, run.fuse, run.exact)
+    shared = run.tp_plan if ranks.world > 1 else None
+    config = _loading_config(reader, run.backend, source.trust_remote_code, run.fuse, run.exact, shared)
     if kwargs.get("quantization_config") is not None and getattr(config, "quantization_config", None):
         raise UsageError(f"quantization_config= quantizes a dense model, {folder} is quantized already: leave it out")
+    if kwargs.get("quantization_config") is not None and shared is not None:
+        kwargs["quantization_config"].tp_plan = shared
     for name in [name for name in kwargs if name != "quantization_config" and hasattr(config, name)]:
         setattr(config, name, kwargs.pop(name))  # as from_pretrained does where it reads the config itself
     read_ahead(folder)
-    weights = None  # transformers reads those of the folder
-    if not all(isinstance(info, StoredTensor) for info in reader.tensors.values()):
-        if kwargs.get("quantization_config") is not None:
-            raise UsageError(
-                f"{reader.place} is none of safetensors in plain numbers: `lowbit quantize` it, or leave "
-                "quantization_config out"
-            )
-        weights = _decoded(reader, config, dtype)
+    weights = _decoded(reader, config, dtype, kwargs)
     build = no_larger_than(reader.tensors.values())(model_class(config, source.trust_remote_code).from_pretrained)
     try:
         model, info = build(
             folder if weights is None else None,
             config=config,
             state_dict=weights,
-            device_map=run.device_map,
+            device_map=run.device_map if shared is None else {"": ranks.device},
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
@@ -132,15 +134,38 @@ def load(path: str | Path, *, run: LoadOptions, source: SourceOptions, **kwargs)
     except Exception as error:
         raise InputError(f"cannot load {folder}: {first_line(error)}") from error
     _check(folder, info, source.trust_remote_code)
-    if head is not None:
+    if shared is not None and ranks_of(model) is None:  # it is dense: no quantizer has done it
+        cut_dense(model, shares_of(model, shared, ranks))
+    if head is not None and shared is None:
         set_head(model, head, folder, run.backend)
         choose_inputs(model, run.exact)
     return (model, info) if wants_info else model
 
 
-def _decoded(reader: CheckpointReader, config, dtype) -> dict[str, torch.Tensor]:
+def _ranks(run: LoadOptions) -> Ranks:
+    """The processes that share the model. Raises UsageError for what does not go together with sharing."""
+    if run.tp_plan is None:
+        return Ranks.alone()
+    ranks = Ranks()
+    if ranks.world > 1:
+        ranks.stay()
+        if run.device_map not in (None, ranks.device.type):
+            raise UsageError(f"device_map={run.device_map!r} and tp_plan= do not go together: each has its device")
+        if run.lm_head not in (None, AUTO):
+            raise UsageError("lm_head= and tp_plan= do not go together: `quantize --lm-head` writes such a model")
+    return ranks
+
+
+def _decoded(reader: CheckpointReader, config, dtype, given: dict) -> dict[str, torch.Tensor] | None:
     """The weights of a checkpoint that transformers cannot read, in the dtype that is asked for; `config` is told where
-    its integers are."""
+    its integers are. None for one whose folder it reads itself. given: keywords of `from_pretrained`."""
+    if all(isinstance(info, StoredTensor) for info in reader.tensors.values()):
+        return None
+    if given.get("quantization_config") is not None:
+        raise UsageError(
+            f"{reader.place} is none of safetensors in plain numbers: `lowbit quantize` it, or leave "
+            "quantization_config out"
+        )
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if isinstance(wanted, torch.dtype):
         reader = decoded_to(reader, wanted)

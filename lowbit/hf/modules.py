@@ -11,10 +11,11 @@ from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowbit.discovery import CheckpointNames
+from lowbit.discovery import CheckpointNames, Site
 from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.hf.packed import QuantizedSite
+from lowbit.hf.shares import Share
 from lowbit.layers.embedding import QuantizedEmbedding, quantize_embedding, restore_embedding
 from lowbit.layers.experts import (
     QuantizedExperts,
@@ -44,34 +45,48 @@ def replace_modules(
     dtype: torch.dtype,
     backend: str | None,
     placeholders: bool,
+    shares: Mapping[str, Share],
 ) -> None:
     """Put quantized modules, which are empty, in the place of those of `sites`. placeholders: they keep a dense
-    parameter until something has loaded it."""
-    for found in sites.values():
+    parameter until something has loaded it. shares: by parameter, what this process has of those that are divided."""
+    for name, found in sites.items():
         owner, _, leaf = found.site.parameter.rpartition(".")
         module = model.get_submodule(owner)
+        shape = shares[name].shape if name in shares else _whole(found.site)
         if found.site.kind == "experts":
             module.is_transposed = found.site.transposed  # type: ignore[assignment]  # not all experts are marked
-            quantize_experts(module, leaf, found.scheme, dtype, names.merged(found.site.parameter))
+            quantize_experts(module, leaf, found.scheme, dtype, names.merged(found.site.parameter), shape)
             if not placeholders:
                 finish_experts(module, leaf)
         elif found.site.kind == "embedding":
             quantize_embedding(cast(nn.Embedding, module), found.scheme, dtype, placeholders)
         else:
-            model.set_submodule(found.site.module, _empty_linear(found, module, dtype, backend, placeholders))
+            model.set_submodule(
+                found.site.module, _empty_linear(found, shape[1:], module, dtype, backend, placeholders)
+            )
     if any(found.site.kind == "experts" for found in sites.values()):
         # packed experts are multiplied one by one: the other implementations take the whole parameter at once
         model.set_experts_implementation("eager")
 
 
+def _whole(site: Site) -> tuple[int, int, int]:
+    return site.experts, site.out_features, site.in_features
+
+
 def _empty_linear(
-    found: QuantizedSite, dense: nn.Module, dtype: torch.dtype, backend: str | None, placeholder: bool
+    found: QuantizedSite,
+    shape: tuple[int, int],
+    dense: nn.Module,
+    dtype: torch.dtype,
+    backend: str | None,
+    placeholder: bool,
 ) -> LowbitLinear:
-    site, bias = found.site, dense.bias is not None
+    """shape: (out_features, in_features) of what this process has of it. Biases load whole."""
+    site, (out_features, in_features) = found.site, shape
     with torch.device("meta"):
-        layer = LowbitLinear(
-            site.in_features, site.out_features, found.scheme, bias, dtype, backend, act_order=found.act_order
-        )
+        layer = LowbitLinear(in_features, out_features, found.scheme, False, dtype, backend, act_order=found.act_order)
+        if dense.bias is not None:
+            layer.bias = nn.Parameter(torch.empty(site.out_features, dtype=dtype), requires_grad=False)
         layer.transposed = site.transposed
         if placeholder:
             layer.add_placeholder(torch.empty_like(dense.get_parameter("weight")))

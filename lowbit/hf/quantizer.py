@@ -14,6 +14,7 @@ from lowbit.errors import InputError
 from lowbit.formats import compressed_tensors as packed_format
 from lowbit.hf.config import LowbitConfig
 from lowbit.hf.dense import DenseModel, QuantizeOnLoad
+from lowbit.hf.divided import CutPacked, cut_dense
 from lowbit.hf.foreign import StoredModel
 from lowbit.hf.modules import (
     check_and_cast,
@@ -24,17 +25,20 @@ from lowbit.hf.modules import (
     replace_modules,
 )
 from lowbit.hf.packed import PackedNames, QuantizedSite
+from lowbit.hf.shares import Shares, shares_of
 from lowbit.hf.tied import tied_to_quantized, untie_from_table, untie_quantized
 from lowbit.layers.inputs import choose_inputs
 from lowbit.layers.linear import LowbitLinear
 from lowbit.numerics.scheme import Scheme
+from lowbit.parallel import Ranks
 from lowbit.transformers_api import ignore_unexpected
 
 
 @register_quantizer("lowbit")
 class LowbitQuantizer(HfQuantizer):
     """source: while a model loads, the checkpoint. packed: the names of what is quantized, which saving needs too.
-    added_head: the scheme of an output embedding that was quantized after loading."""
+    added_head: the scheme of an output embedding that was quantized after loading. shares: what this process has of
+    the weights, where several share them; cut: what makes it, while a model loads."""
 
     requires_calibration = False
     quantization_config: LowbitConfig
@@ -44,6 +48,11 @@ class LowbitQuantizer(HfQuantizer):
     packed: PackedNames
     dtype: torch.dtype
     added_head: Scheme | None = None
+    cut: CutPacked
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shares = Shares(Ranks.alone(), {}, {})
 
     def validate_environment(self, *args, **kwargs):
         if self.pre_quantized and self.quantization_config.source is None:
@@ -60,9 +69,11 @@ class LowbitQuantizer(HfQuantizer):
             chosen |= tied_to_quantized(model, self.source, sites)
         self.packed = PackedNames(names, sites, self.source.tensors, {p: found.scheme for p, found in chosen.items()})
         ignore_unexpected(model, self.source.idle)
-        replace_modules(
-            model, chosen, names, self.dtype, self.quantization_config.backend, placeholders=not self.pre_quantized
-        )
+        config = self.quantization_config
+        if config.tp_plan is not None:
+            self.shares = shares_of(model, config.tp_plan, Ranks(), chosen)
+        self.cut = CutPacked(chosen, self.shares)
+        replace_modules(model, chosen, names, self.dtype, config.backend, not self.pre_quantized, self.shares.weights)
         self._expected = expected_of(model)
 
     def _open(self, model: nn.Module, names: CheckpointNames, files: list[str] | None) -> DenseModel | StoredModel:
@@ -85,12 +96,12 @@ class LowbitQuantizer(HfQuantizer):
 
     def get_quantize_ops(self):
         assert isinstance(self.source, DenseModel)  # nothing else has parameters that need quantization
-        return QuantizeOnLoad(self.source, self.dtype)
+        return QuantizeOnLoad(self.source, self.dtype, self.cut.cut)
 
     def update_weight_conversions(self, weight_conversions, *model):
         # the model is passed on where transformers passes it
         conversions = super().update_weight_conversions(weight_conversions, *model)
-        return self.source.conversions(self.packed.conversions(conversions))
+        return self.cut.in_conversions(self.source.conversions(self.packed.conversions(conversions)))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         config = self.quantization_config
@@ -99,16 +110,20 @@ class LowbitQuantizer(HfQuantizer):
             raise InputError(f"{self.source.damaged[0]} holds NaN or infinite values: the checkpoint is damaged")
         check_loaded(model)
         untie_quantized(model, self.source.sites)
+        if self.shares.weights:
+            cut_dense(model, self.shares)
         prepare_modules(model, config.backend, config.fuse)
         choose_inputs(model, config.exact)
         if not self.source.is_native:
             # what is saved is compressed-tensors, whatever was loaded
             self.packed.save_merged(model, self.source.computed_from)
             config.source = self.packed.config(model)
-        del self.source, self._expected
+        del self.source, self._expected, self.cut
         return model
 
     def get_state_dict_and_metadata(self, model):
+        if self.shares.weights:
+            raise InputError(f"{self.shares.ranks.world} processes share this model: load it in one to save it")
         for name, module in model.named_modules():
             if isinstance(module, LowbitLinear) and "weight_g_idx" in module.packed_shapes:
                 raise InputError(

@@ -230,15 +230,24 @@ def _quantized_class(experts_class: type) -> type:
     return type(f"Quantized{experts_class.__name__}", (QuantizedExperts, experts_class), {})
 
 
-def quantize_experts(module: nn.Module, parameter: str, scheme: Scheme, dtype: torch.dtype, merged: int = 1) -> None:
+def quantize_experts(
+    module: nn.Module,
+    parameter: str,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    merged: int = 1,
+    held: tuple[int, int, int] | None = None,
+) -> None:
     """Give an experts module the packed parameters (uninitialised) and the `ExpertWeights` of a 3-D parameter.
 
     merged: how many checkpoint tensors of an expert are laid side by side in the parameter (2 for gate and up); their
-    `weight_shape`s are merged the same way. The dense parameter stays until `finish_experts`, for a loader to fill.
+    `weight_shape`s are merged the same way. held: (experts, out_features, in_features) of what this process has of it
+    (default: all). The dense parameter stays until `finish_experts`, for a loader to fill.
     """
     dense = module.get_parameter(parameter)
     experts, rows, columns = dense.shape
     out_features, in_features = (columns, rows) if module.is_transposed else (rows, columns)
+    experts, out_features, in_features = held or (experts, out_features, in_features)
     for suffix, (shape, stored) in packed_format.shapes(scheme, out_features, in_features).items():
         if suffix == "weight_shape":
             shape = (2 * merged,)

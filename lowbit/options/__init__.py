@@ -3,7 +3,15 @@
 from lowbit.options.generation import SamplingOptions, SessionOptions, TokenOptions
 from lowbit.options.keywords import changed, keywords, like, option, shows_options, takes_options
 from lowbit.options.merging import ComparisonOptions, MergeOptions
-from lowbit.options.model import DeviceOptions, LoadOptions, OutputOptions, RevisionOptions, ShardOptions, SourceOptions
+from lowbit.options.model import (
+    DeviceOptions,
+    LoadOptions,
+    OutputOptions,
+    RevisionOptions,
+    ShardOptions,
+    ShareOptions,
+    SourceOptions,
+)
 from lowbit.options.publishing import PushOptions
 from lowbit.options.recipe import (
     CalibrationOptions,
@@ -24,7 +32,7 @@ __all__ = [
     "BatchingOptions", "CalibrationOptions", "ComparisonOptions", "DataOptions", "DeviceOptions",
     "DrawnSampleOptions", "FileOptions", "HeadOption", "LimitOptions", "ListenOptions", "LoadOptions", "LoadedOptions",
     "MergeOptions", "OnLoadOptions", "OutputOptions", "PushOptions", "RecipeOptions", "RevisionOptions",
-    "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "SourceOptions",
+    "RunOptions", "SampleOptions", "SamplingOptions", "SessionOptions", "ShardOptions", "ShareOptions", "SourceOptions",
     "TargetOptions", "TokenOptions", "VerifyOptions", "changed", "keywords", "like", "option", "shows_options",
     "takes_options",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Options that say which model is opened, how it is loaded, and how one is written."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,19 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class LoadOptions(DeviceOptions):
+class ShareOptions:
+    """How several processes share a model."""
+
+    tp_plan: "str | Mapping[str, str] | None" = option(
+        None,
+        "How the processes of torchrun share the weights: auto for the tensor parallel plan of transformers, "
+        "experts for that with whole experts on each.",
+        spelled="(default: auto under torchrun).", typed=str | None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadOptions(DeviceOptions, ShareOptions):
     """What a model runs on, and what is done to it for that."""
 
     fuse: bool = option(True, "Linears that share an input share one product: fewer launches, the same result.")

@@ -252,6 +252,7 @@ class OnLoadOptions:
     source: dict | None = option(None, "The `quantization_config` of a checkpoint that is quantized already.")
     include_vision: bool = like(RecipeOptions, "include_vision")
     fuse: bool = like(LoadOptions, "fuse")
+    tp_plan: str | Mapping[str, str] | None = like(LoadOptions, "tp_plan")
     overrides: Mapping[str, str | Scheme] | Iterable[tuple[str, str | Scheme]] = like(RecipeOptions, "overrides")
     embeddings: str | Scheme | None = like(
         RecipeOptions,

@@ -25,11 +25,11 @@ from lowbit.options import (
     keywords,
     takes_options,
 )
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.allocation.allocate import Wanted, allocate, budget_of
 from lowbit.quantization.allocation.engines import check_engine
 from lowbit.quantization.calibrated.job import clear_finished
 from lowbit.quantization.calibrated.options import Calibration, needs_data, require_data_method
-from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import Reporting, silent
 from lowbit.quantization.calibrated.run import calibrate
 from lowbit.quantization.opened import opened

@@ -14,6 +14,7 @@ from lowbit.hf import check_vocabulary
 from lowbit.options import TokenOptions
 from lowbit.options.serving import LimitOptions
 from lowbit.server.asked import ASKED, Asked, RequestError
+from lowbit.server.together import Together
 from lowbit.transformers_serving import events, parses_answers, stream_error
 
 
@@ -109,6 +110,7 @@ class LoopAnswers:
     def __init__(self, session, limits: LimitOptions, prefill_chunk: int | None):
         self.session, self.limits, self.prefill_chunk = session, limits, prefill_chunk
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lowbit-answers")
+        self.together = Together(session, self._thread.submit)
 
     def init_cb(self, model, gen_config) -> None:
         """Nothing is to be made ready."""
@@ -140,6 +142,13 @@ class LoopAnswers:
     def stop(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def end(self) -> None:
+        """Once nothing runs any more. Raises what has ended the server, if anything did."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.together.end()
+        if self.together.lost is not None:
+            raise self.together.lost
+
     def _checked(self, inputs, config) -> tuple[Asked, torch.Tensor, TokenOptions]:
         asked, ids = ASKED.get(), inputs["input_ids"]
         options = token_options(asked, config, ids.shape[1], self.session.context_length, self.limits)
@@ -150,9 +159,7 @@ class LoopAnswers:
         if asked.cancelled.is_set():  # while it waited
             return
         given: dict[str, Any] = vars(options)
-        self.session.decoder.generate(
-            ids, **given, prefill_chunk=self.prefill_chunk, on_token=lambda made: put(made[0])
-        )
+        self.together.generate(ids, lambda made: put(made[0]), **given, prefill_chunk=self.prefill_chunk)
 
 
 class Processor:

@@ -9,6 +9,7 @@ from lowbit.generation.eligibility import refuse
 from lowbit.hf import check_vocabulary
 from lowbit.options import TokenOptions
 from lowbit.options.serving import BatchingOptions, LimitOptions
+from lowbit.parallel import ranks_of
 from lowbit.server.answers import AnswerStream, WholeAnswer, token_options
 from lowbit.server.asked import ASKED, Asked, RequestError
 from lowbit.transformers_serving import fatal_error, page_size, start_batching, submit
@@ -27,6 +28,8 @@ class BatchedAnswers:
     def __init__(self, session, limits: LimitOptions, batching: BatchingOptions):
         """Raises InputError for a model that does not run so, or would not give the same."""
         model = session.model
+        if ranks_of(model) is not None:
+            raise InputError("continuous batching runs a model in one process: leave one of it and --tp-plan out")
         if not hasattr(model, "init_continuous_batching"):
             raise InputError(f"{type(model).__name__} has no continuous batching: leave --continuous-batching out")
         if (refusal := refuse(model)) is not None:
@@ -72,6 +75,9 @@ class BatchedAnswers:
 
     def stop(self) -> None:
         self._batching.stop(block=True, timeout=5)
+
+    def end(self) -> None:
+        """Nothing is left to be done."""
 
     def _checked(self, inputs, config) -> tuple[Asked, list[int], TokenOptions]:
         asked, ids = ASKED.get(), inputs["input_ids"]

@@ -2,7 +2,6 @@
 parallelism divides."""
 
 import logging
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -10,11 +9,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lowbit.discovery import CheckpointNames, Site, find_sites
+from lowbit.discovery import CheckpointNames, Site, find_sites, heads_in
 from lowbit.discovery.shared_inputs import Products, SharedInputs, with_versions
 from lowbit.numerics.scheme import Scheme
 from lowbit.serving.rules import COLUMN, ROW, Module
-from lowbit.transformers_api import tensor_parallel_plan, tied_weights
+from lowbit.transformers_api import generic_name, tensor_parallel_plan, tied_weights
 from lowbit.upstream import MissingNameError
 
 logger = logging.getLogger("lowbit")
@@ -49,17 +48,20 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _plan(model: nn.Module) -> dict[str, str]:
+    try:
+        return {generic_name(name): style for name, style in tensor_parallel_plan(model).items()}
+    except MissingNameError as error:
+        logger.warning("how linears are split over GPUs is guessed, as in Megatron-LM: %s", error)
+        return {}
+
+
 def splits(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str | None]:
     """Module name -> COLUMN, ROW or None, from the tensor parallel plan of transformers. Where a parent has no linear
     in the plan: its last one by rows, those before it by columns (Megatron-LM)."""
-    try:
-        styles = tensor_parallel_plan(model)
-    except MissingNameError as error:
-        logger.warning("how linears are split over GPUs is guessed, as in Megatron-LM: %s", error)
-        styles = {}
     plan = {
-        re.compile(re.escape(pattern).replace(r"\*", r"\d+")): COLUMN if "colwise" in style else ROW
-        for pattern, style in styles.items()
+        name: COLUMN if "colwise" in style else ROW
+        for name, style in _plan(model).items()
         if "colwise" in style or "rowwise" in style
     }
     found: dict[str, str | None] = {}
@@ -67,7 +69,7 @@ def splits(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str | None]
     for site in sites.values():
         if site.kind == "embedding":
             continue  # a part of its rows is on each rank, and no product is made of it
-        found[site.module] = next((split for pattern, split in plan.items() if pattern.fullmatch(site.module)), None)
+        found[site.module] = plan.get(generic_name(site.module))
         parents.setdefault(_parent(site.module), []).append(site.module)
     for names in parents.values():
         if len(names) > 1 and not any(found[name] for name in names):
@@ -79,10 +81,14 @@ def modules_of(model: nn.Module, chosen: Mapping[str, tuple[Site, Scheme]]) -> d
     """What `discovery.choose` has chosen, as engines see it: module name -> Module. model: of `discovery.skeleton`."""
     names, ties = CheckpointNames(model), tied_weights(model)
     tied = {*ties, *ties.values()}
-    split = splits(model, find_sites(model))
+    split, plan = splits(model, find_sites(model)), _plan(model)
     modules = {}
     for name, (site, scheme) in chosen.items():
-        module = Module(scheme, site.out_features, site.in_features, split=split.get(site.module))
+        side = split.get(site.module)
+        module = Module(
+            scheme, site.out_features, site.in_features, split=side, planned=generic_name(site.module) in plan,
+            heads=heads_in(model, site, outputs=side == COLUMN) if side else 0,
+        )  # fmt: skip
         if site.kind == "embedding":
             module = replace(module, embedding=True, tied=name in tied)
         if site.kind == "experts":

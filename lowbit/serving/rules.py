@@ -15,7 +15,8 @@ class Module:
     split: what tensor parallelism divides, COLUMN (out_features) or ROW (in_features); None: each rank holds it whole.
     merged: how many equal linears lie one below the other in it (gate and up of experts: 2). fused: it is stored as one
     3-D tensor of all experts of a layer. embedding: rows of it are looked up; tied: and the output embedding has no
-    table but this one.
+    table but this one. heads: of attention on the side that is divided, 0 where there are none. planned: the plan of
+    transformers is where `split` comes from.
     """
 
     scheme: Scheme
@@ -28,6 +29,8 @@ class Module:
     fused: bool = False
     embedding: bool = False
     tied: bool = False
+    heads: int = 0
+    planned: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Rule:
     run: it was run by this project; otherwise its source was read.
     embeddings: kernels of input embeddings, none if it reads these dense only. tied_embeddings: a head may share the
     table. one_scheme: where an embedding is quantized, all is to be quantized as it is.
+    by_plan: ranks have what the plan of transformers says, in whole heads and groups, cut out of words if need be.
     """
 
     engine: str
@@ -75,6 +79,7 @@ class Rule:
     embeddings: tuple[Kernel, ...] = ()
     tied_embeddings: bool = False
     one_scheme: bool = False
+    by_plan: bool = False
 
 
 _TOKEN, _STATIC = Activations(), Activations(strategy=TENSOR)
@@ -122,7 +127,7 @@ _GPTQMODEL = (Kernel("", _GPTQ_BITS, _GPTQ_BITS, (PER_CHANNEL, 16, 32, 64, 128, 
 _GPTQMODEL_AWQ = (Kernel("", (4,), (4,), (PER_CHANNEL, 16, 32, 64, 128), out_multiple=8),)
 
 RULES = (
-    Rule("lowbit", "this", "compressed-tensors", _ANY_INPUTS, _ANY, fuses=False, fused_experts=True, ranks=(1,),
+    Rule("lowbit", "this", "compressed-tensors", _ANY_INPUTS, _ANY, fuses=False, fused_experts=True, by_plan=True,
          dtypes=("float16", "bfloat16", "float32"), run=True, embeddings=_ANY, tied_embeddings=True),
     Rule("transformers", "5.23 with compressed-tensors 0.20", "compressed-tensors", _TRANSFORMERS,
          _TRANSFORMERS_EXPERTS, fuses=False, ranks=(1,), run=True, dtypes=("float16", "bfloat16", "float32"),
@@ -135,7 +140,7 @@ RULES = (
     # experts are laid out wrongly (pull request 39510)
     Rule("SGLang", "0.5.23", "compressed-tensors", (_SGLANG_MARLIN, _SGLANG_INT8),
          (replace(_SGLANG_MARLIN_EXPERTS, asym=()),)),
-    Rule("lowbit", "this", "gptq", _ANY_GPTQ, _ANY_GPTQ, act_order=True, fuses=False, ranks=(1,),
+    Rule("lowbit", "this", "gptq", _ANY_GPTQ, _ANY_GPTQ, act_order=True, fuses=False, by_plan=True,
          dtypes=("float16", "bfloat16", "float32"), run=True, note="experts without act-order only"),
     Rule("GPTQModel", "7.6", "gptq", _GPTQMODEL, _GPTQMODEL, act_order=True, fuses=False, ranks=(1,), run=True,
          note="asymmetric checkpoints only as gptq_v2"),
@@ -145,7 +150,7 @@ RULES = (
     # gptq/gptq.py `GPTQMarlinConfig`; gptq/schemes/gptq_linear.py: the kernel for other schemes was removed
     Rule("SGLang", "0.5.23", "gptq", (replace(_SGLANG_MARLIN, asym=()),), (replace(_SGLANG_MARLIN_EXPERTS, asym=()),),
          act_order=True),
-    Rule("lowbit", "this", "awq", _ANY_AWQ, _ANY_AWQ, fuses=False, ranks=(1,),
+    Rule("lowbit", "this", "awq", _ANY_AWQ, _ANY_AWQ, fuses=False, by_plan=True,
          dtypes=("float16", "bfloat16", "float32"), run=True),
     Rule("GPTQModel", "7.6", "awq", _GPTQMODEL_AWQ, _GPTQMODEL_AWQ, fuses=False, ranks=(1,), run=True),
     # layers/quantization/auto_awq.py; symmetric data is stored with its zero points, so it counts as asymmetric

@@ -130,7 +130,10 @@ def _kernel(rule, name, joined, modules, size, capability) -> tuple[Kernel | Non
         return _of_embedding(rule, where, module, modules)
     parts = [_on_rank(modules[other], size) for other in joined]
     part, problem = parts[joined.index(name)]
-    problem = problem or _partial_words(rule, module, part, len(joined) > 1)
+    if rule.by_plan:
+        problem = (_off_plan(module, size) if size > 1 and module.split else None) or problem
+    else:
+        problem = problem or _partial_words(rule, module, part, len(joined) > 1)
     if problem is not None:
         return None, f"{where} {problem}"
     whole = replace(part, out_features=sum(other.out_features for other, _ in parts))
@@ -186,6 +189,17 @@ def _on_rank(module: Module, size: int) -> tuple[Module, str | None]:
             f"has {part.in_features} in_features on each of {size} ranks, needed: whole groups of {group}",
         )
     return part, None
+
+
+def _off_plan(module: Module, size: int) -> str | None:
+    """Why `size` ranks cannot have what the plan of transformers says."""
+    if not module.planned:
+        return "is divided by no plan of transformers, needed: one of tensor parallelism"
+    if module.heads % size:
+        return f"has {module.heads} heads, needed: a number that {size} ranks can share equally"
+    if module.act_order and module.split == ROW:
+        return "has groups in the order of activations, needed: the natural order, where ranks share inputs"
+    return None
 
 
 def _partial_words(rule: Rule, module: Module, part: Module, joined: bool) -> str | None:

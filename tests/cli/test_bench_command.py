@@ -79,6 +79,7 @@ def test_model_that_is_not_quantized_is_for_the_run(cli, plain):
         (("--shapes", "gpt-5"), "shapes 'gpt-5' are not known; allowed: llama-3.2-1b"),
         (("--shapes", "tiny", "--batch", "0"), "batch is '0'; expected numbers from 1 on"),
         (("--shapes", "tiny", "--batch", "1,x"), "batch is '1,x'"),
+        (("--shapes", "tiny", "--concurrency", "many"), "concurrency is 'many'; expected numbers from 1 on"),
         (("--shapes", "tiny", "--against", "vllm"), "cannot compare against 'vllm'; allowed: unquantized"),
         (("--shapes", "tiny", "--layers", "3"), "layers is 3; tiny has 1 to 2"),
         (("reference", "--layers", "1"), "--layers is for --shapes"),
@@ -127,3 +128,26 @@ def test_interrupted(tmp_path):
     assert err.strip().splitlines()[-1] == "lowbit: error: interrupted: what is shown was measured before"
     assert "batch 1" in out and "Traceback" not in err
     assert json.loads((tmp_path / "result.json").read_text())["rows"]
+
+
+def test_requests_at_once(cli, quantized, tmp_path):
+    """Both ways of serving, each with every number of requests."""
+    arguments = ("--concurrency", "1,3", "--prompt-tokens", "6", "--new-tokens", "4")
+    done = cli("bench", quantized, *arguments, "--out", tmp_path / "result.json")
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "result.json").read_text())
+    ways = [(rate["how"], rate["requests"]) for rate in result["rates"]]
+    assert ways == [(how, n) for how in ("one after the other", "continuous batching") for n in (1, 3)]
+    for rate in result["rates"]:
+        made = rate["requests"] * result["new_tokens"]
+        assert rate["tokens_per_second"] * rate["seconds"] == pytest.approx(made) and result["not_batched"] is None
+    assert "3, continuous batching" in done.out and "1.00x" in done.out
+
+
+def test_requests_at_once_of_a_model_that_is_not_batched(cli, tmp_path):
+    save_tiny(tmp_path / "m", num_hidden_layers=1)
+    config = tmp_path / "m" / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "no_repeat_ngram_size": 2}))
+    done = cli("bench", tmp_path / "m", "--concurrency", "1", "--prompt-tokens", "6", "--new-tokens", "4", "--json")
+    assert done.code == 0, done.err
+    assert "no_repeat_ngram_size" in json.loads(done.out)["not_batched"]

@@ -57,6 +57,9 @@ class RunsOptions:
         "unquantized,bitsandbytes,torchao,gptqmodel",
         "What else is measured: unquantized, bitsandbytes, torchao, gptqmodel, or none.",
     )
+    concurrency: str | None = option(
+        None, "Measure `lowbit serve` instead, with so many requests at once, batched and not: 1,4,16."
+    )
 
 
 def bench(
@@ -83,7 +86,8 @@ def bench(
     Decoding, prefill, time to the first token, memory, and how much of the memory bandwidth of this machine a step
     uses. The sides take turns; each runs in lowbit's loop and in `model.generate`.
     """
-    batches, head_scheme = _batches(runs.batch), head.scheme()
+    batches, head_scheme = _numbers("batch", runs.batch), head.scheme()
+    concurrency = None if runs.concurrency is None else _numbers("concurrency", runs.concurrency)
     scheme = Scheme.parse(subject.scheme)
     checked_dtype(device.dtype)
     _check_what(model, model_option, subject, origin)
@@ -96,7 +100,6 @@ def bench(
         from lowbit.bench.contestants import Checkpoint, Setting, Shapes
         from lowbit.bench.peers import parse_against
         from lowbit.bench.repeats import Bench
-        from lowbit.guards.safe_files import write_whole
         from lowbit.hf.head import wanted_head
 
     wanted, place = parse_against(runs.against), _device(default_device_map(device.device_map))
@@ -110,6 +113,10 @@ def bench(
             measured = Checkpoint(name, subject.source, scheme, subject.method, setting)
         else:
             measured = Shapes(subject.shapes, subject.layers, scheme, setting)
+        if concurrency is not None:
+            result = _served(measured, concurrency, runs, _facts(place), quiet=json)
+            _hand_over(result, out, json, _show_rates)
+            return
         first, others = measured.subject(), measured.others(*wanted)
         with status(quiet=json) as say:
             running = Bench(torch.device(place), batches, runs.prompt_tokens, runs.new_tokens, runs.rounds, on_run=say)
@@ -119,21 +126,62 @@ def bench(
             except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or `kill`
                 interrupted = True
     result = {"facts": _facts(place), "model": measured.describes, **running.result()}
-    if out is not None:
-        write_whole(out, json_module.dumps(result, indent=2) + "\n")
-    print_json(result) if json else _show(result)
+    _hand_over(result, out, json, _show)
     if interrupted:
         raise _Interrupted("interrupted: what is shown was measured before")
 
 
-def _batches(text: str) -> tuple[int, ...]:
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
-        batches = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        batches = ()
-    if not batches or min(batches) < 1:
-        raise UsageError(f"batch is {text!r}; expected numbers from 1 on: 1,4,16,64")
-    return batches
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{name} is {text!r}; expected numbers from 1 on: 1,4,16,64")
+    return numbers
+
+
+def _hand_over(result: dict, out: Path | None, json: bool, show) -> None:
+    from lowbit.guards.safe_files import write_whole
+
+    if out is not None:
+        write_whole(out, json_module.dumps(result, indent=2) + "\n")
+    print_json(result) if json else show(result)
+
+
+def _served(measured, requests: tuple[int, ...], runs: RunsOptions, facts: dict, quiet: bool) -> dict:
+    """What `lowbit serve` makes of so many requests at once."""
+    from lowbit.server.concurrency import measure
+
+    side = measured.subject()
+    with status(quiet=quiet) as say:
+        say(f"loading {side.name}")
+        model = side.load()
+        model.generation_config.eos_token_id = None
+        rates, why = measure(
+            model, requests, runs.prompt_tokens, runs.new_tokens,
+            lambda rate: say(f"{rate.how}, {rate.requests} at once: {rate.tokens_per_second:.1f} tokens/s"),
+        )  # fmt: skip
+    return {
+        "facts": facts, "model": measured.describes, "weights": side.origin, "prompt_tokens": runs.prompt_tokens,
+        "new_tokens": runs.new_tokens, "rates": [rate.as_dict() for rate in rates], "not_batched": why,
+    }  # fmt: skip
+
+
+def _show_rates(result: dict) -> None:
+    console.print(f"{result['model']} on {result['facts']['device']}, weights {result['weights']}")
+    console.print(f"prompts of {result['prompt_tokens']} tokens, {result['new_tokens']} new ones", "")
+    rates = table("requests at once", "tokens/s", "seconds", "of one")
+    alone: dict[str, float] = {}
+    for rate in result["rates"]:
+        first = alone.setdefault(rate["how"], rate["tokens_per_second"])
+        rates.add_row(
+            f"{rate['requests']}, {rate['how']}", f"{rate['tokens_per_second']:.1f}", f"{rate['seconds']:.2f}",
+            f"{rate['tokens_per_second'] / first:.2f}x",
+        )  # fmt: skip
+    console.print(rates)
+    if result["not_batched"]:
+        console.print(f"not batched: {result['not_batched']}")
 
 
 def _device(device_map: str | None) -> str:

@@ -17,6 +17,7 @@ from lowbit.generation.steps.graph import CudaGraphs, Eager, Graphs
 from lowbit.generation.steps.prefix import PrefixCache
 from lowbit.generation.steps.recording import Recordings
 from lowbit.generation.steps.step import Step
+from lowbit.parallel import ranks_of
 
 MakeCache = Callable[[PreTrainedModel, int, int], Cache]
 
@@ -123,6 +124,8 @@ class StepRunner:
 
 
 def _default_graphs(model: PreTrainedModel, compiled: bool) -> Graphs:
+    if ranks_of(model) is not None:
+        return Eager()  # what is recorded or captured waits for no other process
     if any(map(has_offloaded_params, model.modules())):
         return Eager()  # what is repeated keeps its tensors: the weights would all stay
     if model.device.type == "cuda":

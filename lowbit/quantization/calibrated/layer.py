@@ -20,8 +20,8 @@ from lowbit.numerics.grid import dequantize
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.reference import weight_error
 from lowbit.numerics.scheme import Recipe
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.layer_run import LayerRun
-from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantization.report import layer_entry

@@ -7,9 +7,9 @@ from lowbit.errors import InputError, UsageError
 from lowbit.formats import get_format
 from lowbit.numerics.grid import dequantize
 from lowbit.numerics.scheme import names_module
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.layer_run import LayerRun
-from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.run_samples import drop_other_samples, keep_samples
 from lowbit.quantization.calibrated.streams import NoStreams, Streams
 from lowbit.quantization.calibrated.targets import targets

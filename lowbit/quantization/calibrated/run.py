@@ -6,10 +6,10 @@ import torch
 
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import OutputError
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.options import Calibration
-from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import Reporting
 from lowbit.quantization.calibrated.resume import resume, streams_before
 from lowbit.quantization.calibrated.run_samples import samples_of_run

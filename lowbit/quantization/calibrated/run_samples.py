@@ -9,9 +9,9 @@ from safetensors.torch import save
 from lowbit.errors import InputError, UsageError
 from lowbit.guards.safe_files import remove, write_whole
 from lowbit.options import DrawnSampleOptions
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.options import Calibration
-from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import Announce
 from lowbit.text.samples import Samples, calibration_samples, checked_ids
 

@@ -17,8 +17,8 @@ from lowbit.calibration.smooth import Activations, Choice, Consumer, choose_scal
 from lowbit.discovery import find_sites
 from lowbit.discovery.shared_inputs import Products
 from lowbit.numerics.grid import dequantize, quantize_nearest
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.model import LayeredModel
-from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.streams import NoStreams, Streams
 from lowbit.quantization.calibrated.targets import Target, targets
 from lowbit.quantization.plan import Plan, Step

@@ -9,11 +9,11 @@ import torch
 from lowbit.checkpoint.checked import read_checked
 from lowbit.formats import get_format
 from lowbit.numerics.qweight import QuantWeight
+from lowbit.parallel.ranks import Ranks
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.layer import quantize_layer
 from lowbit.quantization.calibrated.layer_run import LayerRun
 from lowbit.quantization.calibrated.model import LayeredModel
-from lowbit.quantization.calibrated.ranks import Ranks
 from lowbit.quantization.calibrated.reporting import StepDone
 from lowbit.quantization.calibrated.smoothing import Smoothed, Smoother
 from lowbit.quantization.calibrated.streams import NoStreams, Streams, StreamsWriter

@@ -17,6 +17,7 @@ from lowbit.cli.commands.running.generate import (
 )
 from lowbit.cli.common import HeadChoice, ModelArgument, ModelOption, one_model
 from lowbit.cli.terminal import console, notes
+from lowbit.cli.together import refuse_together
 from lowbit.errors import LowbitError, OutputError
 from lowbit.guards.safe_files import write_whole
 from lowbit.options import SamplingOptions, like
@@ -63,6 +64,7 @@ def chat(
     """Talk to a model: multi-turn, streaming, through its chat template. Type !help for the commands."""
     name, options, head_scheme = one_model(model, model_option), sampling_keywords(sampling), head.scheme()
     running.check()
+    refuse_together("lowbit chat")
     read_ahead(Path(name))  # while all else is imported
     session = running.start(name, head_scheme)
     head.tell(session.model, notes.print)

@@ -20,8 +20,17 @@ from lowbit.cli.common import (
     one_model,
 )
 from lowbit.cli.terminal import console, notes, print_json, table
+from lowbit.cli.together import one_voice, refuse_together, shared_plan
 from lowbit.errors import InputError, UsageError
-from lowbit.options import DeviceOptions, SamplingOptions, SessionOptions, SourceOptions, keywords, option
+from lowbit.options import (
+    DeviceOptions,
+    SamplingOptions,
+    SessionOptions,
+    ShareOptions,
+    SourceOptions,
+    keywords,
+    option,
+)
 from lowbit.system.read_ahead import read_ahead
 
 PREFILL_CHUNK = 1024
@@ -36,13 +45,14 @@ def sampling_keywords(sampling: SamplingOptions) -> dict:
 
 
 @dataclass(frozen=True)
-class RunningOptions(SourceOptions, DeviceOptions, SessionOptions):
+class RunningOptions(SourceOptions, DeviceOptions, ShareOptions, SessionOptions):
     """What runs a model, and how."""
 
     prefill_chunk: int | None = option(None, f"Prompt tokens to run at once (default {PREFILL_CHUNK}).", least=1)
 
     def check(self) -> None:
         """Raise UsageError for what cannot be; drafts are checked in `model.generate`, which has none of the rest."""
+        shared_plan(self.tp_plan)
         checked_dtype(self.dtype)
         checked_kv_cache(self.kv_cache)
         drafts = {"--assistant": self.assistant, "--prompt-lookup": self.prompt_lookup}
@@ -66,7 +76,9 @@ class RunningOptions(SourceOptions, DeviceOptions, SessionOptions):
             from lowbit.generation import open_session
 
         how = {name: value for name, value in keywords(self).items() if name != "prefill_chunk"}
-        return open_session(model, **{**how, "device_map": default_device_map(self.device_map)}, lm_head=head)
+        plan = shared_plan(self.tp_plan)
+        device_map = default_device_map(self.device_map) if plan is None else self.device_map
+        return open_session(model, **{**how, "device_map": device_map, "tp_plan": plan}, lm_head=head)
 
 
 def _text_of(prompt: str) -> str:
@@ -117,7 +129,14 @@ def generate(
     name, how, head_scheme = one_model(model, model_option), sampling_keywords(sampling), head.scheme()
     running.check()
     read_ahead(Path(name))  # while all else is imported
+    if prompt == "-":
+        refuse_together("--prompt -, standard input,")
     prompt = _text_of(prompt)
+    with one_voice():
+        _complete(name, prompt, how, running, head, head_scheme, stats, json)
+
+
+def _complete(name: str, prompt: str, how: dict, running: RunningOptions, head, head_scheme, stats, json) -> None:
     session = running.start(name, head_scheme)
     if not json:
         head.tell(session.model, notes.print)

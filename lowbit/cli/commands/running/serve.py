@@ -5,6 +5,7 @@ from pathlib import Path
 from lowbit.cli.commands.running.generate import PREFILL_CHUNK, RunningOptions
 from lowbit.cli.common import HeadFlags, ModelArgument, ModelOption, one_model
 from lowbit.cli.terminal import notes
+from lowbit.cli.together import is_first, one_voice, refuse_together
 from lowbit.errors import UsageError
 from lowbit.options import BatchingOptions, LimitOptions, ListenOptions
 from lowbit.system.read_ahead import read_ahead
@@ -25,9 +26,14 @@ def serve(
     name, head_scheme = one_model(model, model_option), head.scheme()
     running.check()
     _check_batching(batching, running)
+    if batching.continuous_batching:
+        refuse_together("--continuous-batching")
     from lowbit.server.run import answers_of, api_key, application, bind, check_packages, run, url
 
     check_packages()
+    if not is_first():
+        _follow(name, head_scheme, running)
+        return
     key = api_key(listen.api_key)
     with bind(listen.host, listen.port, key) as bound:  # a port that is taken is told before the model is loaded
         from lowbit.server.guard import Door
@@ -41,7 +47,16 @@ def serve(
         app = application(session, answers, shown, listen, limits, door)
         page = f"; chat at {address}/" if listen.ui else ""
         run(app, bound, limits, lambda: notes.print(f"{shown} is served at {address}/v1{page} (Ctrl-C ends it)"))
+    answers.end()
     notes.print("the server has ended")
+
+
+def _follow(name: str, head_scheme: str | None, running: RunningOptions) -> None:
+    with one_voice():
+        session = running.start(name, head_scheme)
+        from lowbit.server.together import follow
+
+        follow(session)
 
 
 def _check_batching(batching: BatchingOptions, running: RunningOptions) -> None:

@@ -1,9 +1,10 @@
 """The processes of one run: one alone, or several under `torchrun` / `accelerate launch`.
 
-Calibration samples are divided over the ranks, second moments are summed, and the rows of each weight are divided over
-the ranks again: rows are quantized independently of each other.
+Calibrated quantization divides its samples over the ranks, sums second moments, and divides the rows of each weight
+again: rows are quantized independently of each other. Tensor parallelism divides the weights.
 """
 
+import atexit
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,13 @@ class Ranks:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # what is gathered as objects goes there
 
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """One process, however many were started."""
+        made = cls.__new__(cls)
+        made.rank, made.world, made._owned = 0, 1, False
+        return made
+
     @property
     def first(self) -> bool:
         return self.rank == 0
@@ -55,6 +63,21 @@ class Ranks:
             with _others_alive():
                 dist.all_reduce(tensor)
 
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, the same bits on each of them. Half precision is summed in float32 on
+        CPUs, where it is not faster than that."""
+        wide = tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+        total = tensor.float() if wide else tensor.contiguous()
+        self.sum(total)
+        return total.to(tensor.dtype)
+
+    def joined(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[..., n] of each rank, alike -> [..., n * world], in the order of ranks."""
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.world)]
+        with _others_alive():
+            dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, -1)
+
     def all_of(self, mine):
         """What each rank has, in the order of ranks."""
         if self.world == 1:
@@ -75,7 +98,7 @@ class Ranks:
             except Exception as error:
                 outcome = [None, error]
         with _others_alive():
-            dist.broadcast_object_list(outcome)
+            dist.broadcast_object_list(outcome, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -85,9 +108,20 @@ class Ranks:
             with _others_alive():
                 dist.barrier()
 
+    def stay(self) -> None:
+        """The group is left as it is until this process ends: a model needs it."""
+        if self._owned:
+            self._owned = False
+            atexit.register(dist.destroy_process_group)
+
     def close(self) -> None:
         if self._owned:
             dist.destroy_process_group()
+
+
+def ranks_of(model) -> Ranks | None:
+    """The processes that share the weights of a model, None for one that is whole in each process."""
+    return getattr(model, "lowbit_ranks", None)
 
 
 @contextmanager
@@ -97,4 +131,6 @@ def _others_alive():
     try:
         yield
     except RuntimeError as error:
-        raise OutputError("another process of this run has ended: what it printed says why") from error
+        raise OutputError(
+            "another process of this run has ended: what it printed says why, nothing if it was killed"
+        ) from error
