@@ -20,8 +20,8 @@ from lowbit import transformers_api
 from lowbit.checkpoint.gguf.rules import rules_of
 from lowbit.conversion.gguf_vocabulary import add_vocabulary
 from lowbit.generation import Decoder, Draft
-from lowbit.generation.notices import say_once
 from lowbit.generation.steps.cache import static_cache
+from lowbit.generation.steps.notices import say_once
 from lowbit.transformers_api import ATTRIBUTES, IMPORTED, expert_parallel_plan
 from lowbit.upstream import MissingNameError, UpstreamName
 

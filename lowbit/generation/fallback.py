@@ -17,8 +17,8 @@ from transformers import (
 from lowbit.errors import InputError
 from lowbit.generation.answer import BAD_LOGITS, Answer
 from lowbit.generation.eligibility import Refusal
-from lowbit.generation.notices import say_once
 from lowbit.generation.request import Request
+from lowbit.generation.steps.notices import say_once
 
 
 class _TakeTokens(StoppingCriteria):

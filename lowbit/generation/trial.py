@@ -8,10 +8,10 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from lowbit.errors import first_line
-from lowbit.generation.notices import say_once
 from lowbit.generation.request import TokenSettings
 from lowbit.generation.sampling import Sampling
 from lowbit.generation.steps.cache import has_sliding_window, room
+from lowbit.generation.steps.notices import say_once
 from lowbit.generation.steps.step import Step
 from lowbit.transformers_api import attention_of, supports_static_cache
 from lowbit.upstream import MissingNameError

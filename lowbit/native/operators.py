@@ -25,7 +25,7 @@ ROUNDED_ROWS = 32
 # From how many rows on a dense copy and torch's GEMM win, in the same benchmark: with AVX2 in float32, which takes two
 # integers for an input; in bf16 nowhere but where torch multiplies with AMX, which is a guess
 _DENSE_ROWS_FP32, _DENSE_ROWS_AMX = 64, 128
-# Rows of integers that the kernels go through at a time: more would not stay in the cache of a core
+# Rows of integers that are made at a time: more would not stay in the cache of a core, and take memory
 _ROWS_OF_INTEGERS = 64
 
 
@@ -41,8 +41,17 @@ def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_
     stored = x.dtype if x.dtype in DTYPES else torch.float32
     y = torch.empty(len(x), out_features, dtype=stored)
     bias, x, dtype = None if bias is None else bias.to(stored), x.to(stored).contiguous(), x.dtype
-    (gemm.product(weight, x, y, bias, "int8") if rounded else product(weight, x, y, bias, PIECES[dtype]))()
+    if rounded:
+        gemm.product(weight, x, y, bias, "int8")()
+    else:
+        _exact_product(weight, x, y, bias, PIECES[dtype])
     return y.to(dtype)
+
+
+def _exact_product(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, pieces: int) -> None:
+    for start in range(0, len(x), _ROWS_OF_INTEGERS):
+        rows = slice(start, start + _ROWS_OF_INTEGERS)
+        product(weight, x[rows], y[rows], bias, pieces)()
 
 
 def _is_rounded(x: torch.Tensor, scheme: Scheme, exact: bool) -> bool:
@@ -59,9 +68,7 @@ def _integer_product(x, weight: Weight, scheme: Scheme, input_scale, input_zero)
     steps, scale, zero = quantize_input(x, scheme.activations, input_scale, input_zero)
     steps = steps.float() if zero is None else steps.float().sub_(zero)
     y = steps.new_empty(len(x), weight.out_features)
-    for start in range(0, len(x), _ROWS_OF_INTEGERS):
-        rows = slice(start, start + _ROWS_OF_INTEGERS)
-        product(weight, steps[rows], y[rows], None, 1)()
+    _exact_product(weight, steps, y, None, 1)
     return y.mul_(scale)
 
 

@@ -3,16 +3,19 @@
 import copy
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowbit.discovery import skeleton
 from lowbit.errors import UsageError
-from lowbit.generation.memory import BesideWeights, Load, beside_weights
 from lowbit.layers.size import bytes_in_memory
 from lowbit.options import LoadedOptions
 from lowbit.quantization.opened import Source
 from lowbit.quantization.plan import Plan, Step
+
+if TYPE_CHECKING:  # it imports what generates, which most plans do without
+    from lowbit.generation.memory import BesideWeights
 
 # What is foreseen where nothing is named, unless the model was made for less
 _CONTEXT = 4096
@@ -31,7 +34,7 @@ class Running:
     context: int
     batch: int
     kv_cache: str
-    beside: BesideWeights
+    beside: "BesideWeights"
 
     def __str__(self) -> str:
         cache, working = (f"{part:,}" for part in (self.beside.cache, self.beside.working))
@@ -75,6 +78,8 @@ def running(start: Source, asked: LoadedOptions, engine: str | None, trust_remot
         UsageError: A context that the model was not made for; an engine that runs the model dense.
         InputError: It cannot be told.
     """
+    from lowbit.generation.memory import Load, beside_weights
+
     if engine == "transformers":
         raise UsageError("transformers dequantizes the whole model at its first call: what runs there has no --fit")
     config = start.config
@@ -82,9 +87,8 @@ def running(start: Source, asked: LoadedOptions, engine: str | None, trust_remot
     context = asked.tokens or min(_CONTEXT, most or _CONTEXT)
     if most is not None and context > most:
         raise UsageError(f"the model was made for {most} tokens: --context {context} is more")
-    sizes: Counter[torch.dtype] = (
-        Counter()
-    )  # not the dtype of the config, which names that of the last model made of it
+    # not the dtype of the config, which names that of the last model made of it
+    sizes: Counter[torch.dtype] = Counter()
     for info in start.reader.tensors.values():
         sizes[info.dtype] += info.numel * info.dtype.is_floating_point
     dtype = max(sizes, key=lambda each: sizes[each])

@@ -13,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Dynam
 
 from lowbit.errors import InputError, UsageError
 from lowbit.generation import Decoder, Session, generate
-from lowbit.generation.notices import say_once
 from lowbit.generation.steps.graph import Eager
+from lowbit.generation.steps.notices import say_once
 from lowbit.transformers_api import cache_argument
 
 # architecture -> what its config needs: prompts are longer than the windows

@@ -10,10 +10,10 @@ from transformers import Cache, PreTrainedModel
 from lowbit.backends import native
 from lowbit.errors import first_line
 from lowbit.generation.kv_int8 import in_int8
-from lowbit.generation.notices import say_once
 from lowbit.generation.request import Request
 from lowbit.generation.steps.cache import filled_cache, room, static_cache, unusable
 from lowbit.generation.steps.graph import CudaGraphs, Eager, Graphs
+from lowbit.generation.steps.notices import say_once
 from lowbit.generation.steps.prefix import PrefixCache
 from lowbit.generation.steps.recording import Recordings
 from lowbit.generation.steps.step import Step
