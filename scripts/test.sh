@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format, types and tests: the one command of developers and of CI.
 #
-#   scripts/test.sh                                  all of it, in about nine minutes on two cores
+#   scripts/test.sh                                  all of it, in about eleven minutes on two cores
 #   scripts/test.sh --quick                          without the tests marked slow: about three minutes
 #   scripts/test.sh tests/numerics/test_grid.py -x   arguments go to pytest
 set -euo pipefail

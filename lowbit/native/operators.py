@@ -1,8 +1,9 @@
 """The operators of the native backend, differentiable, and what each number of rows is multiplied with.
 
 Few rows are multiplied by the packed weight as it is (linear.c). Many rows are rounded to 8 bits, in blocks of inputs,
-where the caller allows it (gemm.c). Exactly, the kernel of few rows multiplies them too, or a dense copy, made block by
-block, where that is faster. With integer activations the kernel multiplies int8 by int8 at every number of rows.
+where the caller allows it (gemm.c). Exactly, they are multiplied in dot products of bfloat16 where the processor has some
+(gemm.c), as few rows are elsewhere, or by a dense copy, made block by block, where that is faster. With integer
+activations the kernel multiplies int8 by int8 at every number of rows.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,8 @@ ROUNDED_ROWS = 32
 # From how many rows on a dense copy and torch's GEMM win, in the same benchmark: with AVX2 in float32, which takes two
 # integers for an input; in bf16 nowhere but where torch multiplies with AMX, which is a guess
 _DENSE_ROWS_FP32, _DENSE_ROWS_AMX = 64, 128
+# From how many rows on dot products of bfloat16 are faster than those of integers, in the same benchmark
+_BF16_ROWS = 64
 # Rows of integers that are made at a time: more would not stay in the cache of a core, and take memory
 _ROWS_OF_INTEGERS = 64
 
@@ -41,8 +44,8 @@ def _linear(x, codes, scales, zeros, input_scale, input_zero, bias, scheme, out_
     stored = x.dtype if x.dtype in DTYPES else torch.float32
     y = torch.empty(len(x), out_features, dtype=stored)
     bias, x, dtype = None if bias is None else bias.to(stored), x.to(stored).contiguous(), x.dtype
-    if rounded:
-        gemm.product(weight, x, y, bias, "int8")()
+    if rounded or _hardware_multiplies(x, scheme):
+        gemm.product(weight, x, y, bias, "int8" if rounded else "bf16")()
     else:
         _exact_product(weight, x, y, bias, PIECES[dtype])
     return y.to(dtype)
@@ -56,6 +59,11 @@ def _exact_product(weight: Weight, x: torch.Tensor, y: torch.Tensor, bias: torch
 
 def _is_rounded(x: torch.Tensor, scheme: Scheme, exact: bool) -> bool:
     return not exact and len(x) >= ROUNDED_ROWS and gemm.refuse(scheme, "int8", torch.float32) is None
+
+
+def _hardware_multiplies(x: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether exact inputs are multiplied in bfloat16, by a processor that has dot products of it."""
+    return len(x) >= _BF16_ROWS and library().level == "avx512bf16" and gemm.refuse(scheme, "bf16", x.dtype) is None
 
 
 def dense_is_faster(x: torch.Tensor) -> bool:
@@ -83,7 +91,10 @@ def replay(
     if parsed.activations is not None or not one_call:
         return None
     weight = weight_of_tensors(codes, scales, zeros, parsed, (out_features, x.shape[1]))
-    call = gemm.product(weight, x, y, bias, "int8") if rounded else product(weight, x, y, bias, PIECES[x.dtype])
+    if rounded or _hardware_multiplies(x, parsed):
+        call = gemm.product(weight, x, y, bias, "int8" if rounded else "bf16")
+    else:
+        call = product(weight, x, y, bias, PIECES[x.dtype])
     call.keeps += (codes, scales, zeros)
     return call
 

@@ -57,6 +57,18 @@ def test_many_rows_are_rounded_few_are_not(dtype):
     assert 1e-4 < (y - truth).norm() / truth.norm() < 1e-2  # rounded, and no more than that
 
 
+def test_many_exact_rows():
+    """Only y is rounded, whatever multiplies them: dot products of bfloat16, of integers, or a dense copy."""
+    scheme, shape = Scheme(4, 32, False), (37, 256)
+    qweight, x = random_quantized(scheme, *shape, torch.bfloat16), torch.randn(150, 256).bfloat16()
+    buffers, y = native.prepare(qweight), torch.empty(150, 37).bfloat16()
+    replay(y, x, *(buffers[name] for name in ("codes", "scales", "zeros")), None, None, None, scheme.name, 37)()
+    assert torch.equal(y, native.linear(x, buffers, scheme, shape))
+    truth = x.double() @ matrix(qweight).T
+    terms = x.double().abs() @ matrix(qweight).abs().T
+    assert ((y - truth).abs() <= 2**-8 * truth.abs() + 2**-14 * terms).all()
+
+
 def test_the_gradient_is_that_of_exact_inputs():
     scheme, shape = Scheme(4, 32), (37, 256)
     buffers, grad = native.prepare(random_quantized(scheme, *shape)), torch.randn(20, 37)
