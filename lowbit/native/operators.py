@@ -1,9 +1,9 @@
 """The operators of the native backend, differentiable, and what each number of rows is multiplied with.
 
 Few rows are multiplied by the packed weight as it is (linear.c). Many rows are rounded to 8 bits, in blocks of inputs,
-where the caller allows it (gemm.c). Exactly, they are multiplied in dot products of bfloat16 where the processor has some
-(gemm.c), as few rows are elsewhere, or by a dense copy, made block by block, where that is faster. With integer
-activations the kernel multiplies int8 by int8 at every number of rows.
+where the caller allows it (gemm.c). Exactly, they are multiplied in dot products of bfloat16 where the processor has
+some, as few rows are elsewhere, or by a dense copy, made block by block, where that is faster. With integer activations
+the kernel multiplies int8 by int8 at every number of rows.
 """
 
 from collections.abc import Callable
