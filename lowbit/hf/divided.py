@@ -10,7 +10,7 @@ from transformers import ConversionOps, PreTrainedModel, WeightConverter
 
 from lowbit.errors import UsageError
 from lowbit.formats import compressed_tensors as packed_format
-from lowbit.hf.packed import QuantizedSite, gives_packed
+from lowbit.hf.packed import QuantizedSite
 from lowbit.hf.shares import Share, Shares
 from lowbit.layers.experts import QuantizedExperts, packed_name
 from lowbit.layers.linear import LowbitLinear
@@ -52,11 +52,11 @@ class CutPacked(ConversionOps):
 
     def in_conversions(self, conversions: list) -> list:
         """Those by which packed tensors load, each with this operation at its end, and new ones for the tensors that
-        would load as they are."""
+        would load as they are. In transformers 5.17 a conversion of plain weights takes their packed tensors, too."""
         if not self._suffixes:
             return conversions
         for conversion in conversions:
-            if isinstance(conversion, WeightConverter) and gives_packed(conversion):
+            if isinstance(conversion, WeightConverter):
                 conversion.operations = [*conversion.operations, self]
         taken = {source for conversion in conversions for source in getattr(conversion, "source_patterns", ())}
         endings = {full.rpartition(".")[2] for full in self._suffixes}

@@ -38,11 +38,6 @@ def is_of_packed(conversion) -> bool:
     return original_sources(conversion)[0].endswith(_SUFFIXES)
 
 
-def gives_packed(conversion) -> bool:
-    """Whether packed tensors come out of a conversion, whatever it takes."""
-    return conversion.target_patterns[0].endswith(_SUFFIXES)
-
-
 class PackedNames:
     """What the quantized tensors of a model are called, and what its config says of them.
 
