@@ -19,6 +19,15 @@ INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
 }
 #endif
 
+#ifndef HAS_DOT_BYTES
+/* sums[l] + the four products of bytes in lane l */
+INLINE vector_s32 dot_bytes(vector_s32 sums, vector_u8 codes, vector_s8 x) {
+    for (int byte = 0; byte < 4; byte++)
+        sums += ((vector_s32)codes >> 8 * byte & 0xff) * ((vector_s32)x << (24 - 8 * byte) >> 24);
+    return sums;
+}
+#endif
+
 #ifndef HAS_DOT_U8S8
 /* Sums over 32 inputs, in each lane four of them at a time: from zero on, `dot_u8s8` for each of the eight parts, then
    `sums_of`. codes have `bits` bits, x is at least -127. */
@@ -34,9 +43,7 @@ INLINE int sums_for(int bits) {
 
 INLINE Partial dot_u8s8(Partial partial, vector_u8 codes, vector_s8 x, int bits) {
     (void)bits;
-    for (int byte = 0; byte < 4; byte++)
-        partial.sums += ((vector_s32)codes >> 8 * byte & 0xff) * ((vector_s32)x << (24 - 8 * byte) >> 24);
-    return partial;
+    return (Partial){dot_bytes(partial.sums, codes, x)};
 }
 
 INLINE vector_s32 sums_of(Partial partial, int bits) {

@@ -6,7 +6,6 @@
 
 #define HAS_FMA
 #define HAS_DOT_S16
-#define HAS_DOT_U8S8
 
 #if VECTOR == 64
 #define MM(NAME) _mm512_##NAME
@@ -33,24 +32,9 @@ INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
     return (vector_s32)DOTS(dpwssd)((register_int)sums, (register_int)a, (register_int)b);
 }
 
-typedef struct {
-    vector_s32 sums;
-} Partial;
-
-INLINE int sums_for(int bits) {
-    (void)bits;
-    return 1;
-}
-
-INLINE Partial dot_u8s8(Partial partial, vector_u8 codes, vector_s8 x, int bits) {
-    (void)bits;
-    partial.sums = (vector_s32)DOTS(dpbusd)((register_int)partial.sums, (register_int)codes, (register_int)x);
-    return partial;
-}
-
-INLINE vector_s32 sums_of(Partial partial, int bits) {
-    (void)bits;
-    return partial.sums;
+#define HAS_DOT_BYTES
+INLINE vector_s32 dot_bytes(vector_s32 sums, vector_u8 codes, vector_s8 x) {
+    return (vector_s32)DOTS(dpbusd)((register_int)sums, (register_int)codes, (register_int)x);
 }
 
 #define HAS_BYTES
@@ -58,12 +42,10 @@ INLINE int takes_bytes(int bits) { return bits <= 4; }
 
 /* A lower byte has no sign; codes are below 2^7 */
 INLINE vector_s32 dot_lower(vector_s32 sums, vector_u8 lower, vector_u8 codes) {
-    return (vector_s32)DOTS(dpbusd)((register_int)sums, (register_int)lower, (register_int)codes);
+    return dot_bytes(sums, lower, (vector_s8)codes);
 }
 
-INLINE vector_s32 dot_upper(vector_s32 sums, vector_u8 codes, vector_s8 upper) {
-    return (vector_s32)DOTS(dpbusd)((register_int)sums, (register_int)codes, (register_int)upper);
-}
+INLINE vector_s32 dot_upper(vector_s32 sums, vector_u8 codes, vector_s8 upper) { return dot_bytes(sums, codes, upper); }
 #else
 /* Keeps sums where they are: compilers would make all products of a loop that is unrolled first, in registers that they
    do not have, and add them later. */
@@ -75,6 +57,7 @@ INLINE vector_s32 dot_s16(vector_s32 sums, vector_s16 a, vector_s16 b) {
     return sums;
 }
 
+#define HAS_DOT_U8S8
 /* Without VNNI the products of four bits stay in 16 bits until `sums_of`, 16 * 15 * 127 < 2^15, and the upper four of
    eight have sums of their own. */
 typedef struct {
