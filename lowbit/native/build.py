@@ -123,9 +123,8 @@ def _cached(compiler: str) -> Library:
             logger.info("compiling the CPU kernels (once): %s", path)
         with tempfile.TemporaryDirectory(dir=folder) as private:
             made = _compile(compiler, Path(private))
-            loaded = _load(
-                made
-            )  # under a name of its own: of the one at `path`, what is loaded already would come back
+            # under a name of its own: of the one at `path`, what is loaded already would come back
+            loaded = _load(made)
             os.replace(made, path)  # whole or not at all, where folders cannot be locked
     return loaded
 

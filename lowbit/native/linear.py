@@ -29,7 +29,7 @@ def _width(in_features: int) -> int:
 
 
 def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
-    """The buffers of a weight in the layout of linear.c."""
+    """The buffers of a weight in the layout of packed.h."""
     qweight.require_natural_order("native")
     bits, (out_features, in_features) = _BITS[qweight.scheme.bits], qweight.codes.shape
     rows = constant("ROWS")
