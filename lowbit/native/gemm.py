@@ -1,8 +1,8 @@
 """Products of many rows with a packed weight, as gemm.c computes them: it is unpacked tile by tile, never whole.
 
 "int8" rounds the inputs to 8 bits, 32 of them to a scale, and sums exact integers; "bf16" multiplies bfloat16 inputs as
-they are. Backends run "int8" on many rows where `rounds` says that it pays, unless they are told to be exact; then "bf16"
-where the processor has dot products of it.
+they are. Backends run "int8" on many rows where `rounds` says that it pays, unless they are told to be exact: then they
+run "bf16" where the processor has dot products of it.
 """
 
 from collections.abc import Callable
