@@ -4,7 +4,7 @@ Models that have no static cache run in `model.generate`, with the same paramete
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -126,16 +126,28 @@ class Decoder:
             UsageError: For options and prompts that cannot be.
             InputError: If the logits are no numbers, or nothing runs the model as the decoder was asked to.
         """
+        request = self.request(input_ids, attention_mask, tokens, eos_token_id, prefill_chunk)
+        seed, on_token = in_step(self.model, tokens.seed, on_token)
+        return self._answer(replace(request, seed=seed), Answer(request.rows, request.settings.eos, on_token))
+
+    def request(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        tokens: TokenOptions,
+        eos_token_id: int | Sequence[int] | None = None,
+        prefill_chunk: int | None = PREFILL_CHUNK,
+    ) -> Request:
+        """What `generate` is asked for, checked. Raises UsageError."""
         if tokens.max_new_tokens < 1 or (prefill_chunk is not None and prefill_chunk < 1):
             raise UsageError("max_new_tokens and prefill_chunk are 1 or more")
         sampling = Sampling(**{each.name: getattr(tokens, each.name) for each in fields(Sampling)})
         prompt = checked_prompt(self.model, input_ids, attention_mask)
         settings = token_settings(self.model, sampling, eos_token_id)
-        seed, on_token = in_step(self.model, tokens.seed, on_token)
-        request = Request(prompt, settings, tokens.max_new_tokens, prefill_chunk, seed)
+        request = Request(prompt, settings, tokens.max_new_tokens, prefill_chunk, tokens.seed)
         if self.draft is not None and request.rows > 1:
             raise UsageError(f"drafts are checked for one prompt at a time: got {request.rows}")
-        return self._answer(request, Answer(request.rows, settings.eos, on_token))
+        return request
 
     def forget(self) -> None:
         """The next prompt is run from its start, whatever the cache holds."""
@@ -144,7 +156,7 @@ class Decoder:
     def _answer(self, request: Request, answer: Answer) -> Result:
         refusal = None
         try:
-            refusal = self._start(request, answer)
+            refusal = self.start(request, answer)
             if refusal is None:
                 self._decode(request, answer)
             else:
@@ -154,9 +166,11 @@ class Decoder:
             self.stats = answer.metrics.stats(request.mask, answer.lengths, path, why, inputs_of_model(self.model))
         return Result(answer.tokens(), answer.lengths, self.stats)
 
-    def _start(self, request: Request, answer: Answer) -> Refusal | None:
-        """Run the prompt, as far as the cache does not hold it, and pick the first token. Returns why the loop does not
-        run the model, or not this request."""
+    def start(
+        self, request: Request, answer: Answer, on_chunk: Callable[[int], None] = lambda positions: None
+    ) -> Refusal | None:
+        """Run the prompt, as far as the cache does not hold it, and pick the first token; `on_chunk` is called with the
+        positions of each chunk. Returns why the loop does not run the model, or not this request."""
         runner, eligibility = self.runner, self.eligibility
         if eligibility.refusal is not None:
             return eligibility.refusal
@@ -170,10 +184,17 @@ class Decoder:
             at_once = eligibility.encodes_by_length(request)
             if at_once and (refusal := eligibility.length_refusal(request)) is not None:
                 return refusal
-            self._prefill(request, answer, at_once, logits)
+            self._prefill(request, answer, at_once, logits, on_chunk)
         return eligibility.refusal
 
-    def _prefill(self, request: Request, answer: Answer, at_once: bool, logits: torch.Tensor | None) -> None:
+    def _prefill(
+        self,
+        request: Request,
+        answer: Answer,
+        at_once: bool,
+        logits: torch.Tensor | None,
+        on_chunk: Callable[[int], None],
+    ) -> None:
         """Run what is not in the cache of the prompt, and pick the first token.
 
         at_once: the prompt is run anew, as one chunk. logits: those after its first chunk, if that was just run.
@@ -188,7 +209,9 @@ class Decoder:
         if at_once:
             cache.forget()  # no other prompt is encoded as this one
         for begin in range(start, length, chunk):
-            logits = self.runner.prefill(request, begin, min(begin + chunk, length))
+            end = min(begin + chunk, length)
+            logits = self.runner.prefill(request, begin, end)
+            on_chunk(end - begin)
         assert logits is not None  # at least the last position was run
         self.runner.step.first(logits)
 

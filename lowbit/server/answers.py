@@ -1,14 +1,15 @@
-"""Answers of lowbit's own loop, one after the other in a thread of their own, as the server of transformers asks for
-them: text in a queue as it comes, or all of it at once."""
+"""Answers of lowbit's own loop, made in a thread of their own, as the server of transformers asks for them: text in a
+queue as it comes, or all of it at once."""
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from lowbit.errors import LowbitError, first_line
+from lowbit.generation.slots import End, Job, Scheduler, Slots
 from lowbit.generation.text import TextStream
 from lowbit.hf import check_vocabulary
 from lowbit.options import TokenOptions
@@ -54,7 +55,7 @@ class AnswerStream:
 
     def _enqueue(self, items: list) -> None:
         for item in items:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+            in_loop(self.loop, self.queue.put_nowait, item)
 
 
 class WholeAnswer:
@@ -105,12 +106,12 @@ def token_options(asked: Asked, config, prompt_tokens: int, limit: int | None, l
 
 
 class LoopAnswers:
-    """Answers of a `Session`, one at a time, in the order in which they are asked for."""
+    """Answers of a `Session`, in the order in which they are asked for: together in slots, or one at a time without."""
 
-    def __init__(self, session, limits: LimitOptions, prefill_chunk: int | None):
-        self.session, self.limits, self.prefill_chunk = session, limits, prefill_chunk
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lowbit-answers")
-        self.together = Together(session, self._thread.submit)
+    def __init__(self, session, limits: LimitOptions, prefill_chunk: int, slots: Slots | None = None):
+        self.session, self.limits, self.prefill_chunk, self.slots = session, limits, prefill_chunk, slots
+        self._scheduler = Scheduler(slots, prefill_chunk, "lowbit-answers")
+        self.together = Together(session, lambda alone: self._scheduler.submit(Job(alone)))
 
     def init_cb(self, model, gen_config) -> None:
         """Nothing is to be made ready."""
@@ -118,21 +119,23 @@ class LoopAnswers:
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         asked, ids, options = self._checked(inputs, gen_config)
         stream = AnswerStream(asked, self.session.tokenizer, asyncio.get_running_loop(), response_parser)
-
-        def run() -> None:
-            try:
-                self._run(asked, ids, options, stream.put)
-                stream.end()
-            except Exception as error:
-                stream.fail(error)
-
-        self._thread.submit(run)
+        self._submit(asked, ids, options, stream.put, lambda error: stream.fail(error) if error else stream.end())
         return stream.queue, stream
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         asked, ids, options = self._checked(inputs, gen_config)
         answer = WholeAnswer(asked, self.session.model, self.session.tokenizer)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._run, asked, ids, options, answer.put)
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        failure: list[Exception] = []
+
+        def end(error: Exception | None) -> None:
+            failure.extend([error] if error else [])
+            in_loop(loop, ended.set)
+
+        self._submit(asked, ids, options, answer.put, end)
+        await ended.wait()
+        if failure:
+            raise failure[0]
         text, made = answer.result()
         return text, ids.shape[1], made
 
@@ -140,11 +143,13 @@ class LoopAnswers:
         return True
 
     def stop(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for job in self._scheduler.close():
+            job.end(RequestError("the server ends", status=503))
 
     def end(self) -> None:
         """Once nothing runs any more. Raises what has ended the server, if anything did."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.stop()
+        self._scheduler.join()
         self.together.end()
         if self.together.lost is not None:
             raise self.together.lost
@@ -155,11 +160,25 @@ class LoopAnswers:
         check_vocabulary(self.session.model, ids)
         return asked, ids, options
 
-    def _run(self, asked: Asked, ids: torch.Tensor, options: TokenOptions, put: Callable[[int], bool]) -> None:
-        if asked.cancelled.is_set():  # while it waited
-            return
-        given: dict[str, Any] = vars(options)
-        self.together.generate(ids, lambda made: put(made[0]), **given, prefill_chunk=self.prefill_chunk)
+    def _submit(
+        self, asked: Asked, ids: torch.Tensor, options: TokenOptions, put: Callable[[int], bool], end: End
+    ) -> None:
+        """put(token) -> whether no more is wanted; end(what went wrong, if anything) once, at last."""
+
+        def on_token(made: list[int]) -> bool:
+            return put(made[0])
+
+        def alone() -> None:
+            self.together.generate(ids, on_token, **vars(options), prefill_chunk=self.prefill_chunk)
+
+        request = None if self.slots is None else self.slots.request(ids, options, self.prefill_chunk)
+        self._scheduler.submit(Job(alone, end, lambda: not asked.cancelled.is_set(), request, on_token))
+
+
+def in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: object) -> None:
+    """Call something in an event loop of another thread; nothing where the loop has ended, and with it who waits."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *args)
 
 
 class Processor:

@@ -9,12 +9,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from lowbit.errors import InputError
+from lowbit.generation.slots import refuse_slots
 from lowbit.generation.stream import Session
 from lowbit.options import BatchingOptions, LimitOptions
 from lowbit.server.asked import ASKED, Asked
 from lowbit.server.run import answers_of
 
-ONE_BY_ONE, TOGETHER = "one after the other", "continuous batching"
+ONE_BY_ONE, SLOTS, TOGETHER = "one after the other", "slots", "continuous batching"
 _TOKENS_IN_A_PASS = 512
 
 
@@ -47,33 +48,39 @@ def measure(
     prompt_tokens: int,
     new_tokens: int,
     on_rate: Callable[[Rate], None] = lambda rate: None,
-) -> tuple[list[Rate], str | None]:
-    """The rates of a loaded model for each number of requests, answered one after the other and batched.
+) -> tuple[list[Rate], dict[str, str]]:
+    """The rates of a loaded model for each number of requests: answered one after the other, in slots, and batched by
+    transformers.
 
     Args:
         prompt_tokens, new_tokens: Of each request; each has another prompt.
         on_rate: Called with each rate.
 
     Returns:
-        The rates, and why the model is not batched, None if it is.
+        The rates, and the ways in which the model is not run, with the reason.
     """
-    session, rates = Session(model, _Letters()), []
+    session, rates, left_out = Session(model, _Letters()), [], {}
     blocks = -(-max(requests) * (prompt_tokens + new_tokens) // 32) + max(requests)  # of 32 tokens, or more
     for how, batching in {
-        ONE_BY_ONE: BatchingOptions(),
-        TOGETHER: BatchingOptions(True, cb_num_blocks=blocks, cb_max_batch_tokens=_TOKENS_IN_A_PASS),
+        ONE_BY_ONE: BatchingOptions(slots=0),
+        SLOTS: BatchingOptions(),
+        TOGETHER: BatchingOptions(continuous_batching=True, cb_num_blocks=blocks, cb_max_batch_tokens=_TOKENS_IN_A_PASS),
     }.items():
         try:
+            if how == SLOTS and (reason := refuse_slots(session.decoder)) is not None:
+                raise InputError(reason)
             answers = answers_of(session, LimitOptions(), batching, _TOKENS_IN_A_PASS)
         except InputError as error:
-            return rates, str(error)
-        asyncio.run(_seconds(answers, model, 1, prompt_tokens, min(new_tokens, 4)))  # what is made once
-        for count in requests:
+            left_out[how] = str(error)
+            continue
+        for count in requests:  # first what is made once, for so many
+            asyncio.run(_seconds(answers, model, count, prompt_tokens, min(new_tokens, 4)))
             took = asyncio.run(_seconds(answers, model, count, prompt_tokens, new_tokens))
             rates.append(Rate(how, count, count * new_tokens / took, took))
             on_rate(rates[-1])
         answers.stop()
-    return rates, None
+        answers.end()
+    return rates, left_out
 
 
 async def _seconds(answers, model: PreTrainedModel, requests: int, prompt_tokens: int, new_tokens: int) -> float:

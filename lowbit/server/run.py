@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowbit.errors import InputError, UsageError
+from lowbit.generation.steps.notices import say_once
 from lowbit.options.serving import BatchingOptions, LimitOptions, ListenOptions
 from lowbit.server.guard import Door, Guard, answer_errors
+from lowbit.system.memory import available_memory
 
 KEY_VARIABLE = "LOWBIT_API_KEY"
+_TOKENS_IN_SLOTS = 65_536  # of all slots together, where no option says how long a request may be
 _SECONDS_TO_END = 60  # for what runs when the server is told to leave
 _PAGE = Path(__file__).parents[1] / "assets" / "chat.html"
 
@@ -64,15 +67,40 @@ def url(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def answers_of(session, limits: LimitOptions, batching: BatchingOptions, prefill_chunk: int | None):
-    """Who makes the answers of a session."""
+def answers_of(session, limits: LimitOptions, batching: BatchingOptions, prefill_chunk: int):
+    """Who makes the answers of a session. Raises InputError for slots that do not fit into the memory."""
     if batching.continuous_batching:
         from lowbit.server.batched import BatchedAnswers
 
         return BatchedAnswers(session, limits, batching)
     from lowbit.server.answers import LoopAnswers
 
-    return LoopAnswers(session, limits, prefill_chunk)
+    return LoopAnswers(session, limits, prefill_chunk, _slots_of(session, limits, batching.slots))
+
+
+def _slots_of(session, limits: LimitOptions, count: int):
+    """Slots of --context tokens, or of as many as leave the keys and values of all slots in bounds; None where requests
+    do not share steps, which is said."""
+    from lowbit.generation.slots import Slots, refuse_slots
+
+    if not count:
+        return None
+    if (reason := refuse_slots(session.decoder)) is not None:
+        say_once(f"answers are made one after the other: {reason}", logging.WARNING)
+        return None
+    bounds = [limits.context or _TOKENS_IN_SLOTS // count, session.context_length]
+    slots = Slots(session.decoder, count, min(each for each in bounds if each is not None))
+    free = available_memory()
+    if slots.bytes > free:
+        raise InputError(
+            f"{count} slots of {slots.tokens} tokens take {slots.bytes / 1e9:.1f} GB of keys and values, and "
+            f"{free / 1e9:.1f} GB are free: lower --slots, or --context"
+        )
+    say_once(
+        f"up to {count} requests share steps, of {slots.tokens} tokens each at most, those that are longer run alone; "
+        f"keys and values take {slots.bytes / 1e9:.2f} GB once they are all used"
+    )
+    return slots
 
 
 def application(session, answers, name: str, listen: ListenOptions, limits: LimitOptions, door: Door):

@@ -58,7 +58,7 @@ class RunsOptions:
         "What else is measured: unquantized, bitsandbytes, torchao, gptqmodel, or none.",
     )
     concurrency: str | None = option(
-        None, "Measure `lowbit serve` instead, with so many requests at once, batched and not: 1,4,16."
+        None, "Measure `lowbit serve` instead, with so many requests at once, in each of its ways: 1,4,16."
     )
 
 
@@ -158,13 +158,13 @@ def _served(measured, requests: tuple[int, ...], runs: RunsOptions, facts: dict,
         say(f"loading {side.name}")
         model = side.load()
         model.generation_config.eos_token_id = None
-        rates, why = measure(
+        rates, left_out = measure(
             model, requests, runs.prompt_tokens, runs.new_tokens,
             lambda rate: say(f"{rate.how}, {rate.requests} at once: {rate.tokens_per_second:.1f} tokens/s"),
         )  # fmt: skip
     return {
         "facts": facts, "model": measured.describes, "weights": side.origin, "prompt_tokens": runs.prompt_tokens,
-        "new_tokens": runs.new_tokens, "rates": [rate.as_dict() for rate in rates], "not_batched": why,
+        "new_tokens": runs.new_tokens, "rates": [rate.as_dict() for rate in rates], "left_out": left_out,
     }  # fmt: skip
 
 
@@ -180,8 +180,8 @@ def _show_rates(result: dict) -> None:
             f"{rate['tokens_per_second'] / first:.2f}x",
         )  # fmt: skip
     console.print(rates)
-    if result["not_batched"]:
-        console.print(f"not batched: {result['not_batched']}")
+    for how, reason in result["left_out"].items():
+        console.print(f"not measured: {how}: {reason}")
 
 
 def _device(device_map: str | None) -> str:
