@@ -71,7 +71,8 @@ class Served:
 
 @contextmanager
 def serving(session, *, key=None, listen=None, limits=None, batching=None) -> Iterator[Served]:
-    listen, limits, batching = listen or ListenOptions(), limits or LimitOptions(), batching or BatchingOptions()
+    listen, limits = listen or ListenOptions(), limits or LimitOptions()
+    batching = batching or BatchingOptions(slots=0 if isinstance(session, Scripted) else 4)
     answers, ready = answers_of(session, limits, batching, prefill_chunk=64), threading.Event()
     level = logging.getLogger("uvicorn.error").level
     with bind("127.0.0.1", 0, key) as bound:

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from lowbit.errors import InputError
+from lowbit.generation.loop import PREFILL_CHUNK
 from lowbit.generation.slots import refuse_slots
 from lowbit.generation.stream import Session
 from lowbit.options import BatchingOptions, LimitOptions
@@ -69,7 +70,7 @@ def measure(
         try:
             if how == SLOTS and (reason := refuse_slots(session.decoder)) is not None:
                 raise InputError(reason)
-            answers = answers_of(session, LimitOptions(), batching, _TOKENS_IN_A_PASS)
+            answers = answers_of(session, LimitOptions(), batching, PREFILL_CHUNK)
         except InputError as error:
             left_out[how] = str(error)
             continue

@@ -84,7 +84,7 @@ def test_a_model_whose_answers_would_be_others_is_refused(session, monkeypatch):
 
 
 def test_a_request_beyond_the_paged_cache_is_refused(folder):
-    small = BatchingOptions(True, cb_block_size=32, cb_num_blocks=2)
+    small = BatchingOptions(continuous_batching=True, cb_block_size=32, cb_num_blocks=2)
     with serving(open_session(folder), batching=small) as served:
         assert served.complete(max_tokens=80).error["code"] == "context_length_exceeded"
 

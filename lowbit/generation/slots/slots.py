@@ -184,9 +184,10 @@ class Slots:
         if self._laid_out is not step:
             self._lay_out(step)
         fed = [row.token for row in self.rows] + [0] * (len(step.tokens) - len(self.rows))
-        step.feed(torch.tensor(fed, device=step.inputs.device)[:, None])
+        step.inputs.copy_(torch.tensor(fed)[:, None])
         step.filled = self.columns.end
         replay()
+        step.positions += 1
         self.columns.end += 1
         for row in self.rows:
             row.length += 1
@@ -287,9 +288,8 @@ class Slots:
 
     def _lay_out(self, step: SlotStep) -> None:
         """Tell a step which columns are whose. Rows of nobody see what they are fed themselves."""
-        starts, before = torch.full(step.tokens.shape, self.columns.end), torch.full(step.tokens.shape, -1)
-        for at, row in enumerate(self.rows):
-            starts[at], before[at] = self.columns.end - row.length, row.length - 1
-        step.mask.copy_(torch.arange(step.length) >= starts[:, None])
-        step.positions.copy_(before[:, None])
+        lengths = torch.zeros(len(step.tokens), 1, dtype=torch.long)
+        lengths[: len(self.rows), 0] = torch.tensor([row.length for row in self.rows])
+        step.mask.copy_(torch.arange(step.length) >= self.columns.end - lengths)
+        step.positions.copy_(lengths)
         self._laid_out = step
