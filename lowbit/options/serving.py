@@ -38,9 +38,7 @@ class BatchingOptions:
         16, "Requests that share the steps of lowbit's loop, each of which joins and leaves between two; 0: none do.",
         least=0,
     )  # fmt: skip
-    continuous_batching: bool = option(
-        False, "Run requests together in transformers' continuous batching instead."
-    )
+    continuous_batching: bool = option(False, "Run requests together in transformers' continuous batching instead.")
     cb_block_size: int | None = option(None, "Tokens in a block of its paged cache.", least=1)
     cb_num_blocks: int | None = option(
         None, "Blocks of its paged cache (default: for 65,536 tokens on a CPU, most of the memory on a GPU).", least=1

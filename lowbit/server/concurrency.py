@@ -65,11 +65,13 @@ def measure(
     for how, batching in {
         ONE_BY_ONE: BatchingOptions(slots=0),
         SLOTS: BatchingOptions(),
-        TOGETHER: BatchingOptions(continuous_batching=True, cb_num_blocks=blocks, cb_max_batch_tokens=_TOKENS_IN_A_PASS),
+        TOGETHER: BatchingOptions(
+            continuous_batching=True, cb_num_blocks=blocks, cb_max_batch_tokens=_TOKENS_IN_A_PASS
+        ),
     }.items():
         try:
-            if how == SLOTS and (reason := refuse_slots(session.decoder)) is not None:
-                raise InputError(reason)
+            if how == SLOTS and (refusal := refuse_slots(session.decoder)) is not None:
+                raise InputError(refusal.reason)
             answers = answers_of(session, LimitOptions(), batching, PREFILL_CHUNK)
         except InputError as error:
             left_out[how] = str(error)

@@ -85,8 +85,9 @@ def _slots_of(session, limits: LimitOptions, count: int):
 
     if not count:
         return None
-    if (reason := refuse_slots(session.decoder)) is not None:
-        say_once(f"answers are made one after the other: {reason}", logging.WARNING)
+    if (refusal := refuse_slots(session.decoder)) is not None:
+        level = logging.INFO if refusal.by_nature else logging.WARNING
+        say_once(f"answers are made one after the other: {refusal.reason}", level)
         return None
     bounds = [limits.context or _TOKENS_IN_SLOTS // count, session.context_length]
     slots = Slots(session.decoder, count, min(each for each in bounds if each is not None))

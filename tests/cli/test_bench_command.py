@@ -131,16 +131,16 @@ def test_interrupted(tmp_path):
 
 
 def test_requests_at_once(cli, quantized, tmp_path):
-    """Both ways of serving, each with every number of requests."""
+    """All ways of serving, each with every number of requests."""
     arguments = ("--concurrency", "1,3", "--prompt-tokens", "6", "--new-tokens", "4")
     done = cli("bench", quantized, *arguments, "--out", tmp_path / "result.json")
     assert done.code == 0, done.err
     result = json.loads((tmp_path / "result.json").read_text())
     ways = [(rate["how"], rate["requests"]) for rate in result["rates"]]
-    assert ways == [(how, n) for how in ("one after the other", "continuous batching") for n in (1, 3)]
+    assert ways == [(how, n) for how in ("one after the other", "slots", "continuous batching") for n in (1, 3)]
     for rate in result["rates"]:
         made = rate["requests"] * result["new_tokens"]
-        assert rate["tokens_per_second"] * rate["seconds"] == pytest.approx(made) and result["not_batched"] is None
+        assert rate["tokens_per_second"] * rate["seconds"] == pytest.approx(made) and result["left_out"] == {}
     assert "3, continuous batching" in done.out and "1.00x" in done.out
 
 
@@ -150,4 +150,6 @@ def test_requests_at_once_of_a_model_that_is_not_batched(cli, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "no_repeat_ngram_size": 2}))
     done = cli("bench", tmp_path / "m", "--concurrency", "1", "--prompt-tokens", "6", "--new-tokens", "4", "--json")
     assert done.code == 0, done.err
-    assert "no_repeat_ngram_size" in json.loads(done.out)["not_batched"]
+    left_out = json.loads(done.out)["left_out"]
+    assert set(left_out) == {"slots", "continuous batching"}
+    assert all("no_repeat_ngram_size" in reason for reason in left_out.values())

@@ -8,7 +8,7 @@ from folders import save_tokenizer
 from models import tiny_model
 from served import LONG, NAME, Scripted, serving
 
-from lowbit.options import LimitOptions
+from lowbit.options import BatchingOptions, LimitOptions
 
 MESSAGES = [{"role": "user", "content": "the dog sleeps"}]
 
@@ -123,10 +123,40 @@ def test_ten_clients_at_once_get_their_own_answers(served, expected):
         assert list(pool.map(ask, prompts)) == texts
 
 
+def test_many_at_once_are_as_each_alone(session, expected):
+    """Of different lengths, sampled with seeds, while one goes on that takes minutes: more than there are slots."""
+    limits = LimitOptions(max_tokens=LONG, context=LONG, max_requests=40)
+    ways = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.0, "top_p": 0.5},
+    ]
+
+    def ask(number: int) -> tuple[str, int]:
+        given = {"prompt": f"the quick brown fox {number} " * (1 + number % 4), "max_tokens": 3 + 5 * (number % 5)}
+        with served.client() as client:
+            made = client.completions.create(model=NAME, seed=number, **given, **ways[number % 4])
+            return made.choices[0].text, made.usage.completion_tokens
+
+    with serving(session, limits=limits, batching=BatchingOptions(slots=5)) as served, served.client() as client:
+        endless = client.completions.create(model=NAME, prompt="the quick", max_tokens=LONG - 100, stream=True)
+        next(iter(endless))
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(ask, range(20)))
+        next(iter(endless))  # it has gone on
+        endless.close()
+    for number, (text, tokens) in enumerate(answers):
+        prompt, new = f"the quick brown fox {number} " * (1 + number % 4), 3 + 5 * (number % 5)
+        assert text == expected(prompt, new, seed=number, **ways[number % 4])[0] and tokens == new
+
+
+@pytest.mark.parametrize("context", [LONG, None], ids=["in a slot", "alone"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_nobody_waits_for_ends(session, stream):
-    """It would go on for minutes; the next one comes at once."""
-    with serving(session, limits=LimitOptions(max_tokens=LONG)) as served, served.client() as client:
+def test_an_answer_nobody_waits_for_ends(session, stream, context):
+    """It would go on for minutes; one that has to be alone comes at once."""
+    limits = LimitOptions(max_tokens=LONG, context=context)
+    with serving(session, limits=limits, batching=BatchingOptions(slots=1)) as served, served.client() as client:
         how = {"model": NAME, "prompt": "the quick", "max_tokens": LONG - 100, "stream": stream}
         if stream:
             chunks = client.completions.create(**how)

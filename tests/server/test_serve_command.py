@@ -121,9 +121,10 @@ def test_a_second_signal_does_not_wait(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_client_that_is_killed_leaves_the_server_alive(folder, tmp_path):
-    """And its answer stops: the next one does not wait for it."""
-    with started(tmp_path / "s", folder, "--max-tokens", LONG) as server:
+@pytest.mark.parametrize("sizes", [("--slots", 1, "--context", LONG), ("--slots", 0)], ids=["in a slot", "alone"])
+def test_a_client_that_is_killed_leaves_the_server_alive(folder, sizes, tmp_path):
+    """And its answer stops: the next one, which has to be alone, does not wait for it."""
+    with started(tmp_path / "s", folder, "--max-tokens", LONG, *sizes) as server:
         client = start(_reader, server.address, tmp_path / "reads")
         until((tmp_path / "reads").exists, server)
         client.kill()

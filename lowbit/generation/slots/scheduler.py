@@ -13,8 +13,8 @@ from lowbit.generation.slots.slots import End, Slots
 class Job:
     """What is to be run.
 
-    alone: runs it, to its end. end: called once it is over, with what went wrong, if anything did. wanted: asked when its
-    turn comes; what nobody wants any more is over then.
+    alone: runs it, to its end. end: called once it is over, with what went wrong, if anything did. wanted: asked when
+    its turn comes; what nobody wants any more is over then.
     request, on_token: what a slot takes, for what may be in one.
     """
 

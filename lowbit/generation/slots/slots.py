@@ -7,6 +7,7 @@ import torch
 
 from lowbit.errors import LowbitError
 from lowbit.generation.answer import Answer
+from lowbit.generation.eligibility import Refusal
 from lowbit.generation.loop import Decoder
 from lowbit.generation.request import Request
 from lowbit.generation.sampling import Sampling, pick
@@ -24,7 +25,7 @@ _MULTIPLE = room(1)
 _WASTE = 2
 
 
-def refuse_slots(decoder: Decoder) -> str | None:
+def refuse_slots(decoder: Decoder) -> Refusal | None:
     """Why a decoder has no slots, None if it can have some. A few tokens are generated to find out."""
     runner = decoder.runner
     for reason, holds in {
@@ -32,17 +33,18 @@ def refuse_slots(decoder: Decoder) -> str | None:
         "several processes share the model": ranks_of(decoder.model) is not None,
         "keys and values in 8 bits are scaled for one request at a time": runner.int8_cache,
         "steps that are compiled are those of one request": runner.compile,
-        "steps are neither recorded nor captured here": isinstance(runner.graphs, Eager),
     }.items():
         if holds:
-            return reason
+            return Refusal(reason, by_nature=True)
+    if isinstance(runner.graphs, Eager):
+        return Refusal("steps are neither recorded nor captured here")
     try:
         decoder.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=2, eos_token_id=())
     except LowbitError as error:
-        return str(error)
+        return Refusal(str(error))
     decoder.forget()
     stats = decoder.stats
-    return None if stats.path == runner.graphs.path else stats.why or f"it runs in the {stats.path}"
+    return None if stats.path == runner.graphs.path else Refusal(stats.why or f"it runs in the {stats.path}")
 
 
 class SlotStep(Step):
@@ -88,8 +90,8 @@ class _Row:
 
 class Slots:
     """Requests that join and leave between steps. Prompts are run as `Decoder` runs them, one at a time, and what they
-    leave in its cache is copied into a row of another; the first rows are the taken ones. A step is recorded or captured
-    for 1, 2, 4, 8, ... rows, with what its first rows are.
+    leave in its cache is copied into a row of another one, whose first rows are those that are taken. Steps are recorded
+    or captured for the first 1, 2, 4, 8, ... rows.
 
     Everything is called from one thread. No call raises what a request did: its `end` is told.
 
