@@ -129,3 +129,20 @@ def taken_core() -> str:
         rows.append([row["case"], f"{row['tokens_per_second']:.1f} ({low:.1f} to {high:.1f})"])
     header = [f"{data['shapes']} shapes, {data['layers']} layers, {data['threads']} threads", "decode tokens/s"]
     return markdown(header, rows) + source(data, "taken_core")
+
+
+def concurrency() -> str:
+    data = result("concurrency")
+    speeds = {(row["how"], row["requests"]): row["tokens_per_second"] for row in data["rates"]}
+    requests = sorted({number for _, number in speeds})
+    rows = []
+    for how in dict.fromkeys(how for how, _ in speeds):
+        alone = speeds[how, 1]
+        shown = [f"{speeds[how, number]:.1f} ({speeds[how, number] / alone:.2f}x)" for number in requests[1:]]
+        rows.append([how, f"{alone:.1f}", *shown])
+    header = [f"tokens/s, {data['shapes']} shapes, {data['layers']} layers", *(f"{n} at once" for n in requests)]
+    what = (
+        f"\n\n{data['weights']}; {data['prompt_tokens']} prompt tokens and {data['new_tokens']} new ones each; "
+        "in brackets: of one alone in the same way."
+    )
+    return markdown(header, rows) + what + source(data, "concurrency")

@@ -6,6 +6,7 @@
    values are rounded to that, as in torch's own kernel: the tokens of a model are to be the same with either. */
 
 #include <math.h>
+#include <string.h>
 
 #include "numbers.h"
 
@@ -24,6 +25,16 @@ static void widen(const void *from, int dtype, int64_t first, int64_t count, flo
 
 INLINE int64_t row_of(const Strided *rows, int64_t batch, int64_t head, int64_t token) {
     return batch * rows->batch + head * rows->head + token * rows->token;
+}
+
+/* Which of the keys [start, end) are seen by somebody */
+INLINE void add_seen(const uint8_t *seen, int64_t start, int64_t end, int64_t stride, uint8_t *any) {
+    if (!seen)
+        memset(any, 1, (size_t)(end - start));
+    else if (stride == 1)
+        for (int64_t k = start; k < end; k++) any[k - start] |= seen[k];
+    else
+        for (int64_t k = start; k < end; k++) any[k - start] |= seen[k * stride];
 }
 
 /* `count` queries, from number `first` of those that share key head `head` of `batch` */
@@ -46,15 +57,18 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
     }
     for (int64_t start = 0; start < a->keys; start += BLOCK) {
         const int64_t end = smaller(start + BLOCK, a->keys);
-        const int64_t width = ceil_div(end - start, WIDTH) * WIDTH;
-        uint8_t any[BLOCK] = {0}, block = 0;
+        uint8_t any[BLOCK] = {0};
+        for (int q = 0; q < count; q++) add_seen(seen[q], start, end, a->last, any);
+        int64_t low = 0, high = end - start; /* whole vectors, before and behind which nothing is seen */
+        while (high > 0 && !any[high - 1]) high--;
+        if (!high) continue;
+        while (!any[low]) low++;
+        low -= low % WIDTH, high = ceil_div(high, WIDTH) * WIDTH;
         for (int q = 0; q < count; q++)
-            for (int64_t k = 0; k < width; k++) {
-                const uint8_t sees = start + k < end && (!seen[q] || seen[q][(start + k) * a->last]);
-                any[k] |= sees, block |= sees;
+            for (int64_t k = low; k < high; k++) {
+                const int sees = start + k < end && (!seen[q] || seen[q][(start + k) * a->last]);
                 scores[q].of[k] = sees ? 0 : -INFINITY;
             }
-        if (!block) continue;
         for (int64_t k = start; k < end; k++) {
             if (!any[k - start]) continue;
             widen(a->key.data, (int)a->dtype, row_of(&a->key, batch, head, k), a->head_dim, wide);
@@ -66,20 +80,20 @@ static void attend(const Attention *a, int64_t batch, int64_t head, int64_t firs
         }
         for (int q = 0; q < count; q++) {
             float most = largest[q]; /* NaN, once there is one */
-            for (int64_t k = 0; k < width; k++) {
+            for (int64_t k = low; k < high; k++) {
                 const float score = scores[q].of[k];
                 most = score > most || score != score ? score : most;
             }
             if (most == -INFINITY) { /* nothing is seen yet */
-                for (int64_t k = 0; k < width; k++) scores[q].of[k] = 0;
+                for (int64_t k = low; k < high; k++) scores[q].of[k] = 0;
                 continue;
             }
             const float before = largest[q] == -INFINITY ? 0 : expf(largest[q] - most);
             floats sums = {0};
-            for (int64_t v = 0; v < width / WIDTH; v++)
+            for (int64_t v = low / WIDTH; v < high / WIDTH; v++)
                 sums += scores[q].vectors[v] = exponential(scores[q].vectors[v] - most);
             if (a->dtype == BFLOAT16)
-                for (int64_t k = 0; k < width; k++) scores[q].of[k] = of_bits((uint32_t)to_bfloat16(scores[q].of[k]) << 16);
+                for (int64_t k = low; k < high; k++) scores[q].of[k] = of_bits((uint32_t)to_bfloat16(scores[q].of[k]) << 16);
             weights[q] = weights[q] * before + sum_of(sums);
             for (int64_t v = 0; v < value_vectors; v++) total[q][v] *= before;
             largest[q] = most;
