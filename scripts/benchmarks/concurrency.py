@@ -3,10 +3,10 @@ batching of transformers.
 
     python scripts/benchmarks/concurrency.py [--layers 4] [--tokens 32] [--prompt 32] [--repeats 3] [--profile FOLDER]
 
-Random weights in the shapes of Llama 3.2 1B, of so many of its layers; what `lowbit bench --shapes llama-3.2-1b --layers
-4 --concurrency 1,4,16` measures, several times, of which the medians are kept. Run it on an otherwise idle machine; it
-writes results/concurrency.json. --profile writes no result, but where the time of 16 requests went, by cProfile in all
-threads: a table for each way, by the function's own time.
+Random weights in the shapes of Llama 3.2 1B, of so many of its layers; what
+`lowbit bench --shapes llama-3.2-1b --layers 4 --concurrency 1,4,16` measures, several times, of which the medians are
+kept. Run it on an otherwise idle machine; it writes results/concurrency.json. --profile writes no result, but where the
+time of 16 requests went, by cProfile in all threads: a table for each way, by the function's own time.
 """
 
 import argparse

@@ -163,10 +163,11 @@ def test_one_that_is_as_long_as_a_slot(slots, alone):
     assert not slots.takes(request)
 
 
-def test_a_row_without_numbers_fails_alone():
+@pytest.mark.parametrize("graphs", [None, Tapes()], ids=["recorded", "captured"])
+def test_a_row_without_numbers_fails_alone(graphs):
     """An embedding that is NaN: in a prompt, and in the middle of an answer."""
     model = tiny_model(max_position_embeddings=512, tie_word_embeddings=False)
-    alone, slots = Decoder(model, graphs=Eager()), Slots(usable(Decoder(model)), 4, 256)
+    alone, slots = Decoder(model, graphs=Eager()), Slots(usable(Decoder(model, graphs=graphs)), 4, 256)
     healthy = [asked(12, 60, number) for number in range(3)]
     expected = [each.alone(alone) for each in healthy]
     sick = next(each for each in (asked(6, 20, number) for number in range(100)) if bad_token(each, alone, expected))

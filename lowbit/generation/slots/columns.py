@@ -15,8 +15,8 @@ NO_SETTINGS = TokenSettings(Sampling(), eos=(), pad=0)  # of steps whose tokens 
 
 
 class Columns:
-    """A static cache in which a row of n positions has them in the columns [end - n, end): as a batch lies that is padded
-    on the left, for which steps are made, masked, recorded and captured already.
+    """A static cache in which a row of n positions has them in the columns [end - n, end): as a batch lies that is
+    padded on the left, for which steps are made, masked, recorded and captured already.
 
     length: columns that are allocated. end: the one to which the next step writes.
     """

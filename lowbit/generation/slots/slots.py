@@ -90,8 +90,8 @@ class _Row:
 
 class Slots:
     """Requests that join and leave between steps. Prompts are run as `Decoder` runs them, one at a time, and what they
-    leave in its cache is copied into a row of another one, whose first rows are those that are taken. Steps are recorded
-    or captured for the first 1, 2, 4, 8, ... rows.
+    leave in its cache is copied into a row of another one, whose first rows are those that are taken. Steps are
+    recorded or captured for the first 1, 2, 4, 8, ... rows.
 
     Everything is called from one thread. No call raises what a request did: its `end` is told.
 
@@ -155,12 +155,14 @@ class Slots:
             generator.set_state(step.generator.get_state())
             seen = None if step.seen is None else step.seen.clone()
             row = _Row(request, answer, end, generator, seen, request.prompt_length)
-            if row.take(step.tokens.tolist()[0]):
-                self._finish(row, None)
-                return
-            self._place(row)
+            over = row.take(step.tokens.tolist()[0])
+            if not over:
+                self._place(row)
         except Exception as error:
             end(error)
+        else:
+            if over:
+                self._finish(row, None)
 
     @torch.inference_mode()
     def step(self) -> None:
