@@ -1,5 +1,6 @@
 """Picking the next token: transformers' processors, in its order, without a look at any value on the host."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +70,25 @@ def scores(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None =
     return logits
 
 
-def pick(logits: torch.Tensor, sampling: Sampling, seen, generator: torch.Generator | None) -> torch.Tensor:
-    """logits [B, V] float32 -> tokens [B], NO_TOKEN where the logits of a row are no numbers."""
+def pick(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    seen: torch.Tensor | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> torch.Tensor:
+    """logits [B, V] float32 -> tokens [B], NO_TOKEN where the logits of a row are no numbers. generator: one for all,
+    or one for each row, which then gets what it would get alone."""
     filtered = scores(logits, sampling, seen)
     if sampling.greedy:
         tokens = filtered.argmax(-1)
     else:
         # what torch.multinomial does for one draw, less its check, for which the host would wait
         probabilities = filtered.softmax(-1)
-        tokens = (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
+        noise = torch.empty_like(probabilities)
+        if isinstance(generator, Sequence):
+            for row, own in zip(noise, generator, strict=True):
+                row.exponential_(generator=own)
+        else:
+            noise.exponential_(generator=generator)
+        tokens = (probabilities / noise).argmax(-1)
     return tokens.where(logits.amax(-1).isfinite(), NO_TOKEN)

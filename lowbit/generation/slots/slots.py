@@ -73,15 +73,6 @@ class _Row:
     def sampling(self) -> Sampling:
         return self.request.settings.sampling
 
-    def pick(self, likeliest: int, scores: torch.Tensor) -> int:
-        """The next token, as `Step` picks it for one request. scores: [1, V]."""
-        if self.sampling.greedy and self.seen is None:
-            return likeliest
-        token = int(pick(scores, self.sampling, self.seen, self.generator))
-        if self.seen is not None:
-            self.seen[0, max(token, 0)] = True
-        return token
-
     def take(self, token: int) -> bool:
         """Returns whether that was its last."""
         self.token = token
@@ -195,8 +186,24 @@ class Slots:
         self.columns.end += 1
         for row in self.rows:
             row.length += 1
-        likeliest = step.tokens.tolist()
-        return [row.pick(likeliest[at], step.scores[at : at + 1]) for at, row in enumerate(self.rows)]
+        return self._pick(step.tokens.tolist(), step.scores)
+
+    def _pick(self, likeliest: list[int], scores: torch.Tensor) -> list[int]:
+        """The next token of each row, as `Step` picks it for one request: rows that sample alike at once. scores: [B, V].
+        likeliest: where they are largest."""
+        alike: dict[Sampling, list[int]] = {}
+        for at, row in enumerate(self.rows):
+            if row.sampling != Sampling():
+                alike.setdefault(row.sampling, []).append(at)
+        for sampling, places in alike.items():
+            rows = [self.rows[at] for at in places]
+            seen = [row.seen for row in rows if row.seen is not None]
+            tokens = pick(scores[places], sampling, torch.cat(seen) if seen else None, [row.generator for row in rows])
+            for at, row, token in zip(places, rows, tokens.tolist(), strict=True):
+                likeliest[at] = token
+                if row.seen is not None:
+                    row.seen[0, max(token, 0)] = True
+        return likeliest[: len(self.rows)]
 
     def _place(self, row: _Row) -> None:
         """Behind the taken rows, with what the cache of the decoder holds of it."""
