@@ -189,8 +189,8 @@ class Slots:
         return self._pick(step.tokens.tolist(), step.scores)
 
     def _pick(self, likeliest: list[int], scores: torch.Tensor) -> list[int]:
-        """The next token of each row, as `Step` picks it for one request: rows that sample alike at once. scores: [B, V].
-        likeliest: where they are largest."""
+        """The next token of each row, as `Step` picks it for one request; rows that sample alike at once. scores [B, V]
+        and where they are largest."""
         alike: dict[Sampling, list[int]] = {}
         for at, row in enumerate(self.rows):
             if row.sampling != Sampling():
