@@ -41,7 +41,7 @@ from lowbit.quantizers import Between
 from lowbit.quantizers.gptq_factor import Factor, factored_damped, slices
 from lowbit.quantizers.gptq_grids import LONGEST_SEARCHED, SHRINKS, Solution, spanning
 from lowbit.quantizers.gptq_kernels import round_columns
-from lowbit.quantizers.gptq_refine import sweep
+from lowbit.quantizers.gptq_refine import Curvature, sweep
 
 OPTIONS = {
     "order": ("group", "none"),
@@ -98,8 +98,9 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
     del factor  # as large as the Hessian
     objective = {"gptq": solution.cost.clone()}
     # 6. Sweeps
+    curvatures = Curvature.of_groups(solution, hessian)
     for number in range(1, _sweeps(options, scheme) + 1):
-        sweep(solution, hessian, scheme, weight.dtype)
+        sweep(solution, hessian, curvatures, scheme, weight.dtype)
         objective[f"sweep {number}"] = solution.cost.clone()
 
     energy = ((hessian @ target) * target).sum(0, dtype=torch.float64).clamp_min(1e-30)

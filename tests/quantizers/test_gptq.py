@@ -12,6 +12,8 @@ from reference_gptq import heavy_tailed, inputs, second_moment
 from weights import BITS, DTYPES, matrix
 
 from lowbit.errors import UsageError
+from lowbit.native import build
+from lowbit.native import gptq as native_kernels
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
@@ -465,7 +467,7 @@ def test_every_quantizer_meets_the_contract(method):
     )
 
 
-# On a GPU the columns of a group run in a kernel, which is tried against the definition first
+# The columns of a group run in a kernel, which is tried against the definition first
 
 
 def by_definition(target, feedback, costs, scales, zeros, levels):
@@ -490,4 +492,17 @@ def test_a_kernel_that_differs_is_noticed():
     assert "column" in differs(faulty(by_definition, lambda i, part: 2 * part if i == 3 else part))
     assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: part + 1 if i == 0 else part))
     assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: 2 * part if i == 2 else part))
-    assert gptq_kernels.trusted_kernels(torch.device("cpu")) is None
+
+
+def test_kernels_of_the_cpu_are_used_where_they_can_be_compiled(monkeypatch, caplog):
+    cpu, problem = torch.device("cpu"), (heavy_tailed(7, 96), hessian_of(96), Scheme(3, 32, False))
+    compiled = not isinstance(build.library(), str)
+    assert (gptq_kernels.trusted_kernels(cpu) is native_kernels) == compiled
+    fast, _ = quantize(*problem)
+    monkeypatch.setattr(gptq_kernels, "library", lambda: "there is no C compiler")
+    gptq_kernels.trusted_kernels.cache_clear()
+    slow, _ = quantize(*problem)
+    assert "one by one" in caplog.text and "no C compiler" in caplog.text
+    gptq_kernels.trusted_kernels.cache_clear()
+    assert (fast.codes == slow.codes).float().mean() > 0.95
+    assert total(problem[0], fast, problem[1]) == pytest.approx(total(problem[0], slow, problem[1]), rel=0.02)

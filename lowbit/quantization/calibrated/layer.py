@@ -255,10 +255,12 @@ def _output_errors(
     original one, on sampled tokens of all ranks."""
     if moments is None or not moments.tokens:
         return {"output_error": None, "output_error_to_original": None}
-    x, f = (sample.cpu().double() for sample in moments.samples)
-    dense, original = dequantize(qweight, torch.float32).double(), weight.double()
-    got, same_input, wanted = x @ dense.T, x @ original.T, f @ original.T
-    squares = torch.stack([part.square().sum() for part in (got - same_input, same_input, got - wanted, wanted)])
+    x, f = (sample.cpu().float() for sample in moments.samples)
+    dense, original = dequantize(qweight, torch.float32), weight.float()
+    same_input, wanted = x @ original.T, f @ original.T
+    error = x @ (dense - original).T  # no difference of nearly equal numbers
+    parts = error, same_input, error + (same_input - wanted), wanted
+    squares = torch.stack([part.square().sum(dtype=torch.float64) for part in parts])
     squares = squares.to(ranks.device)
     ranks.sum(squares)
     error, norm, error_to_original, norm_of_original = squares.sqrt().tolist()
