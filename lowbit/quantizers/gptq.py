@@ -79,8 +79,8 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
 
     Args:
         weight: Floating [N, K].
-        stats: "hessian", H, floating [K, K], which is taken out, so that it is freed if nobody else holds it; and
-            "missing", E, floating [N, K] or None.
+        stats: "hessian", H, floating [K, K], and "missing", E, floating [N, K] or None, which are taken out, so that they
+            are freed if nobody else holds them; and "judge", a `Judge` or None, for `drift="auto"`.
         scheme: The grid; its group size divides K.
         options: All of `OPTIONS`.
 
@@ -88,8 +88,8 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
         The weight, and notes: "objective", stage -> float64 [N], the error of each row after it, relative to that of a
         row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added; "moved",
         float32 [N], by how much each row was moved before it was rounded, where step 4 or inputs that are always zero
-        did. "drift", the share of step 4. Where H cannot be factored at any damping (NaN, infinite) or E is not finite, the weight is rounded to
-        nearest, and "fallback", the only note, says why.
+        did; "drift", the share of step 4, where there is E. Where H cannot be factored at any damping (NaN, infinite) or
+        E is not finite, the weight is rounded to nearest, and "fallback", the only note, says why.
     """
     # 1. Order
     order = _order(stats["hessian"].diagonal(), scheme.group_of(weight.shape[1]), options["order"])
@@ -103,15 +103,15 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
         return _nearest(weight, scheme, "the Hessian cannot be factored")
     # 4. Target
     target, moved = _ordered(weight, order, dead)
-    share = 0.0
-    if stats.get("missing") is not None:
-        change = factor.solve(stats["missing"].T[order].float())
+    share = None
+    if (residual := stats.pop("missing", None)) is not None:
+        change = factor.solve(residual.T[order].float())
         share = _share(change, factor, stats.get("judge"), order) if options["drift"] == "auto" else options["drift"]
         target += change.mul_(share)
-        if not target.isfinite().all():
-            return _nearest(weight, scheme, "the drift is not finite")
         moved = moved.hypot(torch.linalg.vector_norm(change, dim=0))
-        del change
+        if not moved.isfinite().all():
+            return _nearest(weight, scheme, "the drift is not finite")
+        del residual, change  # as large as the weight
     # 5. Grids
     solution = _error_feedback(target, factor, scheme, weight.dtype, options["scale_search"] == "columns")
     del factor  # as large as the Hessian
@@ -124,7 +124,8 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
 
     energy = ((hessian @ target) * target).sum(0, dtype=torch.float64).clamp_min(1e-30)
     objective = {stage: cost / energy for stage, cost in objective.items()}
-    notes = {"objective": objective, "energy": energy, "damping": damping, "drift": share} | ({"moved": moved} if moved.any() else {})
+    notes = {"objective": objective, "energy": energy, "damping": damping}
+    notes |= ({"moved": moved} if moved.any() else {}) | ({} if share is None else {"drift": share})
     return solution.as_weight(order, scheme, weight.dtype), notes
 
 
