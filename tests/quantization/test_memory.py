@@ -1,13 +1,14 @@
 """What a calibrated run expects to take, against what is counted on small shapes, and whether its forward passes stay
 open between the stages of a layer."""
 
+import types
 import weakref
 
 import pytest
 import torch
-from models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from lowbit.calibration.staged_pass import StagedPass, find_stages
 from lowbit.numerics.scheme import Scheme
@@ -80,3 +81,29 @@ def test_what_the_solver_holds(rows, features, monkeypatch):
         counted.peak = counted.now
         gptq.quantize(weight, stats, Scheme(4, 16, False), checked_options("gptq", {"sweeps": 1}))
     assert counted.peak == pytest.approx(solver_peak(rows, features, True), rel=0.1)
+
+
+def test_what_a_waiting_pass_holds():
+    """A decoder layer's pass at its widest linear, beside the layer and what it was called with."""
+    hidden, tokens = 128, 256
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.no_grad():
+        layer, x = LlamaDecoderLayer(config, 0).eval(), torch.randn(1, tokens, hidden)
+        positions = LlamaRotaryEmbedding(config)(x, torch.arange(tokens).unsqueeze(0))
+    parameters = {name: p for name, p in layer.named_parameters() if p.ndim == 2}
+    counted = Counted()
+
+    def run():
+        with counted:
+            return layer(x.clone(), position_embeddings=positions)
+
+    stages = find_stages(run, parameters, x)
+    counted.now = 0
+    staged = StagedPass(run, stages, parameters)
+    assert staged.to(len(stages) - 1).shape[-1] == 512
+    widest = types.SimpleNamespace(widest=512, streams=1, itemsize=4, hidden_size=hidden)
+    assert counted.now == pytest.approx(pass_bytes(widest, tokens), rel=0.1)
+    staged.abandon()
