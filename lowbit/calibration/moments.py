@@ -8,10 +8,10 @@ f the input that the same token has in the original model:
                                                Qronos' correction
 
 `missing` is W D with D [K, K] = mean of (f - x) x^T, which several W share. For a single linear of few outputs it is
-summed as it stands, which is less work. Then it holds more: where the output is added to a residual stream r, as it is or
-through a norm, later layers see the sum of both, and what r lacks, r_f - r_x, is made up for here (`outputs`). (Mean KL on
-the embedded model without it, with half and with all of it, one run each: W3 group 64 0.0089, 0.0084, 0.0083; W2 group
-32 0.0374, 0.0368, 0.0342.)
+summed as it stands, which is less work. Then it holds more: where the output is added to a residual stream r, as it is
+or through a norm, later layers see the sum of both, and what r lacks, r_f - r_x, is made up for here (`outputs`). (Mean
+KL on the embedded model without it, with half and with all of it, one run each: W3 group 64 0.0089, 0.0084, 0.0083; W2
+group 32 0.0374, 0.0368, 0.0342.)
 
 Means over tokens, not over batches: batches of different length would weigh differently.
 
@@ -39,8 +39,8 @@ _LEFT_OUT = 8
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some tokens: x and f as they were added, [T, K]; counted, [T, K], what x counts for, and lacking, [T, N], what the
-    output lacks there: None without a single output."""
+    """Some tokens: x and f as they were added, [T, K]; counted, [T, K], what x counts for, and lacking, [T, N], what
+    the output lacks there: None without a single output."""
 
     x: torch.Tensor
     f: torch.Tensor
@@ -144,8 +144,8 @@ class Moments:
         return weight[rows].float().to(self._drift.device) @ self._drift
 
     def judge(self, weight: torch.Tensor, all_of_ranks: Callable, rows: slice = slice(None)) -> Judge | None:
-        """What `missing` of the same arguments is judged by, of the tokens of all processes: `all_of_ranks(object)` gives
-        those of each. None where it was not wanted or no token is kept."""
+        """What `missing` of the same arguments is judged by, of the tokens of all processes: `all_of_ranks(object)`
+        gives those of each. None where it was not wanted or no token is kept."""
         if self._drift is None:
             return None
         parts = [part for part in all_of_ranks(self._kept()) if part is not None]

@@ -1,9 +1,9 @@
 """What the output of a linear becomes on its way into the residual stream, and so what it ought to make up for.
 
-In most models the output o is added to the stream as it is: what the stream lacks so far, r_f - r_x, is lacking in o. In
-others a norm lies between, and n(o) is added. It is seen through by its derivative: an RMS norm multiplies token t and
-channel i by c_t g_i (how c_t changes with o is left out), so that a change d of the weight adds c_t g_i (d x_t)_i. The
-squared error of the stream,
+In most models the output o is added to the stream as it is: what the stream lacks so far, r_f - r_x, is lacking in o.
+In others a norm lies between, and n(o) is added. It is seen through by its derivative: an RMS norm multiplies token t
+and channel i by c_t g_i (how c_t changes with o is left out), so that a change d of the weight adds c_t g_i (d x_t)_i.
+The squared error of the stream,
 
     sum over t of (l_ti - c_t g_i (d x_t)_i)^2,       l = (r_f - r_x) + n(W f) - n(W x),
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Relative difference between what a norm gives and its input times c_t g_i, beyond which it is another kind of norm: what
-# bfloat16 rounds is a tenth of it
+# Relative difference between what a norm gives and its input times c_t g_i, beyond which it is another kind of norm:
+# what bfloat16 rounds is a tenth of it
 _SCALES = 0.02
 # Gains below this part of the root mean square are not divided by as they are: such channels matter little
 _SMALLEST_GAIN = 0.1
@@ -61,7 +61,7 @@ class Output:
 
 @torch.no_grad()
 def gains_of(norm: Callable[[torch.Tensor], torch.Tensor], examples: torch.Tensor) -> torch.Tensor | None:
-    """g, float32 [N], of a module that multiplies token t and channel i by c_t g_i; None for one that does something else.
+    """g, float32 [N], of a module that multiplies token t and channel i by c_t g_i; None for one that does otherwise.
 
     examples: floating [tokens, N], inputs that it may get.
     """

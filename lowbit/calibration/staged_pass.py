@@ -46,8 +46,8 @@ class ResidualStream(Products):
     """Products of the `weights`, and the residual stream around them: first `stream`, what the layer was given, then
     each sum that it enters. Where that is not known, the stream begins with the first sum that such a product enters.
 
-    joining: the weights whose products were added to the stream while it was known, and the name of the module that made
-    the summand of a product, None if that is the product itself.
+    joining: the weights whose products were added to the stream while it was known, and the name of the module that
+    made the summand of a product, None if that is the product itself.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class ResidualStream(Products):
 
     def module_ran(self, name: str, x: object, output: object) -> None:
         """A module was called with `x` and gave `output`."""
-        tensors = isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor)
-        if tensors and self._latest is not None and place_of(x) == place_of(self._latest[1]) and x.shape == output.shape:
+        if self._latest is None or not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
+            return
+        if place_of(x) == place_of(self._latest[1]) and x.shape == output.shape:
             self._passed = name, output
 
     def called(self, function: Callable, args: tuple, result: Any, product: Product | None) -> None:

@@ -10,8 +10,6 @@ Beside what the process holds at its beginning, a layer as each model has it and
 from collections import defaultdict
 from dataclasses import dataclass
 
-import torch
-
 from lowbit.quantization.plan import Step
 from lowbit.system.memory import available_memory, kept_by_heaps, peak_memory
 
@@ -19,8 +17,8 @@ from lowbit.system.memory import available_memory, kept_by_heaps, peak_memory
 # target, and when it factors (the Hessian, a float64 copy, the factor)
 _WEIGHTS_TO_CORRECT, _HESSIANS_TO_CORRECT = 5, 2
 _WEIGHTS_TO_FACTOR, _HESSIANS_TO_FACTOR = 1, 4
-# A pass that waits at the widest linear of a layer: its input and the product before it; and what the layer was given, the
-# residual stream, and a normed copy of it
+# A pass that waits at the widest linear of a layer: its input and the product before it; and what the layer was given,
+# the residual stream, and a normed copy of it
 _WIDEST_HELD, _HIDDEN_HELD = 2, 3
 
 

@@ -18,7 +18,8 @@ In six steps, which `quantize` takes one after the other:
    the output to reach is W f. The best weight for that without rounding is W + E H^-1 with the residual error
    E = mean of (W f - W x) x^T (GPTAQ, arXiv:2504.02692; Qronos, arXiv:2505.11695). Quantizing it minimises the error
    against the original outputs. For a linear whose output is added to the residual stream, the error of that stream is
-   part of E (`calibration/moments.py`, where E is "missing").
+   part of E (`calibration/moments.py`, where E is "missing"). What is fitted to few tokens, or to what x does not tell,
+   does harm: the share of E H^-1 that is added is the best one for tokens that were left out of H and E (`_share`).
 5. Grids (`gptq_grids`). When its turn comes, each group tries some scales and zero points around the range of its
    *current* weights, the best now that earlier groups are fixed; it runs its own columns on each (`gptq_loops`),
    feedback included, and every row keeps the cheapest.
@@ -55,7 +56,6 @@ OPTIONS = {
 }
 
 
-
 class Judge(Protocol):
     """Tokens that were among those of H and E. x: floating [T, K], inputs. lacking: floating [T, N], what the output
     lacks there, so that `missing` is the mean of lacking x^T over all. tokens: how many all are."""
@@ -79,8 +79,8 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
 
     Args:
         weight: Floating [N, K].
-        stats: "hessian", H, floating [K, K], and "missing", E, floating [N, K] or None, which are taken out, so that they
-            are freed if nobody else holds them; and "judge", a `Judge` or None, for `drift="auto"`.
+        stats: "hessian", H, floating [K, K], and "missing", E, floating [N, K] or None, which are taken out, so that
+            they are freed if nobody else holds them; and "judge", a `Judge` or None, for `drift="auto"`.
         scheme: The grid; its group size divides K.
         options: All of `OPTIONS`.
 
@@ -88,8 +88,8 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
         The weight, and notes: "objective", stage -> float64 [N], the error of each row after it, relative to that of a
         row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added; "moved",
         float32 [N], by how much each row was moved before it was rounded, where step 4 or inputs that are always zero
-        did; "drift", the share of step 4, where there is E. Where H cannot be factored at any damping (NaN, infinite) or
-        E is not finite, the weight is rounded to nearest, and "fallback", the only note, says why.
+        did; "drift", the share of step 4, where there is E. Where H cannot be factored at any damping (NaN, infinite)
+        or E is not finite, the weight is rounded to nearest, and "fallback", the only note, says why.
     """
     # 1. Order
     order = _order(stats["hessian"].diagonal(), scheme.group_of(weight.shape[1]), options["order"])
@@ -169,8 +169,8 @@ def _share(change: torch.Tensor, factor: Factor, judge: Judge | None, order: tor
     judge.
 
     Those of the judge were among the tokens that H and E are means of. What the change would predict for them without
-    them follows from what it does predict, since it solves a least squares problem: with S = X H^-1 X^T / tokens,
-    what is left over of Y = lacking is (I - S)^-1 (Y - X change) (leave-one-out of ridge regression, for several at once).
+    them follows from what it does predict, since it solves a least squares problem: with S = X H^-1 X^T / tokens, what
+    is left over of Y = lacking is (I - S)^-1 (Y - X change) (leave-one-out of ridge regression, for several at once).
 
     change: float32 [K, N], ordered as the factor is.
     """
@@ -178,7 +178,8 @@ def _share(change: torch.Tensor, factor: Factor, judge: Judge | None, order: tor
         return 1.0
     x, lacking = judge.x.float()[:, order], judge.lacking.float()
     influence = x @ factor.solve(x.T) / judge.tokens
-    left = torch.linalg.solve((torch.eye(len(x), device=x.device) - influence).double(), (lacking - x @ change).double())
+    others = torch.eye(len(x), device=x.device) - influence
+    left = torch.linalg.solve(others.double(), (lacking - x @ change).double())
     predicted = lacking - left
     share = (predicted * lacking).sum() / predicted.square().sum().clamp_min(1e-30)
     return float(share.clamp(0, 1)) if share.isfinite() else 0.0

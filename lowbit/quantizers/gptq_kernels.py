@@ -41,8 +41,8 @@ def descend(codes: torch.Tensor, grid: Grid, descent: torch.Tensor, hessian: tor
 
 @cache
 def trusted_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels of a device that `gptq_loops` is compared with here, once; None where there are none, which is logged,
-    or where they compute something else."""
+    """The kernels of a device, once they are compared with `gptq_loops`; None where there are none, or where they
+    compute something else, which is logged."""
     try:
         kernels = _kernels(device.type)
         reason = kernels if isinstance(kernels, str) else difference(kernels, device)

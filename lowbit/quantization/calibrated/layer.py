@@ -85,7 +85,8 @@ def _measured(
     """(targets that share an input, what was Seen of it) for each input of a stage. wanted: as in `Moments`."""
     if stage.experts is None:
         together = [target for name in stage.parameters for target in todo[name]]
-        moments = Moments(together[0].weight.shape[1], run.quantized.device, wanted, _single_output(run, number, together))
+        output = _single_output(run, number, together)
+        moments = Moments(together[0].weight.shape[1], run.quantized.device, wanted, output)
         ranges = RangeObserver() if any(target.step.scheme.is_static for target in together) else None
         for arrived in run.arrivals(number):
             moments.add(*(None if tensor is None else tensor.flatten(0, -2) for tensor in arrived))
