@@ -12,7 +12,8 @@ but which sums it enters.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,19 +32,22 @@ class Stage:
 
     parameters: their names; linears that multiply the same input, or the 3-D parameters of an experts module in the
     order of their use. experts: the name of that module, None for linears. joins: it is a single linear, and its output
-    is added to the residual stream as it is.
+    is added to the residual stream. through: the module that lies between, which gives the output's own shape (a norm);
+    None: the output is added as it is.
     """
 
     parameters: tuple[str, ...]
     experts: str | None = None
     joins: bool = False
+    through: str | None = None
 
 
 class ResidualStream(Products):
     """Products of the `weights`, and the residual stream around them: first `stream`, what the layer was given, then
     each sum that it enters. Where that is not known, the stream begins with the first sum that such a product enters.
 
-    joining: the weights whose products were added to the stream while it was known.
+    joining: the weights whose products were added to the stream while it was known, and the name of the module that
+    made the summand of a product, None if that is the product itself.
     """
 
     def __init__(
@@ -54,12 +58,20 @@ class ResidualStream(Products):
     ):
         super().__init__(weights, seen)
         self.stream = stream
-        self.joining: set[str] = set()
+        self.joining: dict[str, str | None] = {}
         self._latest: tuple[str, torch.Tensor] | None = None
+        self._passed: tuple[str, torch.Tensor] | None = None  # a module that took the latest product in, what it gave
+
+    def module_ran(self, name: str, x: object, output: object) -> None:
+        """A module was called with `x` and gave `output`."""
+        if self._latest is None or not isinstance(x, torch.Tensor) or not isinstance(output, torch.Tensor):
+            return
+        if place_of(x) == place_of(self._latest[1]) and x.shape == output.shape:
+            self._passed = name, output
 
     def called(self, function: Callable, args: tuple, result: Any, product: Product | None) -> None:
         if product is not None:
-            self._latest = product.name, result
+            self._latest, self._passed = (product.name, result), None
         elif function in _SUMS and all(isinstance(a, torch.Tensor) and a.shape == result.shape for a in args[:2]):
             self._follow([place_of(a) for a in args[:2]], result)
 
@@ -67,16 +79,22 @@ class ResidualStream(Products):
         """Follow the stream into the sum `total` of tensors at the places `operands`."""
         name, product = self._latest or ("", None)
         joins = product is not None and place_of(product) in operands
+        through = None
+        if not joins and self._passed is not None:
+            joins, through = place_of(self._passed[1]) in operands, self._passed[0]
         if self.stream is None:
             self.stream = total if joins else None
         elif place_of(self.stream) in operands:
             self.stream = total
             if joins:
-                self.joining.add(name)
+                self.joining[name] = through
 
 
 def find_stages(
-    run: Callable[[], object], parameters: dict[str, nn.Parameter], hidden: torch.Tensor | None = None
+    run: Callable[[], object],
+    parameters: dict[str, nn.Parameter],
+    hidden: torch.Tensor | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> list[Stage]:
     """Find the stages of a layer.
 
@@ -84,6 +102,7 @@ def find_stages(
         run: One forward pass through it.
         parameters: Name -> weight, in any order.
         hidden: The hidden states that the layer is given, the residual stream at its beginning.
+        modules: Name -> module, those of the layer: outputs are followed through one that takes nothing else.
 
     Returns:
         The stages in the order in which the pass uses the parameters.
@@ -96,12 +115,35 @@ def find_stages(
         if not any(name in names for names in order.values()):
             order.setdefault(key, []).append(name)
 
-    with with_versions(), ResidualStream(parameters, seen, hidden) as mode:
+    with with_versions(), ResidualStream(parameters, seen, hidden) as mode, _calls(modules or {}, mode.module_ran):
         run()
-    return [
-        Stage(tuple(names), _experts_module(parameters, names[0]), len(names) == 1 and names[0] in mode.joining)
-        for names in order.values()
-    ]
+
+    def stage(names: list[str]) -> Stage:
+        joins = len(names) == 1 and names[0] in mode.joining
+        through = mode.joining[names[0]] if joins else None
+        return Stage(tuple(names), _experts_module(parameters, names[0]), joins, through)
+
+    return [stage(names) for names in order.values()]
+
+
+@contextmanager
+def _calls(modules: Mapping[str, nn.Module], ran: Callable[[str, object, object], None]) -> Iterator[None]:
+    """Call `ran(name, input, output)` after each call of one of the modules with a single argument."""
+
+    def hook_of(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            given = (*args, *kwargs.values())
+            if len(given) == 1:
+                ran(name, given[0], output)
+
+        return hook
+
+    hooks = [module.register_forward_hook(hook_of(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _experts_module(parameters: dict[str, nn.Parameter], name: str) -> str | None:

@@ -7,10 +7,12 @@ import torch
 
 from lowbit.discovery import decoder_layers
 from lowbit.numerics.scheme import Recipe
-from lowbit.quantization.memory import expected_peak, held_between_stages
+from lowbit.parallel.ranks import Ranks
+from lowbit.quantization.calibrated.run import compute_dtype, rows_of_batches
+from lowbit.quantization.memory import Shapes, expected_memory
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantizers import get_quantizer
-from lowbit.system.memory import available_memory, peak_memory
+from lowbit.system.memory import peak_memory
 
 # Side of the square weight that is timed, and rows that it multiplies
 _SIDE, _ROWS = 1024, 256
@@ -41,7 +43,7 @@ def forecast(plan: Plan, model, file_bytes: int, num_samples: int, seqlen: int) 
     streams, tokens = 2 if "missing" in needs else 1, num_samples * seqlen
     kept = sum(info.nbytes for step in plan.quantized for info in step.outputs)
     seconds = copying + _measuring(plan, tokens, streams) + _solving(recipe, plan, needs)
-    peak = _calibrated_peak(plan, model, tokens, streams, "hessian" in needs)
+    peak = _calibrated_peak(plan, model, (num_samples, seqlen), streams, "hessian" in needs)
     return Forecast(peak, file_bytes + kept, seconds)
 
 
@@ -58,15 +60,15 @@ def _streaming_peak(plan: Plan) -> int:
     )
 
 
-def _calibrated_peak(plan: Plan, model, tokens: int, streams: int, hessians: bool) -> int:
+def _calibrated_peak(plan: Plan, model, samples: tuple[int, int], streams: int, hessians: bool) -> int:
+    """samples: how many, and the tokens of each."""
     prefix, layers = decoder_layers(model)
     inside = [f"{prefix}.{number}." for number in range(len(layers))]
     groups = [[step for step in plan.quantized if step.site.parameter.startswith(start)] for start in inside]
-    peak = expected_peak(groups, streams, torch.float32.itemsize, hessians)
-    hidden = model.config.get_text_config().hidden_size
-    held = held_between_stages(groups, tokens, streams, torch.float32.itemsize, hidden)
-    # what does not fit is computed again instead
-    return peak + held if peak + held <= peak_memory() + available_memory() // 2 else peak
+    dtype, hidden_size = compute_dtype(model.config, Ranks.alone().device), model.config.get_text_config().hidden_size
+    batches = [rows * samples[1] for rows in rows_of_batches(*samples)]
+    shapes = Shapes(groups, streams, dtype.itemsize, hidden_size, batches, hessians)
+    return expected_memory(shapes, None).peak
 
 
 def _measuring(plan: Plan, tokens: int, streams: int) -> float:

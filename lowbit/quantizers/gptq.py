@@ -18,7 +18,8 @@ In six steps, which `quantize` takes one after the other:
    the output to reach is W f. The best weight for that without rounding is W + E H^-1 with the residual error
    E = mean of (W f - W x) x^T (GPTAQ, arXiv:2504.02692; Qronos, arXiv:2505.11695). Quantizing it minimises the error
    against the original outputs. For a linear whose output is added to the residual stream, the error of that stream is
-   part of E (`calibration/moments.py`, where E is "missing").
+   part of E (`calibration/moments.py`, where E is "missing"). What is fitted to few tokens, or to what x does not tell,
+   does harm: the share of E H^-1 that is added is the best one for tokens that were left out of H and E (`_share`).
 5. Grids (`gptq_grids`). When its turn comes, each group tries some scales and zero points around the range of its
    *current* weights, the best now that earlier groups are fixed; it runs its own columns on each (`gptq_loops`),
    feedback included, and every row keeps the cheapest.
@@ -30,7 +31,10 @@ In six steps, which `quantize` takes one after the other:
 Everything is done for all rows at once, on transposed matrices [K, N]: a column of the paper is a contiguous row here.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 
@@ -41,15 +45,25 @@ from lowbit.quantizers import Between
 from lowbit.quantizers.gptq_factor import Factor, factored_damped, slices
 from lowbit.quantizers.gptq_grids import LONGEST_SEARCHED, SHRINKS, Solution, spanning
 from lowbit.quantizers.gptq_kernels import round_columns
-from lowbit.quantizers.gptq_refine import sweep
+from lowbit.quantizers.gptq_refine import Curvature, sweep
 
 OPTIONS = {
     "order": ("group", "none"),
     "scale_search": ("columns", "minmax"),
     "damping": Between(0.03, 0.0, 10.0),
-    "drift": Between(1.0, 0.0, 1.0),
+    "drift": Between("auto", 0.0, 1.0),
     "sweeps": Between("auto", 0, 100),
 }
+
+
+class Judge(Protocol):
+    """Tokens that were among those of H and E. x: floating [T, K], inputs. lacking: floating [T, N], what the output
+    lacks there, so that `missing` is the mean of lacking x^T over all. tokens: how many all are."""
+
+    x: torch.Tensor
+    lacking: torch.Tensor
+    tokens: int
+
 
 # Sweeps by bits. Mean KL on the embedded model with one and with three: 3 bits, group 64, 0.00865 and 0.00831; 4 bits,
 # group 128, 0.00235 and 0.00238
@@ -57,7 +71,7 @@ _SWEEPS = {2: 3, 3: 3, 4: 1, 5: 1, 6: 1, 8: 1}
 
 
 def needs(options: Mapping) -> tuple[str, ...]:
-    return ("hessian", "missing") if options["drift"] else ("hessian",)
+    return ("hessian", "missing") if options["drift"] != 0 else ("hessian",)
 
 
 def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping) -> tuple[QuantWeight, dict]:
@@ -65,8 +79,8 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
 
     Args:
         weight: Floating [N, K].
-        stats: "hessian", H, floating [K, K], which is taken out, so that it is freed if nobody else holds it; and
-            "missing", E, floating [N, K] or None.
+        stats: "hessian", H, floating [K, K], and "missing", E, floating [N, K] or None, which are taken out, so that
+            they are freed if nobody else holds them; and "judge", a `Judge` or None, for `drift="auto"`.
         scheme: The grid; its group size divides K.
         options: All of `OPTIONS`.
 
@@ -74,8 +88,8 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
         The weight, and notes: "objective", stage -> float64 [N], the error of each row after it, relative to that of a
         row of zeros, which is "energy", float64 [N]; "damping", the share of the mean diagonal that was added; "moved",
         float32 [N], by how much each row was moved before it was rounded, where step 4 or inputs that are always zero
-        did. Where H cannot be factored at any damping (NaN, infinite) or E is not finite, the weight is rounded to
-        nearest, and "fallback", the only note, says why.
+        did; "drift", the share of step 4, where there is E. Where H cannot be factored at any damping (NaN, infinite)
+        or E is not finite, the weight is rounded to nearest, and "fallback", the only note, says why.
     """
     # 1. Order
     order = _order(stats["hessian"].diagonal(), scheme.group_of(weight.shape[1]), options["order"])
@@ -89,22 +103,29 @@ def quantize(weight: torch.Tensor, stats: dict, scheme: Scheme, options: Mapping
         return _nearest(weight, scheme, "the Hessian cannot be factored")
     # 4. Target
     target, moved = _ordered(weight, order, dead)
-    if stats.get("missing") is not None:
-        moved = moved.hypot(_correct(target, stats["missing"].T[order].float(), factor, options["drift"]))
-        if not target.isfinite().all():
+    share = None
+    if (residual := stats.pop("missing", None)) is not None:
+        change = factor.solve(residual.T[order].float())
+        share = _share(change, factor, stats.get("judge"), order) if options["drift"] == "auto" else options["drift"]
+        target += change.mul_(share)
+        moved = moved.hypot(torch.linalg.vector_norm(change, dim=0))
+        if not moved.isfinite().all():
             return _nearest(weight, scheme, "the drift is not finite")
+        del residual, change  # as large as the weight
     # 5. Grids
     solution = _error_feedback(target, factor, scheme, weight.dtype, options["scale_search"] == "columns")
     del factor  # as large as the Hessian
     objective = {"gptq": solution.cost.clone()}
     # 6. Sweeps
+    curvatures = Curvature.of_groups(solution, hessian)
     for number in range(1, _sweeps(options, scheme) + 1):
-        sweep(solution, hessian, scheme, weight.dtype)
+        sweep(solution, hessian, curvatures, scheme, weight.dtype)
         objective[f"sweep {number}"] = solution.cost.clone()
 
     energy = ((hessian @ target) * target).sum(0, dtype=torch.float64).clamp_min(1e-30)
     objective = {stage: cost / energy for stage, cost in objective.items()}
-    notes = {"objective": objective, "energy": energy, "damping": damping} | ({"moved": moved} if moved.any() else {})
+    notes = {"objective": objective, "energy": energy, "damping": damping}
+    notes |= ({"moved": moved} if moved.any() else {}) | ({} if share is None else {"drift": share})
     return solution.as_weight(order, scheme, weight.dtype), notes
 
 
@@ -143,12 +164,25 @@ def _ordered(weight: torch.Tensor, order: torch.Tensor, dead: torch.Tensor) -> t
     return target, moved
 
 
-def _correct(target: torch.Tensor, residual: torch.Tensor, factor: Factor, share: float) -> torch.Tensor:
-    """Add a share of E H^-1 to the target, in place; residual: E^T, float32 [K, N]. Returns by how much that moved each
-    row, float32 [N]."""
-    change = factor.solve(residual).mul_(share)
-    target += change
-    return torch.linalg.vector_norm(change, dim=0)
+def _share(change: torch.Tensor, factor: Factor, judge: Judge | None, order: torch.Tensor) -> float:
+    """How much of a change to the target is best for tokens that it is not made from, from 0 to 1; all of it without a
+    judge.
+
+    Those of the judge were among the tokens that H and E are means of. What the change would predict for them without
+    them follows from what it does predict, since it solves a least squares problem: with S = X H^-1 X^T / tokens, what
+    is left over of Y = lacking is (I - S)^-1 (Y - X change) (leave-one-out of ridge regression, for several at once).
+
+    change: float32 [K, N], ordered as the factor is.
+    """
+    if judge is None:
+        return 1.0
+    x, lacking = judge.x.float()[:, order], judge.lacking.float()
+    influence = x @ factor.solve(x.T) / judge.tokens
+    others = torch.eye(len(x), device=x.device) - influence
+    left = torch.linalg.solve(others.double(), (lacking - x @ change).double())
+    predicted = lacking - left
+    share = (predicted * lacking).sum() / predicted.square().sum().clamp_min(1e-30)
+    return float(share.clamp(0, 1)) if share.isfinite() else 0.0
 
 
 def _error_feedback(target: torch.Tensor, factor: Factor, scheme: Scheme, dtype: torch.dtype, search: bool) -> Solution:

@@ -1,6 +1,6 @@
-"""The loops over the columns of a group where they run fastest: in GPU kernels that were tried first, or in torch.
+"""The loops over the columns of a group where they run fastest: in kernels that were tried first, or in torch.
 
-`lowbit_kernels.gptq` runs all columns of a group in one launch.
+`lowbit_kernels.gptq` runs all columns of a group in one launch on a GPU, `lowbit.native.gptq` in one call on a CPU.
 """
 
 import logging
@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from lowbit.errors import first_line
+from lowbit.native.build import library
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantizers import gptq_loops
 from lowbit.quantizers.gptq_factor import Factor, factored
@@ -39,19 +41,30 @@ def descend(codes: torch.Tensor, grid: Grid, descent: torch.Tensor, hessian: tor
 
 @cache
 def trusted_kernels(device: torch.device) -> ModuleType | None:
-    """`lowbit_kernels.gptq` where there is a GPU and triton; None elsewhere, and where a trial, made once, finds that
-    it computes something else than `gptq_loops`."""
-    if device.type != "cuda":
-        return None
+    """The kernels of a device, once they are compared with `gptq_loops`; None where there are none, or where they
+    compute something else, which is logged."""
     try:
-        from lowbit_kernels import gptq as kernels
-
-        reason = difference(kernels, device)
+        kernels = _kernels(device.type)
+        reason = kernels if isinstance(kernels, str) else difference(kernels, device)
     except Exception as error:  # no triton, or a compiler or driver that fails: there is another way
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
         logger.warning("GPTQ runs its columns one by one, which takes longer: %s", reason)
     return None if reason else kernels
+
+
+def _kernels(kind: str) -> ModuleType | str:
+    """Those of a kind of device, or why it has none."""
+    if kind == "cuda":
+        from lowbit_kernels import gptq as kernels
+    elif kind == "cpu":
+        from lowbit.native import gptq as kernels
+
+        if isinstance(reason := library(), str):
+            return reason
+    else:
+        return f"there are none for {kind}"
+    return kernels
 
 
 def difference(kernels: ModuleType, device: torch.device) -> str | None:

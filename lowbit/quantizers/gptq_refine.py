@@ -10,12 +10,34 @@ from dataclasses import dataclass
 import torch
 
 from lowbit.numerics.scheme import Scheme
-from lowbit.quantizers.gptq_factor import factored, slices
+from lowbit.quantizers.gptq_factor import Factor, factored, slices
 from lowbit.quantizers.gptq_grids import LONGEST_SEARCHED, Grid, Solution, around, storable
 from lowbit.quantizers.gptq_kernels import descend, round_columns
 
 # Columns whose descent is brought up to date together
 _WIDEST_DESCENT = 128
+
+
+@dataclass
+class Curvature:
+    """What all sweeps need of the columns of a group: the factor of B = M diag(costs) M^T, and M^-1, float32 [g, g]."""
+
+    factor: Factor
+    inverse: torch.Tensor
+
+    @classmethod
+    def of_groups(cls, solution: Solution, hessian: torch.Tensor) -> list["Curvature"] | None:
+        """Of each group; None where groups are too long to be rounded anew."""
+        if solution.group > LONGEST_SEARCHED:
+            return None
+        one = torch.eye(solution.group, dtype=torch.float64, device=hessian.device)
+        factors = [factored(hessian[block, block]) for _, block in solution.blocks()]
+        assert all(factor is not None for factor in factors), "a block of a positive definite matrix is one"
+        return [cls(factor, _inverted(factor.feedback.double(), one).float()) for factor in factors]
+
+
+def _inverted(unit_upper: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.solve_triangular(unit_upper, one, upper=True, unitriangular=True)
 
 
 @dataclass
@@ -32,10 +54,13 @@ class _Group:
     hessian: torch.Tensor
 
 
-def sweep(solution: Solution, hessian: torch.Tensor, scheme: Scheme, dtype: torch.dtype) -> None:
+def sweep(
+    solution: Solution, hessian: torch.Tensor, curvatures: list[Curvature] | None, scheme: Scheme, dtype: torch.dtype
+) -> None:
     """Refine each group once, in place; no step raises the cost of any row.
 
-    hessian: float32 [K, K], damped, in the order of the solution. dtype: that of stored scales.
+    hessian: float32 [K, K], damped, in the order of the solution. curvatures: of its groups. dtype: that of stored
+    scales.
     """
     for number, block in solution.blocks():
         rows_of_hessian = hessian[block]
@@ -49,8 +74,8 @@ def sweep(solution: Solution, hessian: torch.Tensor, scheme: Scheme, dtype: torc
                 hessian=rows_of_hessian[:, block],
             )
             gain = _fit_scales(group, dtype)
-            if solution.group <= LONGEST_SEARCHED:
-                gain += _try_grids(group, scheme, dtype)
+            if curvatures is not None:
+                gain += _try_grids(group, curvatures[number], scheme, dtype)
             for first in range(0, solution.group, _WIDEST_DESCENT):
                 span = slice(first, min(first + _WIDEST_DESCENT, solution.group))
                 if first:  # the spans before have moved
@@ -75,18 +100,19 @@ def _fit_scales(group: _Group, dtype: torch.dtype) -> torch.Tensor:
     return gain.clamp_min(0).double()
 
 
-def _try_grids(group: _Group, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
+def _try_grids(group: _Group, curvature: Curvature, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
     """Round the group's best weight anew on grids around its own, and keep what is cheaper. Returns the gain,
     float64 [N]."""
-    factor = factored(group.hessian)
-    assert factor is not None, "a block of a positive definite matrix is one"
     before = group.grid.values(group.codes)
-    newton = factor.solve(group.descent)  # the step to the best weight of the group without rounding
-    present = (newton * group.descent).sum(0)  # the group's cost, up to what no choice in it changes
+    # in two products: B^-1 as one matrix would lose what small eigenvalues say of costs
+    half = curvature.inverse @ group.descent
+    scaled = half / curvature.factor.costs.unsqueeze(1)
+    newton = curvature.inverse.T @ scaled  # the step to the best weight of the group without rounding
+    present = (half * scaled).sum(0)  # the group's cost, up to what no choice in it changes
     grids = around(group.grid, scheme, dtype)
     gain = torch.zeros_like(present)
     for part in slices(before.shape[1], len(before) * len(grids)):
-        tried = round_columns(before[:, part] + newton[:, part], factor, grids.rows(part), scheme.levels)
+        tried = round_columns(before[:, part] + newton[:, part], curvature.factor, grids.rows(part), scheme.levels)
         better = tried.cost < present[part]
         gain[part] = torch.where(better, present[part] - tried.cost, 0.0)
         codes, grid = group.codes[:, part], group.grid.rows(part)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowbit.calibration.moments import Moments
+from lowbit.calibration.outputs import Output
 
 LENGTHS = (5, 1, 40, 13, 0, 97)
 
@@ -125,7 +126,7 @@ def test_missing_of_several_weights_and_of_one(dtype):
     several = measured(batches, 33)
     for weight in weights:
         wanted = weight.double() @ expected(batches)[1]
-        for moments in (several, measured(batches, 33, weight=weight)):
+        for moments in (several, measured(batches, 33, output=Output(weight))):
             missing = moments.missing(weight)
             assert missing.dtype == torch.float32 and float((missing - wanted).norm() / wanted.norm()) < 1e-5
             parts = [moments.missing(weight, rows) for rows in (slice(0, 5), slice(5, None))]
@@ -135,7 +136,7 @@ def test_missing_of_several_weights_and_of_one(dtype):
 def test_drift_of_the_residual_stream():
     """It is added to what the output lacks."""
     batches, weight = streams(33), torch.randn(7, 33, generator=torch.Generator().manual_seed(1))
-    moments = Moments(33, weight=weight)
+    moments = Moments(33, output=Output(weight))
     residuals = [torch.randn(len(x), 7, generator=torch.Generator().manual_seed(len(x))) for x, _ in batches]
     for (x, f), residual in zip(batches, residuals, strict=True):
         moments.add(x, f, residual)

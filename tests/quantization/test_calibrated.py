@@ -163,7 +163,7 @@ def test_report_tells_rounding_error_from_drift_correction(tmp_path, monkeypatch
     still = gptq(source, tmp_path / "still", dataset=ids, options={"drift": 0, "damping": 0})
     for layer in still.layers:
         assert layer["rounding_error"] == pytest.approx(layer["output_error"], rel=1e-3), layer["name"]
-    moved = gptq(source, tmp_path / "moved", dataset=ids, options={"damping": 0})
+    moved = gptq(source, tmp_path / "moved", dataset=ids, options={"drift": 1, "damping": 0})
     joining = [layer for layer in moved.layers if layer["kind"] in ("o_proj", "down_proj")][1:]
     assert all(layer["rounding_error"] < 0.9 * layer["output_error"] for layer in joining)
 

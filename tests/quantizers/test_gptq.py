@@ -12,6 +12,8 @@ from reference_gptq import heavy_tailed, inputs, second_moment
 from weights import BITS, DTYPES, matrix
 
 from lowbit.errors import UsageError
+from lowbit.native import build
+from lowbit.native import gptq as native_kernels
 from lowbit.numerics.grid import quantize_nearest
 from lowbit.numerics.qweight import QuantWeight
 from lowbit.numerics.scheme import Scheme
@@ -446,6 +448,55 @@ def test_options():
         checked_options("rtn", {"scale_search": "columns"})
 
 
+# How much of the correction is made
+
+
+def lacking_of(tokens, linear, noise, features=96, rows=17):
+    """(x [T, K], lacking [T, N]): a linear part of x, and noise, in these shares of the output's size."""
+    x = inputs(tokens, features).float()
+    rng = torch.Generator().manual_seed(5)
+    direction = torch.randn(features, rows, generator=rng) / features**0.5
+    made = x @ direction
+    return x, linear * made + noise * made.std() * torch.randn(tokens, rows, generator=rng)
+
+
+def corrected_share(x, lacking, judged, **options):
+    weight = heavy_tailed(lacking.shape[1], x.shape[1])
+    judge = types.SimpleNamespace(x=x[judged], lacking=lacking[judged], tokens=len(x))
+    stats = {"hessian": x.T @ x / len(x), "missing": lacking.T @ x / len(x), "judge": judge}
+    return gptq.quantize(weight, stats, Scheme(4, 32, False), checked_options("gptq", options))[1]["drift"]
+
+
+@pytest.mark.parametrize(("linear", "noise"), [(1.0, 3.0), (0.1, 1.0), (0.02, 1.0)])
+@pytest.mark.parametrize("order", ["none", "group"])
+def test_share_is_what_a_fit_without_the_judged_tokens_would_choose(linear, noise, order):
+    """Against a second fit, in float64, in which they are missing."""
+    (x, lacking), judged = lacking_of(400, linear, noise), slice(None, None, 10)
+    found = corrected_share(x, lacking, judged, order=order)
+    x, lacking = x.double(), lacking.double()
+    left, aimed = x[judged], lacking[judged]
+    hessian = reference.damped(x.T @ x / len(x), DAMPING) - left.T @ left / len(x)
+    fitted = torch.linalg.solve(hessian, (x.T @ lacking - left.T @ aimed) / len(x))
+    predicted = left @ fitted
+    best = float((predicted * aimed).sum() / predicted.square().sum())
+    assert 0.02 < best < 1 and found == pytest.approx(best, abs=1e-3)
+
+
+def test_share_of_what_inputs_explain_and_of_noise():
+    judged = slice(None, None, 8)
+    assert corrected_share(*lacking_of(800, 1.0, 0.0), judged) > 0.95
+    assert corrected_share(*lacking_of(800, 0.0, 1.0), judged) < 0.1
+    assert corrected_share(*lacking_of(100, 0.3, 1.0), judged) < corrected_share(*lacking_of(3000, 0.3, 1.0), judged)
+    assert corrected_share(*lacking_of(800, 0.0, 1.0), judged, drift=0.7) == 0.7
+
+
+def test_without_a_judge_the_whole_correction_is_made():
+    x, lacking = lacking_of(400, 1.0, 1.0)
+    stats = {"hessian": x.T @ x / len(x), "missing": lacking.T @ x / len(x)}
+    _, notes = gptq.quantize(heavy_tailed(17, 96), stats, Scheme(4, 32, False), checked_options("gptq", {}))
+    assert notes["drift"] == 1
+
+
 @pytest.mark.parametrize(("bits", "sweeps"), [(2, 3), (3, 3), (4, 1), (8, 1)])
 def test_sweeps_by_bits(bits, sweeps):
     _, notes = quantize(heavy_tailed(7, 96), hessian_of(96), Scheme(bits, 32, False))
@@ -465,7 +516,7 @@ def test_every_quantizer_meets_the_contract(method):
     )
 
 
-# On a GPU the columns of a group run in a kernel, which is tried against the definition first
+# The columns of a group run in a kernel, which is tried against the definition first
 
 
 def by_definition(target, feedback, costs, scales, zeros, levels):
@@ -490,4 +541,17 @@ def test_a_kernel_that_differs_is_noticed():
     assert "column" in differs(faulty(by_definition, lambda i, part: 2 * part if i == 3 else part))
     assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: part + 1 if i == 0 else part))
     assert "descends" in differs(descend=faulty(descent_by_definition, lambda i, part: 2 * part if i == 2 else part))
-    assert gptq_kernels.trusted_kernels(torch.device("cpu")) is None
+
+
+def test_kernels_of_the_cpu_are_used_where_they_can_be_compiled(monkeypatch, caplog):
+    cpu, problem = torch.device("cpu"), (heavy_tailed(7, 96), hessian_of(96), Scheme(3, 32, False))
+    compiled = not isinstance(build.library(), str)
+    assert (gptq_kernels.trusted_kernels(cpu) is native_kernels) == compiled
+    fast, _ = quantize(*problem)
+    monkeypatch.setattr(gptq_kernels, "library", lambda: "there is no C compiler")
+    gptq_kernels.trusted_kernels.cache_clear()
+    slow, _ = quantize(*problem)
+    assert "one by one" in caplog.text and "no C compiler" in caplog.text
+    gptq_kernels.trusted_kernels.cache_clear()
+    assert (fast.codes == slow.codes).float().mean() > 0.95
+    assert total(problem[0], fast, problem[1]) == pytest.approx(total(problem[0], slow, problem[1]), rel=0.02)

@@ -129,6 +129,16 @@
              int64_t out_features, int64_t in_features, float *wide)                                                \
     FUNCTION(void, lowbit_attention, const Attention *a)                                                            \
     FUNCTION(void, lowbit_run, const Instruction *program, int64_t count)                                           \
+    FUNCTION(int64_t, lowbit_round_scratch, int64_t length, int64_t threads)                                        \
+    FUNCTION(void, lowbit_round_columns, const float *target, int64_t length, int64_t rows, const float *feedback,  \
+             const float *costs, const float *scales, const float *zeros, int64_t candidates, int64_t levels,       \
+             float *codes, float *grid_scales, float *grid_zeros, float *cost, int64_t threads, void *scratch)      \
+    FUNCTION(void, lowbit_descend, const float *codes, int64_t length, int64_t rows, const float *scales,           \
+             const float *zeros, const float *descent, const float *hessian, int64_t levels, float *found,          \
+             float *change, float *gain, int64_t threads)                                                           \
+    FUNCTION(int64_t, lowbit_outer_scratch, int64_t rows, int64_t columns)                                          \
+    FUNCTION(void, lowbit_add_outer, const void *a, int64_t rows, const void *b, int64_t columns, int64_t tokens,   \
+             float *sums, int64_t threads, void *scratch)                                                           \
     FUNCTION(void, lowbit_primitive, int64_t primitive, int64_t bits, const void *a, const void *b, const void *sums, \
              void *to)
 

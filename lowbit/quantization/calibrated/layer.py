@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowbit.calibration.moments import Moments
+from lowbit.calibration.outputs import Output, gains_of
 from lowbit.calibration.staged_pass import Stage, expert_input
 from lowbit.errors import InputError
 from lowbit.numerics.activations import RangeObserver
@@ -30,6 +31,9 @@ from lowbit.system.memory import return_freed
 
 # An expert that saw fewer tokens than this is shown others, that were routed elsewhere
 _FEWEST_TOKENS = 256
+
+# A norm behind a linear is tried on so many random outputs
+_TRIED_TOKENS = 16
 
 # Called with a target that is done, what became of it, and its entry of the report
 Done = Callable[[Target, QuantWeight, dict], None]
@@ -81,9 +85,8 @@ def _measured(
     """(targets that share an input, what was Seen of it) for each input of a stage. wanted: as in `Moments`."""
     if stage.experts is None:
         together = [target for name in stage.parameters for target in todo[name]]
-        weight = together[0].weight
-        few_outputs = weight if len(together) == 1 and weight.shape[0] <= weight.shape[1] else None
-        moments = Moments(weight.shape[1], run.quantized.device, wanted, few_outputs)
+        output = _single_output(run, number, together)
+        moments = Moments(together[0].weight.shape[1], run.quantized.device, wanted, output)
         ranges = RangeObserver() if any(target.step.scheme.is_static for target in together) else None
         for arrived in run.arrivals(number):
             moments.add(*(None if tensor is None else tensor.flatten(0, -2) for tensor in arrived))
@@ -116,6 +119,19 @@ def _measured(
             moments.merge(ranks.sum)
             moments.finish()
             yield together, Seen(moments, routed=int(seen[expert]))
+
+
+def _single_output(run: LayerRun, number: int, together: list[Target]) -> Output | None:
+    """That of a linear which alone reads its input and has few outputs, with what lies behind it."""
+    weight, device = together[0].weight, run.quantized.device
+    if len(together) > 1 or weight.shape[0] > weight.shape[1]:
+        return None
+    weight, norm = weight.to(device), run.norm_behind(number)
+    if norm is None:
+        return Output(weight)
+    examples = torch.randn(_TRIED_TOKENS, len(weight), generator=torch.Generator().manual_seed(0))
+    gains = gains_of(norm, examples.to(device, run.quantized.dtype))
+    return Output(weight, None if gains is None else norm, gains)
 
 
 def _observe(ranges: RangeObserver, x: torch.Tensor, target: Target) -> None:
@@ -171,7 +187,11 @@ def _quantize_together(
         quantizer, options, stats = get_quantizer("rtn"), {"scale_search": "mse"}, {}
     else:
         quantizer, options = get_quantizer(plan.recipe.method), plan.recipe.options
-        stats = {"hessian": moments.hessian, "missing": moments.missing(weight, share)}
+        stats = {
+            "hessian": moments.hessian,
+            "missing": moments.missing(weight, share),
+            "judge": moments.judge(weight, ranks.all_of, share),
+        }
         if last:
             moments.forget()  # it is the quantizer's now, who frees it
     parts = ranks.all_of(quantizer.quantize(mine, stats, scheme.weight_only, options))
@@ -186,6 +206,7 @@ def _quantize_together(
             "tokens": moments.tokens if moments else 0,
             "moved": _moved(notes, rows, target.weight),
             "damping": notes[0].get("damping"),
+            "drift": notes[0].get("drift"),
             "objective": _objective(notes, rows),
             "seconds": seconds,
             "note": notes[0].get("fallback", note),
@@ -255,10 +276,12 @@ def _output_errors(
     original one, on sampled tokens of all ranks."""
     if moments is None or not moments.tokens:
         return {"output_error": None, "output_error_to_original": None}
-    x, f = (sample.cpu().double() for sample in moments.samples)
-    dense, original = dequantize(qweight, torch.float32).double(), weight.double()
-    got, same_input, wanted = x @ dense.T, x @ original.T, f @ original.T
-    squares = torch.stack([part.square().sum() for part in (got - same_input, same_input, got - wanted, wanted)])
+    x, f = (sample.cpu().float() for sample in moments.samples)
+    dense, original = dequantize(qweight, torch.float32), weight.float()
+    same_input, wanted = x @ original.T, f @ original.T
+    error = x @ (dense - original).T  # no difference of nearly equal numbers
+    parts = error, same_input, error + (same_input - wanted), wanted
+    squares = torch.stack([part.square().sum(dtype=torch.float64) for part in parts])
     squares = squares.to(ranks.device)
     ranks.sum(squares)
     error, norm, error_to_original, norm_of_original = squares.sqrt().tolist()

@@ -1,8 +1,9 @@
 """The forward passes of one decoder layer over all samples, and what arrives at its stages."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lowbit.calibration.staged_pass import Stage, StagedPass, find_stages
@@ -41,6 +42,7 @@ class LayerRun:
             lambda: self.quantized.run(self.number, self.batches[0][:1], hidden),
             {name: self.quantized.model.get_parameter(name) for name in parameters},
             hidden,
+            self._modules(),
         )
         for model in self.models:
             for stage in self._stages:
@@ -49,6 +51,23 @@ class LayerRun:
                     hook = experts.register_forward_pre_hook(StagedPass.at_experts(stage.experts), with_kwargs=True)
                     self._hooks.append(hook)
         return self._stages
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Those of the layer that hold parameters of their own and are no linears: norms, in the first place."""
+        if self.number >= len(self.quantized.layers):
+            return {}
+        layer = self.quantized.layers[self.number]
+        prefix = f"{self.quantized.prefix}.{self.number}."
+        return {
+            prefix + name: module
+            for name, module in layer.named_modules()
+            if all(parameter.ndim == 1 for parameter in module.parameters()) and not [*module.children()]
+        }
+
+    def norm_behind(self, stage: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The module that the output of a stage goes through before it joins the residual stream."""
+        name = self._stages[stage].through
+        return None if name is None else self.quantized.model.get_submodule(name)
 
     def _passes_of(self, index: int) -> list[StagedPass]:
         if index in self._passes:

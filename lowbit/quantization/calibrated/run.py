@@ -15,7 +15,7 @@ from lowbit.quantization.calibrated.resume import resume, streams_before
 from lowbit.quantization.calibrated.run_samples import samples_of_run
 from lowbit.quantization.calibrated.targets import steps_by_layer
 from lowbit.quantization.calibrated.turn import Work, take_turn
-from lowbit.quantization.memory import expected_memory
+from lowbit.quantization.memory import Shapes, expected_memory
 from lowbit.quantization.plan import Plan, statistics
 from lowbit.system.memory import peak_memory
 from lowbit.torch_api import cpu_has_bf16_products
@@ -72,6 +72,12 @@ def calibrate(
     return job
 
 
+def rows_of_batches(samples: int, seqlen: int) -> list[int]:
+    """How many of the samples go through a layer together: of each batch."""
+    rows = max(1, _BATCH_TOKENS // seqlen)
+    return [min(rows, samples - start) for start in range(0, samples, rows)]
+
+
 def compute_dtype(config, device: torch.device) -> torch.dtype:
     """What layers compute in: the model's dtype where the hardware multiplies it, else float32."""
     stored = getattr(config, "dtype", None) or torch.float32
@@ -107,15 +113,16 @@ def _quantize_layers(
     samples = samples_of_run(reader.folder, config, job, calibration, ranks, reporting.announce)
     job.identity["tokens"] = samples.digest
     mine = samples.input_ids[ranks.share_of(len(samples.input_ids))]
-    batches = list(mine.split(max(1, _BATCH_TOKENS // mine.shape[1])))
+    batches = list(mine.split(rows_of_batches(*mine.shape)))
     dtype, needs = compute_dtype(config, ranks.device), statistics(plan.recipe)
     model = LayeredModel(config, reader, samples.input_ids, dtype, ranks.device, calibration.trust_remote_code)
     models = (model, model.twin()) if "missing" in needs else (model,)
     steps = steps_by_layer(plan, model)
-    hidden_size = config.get_text_config().hidden_size
-    memory = expected_memory(
-        steps, batches, len(models), dtype, hidden_size, "hessian" in needs, calibration.max_memory
-    )
+    shapes = Shapes(
+        steps, len(models), dtype.itemsize, config.get_text_config().hidden_size,
+        [batch.numel() for batch in batches], "hessian" in needs,
+    )  # fmt: skip
+    memory = expected_memory(shapes, calibration.max_memory)
     reporting.begins(samples, memory)
     finished = resume(job, plan, steps, samples, calibration.redo, ranks)
     if finished:
