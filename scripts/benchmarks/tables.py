@@ -10,7 +10,16 @@ import re
 import sys
 
 from budget_tables import budgets, running_memory
-from cpu_tables import cpu_experts, cpu_generation, cpu_products, cpu_quantize, int8_head, int8_inputs, taken_core
+from cpu_tables import (
+    cpu_experts,
+    cpu_generation,
+    cpu_products,
+    cpu_quantize,
+    int8_head,
+    int8_inputs,
+    sources_speed,
+    taken_core,
+)
 from kernel_tables import kernel_counts, kernel_execution, kernel_mutations
 from ladder_tables import int8_linear, ladder, ladder_speed
 from prediction_tables import gpu_predictions, issue_budget
@@ -27,6 +36,7 @@ DOCUMENTS = (
     "docs/kv_cache.md",
     "docs/ladder.md",
     "docs/results.md",
+    "docs/sources.md",
 )
 
 
@@ -287,6 +297,7 @@ TABLES = {
         budgets, running_memory, summary, architectures, architecture_names, quality, quality_peers, gptq_speed,
         cpu_quantize,
         gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
+        sources_speed,
         kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop, kernel_counts,
         kernel_execution, kernel_mutations, reference_training,
     )
