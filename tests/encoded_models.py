@@ -26,6 +26,23 @@ def rewritten(folder: Path, target: Path, quantization: dict, encode: Encode) ->
     return target
 
 
+def in_mxfp4_of_gpt_oss(folder: Path, target: Path) -> Path:
+    """The model in `folder` with experts as gpt-oss has them: random blocks of 32 inputs, transposed in memory."""
+    shutil.copytree(folder, target)
+    made, rng = {}, torch.Generator().manual_seed(0)
+    for name, weight in stored_tensors(folder).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            made[name] = weight
+            continue
+        experts, inputs, outputs = weight.shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=rng)
+        made[f"{name}_blocks"] = blocks
+        made[f"{name}_scales"] = torch.randint(122, 124, blocks.shape[:3], dtype=torch.uint8, generator=rng)
+    save_file(made, target / "model.safetensors", metadata={"format": "pt"})
+    edit_config(target, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
+    return target
+
+
 def as_fp8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     codes, scales = fp8_blocks(weight, (64, 64))
     return {name: codes, f"{name}_scale_inv": scales}

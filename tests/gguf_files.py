@@ -128,8 +128,8 @@ def quantized(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray
         return random_blocks(values, kind)
 
 
-# Where types of blocks have float16 numbers
-_SCALES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0]}
+# Where types of blocks have float16 numbers; all others at their start
+_SCALES = {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
 
 
 def random_blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
@@ -137,7 +137,11 @@ def random_blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.nda
     count, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (values.size // count, size), dtype=np.uint8)
     scale = np.frombuffer(np.float16(2e-4).tobytes(), np.uint8)
-    for at in _SCALES[kind.name]:
+    if kind.name == "IQ1_M":  # in the high nibbles of four words
+        parts = scale.view(np.uint16) >> np.array([0, 4, 8, 12]) & 0xF
+        blocks[:, 49::2] = blocks[:, 49::2] & 0xF | parts << 4
+        return blocks.reshape(*values.shape[:-1], -1)
+    for at in _SCALES.get(kind.name, [0]):
         blocks[:, at : at + 2] = scale
     return blocks.reshape(*values.shape[:-1], -1)
 

@@ -134,6 +134,11 @@ class CheckpointReader:
         return None if said is None else str(said.get("quant_method"))
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of tensors of a GGUF file that are nothing here: no checkpoint has a name for them."""
+        return () if self._gguf is None else self._gguf.left_out
+
+    @property
     def place(self) -> Path:
         """Where it is, for people: the folder, or the GGUF file that was opened."""
         file = self.folder if self._gguf is None else self.files[0]

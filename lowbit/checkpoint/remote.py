@@ -33,6 +33,8 @@ class RemoteHeaders:
                     raise InputError(f"{name} has dtype {tensor.dtype}; expected one of {', '.join(DTYPES)}")
                 self.tensors[name] = TensorInfo(name, DTYPES[tensor.dtype], tuple(tensor.shape))
 
+    left_out = ()  # see `CheckpointReader`
+
     @property
     def quantization_config(self):
         """How the repository says that it is quantized, None where it does not."""

@@ -17,6 +17,7 @@ from lowbit.errors import InputError
 from lowbit.folders.quantized import QuantizedFolder
 from lowbit.folders.stored import StoredWeight
 from lowbit.formats import is_format
+from lowbit.numerics.finite import not_finite
 from lowbit.numerics.grid import dequantize
 
 # Weights that are dequantized at a time: their float32 copies stay in the cache
@@ -77,7 +78,7 @@ def dequantized(source: QuantizedFolder, weight: StoredWeight, dtype: torch.dtyp
 def cast_checked(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """A finite tensor in `dtype`. Raises InputError where that has no such large numbers."""
     cast = tensor.to(dtype)
-    if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
+    if cast.dtype != tensor.dtype and not_finite(cast):
         largest = float(tensor.abs().max())
         raise InputError(f"{name} has values of {largest:.3g}, too large for {dtype}: choose bfloat16 or float32")
     return cast

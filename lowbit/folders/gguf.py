@@ -170,7 +170,7 @@ class _Maker:
                 sources[parameter].append(each)
         state = model.state_dict()
         self._check_complete(architecture, model, names, sources)
-        self._say_what_is_left_out(rules)
+        left_out = self._left_out(rules)
         shapes = {parameter: tuple(state[parameter].shape) for parameter in sources}
         checkpoint = CheckpointNames(model)
         experts = {name: tuple(parts) for name in shapes if (parts := checkpoint.parts_of_experts(name))}
@@ -182,7 +182,7 @@ class _Maker:
             if scheme is not None and moved and not site.transposed:
                 packed[parameter] = scheme
         linears = tuple(parameter for parameter in sources if parameter in chosen)
-        return Index(self._names, architecture, names, shapes, experts, tuple(packed), linears), packed
+        return Index(self._names, architecture, names, shapes, experts, tuple(packed), linears, left_out), packed
 
     def _check_complete(self, architecture: str, model: nn.Module, names: Mapping[str, str], sources: Mapping) -> None:
         """Raise InputError for a parameter that nothing in the file is read into."""
@@ -201,11 +201,13 @@ class _Maker:
                 f"{parameter} could be made of: take the original model"
             )
 
-    def _say_what_is_left_out(self, rules: Rules) -> None:
+    def _left_out(self, rules: Rules) -> tuple[str, ...]:
+        """The names of tensors that nothing is made of, with a WARNING."""
         left = [name for name in self._blocks if rules.parameter_of(name) is None and name not in _SETTINGS]
         if left:
             more = f" (and {len(left) - 1} more such tensors)" if len(left) > 1 else ""
             logger.warning("%s of %s is left out%s: transformers has no use for it", left[0], self._file.name, more)
+        return tuple(left)
 
     def _save_generation(self, config) -> None:
         ends = {name: value for name in ("bos_token_id", "eos_token_id", "pad_token_id")

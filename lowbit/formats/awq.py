@@ -23,6 +23,8 @@ SUFFIXES = ("qweight", "qzeros", "scales")
 ACT_ORDER, FUSED_EXPERTS, EMBEDDINGS = False, False, False
 _PACKED = dict(zip(SUFFIXES, ("weight_packed", "weight_zero_point", "weight_scale"), strict=True))
 _BITS = 4
+# Words that are taken apart at a time: what that needs beside the result stays in a cache
+_WORDS_AT_ONCE = 2**16
 # The column of a word's eight that lies at each nibble
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACES = tuple(_ORDER.index(column) for column in range(8))
@@ -43,6 +45,18 @@ def refuse(scheme: Scheme, shape: tuple[int, int], default: Scheme) -> str | Non
 def _columns(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """[R, N], the eight columns of each word in another order."""
     return tensor.unflatten(1, (-1, 8))[:, :, list(order)].flatten(1)
+
+
+def _packed_the_other_way(words: torch.Tensor) -> torch.Tensor:
+    """int32 [N, K/8]: the codes of words [K, N/8], with eight of a row in a word."""
+    columns = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % 8)).T.contiguous()
+    packed = words.new_empty(len(columns), 8, columns.shape[1] // 2, dtype=torch.uint8)
+    at_once = max(1, _WORDS_AT_ONCE // columns.shape[1])
+    for some, made in zip(columns.split(at_once), packed.split(at_once), strict=True):
+        for place, column in enumerate(_ORDER):
+            pairs = (some >> place * _BITS & 0xF).view(torch.int64)  # codes 32 bits apart, which become a byte
+            made[:, column] = pairs | pairs >> 32 - _BITS
+    return packed.flatten(0, 1).view(torch.int32)
 
 
 def pack(qweight: QuantWeight) -> dict[str, torch.Tensor]:
@@ -128,9 +142,9 @@ class StoredAWQ:
         """What compressed-tensors would store of one tensor: another axis for the codes, another order of columns."""
         if suffix == "scales":
             return _PACKED[suffix], tensor.T.contiguous()
-        values = _columns(unpack(tensor, _BITS, shape[0]), _PLACES)
         if suffix == "qweight":
-            return _PACKED[suffix], pack_bits(values.T.contiguous(), _BITS)
+            return _PACKED[suffix], _packed_the_other_way(tensor)
+        values = _columns(unpack(tensor, _BITS, shape[0]), _PLACES)
         return _PACKED[suffix], pack_bits(values, _BITS).T.contiguous()
 
 

@@ -101,6 +101,11 @@ class Plan:
         return [step for step, scheme in asked if step.scheme.group_size != scheme.group_size]
 
     @property
+    def dense(self) -> "Plan":
+        """The same with nothing quantized."""
+        return replace(self, steps=tuple(_copy(step.source) for step in self.steps))
+
+    @property
     def total_parameters(self) -> int:
         return sum(step.source.numel for step in self.steps)
 
@@ -175,6 +180,7 @@ def make_plan(reader: CheckpointReader, model, recipe: Recipe, format_name: str)
     exceptions, ignored = exceptions_and_ignored(model, named, elsewhere - of_others.keys(), recipe.scheme)
     exceptions |= {base: scheme for base, scheme in of_others.items() if scheme != recipe.scheme}
     config = fmt.config(recipe.scheme, exceptions, ignored)
+    left_out |= dict.fromkeys(reader.left_out, "left out: transformers has no name for it")
     said = _said(steps, nobodys, left_out)
     return Plan(recipe, format_name, tuple(steps), config, left, frozenset(unknown), said)
 

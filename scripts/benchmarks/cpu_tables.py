@@ -16,6 +16,31 @@ def cpu_quantize() -> str:
     return markdown(header, rows) + source(data, "cpu_quantize")
 
 
+_SOURCES = {
+    "fp8": "block FP8", "tensor": "FP8 by tensor", "channel": "FP8 by row", "block": "FP8 by block",
+    "int8": "LLM.int8", "mxfp4 experts": "MXFP4 experts of gpt-oss",
+}  # fmt: skip
+
+
+def sources_speed() -> str:
+    data = result("sources_speed")
+    rows = []
+    for row in data["rows"]:
+        low, high = row["spread_processor"]
+        rows.append(
+            [_SOURCES.get(row["source"], row["source"]),
+             f"{row['times_processor']:.2f} ({low:.2f} to {high:.2f})", f"{row['times_wall']:.2f}",
+             f"{row['peak_bytes_source'] / 1e6:.0f} ({row['peak_bytes_bfloat16'] / 1e6:.0f})"]
+        )  # fmt: skip
+    header = [f"to {data['rows'][0]['scheme']}, round to nearest, from", "processor time, of bfloat16's",
+              "seconds, of bfloat16's", "peak MB over the start (of bfloat16)"]  # fmt: skip
+    return (
+        markdown(header, rows)
+        + f"\n\n{data['model']}; the median of {data['repeats']} rounds"
+        + source(data, "sources_speed")
+    )
+
+
 def cpu_generation() -> str:
     """A table of rates, and one of what they make of the machine."""
     if not measured("cpu_generation"):

@@ -18,6 +18,7 @@ from cpu_tables import (
     cpu_quantize,
     int8_head,
     int8_inputs,
+    sources_speed,
     taken_core,
 )
 from kernel_tables import kernel_counts, kernel_execution, kernel_mutations
@@ -37,6 +38,7 @@ DOCUMENTS = (
     "docs/ladder.md",
     "docs/results.md",
     "docs/service.md",
+    "docs/sources.md",
 )
 
 
@@ -297,7 +299,7 @@ TABLES = {
         budgets, running_memory, summary, architectures, architecture_names, quality, quality_peers, gptq_speed,
         cpu_quantize,
         gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
-        concurrency, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop,
+        concurrency, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop,
         kernel_counts, kernel_execution, kernel_mutations, reference_training,
     )
 }  # fmt: skip

@@ -29,7 +29,7 @@ def test_what_is_chosen_is_planned_written_and_inspected(model, cli, tmp_path):
     asked = (model, "--bits", "3.5", "--dataset", tmp_path / "ids.npy", *DATA)
     shown = cli("plan", *asked)
     assert shown.code == 0, shown.out
-    assert "expected mean KL" in shown.out and "q_proj+k_proj+v_proj" in shown.out
+    assert "expected mean KL" in shown.out and "q_proj+k_proj+v_proj" in shown.out and "dense" not in shown.out
     planned = json.loads(cli("plan", *asked, "--json").out)
     made = cli("quantize", *asked, "-o", tmp_path / "out", "--json")
     assert made.code == 0, made.err
@@ -62,6 +62,7 @@ def test_a_dry_run_shows_the_same_and_writes_nothing(model, cli, tmp_path):
     shown = cli("quantize", *asked, "--dry-run")
     assert shown.code == 0, shown.out
     assert "expected mean KL" in shown.out and "nothing was written" in shown.out
+    assert "everything fits dense, as the model is" in shown.out
 
 
 @pytest.mark.parametrize(

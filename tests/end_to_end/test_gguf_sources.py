@@ -74,7 +74,8 @@ def test_integers_run_packed(name, kind, tmp_path):
             assert torch.equal(layer.dequantize(torch.float32), state[f"{module}.weight"]), module
 
 
-KINDS = ["Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "F16", "BF16", "F32"]
+KINDS = ["Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ1_M", "F16",
+         "BF16", "F32"]  # fmt: skip
 
 
 def test_other_types_are_decoded(tmp_path):
@@ -357,9 +358,13 @@ def test_tensors_that_transformers_does_not_use_are_named(tmp_path, caplog):
     def change(tensors):
         tensors["blk.0.extra.weight"] = np.ones((4, 4), np.float32), gguf.GGMLQuantizationType.F32
 
+    file = write_gguf(tmp_path / "model.gguf", change=change)
     with caplog.at_level(logging.WARNING):
-        lowbit.load(write_gguf(tmp_path / "model.gguf", change=change))
+        lowbit.load(file)
     assert "blk.0.extra.weight of model.gguf is left out: transformers has no use for it" in caplog.text
+    report = lowbit.quantize(file, tmp_path / "made", scheme="W4A16-G32", unclaimed="quantize")
+    assert report.unclaimed == {"blk.0.extra.weight": "left out: transformers has no name for it"}
+    assert lowbit.plan(file, scheme="W4A16-G32").unclaimed == report.unclaimed
 
 
 def test_rotary_factors_of_no_rule_are_refused(tmp_path):

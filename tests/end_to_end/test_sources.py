@@ -1,13 +1,12 @@
 """Models that others have quantized, from their files to ours: quantized again, verified, loaded, the same logits."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from encoded_models import ENCODERS, INT4, rewritten
+from encoded_models import ENCODERS, INT4, in_mxfp4_of_gpt_oss, rewritten
 from folders import edit_config, stored_tensors
 from models import relative_error, save_tiny, token_ids
 from safetensors.torch import save_file
@@ -24,30 +23,11 @@ from lowbit.verification.checks import static_checks
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts_per_tok": 4}
 
 
-def gpt_oss_in_mxfp4(tmp_path: Path) -> Path:
-    """Experts as gpt-oss has them: blocks of 32 inputs, transposed in memory."""
-    folder = save_tiny(tmp_path / "plain", "gpt_oss", torch.bfloat16, **SIZES, num_hidden_layers=2)
-    target, rng = folder.with_name("encoded"), torch.Generator().manual_seed(0)
-    shutil.copytree(folder, target)
-    made = {}
-    for name, weight in stored_tensors(folder).items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            made[name] = weight
-            continue
-        experts, inputs, outputs = weight.shape
-        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8, generator=rng)
-        made[f"{name}_blocks"] = blocks
-        made[f"{name}_scales"] = torch.randint(122, 124, blocks.shape[:3], dtype=torch.uint8, generator=rng)
-    save_file(made, target / "model.safetensors", metadata={"format": "pt"})
-    edit_config(target, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
-    return target
-
-
 def encoded_model(kind: str, architecture: str, tmp_path: Path) -> Path:
-    if (kind, architecture) == ("mxfp4", "gpt_oss"):
-        return gpt_oss_in_mxfp4(tmp_path)
-    layers = {"num_hidden_layers": 1} if architecture == "qwen3_moe" else {}
+    layers = {"qwen3_moe": {"num_hidden_layers": 1}, "gpt_oss": {"num_hidden_layers": 2}}.get(architecture, {})
     folder = save_tiny(tmp_path / "plain", architecture, torch.bfloat16, **SIZES, **layers)
+    if architecture == "gpt_oss":
+        return in_mxfp4_of_gpt_oss(folder, folder.with_name("encoded"))
     if kind == "nf4":
         pytest.importorskip("bitsandbytes")
     return rewritten(folder, folder.with_name("encoded"), *ENCODERS[kind])

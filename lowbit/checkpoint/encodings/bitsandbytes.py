@@ -55,7 +55,11 @@ def _eight_bits(name: str, codes: TensorInfo, tensors: Mapping[str, TensorInfo])
 
     def decode(read: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         scales = scale_values(read["scales"], rows.name).view(-1, 1)
-        return read["codes"].float().mul_(scales).mul_(_PER_CODE).to(dtype)
+        made = torch.empty(codes.shape, dtype=dtype)
+        at_once = max(1, _AT_ONCE // max(1, codes.shape[1]))  # rows
+        for part, some, of_rows in zip(*(t.split(at_once) for t in (made, read["codes"], scales)), strict=True):
+            part.copy_(some.float().mul_(of_rows).mul_(_PER_CODE))
+        return made
 
     parts = {"codes": codes, "scales": rows}
     return EncodedWeight(name, codes.shape, parts, decode, (f"{base}weight_format",), "LLM.int8")
@@ -95,8 +99,12 @@ def _four_bits(
             start, stop = first * state.blocksize, min((first + at_once) * state.blocksize, count)
             pairs = packed[start // 2 : -(-stop // 2)]
             numbers = of_pairs(pairs, values, first_is_high=True).view(-1)[: stop - start]
-            wide = scales[first : first + at_once].repeat_interleave(state.blocksize)[: stop - start]
-            made[start:stop] = numbers.mul_(wide)
+            some = scales[first : first + at_once]
+            if len(numbers) == len(some) * state.blocksize:
+                numbers.view(-1, state.blocksize).mul_(some.unsqueeze(1))
+            else:  # the last block is cut
+                numbers.mul_(some.repeat_interleave(state.blocksize)[: len(numbers)])
+            made[start:stop] = numbers
         return made.view(state.shape)
 
     kind = state_info.name.rpartition("__")[2].upper()

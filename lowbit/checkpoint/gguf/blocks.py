@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lowbit.checkpoint.gguf import affine
+from lowbit.checkpoint.gguf import affine, codebooks, slices
 from lowbit.checkpoint.gguf.header import PLAIN, Blocks
 from lowbit.formats.gguf import import_gguf
 
-# Values that are decoded at a time: their float32 copies are what decoding needs beside the result
+# What is decoded here; all else is left to the gguf package
+TYPES = affine.TYPES | codebooks.TYPES
+# Values that the package decodes at a time: their float32 copies are what that needs beside the result
 _AT_ONCE = 2**19
 
 
@@ -62,8 +64,8 @@ def decoded(data: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
     """
     if kind in PLAIN:
         return data.view(PLAIN[kind]).to(dtype)
-    if kind in affine.TYPES:
-        return affine.decode(data, kind, dtype)
+    if kind in TYPES:
+        return slices.decode(data, TYPES[kind], dtype)
     gguf = import_gguf()
     known = gguf.GGMLQuantizationType[kind]
     values, size = gguf.GGML_QUANT_SIZES[known]

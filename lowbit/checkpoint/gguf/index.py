@@ -28,6 +28,7 @@ class Index:
             with {} for its number.
         packed: Parameters that are kept in integers.
         linears: Parameters that quantizing quantizes.
+        left_out: Names of tensors of the files that no parameter is made of.
     """
 
     files: tuple[str, ...]
@@ -37,6 +38,7 @@ class Index:
     experts: dict[str, tuple[str, ...]]
     packed: tuple[str, ...]
     linears: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def write_index(folder: Path, index: Index) -> None:

@@ -124,9 +124,12 @@ def show_allocation(allocation: dict) -> None:
         text = ", ".join(f"{count} x {scheme}" for scheme, count in sorted(schemes.items()))
         chosen.add_row(kind, text, f"{share:.4f}")
     console.print(chosen)
+    if allocation["fits_dense"]:
+        console.print("everything fits dense, as the model is: for this budget nothing has to be quantized")
+    judged = len(allocation["judged"])
+    chosen_of = f"the best of {judged} allocations" if judged > 1 else "of the only allocation that was judged"
     console.print(
-        f"expected mean KL {allocation['predicted_kl']:.4f} nats per token, the best of {len(allocation['judged'])} "
-        f"allocations on {allocation['data']}"
+        f"expected mean KL {allocation['predicted_kl']:.3g} nats per token, {chosen_of}, on {allocation['data']}"
     )
     fits = [point for point in allocation["uniform"] if point["bytes"] <= sum(u["bytes"] for u in allocation["units"])]
     if fits:

@@ -20,6 +20,7 @@ from lowbit.quantization.allocation.fisher import second_order_costs
 from lowbit.quantization.allocation.judge import Method, divergences
 from lowbit.quantization.allocation.solve import best_choice
 from lowbit.quantization.allocation.stored import Store, key_of
+from lowbit.quantization.allocation.trial import divergence_of_run
 from lowbit.quantization.allocation.units import CANDIDATES, Allocation, Unit, find_units, most_gpus
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.options import Calibration
@@ -95,7 +96,10 @@ def allocate(start: Source, wanted: Wanted, data: Calibration, announce: Callabl
         require_possible(budget, budget.taken(search.plan(smallest), wanted.shard_bytes), wanted.engine)
         proposals = [search.within(budget, smallest, tilt) for tilt in search.tilts()]
         judged = search.judged([each for n, each in enumerate(proposals) if each not in proposals[:n]])
-        best, kl = min(judged, key=lambda pair: pair[1])
+        best, apart = min(judged, key=lambda pair: pair[1])
+        kl = search.of_run(best)
+        # what a run makes up for is taken to be alike in all of them
+        judged = [(each, kl if each is best else other * kl / apart) for each, other in judged]
     return Allocated(search.recipe_of(best), _facts(search, budget, best, kl, judged))
 
 
@@ -191,8 +195,7 @@ class _Search:
         new = {key: each for key, each in zip(keys, schemes, strict=True) if key not in known}
         if new:
             tell = self._tenths(f"judging {len(new)} allocations", len(self._model.layers))
-            measured, judged, *more = (list(part.split(1)) for part in self._parts)
-            calibration = [*measured, *(ids for part in more for ids in part)]
+            calibration, judged = self._calibration_and_judged
             found = divergences(
                 self._model, self._steps, calibration, judged, list(new.values()), self._method, tell
             )  # fmt: skip
@@ -200,9 +203,27 @@ class _Search:
             self._store.save()
         return [(each, known[key][0]) for each, key in zip(allocations, keys, strict=True)]
 
+    def of_run(self, allocation: Allocation) -> float:
+        """The real KL of what the run will make of an allocation, on samples that it is not calibrated with."""
+        if not self._method.wants_hessian:
+            ((_, kl),) = self.judged([allocation])
+            return kl
+        known, key = self._store.measured.divergences, self._key_of_run(allocation)
+        if key not in known:
+            tell = self._tenths("trying the run", len(self._model.layers) + 1)
+            calibration, judged = self._calibration_and_judged
+            plan = self.plan(allocation)
+            known[key] = list(divergence_of_run(self._model, plan, calibration, judged, tell))
+            self._store.save()
+        return known[key][0]
+
+    def _key_of_run(self, allocation: Allocation) -> str:
+        """What the measurements of `of_run` are kept under."""
+        return key_of(self.schemes_of(allocation)) + (" calibrated" if self._method.wants_hessian else "")
+
     def at_most(self, allocation: Allocation) -> float:
-        """The KL that text like the data set will hardly exceed, of an allocation that was judged."""
-        kl, error = self._store.measured.divergences[key_of(self.schemes_of(allocation))]
+        """The KL that text like the data set will hardly exceed, of an allocation that `of_run` knows."""
+        kl, error = self._store.measured.divergences[self._key_of_run(allocation)]
         return max(kl / _AIM, kl + _ERRORS * error)
 
     def with_kl(self, most: float) -> list[tuple[Allocation, float]]:
@@ -212,12 +233,12 @@ class _Search:
             allocation = self._smallest_with(most / ratio)
             if allocation is None:
                 break
-            tried += self.judged([allocation])
+            tried.append((allocation, self.of_run(allocation)))
             if (kl := self.at_most(allocation)) <= most:
                 return tried
             ratio = max(ratio * 1.02, kl / self.estimate(allocation))
         largest = {unit.modules: max(unit.bytes, key=lambda s: unit.bytes[s]) for unit in self.units}
-        ((_, kl),) = self.judged([largest])
+        kl = self.of_run(largest)
         if (found := self.at_most(largest)) > most:
             raise UsageError(f"a KL of {most:g} cannot be kept: the largest schemes come to {found:.3g}, with a margin")
         return [*tried, (largest, kl)]
@@ -258,6 +279,12 @@ class _Search:
             raise UsageError(f"1 sample of {self.samples.source} is too little for a budget: it takes 2 at least")
         parts = (ids[start :: self._number_of_parts] for start in range(self._number_of_parts))
         return [part for part in parts if len(part)]  # each from all over the text
+
+    @property
+    def _calibration_and_judged(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Samples that the method is calibrated with, and others that allocations are judged on; one in each batch."""
+        measured, judged, *more = (list(part.split(1)) for part in self._parts)
+        return [*measured, *(ids for part in more for ids in part)], judged
 
     @cached_property
     def _model(self) -> LayeredModel:
@@ -338,9 +365,10 @@ def _facts(
 ) -> dict:
     """What the report says of an allocation.
 
-    budget: what was asked for. predicted_kl: of the result, in nats per token; estimated_kl: the same to second order.
-    units: each with its modules, scheme, bytes and share of the KL. judged: the shortlist. frontier: the best
-    allocations of other sizes; uniform: one scheme for all, where all units have it.
+    budget: what was asked for. fits_dense: whether the model as it is keeps to it. predicted_kl: of the result as the
+    run will make it, in nats per token; estimated_kl: the same to second order. units: each with its modules, scheme,
+    bytes and share of the KL. judged: the shortlist. frontier: the best allocations of other sizes; uniform: one scheme
+    for all, where all units have it.
     """
     units, ratio = search.units, kl / max(search.estimate(best), 1e-30)
     weights = sum(unit.weights for unit in units)
@@ -359,6 +387,7 @@ def _facts(
     dense = {unit.modules: None for unit in units if None in unit.bytes}
     return {
         "budget": budget.to_dict(),
+        "fits_dense": budget.fits_dense(search.plan(best), search.wanted.shard_bytes),
         "engine": search.wanted.engine,
         "memory": budget.running.memory(search.plan(best)) if budget.running else None,
         "data": f"{search.samples.tokens:,} tokens of {search.samples.source}",

@@ -54,6 +54,11 @@ class Budget:
             return self.running.memory(plan)["peak"]
         return plan.bits_per_weight if self.bits is not None else file_bytes(plan.outputs, shard_bytes)
 
+    def fits_dense(self, plan: Plan, shard_bytes: int) -> bool:
+        """Whether nothing of what `plan` quantizes would have to be, for a budget of bytes."""
+        limit = self.fit or self.size
+        return limit is not None and self.taken(plan.dense, shard_bytes) <= limit
+
     def left_over(self, plan: Plan, shard_bytes: int) -> int:
         """Bytes that the budget, which is none of KL, has left beside `plan`, or less than none."""
         if self.bits is not None:

@@ -2,7 +2,7 @@
 
 Each weight is quantized from what the layers of the original model give it, not from what is quantized in front of it:
 so it is quantized once for each scheme, however many allocations have it. A calibrated run makes up for earlier errors
-besides, which is not in these figures.
+besides, which is not in these figures: `trial` measures it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -155,17 +155,24 @@ def _at_head(
     for batch, ids in enumerate(batches):
         if targets:
             _replace(model, targets, {}, hessians, method, made)
-        wanted = torch.log_softmax(model.run(layers, ids, streams[0][batch]).float(), -1)
+        wanted = model.run(layers, ids, streams[0][batch])
         for index, schemes in enumerate(allocations):
             if targets:
                 _replace(model, targets, schemes, hessians, method, made)
-            got = torch.log_softmax(model.run(layers, ids, streams[index + 1][batch]).float(), -1)
-            found[index].append(float((wanted.exp() * (wanted - got)).sum(dtype=torch.float64)) / ids.numel())
+            got = model.run(layers, ids, streams[index + 1][batch])
+            found[index].append(divergence(wanted, got) / ids.numel())
+    return [mean_and_error(each, batches) for each in found]
+
+
+def divergence(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    """KL(wanted || got) of logits [B, T, V], the sum over tokens."""
+    p, q = (torch.log_softmax(logits.float(), -1) for logits in (wanted, got))
+    return float((p.exp() * (p - q)).sum(dtype=torch.float64))
+
+
+def mean_and_error(found: Sequence[float], batches: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """The mean over tokens of what was found in each batch, and its standard error."""
+    values = torch.tensor(found, dtype=torch.float64)
     weights = torch.tensor([ids.numel() for ids in batches], dtype=torch.float64)
-    return [_mean_and_error(torch.tensor(each, dtype=torch.float64), weights) for each in found]
-
-
-def _mean_and_error(values: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
-    """The weighted mean of some values, and its standard error."""
     mean = float((values * weights).sum() / weights.sum())
     return mean, 0.0 if len(values) < 2 else float(values.std()) / len(values) ** 0.5

@@ -5,6 +5,7 @@ import torch
 from models import save_tiny
 
 import lowbit
+from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import UsageError
 
 IDS = torch.randint(3, 128, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -70,3 +71,13 @@ def test_what_cannot_fit_is_said_in_a_line(source, tmp_path, options, message):
     with pytest.raises(UsageError, match=message) as raised:
         lowbit.quantize(source, tmp_path / "out", **options, **QUICK)
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["fit", "size"])
+def test_it_is_said_where_the_model_fits_as_it_is(source, kind):
+    load = {"context": 16} if kind == "fit" else {}
+    whole = lowbit.plan(source, fit=10**9, context=16, **QUICK)
+    dense = whole.memory["cache"] + whole.memory["working"] if kind == "fit" else 0
+    dense += sum(info.nbytes for info in CheckpointReader(source).tensors.values())
+    found = [lowbit.plan(source, **{kind: size}, **load, **QUICK).allocation for size in (dense - 1, dense + 100_000)]
+    assert [each["fits_dense"] for each in found] == [False, True]
