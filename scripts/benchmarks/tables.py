@@ -299,8 +299,8 @@ TABLES = {
         budgets, running_memory, summary, architectures, architecture_names, quality, quality_peers, gptq_speed,
         cpu_quantize,
         gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
-        concurrency, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions, issue_budget, interop,
-        kernel_counts, kernel_execution, kernel_mutations, reference_training,
+        concurrency, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions,
+        issue_budget, interop, kernel_counts, kernel_execution, kernel_mutations, reference_training,
     )
 }  # fmt: skip
 
