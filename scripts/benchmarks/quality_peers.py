@@ -1,6 +1,7 @@
 """lowbit beside its peers: the same model, calibration tokens and held-out text, evaluated by the same code.
 
     python scripts/benchmarks/quality_peers.py [--only peers|lowbit] [--schemes W4g128 ...] [--variants SUBSTRING ...]
+    python scripts/benchmarks/quality_peers.py --real FOLDER/smollm2-135m [--seed N] ...   # see real_models.py
 
 Everybody quantizes the linear layers of the decoder; what they make of the weights is dequantized to float32, put into
 the original model and compared with the original on text that nobody calibrated on. Rows stay in the result file and
@@ -24,6 +25,7 @@ import os
 import subprocess
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,8 +39,8 @@ from lowbit.eval import evaluate
 from lowbit.generation.stream import load_tokenizer
 from lowbit.text.datasets import token_stream
 
-SCHEMES = {"W4g128": (4, 128), "W4g32": (4, 32), "W3g64": (3, 64), "W2g32": (2, 32)}
-SAMPLES, SEQLEN, HELDOUT_TOKENS = 128, 512, 32_768
+SCHEMES = {"W4g128": (4, 128), "W4g64": (4, 64), "W4g32": (4, 32), "W3g64": (3, 64), "W2g32": (2, 32)}
+SEQLEN = 512
 PEER_SCRIPTS = Path(__file__).parent / "peers"
 # peer -> its variants, as the scripts in peers/ explain them
 PEERS = {
@@ -59,22 +61,47 @@ LOWBIT = {
 CALIBRATED = ("gptq",)
 
 
-def calibration_windows(stream: torch.Tensor, seed: int) -> torch.Tensor:
-    """int64 [SAMPLES, SEQLEN]: one window from a random place of each of SAMPLES equal parts of the stream."""
-    random = torch.rand(SAMPLES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    starts = ((torch.arange(SAMPLES) + random) * ((len(stream) - SEQLEN) / SAMPLES)).long()
+@dataclass(frozen=True)
+class Texts:
+    """Text data sets, and how much is taken of them: calibration windows and held-out tokens. schemes: by default."""
+
+    calibration: str
+    heldout: str
+    samples: int
+    tokens: int
+    schemes: tuple[str, ...]
+
+    @classmethod
+    def beside(cls, model: str) -> "Texts":
+        """Those that real_models.py puts beside a model."""
+        folder = Path(model).resolve().parent
+        schemes = ("W4g64", "W3g64", "W2g32")
+        return cls(str(folder / "calibration.txt"), str(folder / "held_out.txt"), 64, 8192, schemes)
+
+    @property
+    def names(self) -> list[str]:
+        return [Path(text).name for text in (self.calibration, self.heldout)]
+
+
+EMBEDDED = Texts("stdlib-train", "stdlib", 128, 32_768, ("W4g128", "W4g32", "W3g64", "W2g32"))
+
+
+def calibration_windows(stream: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """int64 [count, SEQLEN]: one window from a random place of each of `count` equal parts of the stream."""
+    random = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    starts = ((torch.arange(count) + random) * ((len(stream) - SEQLEN) / count)).long()
     return torch.stack([stream[start : start + SEQLEN] for start in starts.tolist()])
 
 
 class Comparison:
     """The original in float32, the tokens, and a model to try weights in."""
 
-    def __init__(self, model: str, seed: int):
+    def __init__(self, model: str, texts: Texts, seed: int):
         tokenizer = load_tokenizer(model)
         self.model = model
         self.folder = lowbit.resolve(model)
-        self.calibration = calibration_windows(token_stream(tokenizer, "stdlib-train"), seed)
-        self.heldout = token_stream(tokenizer, "stdlib", HELDOUT_TOKENS)
+        self.calibration = calibration_windows(token_stream(tokenizer, texts.calibration), texts.samples, seed)
+        self.heldout = token_stream(tokenizer, texts.heldout, texts.tokens)
         self.original = lowbit.load(model, dtype="float32").eval()
         self.trial = copy.deepcopy(self.original)
         self.linears = {
@@ -183,23 +210,26 @@ def table(rows: list[dict], schemes: list[str]) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="reference", help="a folder, or the embedded model")
+    parser.add_argument("--real", metavar="MODEL", help="one of real_models.py, with its texts, not the embedded model")
     parser.add_argument("--only", choices=("peers", "lowbit"))
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, help="default: those of its table")
     parser.add_argument("--variants", nargs="+", default=[], metavar="SUBSTRING", help="of TOOL+VARIANT; default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--again", action="store_true", help="measure again what is already in the result file")
     parser.add_argument("--peers-python", default=str(ROOT / "build" / "peers" / "bin" / "python"))
-    parser.add_argument("--result", default="quality_peers", help="name of the file in results/, without .json")
+    parser.add_argument("--result", help="name of the file in results/, without .json (default: by model and seed)")
     args = parser.parse_args()
 
-    comparison = Comparison(args.model, args.seed)
+    texts = Texts.beside(args.real) if args.real else EMBEDDED
+    schemes, name = args.schemes or texts.schemes, f"quality_{Path(args.real).name}" if args.real else "quality_peers"
+    args.result = args.result or name + (f"_{args.seed}" if args.seed else "")
+    comparison = Comparison(args.real or "reference", texts, args.seed)
     inputs = comparison.digest()
     path = RESULTS / f"{args.result}.json"
     rows = read_rows(path)
     if any(row["inputs"] != inputs for row in rows.values()):
         parser.error(f"{path.name} holds rows of another model, seed or text: remove it, or name another --result")
-    for key in wanted(args.only, args.schemes, args.variants):
+    for key in wanted(args.only, schemes, args.variants):
         tool, variant, scheme = key
         if key in rows and "error" not in rows[key] and not args.again:
             continue
@@ -213,10 +243,12 @@ def main():
               f"{measured['seconds']:.0f} s", flush=True)  # fmt: skip
         # after each row, since a run takes hours; read anew, since lowbit may be measured beside the peers
         rows = {**read_rows(path), key: row}
-        result = {"facts": facts(), "model": args.model, "seed": args.seed, "calibration": [SAMPLES, SEQLEN],
-                  "dataset": "stdlib-train", "heldout": "stdlib", "rows": list(rows.values())}  # fmt: skip
+        dataset, heldout = texts.names
+        result = {"facts": facts(), "model": Path(args.real or "reference").name, "seed": args.seed,
+                  "calibration": [texts.samples, SEQLEN], "dataset": dataset, "heldout": heldout,
+                  "heldout_tokens": texts.tokens, "rows": list(rows.values())}  # fmt: skip
         path.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(list(rows.values()), args.schemes))
+    print(table(list(rows.values()), schemes))
 
 
 if __name__ == "__main__":
