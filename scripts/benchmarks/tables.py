@@ -24,6 +24,7 @@ from cpu_tables import (
 from kernel_tables import kernel_counts, kernel_execution, kernel_mutations
 from ladder_tables import int8_linear, ladder, ladder_speed
 from prediction_tables import gpu_predictions, issue_budget
+from quality_tables import quality_peers, quality_real
 from rendering import ROOT, markdown, measured, result, source
 
 DOCUMENTS = (
@@ -116,40 +117,6 @@ def speculative() -> str:
     header = [f"embedded model, {data['target']}", "tokens/s", "over model.generate (quartiles)", "accepted",
               "tokens per step", "prompts with the same tokens"]  # fmt: skip
     return markdown(header, rows) + source(data, "speculative")
-
-
-_PEER_NAMES = {
-    "lowbit": "lowbit",
-    "gptqmodel": "GPTQModel",
-    "llmcompressor": "llm-compressor",
-    "autoround": "AutoRound",
-}
-
-
-def quality_peers() -> str:
-    """The best variant of each tool for each scheme, and round to nearest to know the scale."""
-    data = result("quality_peers")
-    schemes = list(dict.fromkeys(row["scheme"] for row in data["rows"]))
-    best = {}
-    for row in data["rows"]:
-        if "kl_mean" not in row:
-            continue
-        kind = (
-            "round to nearest" if row["variant"].split("+")[1:2] in (["rtn"], ["optrtn"], ["neuqi"]) else "calibrated"
-        )
-        key = (kind, row["tool"], row["scheme"])
-        if key not in best or row["kl_mean"] < best[key]["kl_mean"]:
-            best[key] = row
-    rows = []
-    for kind, tool in dict.fromkeys(
-        (kind, tool) for kind, tool, _ in sorted(best, key=lambda k: (k[0], k[1] != "lowbit"))
-    ):
-        versions = next(r for (k, t, _), r in best.items() if (k, t) == (kind, tool))["versions"]
-        version = next(version for name, version in versions.items() if name.replace("-", "") == tool)
-        cells = [best.get((kind, tool, scheme)) for scheme in schemes]
-        shown = [f"{c['kl_mean']:.5f} ({c['variant'].replace('+', ' ')})" if c else "" for c in cells]
-        rows.append([f"{_PEER_NAMES[tool]} {version}, {kind}", *shown])
-    return markdown(["mean KL (variant)", *schemes], rows) + source(data, "quality_peers")
 
 
 def gptq_speed() -> str:
@@ -296,7 +263,8 @@ def architecture_names() -> str:
 TABLES = {
     f.__name__: f
     for f in (
-        budgets, running_memory, summary, architectures, architecture_names, quality, quality_peers, gptq_speed,
+        budgets, running_memory, summary, architectures, architecture_names, quality, quality_peers, quality_real,
+        gptq_speed,
         cpu_quantize,
         gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
         concurrency, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions,
