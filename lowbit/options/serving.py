@@ -34,10 +34,12 @@ class LimitOptions:
 class BatchingOptions:
     """How requests share forward passes."""
 
-    slots: int = option(
-        16, "Requests that share the steps of lowbit's loop, each of which joins and leaves between two; 0: none do.",
+    slots: int | None = option(
+        None,
+        "Requests that share the steps of lowbit's loop, each of which joins and leaves between two; 0: none do "
+        "(default: 16, fewer where memory is short).",
         least=0,
-    )  # fmt: skip
+    )
     continuous_batching: bool = option(False, "Run requests together in transformers' continuous batching instead.")
     cb_block_size: int | None = option(None, "Tokens in a block of its paged cache.", least=1)
     cb_num_blocks: int | None = option(

@@ -16,6 +16,7 @@ from lowbit.server.guard import Door, Guard, answer_errors
 from lowbit.system.memory import available_memory
 
 KEY_VARIABLE = "LOWBIT_API_KEY"
+_SLOTS = 16
 _TOKENS_IN_SLOTS = 65_536  # of all slots together, where no option says how long a request may be
 _SECONDS_TO_END = 60  # for what runs when the server is told to leave
 _PAGE = Path(__file__).parents[1] / "assets" / "chat.html"
@@ -78,28 +79,38 @@ def answers_of(session, limits: LimitOptions, batching: BatchingOptions, prefill
     return LoopAnswers(session, limits, prefill_chunk, _slots_of(session, limits, batching.slots))
 
 
-def _slots_of(session, limits: LimitOptions, count: int):
+def _slots_of(session, limits: LimitOptions, asked: int | None):
     """Slots of --context tokens, or of as many as leave the keys and values of all slots in bounds; None where requests
-    do not share steps, which is said."""
+    do not share steps, which is said. asked: how many; None: up to `_SLOTS`, in half of the memory that is free."""
     from lowbit.generation.slots import Slots, refuse_slots
 
-    if not count:
+    if asked == 0:
         return None
     if (refusal := refuse_slots(session.decoder)) is not None:
         level = logging.INFO if refusal.by_nature else logging.WARNING
         say_once(f"answers are made one after the other: {refusal.reason}", level)
         return None
+    count = asked or _SLOTS
     bounds = [limits.context or _TOKENS_IN_SLOTS // count, session.context_length]
     slots = Slots(session.decoder, count, min(each for each in bounds if each is not None))
     free = available_memory()
-    if slots.bytes > free:
-        raise InputError(
-            f"{count} slots of {slots.tokens} tokens take {slots.bytes / 1e9:.1f} GB of keys and values, and "
-            f"{free / 1e9:.1f} GB are free: lower --slots, or --context"
+    taken = f"slots of {slots.tokens} tokens take {slots.bytes / count / 1e9:.2f} GB of keys and values each"
+    if asked and slots.bytes > free:
+        raise InputError(f"{count} {taken}, and {free / 1e9:.1f} GB are free: lower --slots, or --context")
+    if not asked and (fitting := free // 2 * count // slots.bytes) < count:
+        if fitting < 2:
+            say_once(
+                f"answers are made one after the other: {taken}, of {free / 1e9:.1f} GB that are free", logging.WARNING
+            )
+            return None
+        say_once(
+            f"{fitting} requests share steps, not {count}: {taken}, of {free / 1e9:.1f} GB that are free",
+            logging.WARNING,
         )
+        slots = Slots(session.decoder, fitting, slots.tokens)
     say_once(
-        f"up to {count} requests share steps, of {slots.tokens} tokens each at most, those that are longer run alone; "
-        f"keys and values take {slots.bytes / 1e9:.2f} GB once they are all used"
+        f"up to {slots.count} requests share steps, of {slots.tokens} tokens each at most, those that are longer run "
+        f"alone; keys and values take {slots.bytes / 1e9:.2f} GB once they are all used"
     )
     return slots
 
