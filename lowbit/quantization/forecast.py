@@ -8,7 +8,7 @@ import torch
 from lowbit.discovery import decoder_layers
 from lowbit.numerics.scheme import Recipe
 from lowbit.parallel.ranks import Ranks
-from lowbit.quantization.calibrated.run import compute_dtype, rows_of_batches
+from lowbit.quantization.calibrated.computing import compute_dtype, rows_of_batches
 from lowbit.quantization.memory import Shapes, expected_memory
 from lowbit.quantization.plan import Plan, Step, statistics
 from lowbit.quantizers import get_quantizer

@@ -44,8 +44,8 @@ def trusted_kernels(device: torch.device) -> ModuleType | None:
     """The kernels of a device, once they are compared with `gptq_loops`; None where there are none, or where they
     compute something else, which is logged."""
     try:
-        kernels = _kernels(device.type)
-        reason = kernels if isinstance(kernels, str) else difference(kernels, device)
+        kernels, reason = _kernels(device.type)
+        reason = reason or (difference(kernels, device) if kernels else None)
     except Exception as error:  # no triton, or a compiler or driver that fails: there is another way
         reason = f"{type(error).__name__}: {first_line(error)}"
     if reason:
@@ -53,18 +53,18 @@ def trusted_kernels(device: torch.device) -> ModuleType | None:
     return None if reason else kernels
 
 
-def _kernels(kind: str) -> ModuleType | str:
+def _kernels(kind: str) -> tuple[ModuleType | None, str | None]:
     """Those of a kind of device, or why it has none."""
     if kind == "cuda":
-        from lowbit_kernels import gptq as kernels
-    elif kind == "cpu":
-        from lowbit.native import gptq as kernels
+        from lowbit_kernels import gptq
 
-        if isinstance(reason := library(), str):
-            return reason
-    else:
-        return f"there are none for {kind}"
-    return kernels
+        return gptq, None
+    if kind != "cpu":
+        return None, f"there are none for {kind}"
+    from lowbit.native import gptq as native
+
+    built = library()
+    return (None, built) if isinstance(built, str) else (native, None)
 
 
 def difference(kernels: ModuleType, device: torch.device) -> str | None:

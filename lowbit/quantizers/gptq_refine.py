@@ -30,14 +30,15 @@ class Curvature:
         """Of each group; None where groups are too long to be rounded anew."""
         if solution.group > LONGEST_SEARCHED:
             return None
-        one = torch.eye(solution.group, dtype=torch.float64, device=hessian.device)
-        factors = [factored(hessian[block, block]) for _, block in solution.blocks()]
-        assert all(factor is not None for factor in factors), "a block of a positive definite matrix is one"
-        return [cls(factor, _inverted(factor.feedback.double(), one).float()) for factor in factors]
+        return [cls._of(hessian[block, block]) for _, block in solution.blocks()]
 
-
-def _inverted(unit_upper: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve_triangular(unit_upper, one, upper=True, unitriangular=True)
+    @classmethod
+    def _of(cls, block: torch.Tensor) -> "Curvature":
+        factor = factored(block)
+        assert factor is not None, "a block of a positive definite matrix is one"
+        one = torch.eye(len(block), dtype=torch.float64, device=block.device)
+        inverse = torch.linalg.solve_triangular(factor.feedback.double(), one, upper=True, unitriangular=True)
+        return cls(factor, inverse.float())
 
 
 @dataclass

@@ -25,7 +25,7 @@ KEYS = [
 LAYER_KEYS = {"name", "module", "kind", "scheme", "shape", "source_bytes", "bytes", "error"}
 MEASURED_KEYS = {
     "tokens", "damping", "objective", "moved", "seconds", "note", "output_error", "output_error_to_original",
-    "rounding_error",
+    "rounding_error", "drift",
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The cache of slots: in a step all rows write to the same column, whatever the lengths of their sequences."""
 
 import copy
+from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -44,9 +45,8 @@ class Columns:
         """The first rows, as a cache of their own that lies on the same memory."""
         part = copy.copy(self.cache)
         part.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in part.layers:
-            if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]  # type: ignore[index]
+        for layer in _holding(part):
+            layer.keys, layer.values = layer.keys[:rows], layer.values[:rows]
         return part
 
     def clear(self, row: int) -> None:
@@ -71,5 +71,9 @@ def copy_positions(
 
 def _tensors(cache: Cache) -> list[torch.Tensor]:
     """Keys and values [B, H, L, D] of each layer that holds some."""
-    held = [layer for layer in cache.layers if layer.is_initialized]
-    return [tensor for layer in held for tensor in (layer.keys, layer.values)]  # type: ignore[misc]
+    return [tensor for layer in _holding(cache) for tensor in (layer.keys, layer.values)]
+
+
+def _holding(cache: Cache) -> list[Any]:
+    """The layers that hold keys and values by now."""
+    return [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]

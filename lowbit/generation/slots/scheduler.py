@@ -96,7 +96,8 @@ class Scheduler:
         try:
             if job.wanted():
                 if self._shares(job):
-                    self.slots.join(job.request, job.on_token, job.end, self._after_chunk)  # type: ignore[union-attr]
+                    assert self.slots is not None and job.request is not None
+                    self.slots.join(job.request, job.on_token, job.end, self._after_chunk)
                     return
                 job.alone()
         except Exception as caught:

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
 from lowbit.checkpoint import CheckpointReader
 from lowbit.errors import OutputError
 from lowbit.parallel.ranks import Ranks
+from lowbit.quantization.calibrated.computing import compute_dtype, rows_of_batches
 from lowbit.quantization.calibrated.job import Job
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantization.calibrated.options import Calibration
@@ -18,10 +17,6 @@ from lowbit.quantization.calibrated.turn import Work, take_turn
 from lowbit.quantization.memory import Shapes, expected_memory
 from lowbit.quantization.plan import Plan, statistics
 from lowbit.system.memory import peak_memory
-from lowbit.torch_api import cpu_has_bf16_products
-
-# Tokens in one forward pass: enough for matrix products to run at full speed
-_BATCH_TOKENS = 4096
 
 
 def calibrate(
@@ -70,20 +65,6 @@ def calibrate(
         job.close()
         raise
     return job
-
-
-def rows_of_batches(samples: int, seqlen: int) -> list[int]:
-    """How many of the samples go through a layer together: of each batch."""
-    rows = max(1, _BATCH_TOKENS // seqlen)
-    return [min(rows, samples - start) for start in range(0, samples, rows)]
-
-
-def compute_dtype(config, device: torch.device) -> torch.dtype:
-    """What layers compute in: the model's dtype where the hardware multiplies it, else float32."""
-    stored = getattr(config, "dtype", None) or torch.float32
-    if device.type != "cpu":
-        return stored
-    return stored if stored == torch.bfloat16 and cpu_has_bf16_products() else torch.float32
 
 
 def _identity(reader: CheckpointReader, config, plan: Plan, calibration: Calibration, ranks: Ranks) -> dict:
