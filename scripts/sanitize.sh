@@ -10,7 +10,8 @@ compiler=$(command -v gcc) || { echo "error: this needs gcc" >&2; exit 2; }
 # (not the tests of compiling and caching: each would wait for a compiler that takes a minute with sanitizers)
 [ $# -gt 0 ] || set -- -q -k "not built and not cache and not library and not machines" tests/native/test_native.py \
     tests/native/test_levels.py tests/native/test_native_gemm.py tests/native/test_matmul.py tests/native/test_attention.py \
-    tests/native/test_elementwise.py tests/native/test_fuzzed_kernels.py tests/backends/test_integer_inputs.py
+    tests/native/test_elementwise.py tests/native/test_fuzzed_kernels.py tests/native/test_native_gptq.py \
+    tests/native/test_native_moments.py tests/backends/test_integer_inputs.py
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
