@@ -38,7 +38,7 @@ def quality_peers() -> str:
 
 
 def quality_real() -> str:
-    """What was measured on the models of real_models.py: mean KL over the seeds, and the seconds of quantizing."""
+    """What was measured on the models of real_models.py: mean KL and perplexity, over the seeds."""
     tables = []
     for model in ("smollm2-135m", "gemma3-270m"):
         seeds = [result(file.stem) for file in sorted(RESULTS.glob(f"quality_{model}*.json"))]
@@ -61,14 +61,14 @@ def _of_seeds(seeds: list[dict]) -> str:
         )
     ]
     samples, seqlen = seeds[0]["calibration"]
-    title = f"{seeds[0]['model']}, {samples} x {seqlen} tokens, {len(seeds)} seed(s): mean KL"
+    title = f"{seeds[0]['model']}, {samples} x {seqlen} tokens, {len(seeds)} seed(s): mean KL (perplexity)"
     return markdown([title, *schemes], rows)
 
 
 def _cell(rows: list[dict]) -> str:
     if not rows:
         return ""
-    return f"{mean(row['kl_mean'] for row in rows):.4f} ({min(row['seconds'] for row in rows):.0f} s)"
+    return f"{mean(row['kl_mean'] for row in rows):.3f} ({mean(row['perplexity'] for row in rows):.1f})"
 
 
 def _version(row: dict) -> str:
