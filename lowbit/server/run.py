@@ -90,29 +90,23 @@ def _slots_of(session, limits: LimitOptions, asked: int | None):
         level = logging.INFO if refusal.by_nature else logging.WARNING
         say_once(f"answers are made one after the other: {refusal.reason}", level)
         return None
-    count = asked or _SLOTS
-    bounds = [limits.context or _TOKENS_IN_SLOTS // count, session.context_length]
-    slots = Slots(session.decoder, count, min(each for each in bounds if each is not None))
-    free = available_memory()
-    taken = f"slots of {slots.tokens} tokens take {slots.bytes / count / 1e9:.2f} GB of keys and values each"
-    if asked and slots.bytes > free:
-        raise InputError(f"{count} {taken}, and {free / 1e9:.1f} GB are free: lower --slots, or --context")
-    if not asked and (fitting := free // 2 * count // slots.bytes) < count:
-        if fitting < 2:
-            say_once(
-                f"answers are made one after the other: {taken}, of {free / 1e9:.1f} GB that are free", logging.WARNING
-            )
-            return None
-        say_once(
-            f"{fitting} requests share steps, not {count}: {taken}, of {free / 1e9:.1f} GB that are free",
-            logging.WARNING,
-        )
-        slots = Slots(session.decoder, fitting, slots.tokens)
+    bounds = [limits.context or _TOKENS_IN_SLOTS // (asked or _SLOTS), session.context_length]
+    tokens = min(each for each in bounds if each is not None)
+    each, free = Slots(session.decoder, 1, tokens).bytes, available_memory()
+    taken = f"a slot of {tokens} tokens takes {each / 1e6:,.1f} MB of keys and values, and {free / 1e9:.1f} GB are free"
+    if asked and asked * each > free:
+        raise InputError(f"{taken}, too few for {asked}: lower --slots, or --context")
+    count = asked or min(_SLOTS, free // 2 // each)
+    if not asked and count < 2:
+        say_once(f"answers are made one after the other: {taken}", logging.WARNING)
+        return None
+    if not asked and count < _SLOTS:
+        say_once(f"{count} requests share steps, not {_SLOTS}: {taken}", logging.WARNING)
     say_once(
-        f"up to {slots.count} requests share steps, of {slots.tokens} tokens each at most, those that are longer run "
-        f"alone; keys and values take {slots.bytes / 1e9:.2f} GB once they are all used"
+        f"up to {count} requests share steps, of {tokens} tokens each at most, those that are longer run alone; keys "
+        f"and values take {count * each / 1e9:.2f} GB once they are all used"
     )
-    return slots
+    return Slots(session.decoder, count, tokens)
 
 
 def application(session, answers, name: str, listen: ListenOptions, limits: LimitOptions, door: Door):

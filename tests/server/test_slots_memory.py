@@ -21,7 +21,7 @@ def session(folder):
 @pytest.fixture
 def free(session, monkeypatch):
     """free(slots) -> there is memory for so many, and a byte less than for one more."""
-    each = Slots(session.decoder, 16, 128).bytes // 16
+    each = Slots(session.decoder, 1, 128).bytes
 
     def set_free(slots: int) -> None:
         monkeypatch.setattr(run, "available_memory", lambda: (slots + 1) * each - 1)
@@ -48,12 +48,12 @@ def test_answers_come_one_after_the_other_where_two_slots_have_no_room(session, 
     free(2)
     with caplog.at_level(logging.WARNING):
         assert slots_of(session, None) is None
-    assert "one after the other" in caplog.text and "GB that are free" in caplog.text
+    assert "one after the other: a slot of 128 tokens takes" in caplog.text
 
 
 def test_slots_that_are_asked_for_have_all_of_the_free_memory(session, free):
     free(16)
     assert slots_of(session, 16).count == 16
     free(15)
-    with pytest.raises(InputError, match=r"16 slots of 128 tokens take .* lower --slots, or --context"):
+    with pytest.raises(InputError, match=r"a slot of 128 tokens takes .* too few for 16: lower --slots, or --context"):
         slots_of(session, 16)
