@@ -90,7 +90,7 @@ def _slots_of(session, limits: LimitOptions, asked: int | None):
         level = logging.INFO if refusal.by_nature else logging.WARNING
         say_once(f"answers are made one after the other: {refusal.reason}", level)
         return None
-    bounds = [limits.context or _TOKENS_IN_SLOTS // (asked or _SLOTS), session.context_length]
+    bounds = [limits.context or max(_TOKENS_IN_SLOTS // (asked or _SLOTS), 1), session.context_length]
     tokens = min(each for each in bounds if each is not None)
     each, free = Slots(session.decoder, 1, tokens).bytes, available_memory()
     taken = f"a slot of {tokens} tokens takes {each / 1e6:,.1f} MB of keys and values, and {free / 1e9:.1f} GB are free"
