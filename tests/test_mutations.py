@@ -11,7 +11,8 @@ ALL = damages()
 def test_damage_can_be_made(damage):
     assert damage.problem(ROOT) is None and damage.old != damage.new
     code = (ROOT / damage.file).read_text(encoding="utf-8").replace(damage.old, damage.new)
-    compile(code, damage.file, "exec")
+    if damage.file.endswith(".py"):
+        compile(code, damage.file, "exec")
 
 
 def test_names_are_told_apart():

@@ -171,3 +171,17 @@ def concurrency() -> str:
         "in brackets: of one alone in the same way."
     )
     return markdown(header, rows) + what + source(data, "concurrency")
+
+
+def finetune() -> str:
+    """LoRA on packed weights, beside NF4 and the dense model."""
+    data = result("finetune_nf4")
+    rows = [
+        [side, f"{run['weights_bytes'] / 1e6:.0f}", f"{run['peak_bytes'] / 1e6:.0f}",
+         f"{run['tokens_per_second']:.0f} ({min(run['rates']):.0f} to {max(run['rates']):.0f})",
+         f"{run['first_loss']:.2f} to {run['last_loss']:.2f}"]
+        for side, run in data["sides"].items() if "missing" not in run
+    ]  # fmt: skip
+    header = [f"LoRA on {data['model']}", "weights MB", "peak MB", "tokens/s", "loss"]
+    what = f"\n\n{data['steps']} steps of {data['batch']} x {data['length']} tokens, {data['rounds']} rounds"
+    return markdown(header, rows) + what + source(data, "finetune_nf4")

@@ -16,14 +16,14 @@ Times are worth something on an otherwise idle machine only; memory and losses a
 import argparse
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import common
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -125,19 +125,14 @@ def run(side: str, arguments: list[str]) -> dict:
 
 
 def facts() -> dict:
-    import torch
-
-    from lowbit.system.machine import cpu
-
-    versions = {}
-    for package in ("lowbit", "torch", "transformers", "peft", "bitsandbytes"):
+    """Those of every result, and the versions of what trains."""
+    found = common.facts()
+    for package in ("peft", "bitsandbytes"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
-    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"date": date, "device": device, "python": platform.python_version(), **versions}
+    return found
 
 
 def main() -> None:
@@ -165,7 +160,8 @@ def main() -> None:
                 "tokens_per_second": round(statistics.median(rates), 1), "rates": [round(rate, 1) for rate in rates],
                 "peak_bytes": max(each["peak_bytes"] for each in results),
             }  # fmt: skip
-    given = {name: getattr(chosen, name) for name in ("model", "steps", "rounds", "batch", "length")}
+    given = {name: getattr(chosen, name) for name in ("steps", "rounds", "batch", "length")}
+    given["model"] = Path(chosen.model).name
     text = json.dumps({"facts": facts(), **given, "sides": sides}, indent=2)
     if chosen.out:
         chosen.out.write_text(text + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from cpu_tables import (
     cpu_generation,
     cpu_products,
     cpu_quantize,
+    finetune,
     int8_head,
     int8_inputs,
     sources_speed,
@@ -40,6 +41,7 @@ DOCUMENTS = (
     "docs/results.md",
     "docs/service.md",
     "docs/sources.md",
+    "docs/transformers.md",
 )
 
 
@@ -267,7 +269,7 @@ TABLES = {
         gptq_speed,
         cpu_quantize,
         gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
-        concurrency, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions,
+        concurrency, finetune, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions,
         issue_budget, interop, kernel_counts, kernel_execution, kernel_mutations, reference_training,
     )
 }  # fmt: skip

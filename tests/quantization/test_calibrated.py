@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 import lowbit
 from lowbit.errors import UsageError
-from lowbit.quantization.calibrated import run as calibrate
+from lowbit.quantization.calibrated import computing
 from lowbit.quantization.calibrated.layer_run import LayerRun
 from lowbit.quantization.calibrated.model import LayeredModel
 from lowbit.quantizers import QUANTIZERS
@@ -142,7 +142,7 @@ def observed_errors(source_tensors, quantized, original, ids, used) -> dict[str,
 @pytest.mark.parametrize("all_tokens", [True, False], ids=["all tokens", "a sample"])
 def test_errors_of_the_report_are_those_of_the_loaded_model(tmp_path, monkeypatch, all_tokens):
     """Batches of eight tokens are kept whole; of longer ones the report looks at some of the tokens."""
-    monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 8 if all_tokens else 64)
+    monkeypatch.setattr(computing, "_BATCH_TOKENS", 8 if all_tokens else 64)
     ids = token_ids(256).view(32, 8) if all_tokens else token_ids(2048).view(32, 64)
     source = save_tiny(tmp_path / "source")
     report = gptq(source, tmp_path / "out", dataset=ids, lm_head=True)
@@ -158,7 +158,7 @@ def test_errors_of_the_report_are_those_of_the_loaded_model(tmp_path, monkeypatc
 def test_report_tells_rounding_error_from_drift_correction(tmp_path, monkeypatch):
     """Without drift and damping nothing is moved, and both errors are the same; with drift, what joins the residual
     stream is moved for what the stream has lost, which is no error of rounding."""
-    monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 8)  # all tokens are looked at
+    monkeypatch.setattr(computing, "_BATCH_TOKENS", 8)  # all tokens are looked at
     source, ids = save_tiny(tmp_path / "source"), token_ids(256).view(32, 8)
     still = gptq(source, tmp_path / "still", dataset=ids, options={"drift": 0, "damping": 0})
     for layer in still.layers:
@@ -317,7 +317,7 @@ def test_inputs_that_are_always_zero(tmp_path):
 @pytest.mark.parametrize("architecture", slow_but(("llama",), ["llama", "mixtral", "gpt2"]))
 def test_passes_started_again_give_the_same_as_passes_held(architecture, tmp_path, monkeypatch, no_threads):
     kept, init = [], LayerRun.__init__
-    monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 64)
+    monkeypatch.setattr(computing, "_BATCH_TOKENS", 64)
     monkeypatch.setattr(LayerRun, "__init__", lambda self, *args: (kept.append(args[-1]), init(self, *args))[1])
     source = save_tiny(tmp_path / "source", architecture)
     held = gptq(source, tmp_path / "held", max_memory="100GB")
@@ -336,7 +336,7 @@ def test_batches_do_not_matter(architecture, tmp_path, monkeypatch, spy):
     gptq(source, tmp_path / "one", dataset=ids, **spy)
     expected = spy_quantizer.SEEN.copy()
     spy_quantizer.SEEN.clear()
-    monkeypatch.setattr(calibrate, "_BATCH_TOKENS", 5 * 64)  # and the last one is shorter
+    monkeypatch.setattr(computing, "_BATCH_TOKENS", 5 * 64)  # and the last one is shorter
     gptq(source, tmp_path / "many", dataset=ids, **spy)
     assert len(spy_quantizer.SEEN) == len(expected) > 6
     for (weight, *moments), (same, *others) in zip(spy_quantizer.SEEN, expected, strict=True):
