@@ -1,10 +1,10 @@
 """Tokens per second of a server with 1, 4 and 16 requests at once: one after the other, in slots, and in the continuous
 batching of transformers.
 
-    python scripts/benchmarks/concurrency.py [--layers 4] [--tokens 32] [--prompt 32] [--repeats 3] [--profile FOLDER]
+    python scripts/benchmarks/concurrency.py [--layers 16] [--tokens 96] [--prompt 32] [--repeats 2] [--profile FOLDER]
 
 Random weights in the shapes of Llama 3.2 1B, of so many of its layers; what
-`lowbit bench --shapes llama-3.2-1b --layers 4 --concurrency 1,4,16` measures, several times, of which the medians are
+`lowbit bench --shapes llama-3.2-1b --concurrency 1,4,16` measures, several times, of which the medians are
 kept. Run it on an otherwise idle machine; it writes results/concurrency.json. --profile writes no result, but where the
 time of 16 requests went, by cProfile in all threads: a table for each way, by the function's own time.
 """
@@ -62,7 +62,7 @@ def medians(runs: list[list[Rate]]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--profile", type=Path)
-    for name, default in {"tokens": 32, "prompt": 32, "layers": 4, "repeats": 3}.items():
+    for name, default in {"tokens": 96, "prompt": 32, "layers": 16, "repeats": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     chosen = parser.parse_args()
     side = Shapes(SHAPES, chosen.layers, Scheme.parse("W4A16-G128"), Setting(Path(), lm_head=AUTO)).subject()
