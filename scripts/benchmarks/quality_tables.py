@@ -43,7 +43,7 @@ def quality_real() -> str:
     for model in ("smollm2-135m", "gemma3-270m"):
         seeds = [result(file.stem) for file in sorted(RESULTS.glob(f"quality_{model}*.json"))]
         if seeds:
-            tables.append(_of_seeds(seeds) + source(seeds[0], "quality_peers"))
+            tables.append(_of_seeds(seeds) + source(seeds[0], "quality_peers", f" --real FOLDER/{model}"))
     return "\n\n".join(tables)
 
 

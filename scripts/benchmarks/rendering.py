@@ -20,9 +20,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def source(data: dict, script: str) -> str:
+def source(data: dict, script: str, arguments: str = "") -> str:
     facts = data["facts"]
     return (
         f"\n\n{facts['date'][:10]}, {facts['cpu']}, torch {facts['torch']}, transformers {facts['transformers']}; "
-        f"`python scripts/benchmarks/{script}.py`"
+        f"`python scripts/benchmarks/{script}.py{arguments}`"
     )
