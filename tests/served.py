@@ -4,6 +4,7 @@ import http.client
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from lowbit.server.run import answers_of, application, bind, server_of, url
 
 NAME = "tiny"
 LONG = 40_000  # tokens of a context in which an answer takes minutes
-SECONDS = 900.0  # nothing is waited for any longer: what hangs is not to do so for ever
+SECONDS = 300.0  # nothing is waited for any longer: what hangs is not to do so for ever
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,14 @@ def serving(session, *, key=None, listen=None, limits=None, batching=None) -> It
 
 
 class Scripted:
-    """A session whose model says what it is told to, a text for each prompt, or fails."""
+    """A session whose model says what it is told to, a text for each prompt, or fails.
 
-    def __init__(self, session, says: str | Exception):
+    pause: seconds after each token
+    """
+
+    def __init__(self, session, says: str | Exception, pause: float = 0.0):
         self.model, self.tokenizer, self.context_length = session.model, session.tokenizer, session.context_length
-        self.decoder, self.says = self, says
+        self.decoder, self.says, self._pause = self, says, pause
 
     def generate(self, ids: torch.Tensor, *, on_token, max_new_tokens: int, **options) -> None:
         if isinstance(self.says, Exception):
@@ -104,3 +108,4 @@ class Scripted:
         for token in self.tokenizer(self.says, add_special_tokens=False)["input_ids"][:max_new_tokens]:
             if on_token([token]):
                 return
+            time.sleep(self._pause)

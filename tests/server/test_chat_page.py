@@ -131,15 +131,30 @@ def test_answers_come_and_the_conversation_goes_on(opened, page):
     assert opened.complaints() == []
 
 
-def test_stop_ends_an_answer(opened, page):
+def test_stop_ends_an_answer(browser, session):
     """It shows what came so far, and the server goes on with the next."""
-    ask(opened, "the dog", LONG - 100)
-    opened.until(lambda: opened.text(".assistant:last-child"))
-    assert not opened.shown("#send")
-    opened.click("#stop")
-    opened.until(lambda: opened.shown("#send"))
-    assert opened.text("#rate").endswith(", stopped")
-    assert page.complete(max_tokens=2).status == 200
+    slow = Scripted(session, "the dog " * LONG, pause=0.02)
+    with serving(slow, listen=ListenOptions(ui=True), limits=LimitOptions(max_tokens=LONG)) as served:
+        browser.open(served.url)
+        ask(browser, "the dog", LONG - 100)
+        browser.until(lambda: browser.text(".assistant:last-child"))
+        assert not browser.shown("#send")
+        browser.click("#stop")
+        browser.until(lambda: browser.shown("#send"))
+        time.sleep(0.2)  # what the page still has to paint is painted
+        assert browser.text("#rate").endswith(", stopped")
+        assert served.complete(max_tokens=2).status == 200
+
+
+def test_a_long_answer_is_shown_whole(browser, session):
+    """As fast as it comes: it took minutes, all of a core, when each token laid the page out anew."""
+    said = "the dog sleeps. " * (LONG // 8)
+    fast = Scripted(session, said)
+    with serving(fast, listen=ListenOptions(ui=True), limits=LimitOptions(max_tokens=LONG)) as served:
+        browser.open(served.url)
+        ask(browser, "x", LONG - 100)
+        browser.until(lambda: browser.shown("#send"))
+        assert browser.text(".assistant") == said
 
 
 def test_what_a_model_writes_is_text(browser, session):
