@@ -95,7 +95,7 @@ def constant(name: str) -> int:
 
 @cache
 def has_amx() -> bool:
-    """Whether the processor multiplies tiles of bfloat16, which torch's GEMM does and these kernels do not."""
+    """Whether the processor has tiles of AMX. These kernels do not use them."""
     return "amx_bf16" in _processor().split()
 
 

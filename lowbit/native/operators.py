@@ -2,8 +2,8 @@
 
 Few rows are multiplied by the packed weight as it is (linear.c). Many rows are rounded to 8 bits, in blocks of inputs,
 where the caller allows it (gemm.c). Exactly, they are multiplied in dot products of bfloat16 where the processor has
-some, as few rows are elsewhere, or by a dense copy, made block by block, where that is faster. With integer activations
-the kernel multiplies int8 by int8 at every number of rows.
+fast ones, as few rows are elsewhere, or by a dense copy, made block by block, where that is faster. With integer
+activations the kernel multiplies int8 by int8 at every number of rows.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,10 @@ from lowbit.numerics.scheme import Scheme
 # scripts/benchmarks/cpu_products.py
 ROUNDED_ROWS = 32
 # From how many rows on a dense copy and torch's GEMM win, in the same benchmark: with AVX2 in float32, which takes two
-# integers for an input; in bf16 nowhere but where torch multiplies with AMX, which is a guess
-_DENSE_ROWS_FP32, _DENSE_ROWS_AMX = 64, 128
-# From how many rows on dot products of bfloat16 are faster than those of integers, in the same benchmark
+# integers for an input; in bf16 nowhere, and with torch's tiles of AMX on one of four shapes
+_DENSE_ROWS_FP32 = 64
+# From how many rows on dot products of bfloat16 are faster than those of integers, in the same benchmark: on Zen 4.
+# Processors with AMX multiply integers twice as fast
 _BF16_ROWS = 64
 # Rows of integers that are made at a time: more would not stay in the cache of a core, and take memory
 _ROWS_OF_INTEGERS = 64
@@ -62,14 +63,14 @@ def _is_rounded(x: torch.Tensor, scheme: Scheme, exact: bool) -> bool:
 
 
 def _hardware_multiplies(x: torch.Tensor, scheme: Scheme) -> bool:
-    """Whether exact inputs are multiplied in bfloat16, by a processor that has dot products of it."""
-    return len(x) >= _BF16_ROWS and library().level == "avx512bf16" and gemm.refuse(scheme, "bf16", x.dtype) is None
+    """Whether exact inputs are multiplied in bfloat16, by a processor that has fast dot products of it."""
+    fast = library().level == "avx512bf16" and not has_amx()
+    return len(x) >= _BF16_ROWS and fast and gemm.refuse(scheme, "bf16", x.dtype) is None
 
 
 def dense_is_faster(x: torch.Tensor) -> bool:
-    if PIECES[x.dtype] > 1:
-        return len(x) >= _DENSE_ROWS_FP32 and not getattr(library(), "level", "").startswith("avx512")
-    return len(x) >= _DENSE_ROWS_AMX and has_amx() and dense.gemm_dtype(x.dtype) == torch.bfloat16
+    many = PIECES[x.dtype] > 1 and len(x) >= _DENSE_ROWS_FP32
+    return many and not getattr(library(), "level", "").startswith("avx512")
 
 
 def _integer_product(x, weight: Weight, scheme: Scheme, input_scale, input_zero) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """Products of the C kernels on the shapes of Llama-3.2-1B, for each way to compute them, variants in turn.
 
-    OMP_NUM_THREADS=2 python scripts/benchmarks/cpu_products.py --levels avx512bf16 avx2 --scheme W4A16-G128
+    LOWBIT_CPU_LEVEL=all OMP_NUM_THREADS=2 python scripts/benchmarks/cpu_products.py --levels avx512bf16 avx2
 
 Variants: "exact16", inputs as 16-bit integers, what backends run for few rows; "dense", a dequantized copy and torch's
-GEMM, what they run for many; "int8" and "bf16" of lowbit.native.gemm; torch's bf16 product of the dense weight. Shows
-10^9 operations a second and core, two for each weight and row, and GB/s of packed weights read. A round runs every
-variant once, on another copy of the weight, so that none is in a cache and noise meets all of them; the median counts.
-The bandwidth of reading memory is measured in the same rounds.
+GEMM, what they run for many floats on AVX2; "int8" and "bf16" of lowbit.native.gemm; torch's bf16 product of the dense
+weight. Shows 10^9 operations a second and core, two for each weight and row, and GB/s of packed weights read. A round
+runs every variant once, on another copy of the weight, so that none is in a cache and noise meets all of them; the
+median counts. The bandwidth of reading memory is measured in the same rounds.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--busy", action="store_true", help="the least processor time counts, where there is other work"
     )
-    parser.add_argument("--save", action="store_true", help="write results/cpu_products.json")
+    parser.add_argument("--save", nargs="?", const="cpu_products", metavar="NAME", help="write results/NAME.json")
     return parser.parse_args()
 
 
@@ -131,7 +131,7 @@ def main():
     if options.save:
         machine = {"threads": torch.get_num_threads(), "machine": platform.machine(), "levels": list(library().levels)}
         save(
-            "cpu_products",
+            options.save,
             {"scheme": scheme.name, "rounds": options.rounds, "busy": options.busy, **machine, "rows": table},
         )
 

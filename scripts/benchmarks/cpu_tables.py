@@ -83,10 +83,18 @@ def _machine(row: dict) -> list[str]:
 
 
 def cpu_products() -> str:
-    """For each number of rows, the best of a variant over the shapes: they differ little."""
-    if not measured("cpu_products"):
-        return "Not yet measured: `python scripts/benchmarks/cpu_products.py --save` measures it."
-    data = result("cpu_products")
+    return _products("cpu_products")
+
+
+def cpu_products_amx() -> str:
+    return _products("cpu_products_amx")
+
+
+def _products(file: str) -> str:
+    """For each shape and number of rows, what each variant reaches."""
+    if not measured(file):
+        return f"Not yet measured: `python scripts/benchmarks/cpu_products.py --save {file}` measures it."
+    data = result(file)
     names = list(dict.fromkeys((row["variant"], row["level"]) for row in data["rows"]))
     rows = []
     for shape in dict.fromkeys(tuple(row["shape"]) for row in data["rows"]):

@@ -15,6 +15,7 @@ from cpu_tables import (
     cpu_experts,
     cpu_generation,
     cpu_products,
+    cpu_products_amx,
     cpu_quantize,
     finetune,
     int8_head,
@@ -268,9 +269,9 @@ TABLES = {
         budgets, running_memory, summary, architectures, architecture_names, quality, quality_peers, quality_real,
         gptq_speed,
         cpu_quantize,
-        gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_experts, int8_inputs, int8_head, taken_core,
-        concurrency, finetune, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear, gpu_predictions,
-        issue_budget, interop, kernel_counts, kernel_execution, kernel_mutations, reference_training,
+        gpu_check, gpu_end_to_end, cpu_generation, cpu_products, cpu_products_amx, cpu_experts, int8_inputs, int8_head,
+        taken_core, concurrency, finetune, sources_speed, kv_cache, speculative, ladder, ladder_speed, int8_linear,
+        gpu_predictions, issue_budget, interop, kernel_counts, kernel_execution, kernel_mutations, reference_training,
     )
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ from lowbit.errors import UsageError
 from lowbit.generation import Decoder
 from lowbit.layers.inputs import EXACT_VARIABLE, choose_inputs, inputs_of_model
 from lowbit.layers.linear import LowbitLinear
-from lowbit.native import gemm
+from lowbit.native import gemm, operators
 from lowbit.native.build import library
 from lowbit.native.operators import ROUNDED_ROWS, replay, replay_experts
 from lowbit.numerics.scheme import Scheme
@@ -57,8 +57,10 @@ def test_many_rows_are_rounded_few_are_not(dtype):
     assert 1e-4 < (y - truth).norm() / truth.norm() < 1e-2  # rounded, and no more than that
 
 
-def test_many_exact_rows():
-    """Only y is rounded, whatever multiplies them: dot products of bfloat16, of integers, or a dense copy."""
+@pytest.mark.parametrize("amx", [False, True])
+def test_many_exact_rows(amx, monkeypatch):
+    """Only y is rounded, whatever multiplies them: dot products of integers, or of bfloat16 where those are faster."""
+    monkeypatch.setattr(operators, "has_amx", lambda: amx)
     scheme, shape = Scheme(4, 32, False), (37, 256)
     qweight, x = random_quantized(scheme, *shape, torch.bfloat16), torch.randn(150, 256).bfloat16()
     buffers, y = native.prepare(qweight), torch.empty(150, 37).bfloat16()
